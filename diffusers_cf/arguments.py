@@ -1,0 +1,33 @@
+"""Command lines: one parser for every command, and what a user's mistake looks like."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from diffusers_cf.errors import InputError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser` whose options, declared with `_`, may be written with `_` or `-`."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As in `argparse`, after giving every `--long-option[=value]` the spelling `--long_option[=value]`."""
+        args = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args([_with_underscores(arg) for arg in args], namespace)
+
+
+def _with_underscores(argument: str) -> str:
+    if not argument.startswith("--") or argument == "--":
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Exit code of a command: 0 done, or 2 with one line on stderr where the input was bad."""
+    try:
+        return command() or 0
+    except InputError as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        return 2

@@ -1,0 +1,73 @@
+"""Thresholding, row 1 of Table 1: bright tissue is lesion, nothing is learned."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from diffusers_cf.errors import InputError
+from diffusers_cf.postprocessing import foreground_mask
+
+
+class IntensityThresholding:
+    """The intensity of one modality as it is (method id `threshold-<modality>`).
+
+    Args:
+        modalities: Names of the channels, in their order.
+        modality: The one to take, in any case.
+
+    Attributes:
+        whole_patient: Whether `anomaly_map` needs all slices of a patient in one call.
+        network_evaluations_per_slice: 0.
+
+    Raises:
+        InputError: The images have no such modality.
+    """
+
+    whole_patient = False
+    network_evaluations_per_slice = 0
+
+    def __init__(self, modalities: Sequence[str], modality: str = "flair"):
+        names = [name.lower() for name in modalities]
+        if modality.lower() not in names:
+            raise InputError(
+                f"thresholding needs the modality {modality}, but the images hold {', '.join(modalities)}"
+            )
+        self.channel = names.index(modality.lower())
+
+    def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the modality's intensity, (N, C, H, W) -> (N, H, W)."""
+        return images[:, self.channel].clone()
+
+
+class EqualizedThresholding(IntensityThresholding):
+    """FLAIR after histogram equalisation of the foreground (method id `threshold`; Meissen et al. 2021).
+
+    The score of a foreground pixel is the share of the patient's foreground that is at most as bright, by a histogram
+    of 256 bins with linear interpolation inside them, in floating point throughout; background is 0. As published, the
+    histogram is that of the scan: give all of a patient's slices in one call (`whole_patient`), since a single slice
+    equalised on its own would always hold the same share of bright pixels, with or without a lesion.
+
+    Args:
+        modalities: Names of the channels, in their order; one of them must be flair.
+
+    Raises:
+        InputError: There is no FLAIR among them.
+    """
+
+    whole_patient = True
+    n_bins = 256
+
+    def __init__(self, modalities: Sequence[str]):
+        super().__init__(modalities, "flair")
+
+    def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the equalised FLAIR of one patient's slices, (N, C, H, W) -> (N, H, W) in [0, 1]."""
+        flair = images[:, self.channel].detach().cpu().numpy()
+        foreground = foreground_mask(images.detach().cpu())
+        equalized = np.zeros(flair.shape, dtype=np.float32)
+        if foreground.any():
+            counts, edges = np.histogram(flair[foreground], bins=self.n_bins)
+            share = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
+            equalized[foreground] = np.interp(flair[foreground], edges, share)
+        return torch.from_numpy(equalized).to(images.device)

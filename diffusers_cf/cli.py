@@ -1,0 +1,43 @@
+"""`diffusers-cf`: one command for each thing that a user does with data and models."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from diffusers_cf import __version__
+from diffusers_cf.arguments import ArgumentParser, run_command
+
+
+# name -> (module that has add_NAME_arguments and run_NAME, what it does)
+COMMANDS = {
+    "prepare": ("diffusers_cf.data.prepare", "scans, arrays, pictures or the phantom to a slice data set"),
+    "segment": ("diffusers_cf.volumes", "patient folders to heatmap, mask and counterfactual as NIfTI"),
+    "evaluate": ("diffusers_cf.commands_evaluate", "a model or method on a data set to RESULT.json"),
+    "sweep": ("diffusers_cf.sweep", "guidance scale, strength and map on validation slices (Fig. 3)"),
+    "demo": ("diffusers_cf.demo", "the shipped model on a phantom patient that it has never seen"),
+}
+
+
+def build_parser(command: str | None) -> ArgumentParser:
+    """The parser with every command's name; only the options of `command` are loaded, with its module."""
+    parser = ArgumentParser(prog="diffusers-cf", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"diffusers_cf {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        options = commands.add_parser(name, help=text, description=f"{name}: {text}")
+        if name == command:
+            getattr(importlib.import_module(module), f"add_{name}_arguments")(options)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0 done, 2 bad usage or input. A fault of ours ends in a traceback and 1."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    args = build_parser(command).parse_args(arguments)
+    run = getattr(importlib.import_module(COMMANDS[args.command][0]), f"run_{args.command}")
+    return run_command(lambda: run(args))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,179 @@
+"""`diffusers-cf evaluate`: measures a model folder or a baseline on a split and writes RESULT.json."""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import diffusers_cf
+from diffusers_cf.baselines import BASELINES, make_baseline
+from diffusers_cf.data import SliceDataset
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation import evaluate, write_result
+from diffusers_cf.pipeline_counterfactual_ddim import MAPS, CounterfactualDDIMPipeline
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `diffusers-cf evaluate`."""
+    method = parser.add_mutually_exclusive_group(required=True)
+    method.add_argument("--model", metavar="FOLDER", help="folder or Hub id of a model")
+    method.add_argument("--method", metavar="ID", help=f"a method without a model folder: {', '.join(BASELINES)}")
+    parser.add_argument("--dataset", required=True, help="folder written by diffusers-cf prepare")
+    parser.add_argument(
+        "--split", default="test", choices=("train", "validation", "test"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="RESULT.json", help="counts go to RESULT.counts.npz beside it"
+    )
+    parser.add_argument("--batch_size", type=int, default=16, help="slices at a time, default: %(default)s")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
+    parser.add_argument("--guidance_scale", type=float, help="this and the next four: what the model recommends")
+    parser.add_argument("--strength", type=float)
+    parser.add_argument("--num_inference_steps", type=int)
+    parser.add_argument("--map", choices=MAPS)
+    parser.add_argument(
+        "--threshold", type=float, help="for Dice per patient; without one the split's ideal threshold"
+    )
+    parser.add_argument("--max_patients", type=int, help="only the first patients in alphabetical order")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, default: %(default)s")
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Evaluates as the options say, writes RESULT.json and RESULT.counts.npz, and prints the main figures.
+
+    Raises:
+        InputError: Model, data set, options or output can't be used.
+    """
+    for name in ("batch_size", "max_patients"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    output = _output_file(args.output)
+    _check_device(args.device)
+    dataset = SliceDataset(args.dataset, args.split)
+    if not dataset.has_masks:
+        raise InputError(f"{args.dataset} has no lesion masks: it trains a model, but can't be evaluated")
+    if not len(dataset):
+        raise InputError(f"{args.dataset} has no slices in its split {args.split}")
+    method = _load_model(args, dataset) if args.model else _load_baseline(args, dataset)
+    settings = method.pop("settings")
+    result = evaluate(
+        dataset=dataset,
+        threshold=settings["threshold"],
+        indices=_rows_of_first_patients(dataset.patients, args.max_patients),
+        counts_path=output.with_suffix(".counts.npz"),
+        seed=args.seed,
+        **method,
+    )
+    facts = {
+        "model" if args.model else "method": args.model or args.method,
+        "settings": settings,
+        "dataset": {"folder": args.dataset, "split": args.split, **dataset.preprocessing},
+        "max_patients": args.max_patients,
+        "seed": args.seed,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": package_commit(),
+        "device": args.device,
+    }
+    write_result({**result, **facts}, output)
+    print(_summary(result, output))
+    return 0
+
+
+def _output_file(path: str) -> Path:
+    """Returns the output's path, its folder made now: not to fail after hours."""
+    output = Path(path)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output.parent}: the folder can't be made ({error.strerror})") from None
+    if output.is_dir() or output.suffix != ".json":
+        raise InputError(f"{output}: the output must be a file RESULT.json")
+    return output
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA says so by an AssertionError
+        raise InputError(f"--device {device} can't be used ({str(error).splitlines()[0]})") from None
+
+
+def _load_model(args: argparse.Namespace, dataset: SliceDataset) -> dict:
+    """Returns a model's keyword arguments for `evaluate`, and `settings`."""
+    pipe = CounterfactualDDIMPipeline.from_pretrained(args.model)
+    modalities = pipe.preprocessing.get("modalities", dataset.preprocessing["modalities"])
+    if list(modalities) != list(dataset.preprocessing["modalities"]):
+        given = ", ".join(dataset.preprocessing["modalities"])
+        raise InputError(f"{args.model} takes {', '.join(modalities)}, but {args.dataset} holds {given}")
+    if pipe.unet.config.in_channels != dataset.preprocessing["channels"]:
+        channels = pipe.unet.config.in_channels
+        raise InputError(f"{args.model} takes {channels} channels, not the {dataset.preprocessing['channels']} given")
+    names = ("guidance_scale", "strength", "num_inference_steps", "map", "threshold")
+    try:
+        settings = pipe.resolve_settings(**{name: getattr(args, name) for name in names})
+        pipe.scheduler.set_timesteps(settings["num_inference_steps"])
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    pipe.to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    call = {name: value for name, value in settings.items() if name != "threshold"}
+    return {
+        "anomaly_map": lambda images: pipe(images, **call).heatmaps,
+        "batch_size": args.batch_size,
+        "network_evaluations_per_slice": pipe.network_evaluations(**call),
+        "settings": settings,
+    }
+
+
+def _load_baseline(args: argparse.Namespace, dataset: SliceDataset) -> dict:
+    """Returns a baseline's keyword arguments for `evaluate`, and `settings`."""
+    for name in ("guidance_scale", "strength", "num_inference_steps", "map"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} is a setting of models, not of --method {args.method}")
+    method = make_baseline(args.method, dataset.preprocessing["modalities"])
+
+    def anomaly_map(images: torch.Tensor) -> torch.Tensor:
+        return method.anomaly_map(images.to(args.device))
+
+    return {
+        "anomaly_map": anomaly_map,
+        "batch_size": None if method.whole_patient else args.batch_size,
+        "network_evaluations_per_slice": method.network_evaluations_per_slice,
+        "settings": {"threshold": args.threshold},
+    }
+
+
+def _rows_of_first_patients(patients: np.ndarray, max_patients: int | None) -> np.ndarray:
+    return np.flatnonzero(np.isin(patients, np.unique(patients)[:max_patients]))
+
+
+def package_commit() -> str:
+    """Returns `git describe` of the checkout that the package runs from, else the package's version."""
+    root = Path(diffusers_cf.__file__).resolve().parent.parent
+    version = f"diffusers_cf {diffusers_cf.__version__}"
+    if not (root / ".git").exists():
+        return version
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return version
+
+
+def _summary(result: dict, output: Path) -> str:
+    """Returns the main figures as a small table."""
+    rows = [f"{'':16}AUPRC  ideal Dice  foreground AUPRC  foreground ideal Dice  slice AUROC  Dice per patient"]
+    for name, part in (("map", result), ("post-processed", result["postprocessed"])):
+        keys = ("auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "slice_auroc")
+        values = [part[key] for key in keys] + [part["per_patient_dice"]["mean"]]
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        widths = (5, 12, 18, 23, 13, 18)
+        rows.append(f"{name:16}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+    rows.append(f"{result['n_slices']} slices of {result['n_patients']} patients -> {output}")
+    return "\n".join(rows)

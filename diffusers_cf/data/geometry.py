@@ -1,0 +1,193 @@
+"""From a scan's voxels to network slices and back: orientation, intensity, in-plane resampling.
+
+Volumes here are RAS-canonical (x to the patient's right, y to anterior, z to superior). A slice is shown with
+anterior up and the patient's left at the image's left: `volume[:, ::-1, z].T`. The in-plane field is a square of
+`field_mm`, centred on the centre of the scan's frame.
+"""
+
+import numpy as np
+
+from diffusers_cf.data.slices import PatientSlices
+from diffusers_cf.errors import InputError
+
+
+FIELD_MM = 240.0
+PERCENTILE = 99.0
+
+
+def check_geometry(size: int, field_mm: float, percentile: float = PERCENTILE) -> None:
+    """Raises ValueError if size, field (mm) or percentile make no sense."""
+    if size < 1:
+        raise ValueError(f"size must be at least 1, not {size}")
+    if not 0 < field_mm < float("inf"):
+        raise ValueError(f"field_mm must be above 0, not {field_mm}")
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile must be in (0, 100], not {percentile}")
+
+
+def area_weights(n_in: int, spacing_mm: float, size: int, field_mm: float) -> np.ndarray:
+    """Weights (size, n_in) that bring one axis of a scan to `size` pixels over the field.
+
+    Shrinking averages over each pixel's area, growing interpolates linearly; what lies outside the frame counts as
+    0. Works for any ratio, also where the field is no whole number of voxels.
+    """
+    pixel_mm = field_mm / size
+    voxels = (np.arange(n_in) - (n_in - 1) / 2) * spacing_mm
+    pixels = (np.arange(size) - (size - 1) / 2) * pixel_mm
+    distance = np.abs(pixels[:, None] - voxels[None, :])
+    if pixel_mm < spacing_mm:
+        return np.clip(1 - distance / spacing_mm, 0, None).astype(np.float32)
+    overlap = np.clip((pixel_mm + spacing_mm) / 2 - distance, 0, spacing_mm)
+    # Rounding must not let a voxel that only touches a pixel leak into it: the background stays exactly 0.
+    overlap[overlap < 1e-6 * spacing_mm] = 0
+    return (overlap / pixel_mm).astype(np.float32)
+
+
+def linear_weights(n_out: int, spacing_mm: float, size: int, field_mm: float) -> np.ndarray:
+    """Weights (n_out, size) that bring one axis of a map back to the scan's voxels, linearly; 0 outside the field."""
+    pixel_mm = field_mm / size
+    voxels = (np.arange(n_out) - (n_out - 1) / 2) * spacing_mm
+    position = voxels / pixel_mm + (size - 1) / 2
+    nearest = np.clip(position, 0, size - 1)
+    weights = np.clip(1 - np.abs(nearest[:, None] - np.arange(size)[None, :]), 0, None)
+    inside = np.abs(voxels) < field_mm / 2 + 1e-6
+    return (weights * inside[:, None]).astype(np.float32)
+
+
+def display(volume: np.ndarray) -> np.ndarray:
+    """RAS (..., X, Y, Z) to slices (Z, ..., Y, X) in display orientation: row 0 anterior, column 0 patient's left."""
+    return np.moveaxis(np.swapaxes(volume[..., ::-1, :], -3, -2), -1, 0)
+
+
+def undisplay(slices: np.ndarray) -> np.ndarray:
+    """The inverse of `display`: slices (Z, ..., Y, X) to RAS (..., X, Y, Z)."""
+    return np.swapaxes(np.moveaxis(slices, 0, -1), -3, -2)[..., ::-1, :]
+
+
+def foreground_percentile(volume: np.ndarray, percentile: float = PERCENTILE) -> float:
+    """The percentile of the voxels above 0: the intensity that becomes 1 (Sec. 4 of the paper: 99).
+
+    Raises:
+        InputError: No voxel is above 0.
+    """
+    foreground = volume[volume > 0]
+    if not foreground.size:
+        raise InputError("the scan is empty: no voxel above 0")
+    return float(np.percentile(foreground, percentile))
+
+
+def content_range(volume: np.ndarray) -> tuple[int, int]:
+    """First and one past the last axial index with a voxel above 0 in any channel of a RAS volume (C, X, Y, Z).
+
+    Raises:
+        InputError: There is none.
+    """
+    filled = np.flatnonzero((volume > 0).any(axis=(0, 1, 2)))
+    if not filled.size:
+        raise InputError("the scan is empty: no voxel above 0")
+    return int(filled[0]), int(filled[-1]) + 1
+
+
+def resample_slices(slices: np.ndarray, spacing_mm, size: int, field_mm: float = FIELD_MM) -> np.ndarray:
+    """Slices (..., Y, X) in display orientation to float32 (..., size, size) over the field.
+
+    Args:
+        slices: Values; 0 outside the frame is assumed.
+        spacing_mm: (x, y, ...) voxel size in mm.
+        size: Pixels along each side.
+        field_mm: Side of the square field in mm.
+    """
+    rows = area_weights(slices.shape[-2], float(spacing_mm[1]), size, field_mm)
+    columns = area_weights(slices.shape[-1], float(spacing_mm[0]), size, field_mm)
+    return rows @ np.asarray(slices, dtype=np.float32) @ columns.T
+
+
+def slices_from_volume(
+    patient: str,
+    volume: np.ndarray,
+    mask: np.ndarray | None,
+    spacing_mm,
+    size: int,
+    field_mm: float = FIELD_MM,
+    percentile: float = PERCENTILE,
+) -> PatientSlices:
+    """Cuts a patient's scans into normalised axial slices (the protocol of Sec. 4 of the paper).
+
+    Each channel is divided by the percentile of its foreground (voxels > 0); voxels below 0 become background. Kept
+    are the slices from the first to the last one with content. A slice is unhealthy (1) if the mask has any voxel
+    there at the scan's own resolution, also when the lesion is too small to survive the resampling of the mask.
+
+    Args:
+        patient: Id of the patient.
+        volume: float32 (C, X, Y, Z), RAS-canonical, scanner units, no NaN.
+        mask: (X, Y, Z), above 0 = lesion, or None: then every label is 0 and there are no masks.
+        spacing_mm: (3,) voxel size along x, y, z in mm.
+        size: Pixels along each side of a slice.
+        field_mm: Side of the square in-plane field in mm, centred on the frame.
+        percentile: Percentile of the foreground that becomes 1.
+
+    Raises:
+        InputError: A channel has no voxel above 0.
+    """
+    first, last = content_range(volume)
+    scales = []
+    for index, channel in enumerate(volume):
+        if not (channel > 0).any():
+            raise InputError(f"{patient}: channel {index} is empty: no voxel above 0")
+        scales.append(foreground_percentile(channel, percentile))
+    images = np.empty((last - first, len(volume), size, size), dtype=np.float32)
+    for index, channel in enumerate(volume):
+        shown = np.clip(display(channel[..., first:last]), 0, None) / np.float32(scales[index])
+        images[:, index] = resample_slices(shown, spacing_mm, size, field_mm)
+    labels, masks = np.zeros(last - first, dtype=np.int64), None
+    if mask is not None:
+        lesion = display(mask[..., first:last] > 0)
+        labels = lesion.any(axis=(1, 2)).astype(np.int64)
+        # A voxel belongs to the lesion if at least half its area does; the margin absorbs float32 rounding.
+        masks = (resample_slices(lesion, spacing_mm, size, field_mm) >= 0.5 - 1e-5).astype(np.uint8)
+    return PatientSlices(patient, images, labels, np.arange(first, last, dtype=np.int64), masks)
+
+
+def volume_from_slices(
+    maps: np.ndarray, slices: np.ndarray, shape: tuple[int, int, int], spacing_mm, field_mm: float = FIELD_MM
+) -> np.ndarray:
+    """Puts maps back into the grid of the scan: the inverse of the resampling in `slices_from_volume`.
+
+    Args:
+        maps: (S, H, W) square, in display orientation over the field.
+        slices: (S,) axial index of each map, as in `PatientSlices.slices`.
+        shape: (X, Y, Z) of the RAS-canonical scan.
+        spacing_mm: (3,) voxel size in mm.
+        field_mm: Side of the field the maps cover, in mm.
+
+    Returns:
+        float32 (X, Y, Z), bilinear in-plane; 0 outside the field and in slices without a map.
+    """
+    x, y, z = shape
+    rows = linear_weights(y, float(spacing_mm[1]), maps.shape[-2], field_mm)
+    columns = linear_weights(x, float(spacing_mm[0]), maps.shape[-1], field_mm)
+    stack = np.zeros((z, y, x), dtype=np.float32)
+    stack[np.asarray(slices)] = rows @ np.asarray(maps, dtype=np.float32) @ columns.T
+    return np.ascontiguousarray(undisplay(stack))
+
+
+def canonical_orientation(affine: np.ndarray) -> np.ndarray:
+    """Orientation (3, 2), as in nibabel.orientations, that takes a scan's axes to RAS."""
+    import nibabel
+
+    return nibabel.io_orientation(affine)
+
+
+def to_ras(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Flips and permutes (X, Y, Z[, T]) from the scan's own axes to RAS; no interpolation."""
+    import nibabel
+
+    return nibabel.apply_orientation(volume, canonical_orientation(affine))
+
+
+def from_ras(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """The inverse of `to_ras`: RAS (X, Y, Z[, T]) to the axes of the scan whose own affine is given."""
+    import nibabel
+
+    ras = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
+    return nibabel.apply_orientation(volume, nibabel.orientations.ornt_transform(ras, canonical_orientation(affine)))

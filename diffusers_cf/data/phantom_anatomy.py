@@ -1,0 +1,167 @@
+"""Anatomy of the phantom: the ICBM 2009a tissue maps, bent and scaled into one patient's brain.
+
+Everything is computed in float64 and by plain arithmetic on one grid, so that two machines agree to the last rounded
+scanner unit. Positions are millimetres in RAS+ directions: "frame" positions are the patient's, "MNI" positions the
+template's.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from diffusers_cf.errors import InputError
+
+
+SHAPE = (128, 128, 48)
+SPACING_MM = np.array([1.875, 1.875, 3.0])
+# The template's brain is centred here; the frame's centre is put on it.
+BRAIN_CENTRE_MNI = np.array([0.0, -20.0, 5.0])
+
+
+@dataclass(frozen=True)
+class Template:
+    """Maps in MNI space: tissue on a 1 mm grid, distances on every second voxel of it."""
+
+    grey: np.ndarray  # probability, 0 to 1
+    white: np.ndarray  # probability, 0 to 1
+    brain: np.ndarray  # smoothed mask, 0 to 1, the surface lies at 0.5
+    depth: np.ndarray  # mm below the brain's surface, 2 mm grid
+    ventricle: np.ndarray  # mm from the lateral ventricles, 0 inside, 2 mm grid
+    origin: np.ndarray  # MNI position of voxel (0, 0, 0)
+
+    def sample(self, name: str, mni: np.ndarray) -> np.ndarray:
+        """Value of the map `name` at MNI positions (3, N), linear, 0 outside the template."""
+        values = getattr(self, name)
+        step = 2.0 if name in ("depth", "ventricle") else 1.0
+        return ndimage.map_coordinates(values, (mni - self.origin[:, None]) / step, output=np.float64, order=1)
+
+
+@functools.lru_cache(maxsize=1)
+def load_template() -> Template:
+    """Read the ICBM 2009a maps that ship inside the nilearn wheel (no download); once per process, about 2 s.
+
+    Raises:
+        InputError: If nilearn is not installed.
+    """
+    try:
+        from nilearn import datasets
+    except ImportError as error:
+        raise InputError("the phantom needs nilearn: pip install 'diffusers_cf[phantom]'") from error
+
+    image = datasets.load_mni152_gm_template(resolution=1)
+    grey = np.asarray(image.dataobj, dtype=np.float32)
+    white = np.asarray(datasets.load_mni152_wm_template(resolution=1).dataobj, dtype=np.float32)
+    mask = np.asarray(datasets.load_mni152_brain_mask(resolution=1).dataobj) > 0
+    origin = image.affine[:3, 3]
+    coarse = mask[::2, ::2, ::2]
+    depth = ndimage.distance_transform_edt(coarse, sampling=2.0)
+    x, y, z = (
+        axis * 2.0 + start for axis, start in zip(np.ogrid[tuple(map(slice, coarse.shape))], origin, strict=True)
+    )
+    # A box around the lateral ventricles; the cisterns behind the midbrain are fluid too, but have no caps.
+    box = (np.abs(x) <= 36) & (y >= -58) & (y <= 34) & (z >= -4) & (z <= 30) & ~((np.abs(x) < 14) & (y < -28))
+    fluid = coarse & (grey[::2, ::2, ::2] + white[::2, ::2, ::2] < 0.5)
+    ventricle = ndimage.distance_transform_edt(~(fluid & box & (depth > 16)), sampling=2.0)
+    return Template(
+        grey=grey,
+        white=white,
+        brain=ndimage.gaussian_filter(mask.astype(np.float32), 1.0),
+        depth=depth.astype(np.float32),
+        ventricle=ventricle.astype(np.float32),
+        origin=origin,
+    )
+
+
+def _spline_weights(length: int, step: float) -> np.ndarray:
+    """Cubic B-spline weights (length, knots) from knots `step` voxels apart, each row of unit energy."""
+    position = np.arange(length) / step
+    knots = np.arange(int(np.floor(position[-1])) + 4) - 1
+    t = np.abs(position[:, None] - knots[None, :])
+    near, far = 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6
+    weights = np.where(t < 1, near, far)
+    return weights / np.sqrt((weights**2).sum(axis=1, keepdims=True))
+
+
+def smooth_noise(rng: np.random.Generator, scale_mm: float) -> np.ndarray:
+    """Gaussian noise of mean 0 and variance 1 on the frame, (X, Y, Z), smooth over about `scale_mm`."""
+    steps = np.maximum(scale_mm / SPACING_MM, 1.0)
+    wx, wy, wz = (_spline_weights(n, step) for n, step in zip(SHAPE, steps, strict=True))
+    knots = rng.standard_normal((wx.shape[1], wy.shape[1], wz.shape[1]))
+    return np.tensordot(np.tensordot(wx, np.tensordot(knots, wz, (2, 1)), (1, 0)), wy, (1, 1)).transpose(0, 2, 1)
+
+
+@dataclass(frozen=True)
+class MassEffect:
+    """Tissue pushed away from a centre: what lies at radius r came from r (1 - amount (1 - r / reach)^2)."""
+
+    centre: np.ndarray  # (3,) frame position, mm
+    amount: float  # 0 to 0.5
+    reach: float  # mm; nothing moves beyond
+
+    def source(self, frame: np.ndarray) -> np.ndarray:
+        """Where the tissue at frame positions (3, N) came from."""
+        offset = frame - self.centre[:, None]
+        radius = np.sqrt((offset**2).sum(axis=0))
+        return frame - offset * (self.amount * np.clip(1 - radius / self.reach, 0, None) ** 2)
+
+
+class Head:
+    """One patient's brain: which voxels of the frame it fills and where each came from in the template.
+
+    Args:
+        rng: The patient's anatomy stream: rotation of a few degrees, scale within 8 %, shift, smooth warp, atrophy.
+    """
+
+    def __init__(self, rng: np.random.Generator):
+        self.template = load_template()
+        angles = np.radians(rng.normal(0, [3.0, 3.0, 4.0]))
+        scale = rng.uniform(0.92, 1.08) * rng.uniform(0.97, 1.03, size=3)
+        self.shift = rng.normal(0, [3.0, 3.0, 2.5])
+        self.fluid_gain = np.exp(rng.normal(0.5, 0.35))
+        self.rotation = _rotation(angles) / np.clip(scale, 0.92, 1.08)[:, None]
+        warp = np.stack([3.0 * smooth_noise(rng, 45.0) + 0.9 * smooth_noise(rng, 18.0) for _ in range(3)])
+        axes = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(SHAPE, SPACING_MM, strict=True)]
+        frame = np.stack(np.meshgrid(*axes, indexing="ij")).reshape(3, -1)
+        inside = self.template.sample("brain", self._to_mni(frame, warp.reshape(3, -1))) > 0.5
+        self.voxels = np.flatnonzero(inside)  # (N,) flat index of each brain voxel
+        self.frame = frame[:, self.voxels]  # (3, N) frame positions, mm
+        self.warp = warp.reshape(3, -1)[:, self.voxels]
+        self.mni = self._to_mni(self.frame, self.warp)  # (3, N) template positions, mm
+        self.depth = self.template.sample("depth", self.mni)
+
+    def _to_mni(self, frame: np.ndarray, warp: np.ndarray) -> np.ndarray:
+        return self.rotation @ (frame - self.shift[:, None]) + warp + BRAIN_CENTRE_MNI[:, None]
+
+    def pushed(self, mass_effect: MassEffect) -> np.ndarray:
+        """Template positions (3, N) of the brain voxels once a tumour has pushed the tissue aside."""
+        return self._to_mni(mass_effect.source(self.frame), self.warp)
+
+    def noise(self, rng: np.random.Generator, scale_mm: float) -> np.ndarray:
+        """smooth_noise at the brain voxels, (N,)."""
+        return smooth_noise(rng, scale_mm).reshape(-1)[self.voxels]
+
+    def tissue(self, mni: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Fractions (fluid, grey, white), each (N,), that sum to 1 at template positions (3, N)."""
+        grey, white = self.template.sample("grey", mni), self.template.sample("white", mni)
+        fluid = np.clip(1 - grey - white, 0, 1) * self.fluid_gain
+        # The maps are averages over people; squaring gives back the sharp borders of a single brain.
+        fluid, grey, white = fluid**2, grey**2, white**2
+        total = fluid + grey + white + 1e-6
+        return (fluid + 1e-6) / total, grey / total, white / total
+
+    def volume(self, values: np.ndarray, dtype: type) -> np.ndarray:
+        """Brain voxels (N,) put back into a volume (X, Y, Z), 0 outside the brain."""
+        full = np.zeros(int(np.prod(SHAPE)), dtype)
+        full[self.voxels] = values
+        return full.reshape(SHAPE)
+
+
+def _rotation(angles: np.ndarray) -> np.ndarray:
+    """Rotation matrix (3, 3) about x, then y, then z by `angles` in radians."""
+    (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
+    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+    return about_z @ about_y @ about_x

@@ -1,0 +1,397 @@
+"""What stands between a model folder and the pipeline: Hub download, allow-list, checksums, preprocessing.json.
+
+A model folder is foreign input, from the Hub or from a colleague. `check_model_folder` refuses what it may not hold
+before anything named in it is imported. diffusers itself accepts no component class of a third party from the Hub;
+`download_model` is the cure: it fetches the right files, after which a folder on the disk is loaded.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, model_info, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,  # base class of the client's network errors, whichever HTTP library it was built on
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from .errors import InputError
+
+
+logger = logging.getLogger(__name__)
+
+MODEL_INDEX = "model_index.json"
+PREPROCESSING = "preprocessing.json"
+
+# Per component the [library, class] pairs that model_index.json may name. (None, None) marks an optional component.
+ALLOWED_COMPONENTS: dict[str, tuple] = {
+    "unet": (("diffusers", "UNet2DConditionModel"),),
+    "class_encoder": (("diffusers_cf.models", "ClassTokenEncoder"), (None, None)),
+    "scheduler": (
+        ("diffusers_cf.schedulers", "DynamicDDIMScheduler"),
+        ("diffusers", "DDIMScheduler"),
+        ("diffusers", "DPMSolverMultistepScheduler"),
+    ),
+    "inverse_scheduler": (
+        ("diffusers_cf.schedulers", "DynamicDDIMInverseScheduler"),
+        ("diffusers", "DDIMInverseScheduler"),
+        ("diffusers", "DPMSolverMultistepInverseScheduler"),
+    ),
+}
+
+# The names that diffusers gives to weights, and the only ones that it loads: plain, of a variant, in shards.
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?P<shard>-\d{5}-of-\d{5})?\.safetensors")
+_SHARD_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
+_CONFIGS = ("config.json", "scheduler_config.json")
+_CHECKSUMS = re.compile(r"checksums(?:\.\w+)?\.json")
+_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+_MAX_JSON_BYTES = 16 * 2**20
+
+
+def download_model(
+    repo_id: str,
+    *,
+    allowed: Mapping[str, Iterable] = ALLOWED_COMPONENTS,
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> str:
+    """Fetches a model from the Hub into the local cache, all files from one commit, and returns its folder.
+
+    Fetched are model_index.json, preprocessing.json, README.md, the checksums and, per component, configuration and
+    safetensors weights: those of `variant` where the component has them, else the plain ones. Never code, never
+    pickles. Without network, or with `HF_HUB_OFFLINE=1`, what the cache holds is used.
+
+    Args:
+        repo_id (`str`): `user/name`.
+        allowed (`Mapping`, *optional*): as in `check_model_folder`: a foreign model is refused before its weights
+            are fetched.
+        variant (`str`, *optional*): for example `fp16`.
+        revision (`str`, *optional*): branch, tag or commit; the default is the main branch.
+        token (`str` or `bool`, *optional*): for private repositories; the default is the token of the log-in.
+        cache_dir (`str` or `os.PathLike`, *optional*): the default is the Hub client's cache.
+        local_files_only (`bool`, *optional*): makes no network call.
+        force_download (`bool`, *optional*): fetches again what the cache holds.
+
+    Raises:
+        InputError: if the repository, the revision or files in it are missing, or the download fails.
+    """
+    options = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
+    try:
+        names = None if local_files_only else _repository_files(repo_id, revision, token, force_download)
+        index_file = Path(
+            hf_hub_download(repo_id, MODEL_INDEX, revision=revision, local_files_only=names is None, **options)
+        )
+        folder = index_file.parent  # its name is the commit
+        components = _read_components(index_file, allowed)
+        if names is None:
+            cached = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+            _model_files(f"{repo_id} in the local cache", cached, components, variant)
+            return str(folder)
+        files = _model_files(repo_id, names, components, variant)
+        return snapshot_download(repo_id, revision=folder.name, allow_patterns=files, **options)
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        raise InputError(f"{repo_id}: {_missing_on_hub(error, revision)}") from error
+    except (HTTPError, OSError) as error:
+        raise InputError(f"{repo_id}: the download failed: {_one_line(error)}") from error
+
+
+def _repository_files(repo_id: str, revision: str | None, token, force_download: bool) -> list[str] | None:
+    """Names of a repository's files; None where the Hub doesn't answer, so that only the cache is left.
+
+    Asked first because this is one call: the client's other calls try for half a minute before they give up.
+    """
+    try:
+        return [file.rfilename for file in model_info(repo_id, revision=revision, token=token).siblings]
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except (HTTPError, OSError) as error:
+        if force_download:
+            raise
+        logger.warning("%s: the Hub can't be asked (%s), using the local cache", repo_id, _one_line(error))
+        return None
+
+
+def _missing_on_hub(error: Exception, revision: str | None) -> str:
+    if isinstance(error, HFValidationError):
+        return "neither a folder nor a repository id like user/name"
+    if isinstance(error, RepositoryNotFoundError):
+        return "neither a folder nor a repository on the Hub that this token may read (run `hf auth login`?)"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the repository has no revision {revision!r}"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "not a folder, not in the local cache, and the Hub can't be reached or was not to be asked"
+    return f"the repository has no {MODEL_INDEX}, so it holds no pipeline"
+
+
+def _model_files(where, names: Iterable[str], components: Mapping[str, tuple], variant: str | None) -> list[str]:
+    """Those of a repository's files that loading needs."""
+    in_component = {component: [] for component in components}
+    files = []
+    for name in names:
+        component, _, base = name.rpartition("/")
+        if component in in_component:
+            in_component[component].append(base)
+            files += [name] if base in _CONFIGS else []
+        elif not component and (base in (MODEL_INDEX, PREPROCESSING, "README.md") or _CHECKSUMS.fullmatch(base)):
+            files.append(name)
+    for component, weights in _wanted_weights(where, in_component, components, variant).items():
+        files += [f"{component}/{base}" for base in weights]
+    return files
+
+
+def _wanted_weights(
+    where, names: Mapping[str, list[str]], components: Mapping[str, tuple], variant: str | None
+) -> dict[str, list[str]]:
+    """Per component with weights the file names (shard index included) that diffusers loads for a variant."""
+    wanted, variants = {}, set()
+    for component, (_, class_name) in components.items():
+        if class_name.endswith("Scheduler"):
+            continue
+        found = {}
+        for name in sorted(names[component]):
+            match = _WEIGHTS.fullmatch(name) or _SHARD_INDEX.fullmatch(name)
+            if match:
+                found.setdefault(match["variant"], []).append(name)
+        wanted[component] = found.get(variant) or found.get(None) or []
+        variants |= set(found)
+        if not wanted[component]:
+            raise InputError(f"{where}: {component} {_why_no_weights(names[component], found)}")
+        if all(_is_shard(name) for name in wanted[component]):
+            raise InputError(f"{where}: {component} has shards of weights without the index that lists them")
+    if variant is not None and variant not in variants:
+        raise InputError(f"{where}: there are no weights of the variant {variant!r}")
+    return wanted
+
+
+def _is_shard(name: str) -> bool:
+    match = _WEIGHTS.fullmatch(name)
+    return bool(match and match["shard"])
+
+
+def _why_no_weights(names: Iterable[str], found: Mapping[str, list[str]]) -> str:
+    if found:
+        return f"has weights of the variant {' and '.join(map(repr, sorted(found)))} only: name it by variant="
+    pickles = [name for name in sorted(names) if name.endswith(_PICKLES)]
+    if pickles:
+        return f"has its weights as a pickle only ({pickles[0]}), which may run code: refused, ask for safetensors"
+    return "has no weights (diffusion_pytorch_model.safetensors)"
+
+
+def check_model_folder(
+    folder: str | os.PathLike, allowed: Mapping[str, Iterable] = ALLOWED_COMPONENTS, variant: str | None = None
+) -> dict[str, tuple[str, str]]:
+    """Refuses a model folder that is not ours, not whole or not safe, before anything that it names is imported.
+
+    Checked are the components and their classes against `allowed`, that every path stays in the folder, that the
+    weights of `variant` are whole safetensors files, and the SHA-256 of each where the folder has a list of them
+    (`write_checksums`): a flipped byte in weights goes unnoticed otherwise.
+
+    Args:
+        folder (`str` or `os.PathLike`): a folder with model_index.json.
+        allowed (`Mapping`, *optional*): component name to the (library, class) pairs it may have, (None, None) for an
+            optional one.
+        variant (`str`, *optional*): the weights that will be loaded, as in `from_pretrained`.
+
+    Returns:
+        `dict[str, tuple[str, str]]`: library and class of every component that is present.
+
+    Raises:
+        InputError: in one line that names the file and the reason.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    components = _read_components(_inside(folder, folder / MODEL_INDEX), allowed)
+    names = {}
+    for component, (_, class_name) in components.items():
+        sub_folder = folder / component
+        if not sub_folder.is_dir():
+            raise InputError(f"{sub_folder}: the folder of this component is missing")
+        _read_object(_inside(folder, sub_folder / _CONFIGS[class_name.endswith("Scheduler")]))
+        names[component] = [path.name for path in sub_folder.iterdir()]
+    for component, weights in _wanted_weights(folder, names, components, variant).items():
+        for name in weights:
+            path = _inside(folder, folder / component / name)
+            if _SHARD_INDEX.fullmatch(name):
+                _check_shard_index(path)
+            else:
+                _check_weights(folder, path)
+    read_preprocessing(folder)
+    return components
+
+
+def _read_components(index_file: Path, allowed: Mapping[str, Iterable]) -> dict[str, tuple[str, str]]:
+    """The components of model_index.json, each known by name and class."""
+    named = {name: value for name, value in _read_object(index_file).items() if not name.startswith("_")}
+    for name, value in (dict.fromkeys(allowed, [None, None]) | named).items():
+        if name not in allowed:
+            raise InputError(f"{index_file}: foreign component {name!r}, refused: known are {', '.join(allowed)}")
+        if not isinstance(value, list) or tuple(value) not in tuple(allowed[name]):
+            raise InputError(f"{index_file}: {_why_refused(name, value, allowed[name])}")
+    return {name: tuple(value) for name, value in named.items() if value != [None, None]}
+
+
+def _why_refused(name: str, value: object, pairs: Iterable) -> str:
+    known = " or ".join(".".join(pair) for pair in pairs if None not in pair)
+    if value == [None, None]:
+        return f"component {name!r} is missing, it must be {known}"
+    return f"component {name!r} is {json.dumps(value)[:100]}, refused: it must be {known}"
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """The path, if it is a file that lies in the folder, however many links lead there."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file in this model folder")
+    home = folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":  # the Hub's cache keeps the content of a snapshot's files next to it
+        homes.append(home.parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(place) for place in homes):
+        raise InputError(f"{path}: leads out of the model folder, refused")
+    return path
+
+
+def _check_shard_index(path: Path) -> None:
+    weight_map = _read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: no weight_map, so not an index of sharded weights")
+    for name in set(map(str, weight_map.values())):
+        if not _WEIGHTS.fullmatch(name):
+            raise InputError(f"{path}: names {name!r}, which is not the name of a file of weights, refused")
+        if not (path.parent / name).is_file():
+            raise InputError(f"{path}: names {name!r}, which is missing")
+
+
+def _check_weights(folder: Path, path: Path) -> None:
+    """Whole (safetensors states its own length) and unchanged, where the folder has checksums."""
+    with path.open("rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            raise InputError(f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` in the clone")
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged or truncated weights ({_one_line(error)})") from error
+    sums_file = folder / _checksums_name(path.name)
+    if not sums_file.exists():
+        return
+    expected = _read_object(_inside(folder, sums_file)).get(f"{path.parent.name}/{path.name}")
+    if expected is None:
+        raise InputError(f"{path}: not listed in {sums_file.name}: left over from an earlier save?")
+    if expected != _sha256(path):
+        raise InputError(f"{path}: damaged, its SHA-256 is not the one in {sums_file.name}")
+
+
+def read_preprocessing(folder: str | os.PathLike) -> dict:
+    """The facts and recommended settings in a folder's preprocessing.json, {} where there is none.
+
+    Raises:
+        InputError: if the file is no JSON object, or its `settings` are not.
+    """
+    path = Path(folder) / PREPROCESSING
+    if not path.exists():
+        return {}
+    facts = _read_object(_inside(Path(folder), path))
+    if not isinstance(facts.get("settings", {}), dict):
+        raise InputError(f"{path}: `settings` is not a JSON object")
+    return facts
+
+
+def write_preprocessing(folder: str | os.PathLike, facts: Mapping) -> Path:
+    """Writes preprocessing.json in one step, so that no reader ever sees half of it, and returns its path.
+
+    Raises:
+        ValueError: if a value is NaN or infinite, which JSON can't hold.
+    """
+    return _write_json(Path(folder) / PREPROCESSING, facts)
+
+
+def write_checksums(folder: str | os.PathLike) -> dict[str, str]:
+    """Lists the SHA-256 of every weight file of a model folder in checksums.json.
+
+    Weights of a variant have a list of their own (checksums.fp16.json), so that pushing a variant to a repository
+    leaves the list of the others standing. To be called after every save.
+
+    Returns:
+        `dict[str, str]`: file name relative to the folder to hexadecimal SHA-256, all variants together.
+    """
+    folder = Path(folder)
+    lists = {}
+    for path in sorted(folder.glob("*/*.safetensors")):
+        if _WEIGHTS.fullmatch(path.name):
+            sums = lists.setdefault(_checksums_name(path.name), {})
+            sums[f"{path.parent.name}/{path.name}"] = _sha256(path)
+    for path in folder.iterdir():
+        if _CHECKSUMS.fullmatch(path.name) and path.name not in lists:
+            path.unlink()
+    for name, sums in lists.items():
+        _write_json(folder / name, sums)
+    return {name: value for sums in lists.values() for name, value in sums.items()}
+
+
+def register_with_diffusers(pipeline_class: type) -> None:
+    """Makes `DiffusionPipeline.from_pretrained(folder)` find our pipeline class.
+
+    diffusers looks the class name of model_index.json up among its own attributes, so ours becomes one of them. Should
+    diffusers ever have a class of that name itself, it is left alone. That way in loads with diffusers' own checks
+    only, without `check_model_folder`, and from folders only.
+    """
+    import diffusers
+
+    present = getattr(diffusers, pipeline_class.__name__, pipeline_class)
+    if present.__module__ == pipeline_class.__module__:
+        setattr(diffusers, pipeline_class.__name__, pipeline_class)
+
+
+def _checksums_name(weights_name: str) -> str:
+    variant = _WEIGHTS.fullmatch(weights_name)["variant"]
+    return f"checksums.{variant}.json" if variant else "checksums.json"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_object(path: Path) -> dict:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise InputError(f"{path}: larger than {_MAX_JSON_BYTES // 2**20} MiB, refused")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({_one_line(error)})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+def _write_json(path: Path, value: Mapping) -> Path:
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

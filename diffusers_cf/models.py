@@ -1,0 +1,202 @@
+"""The class-token encoder tau(c) (Sec. 3.3) and the noise predictors: stock U-Nets given by configuration literals."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch import nn
+
+
+CONDITIONINGS = ("attention", "adagn", "unconditional")
+
+# What a U-Net's size decides. `attention_levels` counts from the finest level; `class_encoder` are arguments of
+# ClassTokenEncoder. `small` keeps its finest level thin: at 64 x 64 that level costs most of the time on a CPU.
+UNET_SIZES = {
+    "small": {
+        "block_out_channels": (16, 48, 80, 112),
+        "layers_per_block": 1,
+        "attention_levels": (2, 3),
+        "attention_head_dim": 16,
+        "norm_num_groups": 8,
+        "dropout": 0.0,
+        "time_embedding_dim": 192,
+        "class_encoder": {"num_tokens": 4, "token_dim": 64},
+    },
+    "paper": {
+        "block_out_channels": (64, 128, 192, 256),
+        "layers_per_block": 2,
+        "attention_levels": (1, 2, 3),
+        "attention_head_dim": 64,
+        "norm_num_groups": 32,
+        "dropout": 0.1,
+        "time_embedding_dim": 256,
+        "class_encoder": {"num_tokens": None, "token_dim": 256},
+    },
+}
+
+_DOWN_BLOCKS = {"attention": "SimpleCrossAttnDownBlock2D", "adagn": "AttnDownBlock2D"}
+_UP_BLOCKS = {"attention": "SimpleCrossAttnUpBlock2D", "adagn": "AttnUpBlock2D"}
+
+
+def unet_config(
+    size: str = "small", conditioning: str = "attention", image_size: int = 64, num_channels: int = 4
+) -> dict[str, object]:
+    """The arguments of `UNet2DConditionModel` for a preset.
+
+    `attention` concatenates the class tokens to keys and values of every attention layer (diffusers' added-KV blocks)
+    and adds the class vector to the time embedding (AdaGN); `adagn` has the class vector and plain self-attention (the
+    baseline of Sec. 3.3); `unconditional` has neither. `paper` is the authors' network except for its attention heads:
+    they are 64 channels wide, since the authors' single head of full width can't be written in a stock configuration.
+
+    Args:
+        size (`str`): a key of `UNET_SIZES`.
+        conditioning (`str`): one of `CONDITIONINGS`.
+        image_size (`int`): side of the square image in pixels, a multiple of 8.
+        num_channels (`int`): channels in and out.
+
+    Raises:
+        ValueError: for an unknown name or a side that the three halvings don't divide.
+    """
+    if size not in UNET_SIZES:
+        raise ValueError(f"size is {size!r}: it must be one of {', '.join(UNET_SIZES)}")
+    if conditioning not in CONDITIONINGS:
+        raise ValueError(f"conditioning is {conditioning!r}: it must be one of {', '.join(CONDITIONINGS)}")
+    if image_size < 8 or image_size % 8:
+        raise ValueError(f"image_size is {image_size}: it must be a multiple of 8")
+    preset = dict(UNET_SIZES[size])
+    attention_levels, class_encoder = preset.pop("attention_levels"), preset.pop("class_encoder")
+    kind = "attention" if conditioning == "attention" else "adagn"
+    levels = range(len(preset["block_out_channels"]))
+    down = tuple(_DOWN_BLOCKS[kind] if i in attention_levels else "ResnetDownsampleBlock2D" for i in levels)
+    up = tuple(_UP_BLOCKS[kind] if i in attention_levels else "ResnetUpsampleBlock2D" for i in reversed(levels))
+    return preset | {
+        "sample_size": image_size,
+        "in_channels": num_channels,
+        "out_channels": num_channels,
+        "down_block_types": down,
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn" if kind == "attention" else "UNetMidBlock2D",
+        "up_block_types": up,
+        "resnet_time_scale_shift": "scale_shift",
+        "cross_attention_dim": class_encoder["token_dim"],
+        "class_embed_type": None if conditioning == "unconditional" else "identity",
+    }
+
+
+def counterfactual_unet(
+    size: str = "small", conditioning: str = "attention", image_size: int = 64, num_channels: int = 4
+) -> UNet2DConditionModel:
+    """A freshly initialised noise predictor; arguments and errors as in [`unet_config`].
+
+    Each residual block's last convolution, each attention output and the last convolution begin at zero, as in the
+    authors' code: every block starts as the identity.
+    """
+    unet = UNet2DConditionModel(**unet_config(size, conditioning, image_size, num_channels))
+    for name, parameter in unet.named_parameters():
+        if ".conv2." in name or ".to_out.0." in name or name.startswith("conv_out."):
+            nn.init.zeros_(parameter)
+    return unet
+
+
+class ClassTokenEncoder(ModelMixin, ConfigMixin):
+    """tau(c) of Sec. 3.3: a class becomes tokens for the attention layers and a vector for the time embedding.
+
+    The null symbol of implicit guidance (Sec. 3.2) is the class after the last one: a row of its own, not the absence
+    of tokens.
+
+    Args:
+        class_names (`Sequence[str]`): names of the classes; the first one is the default target of a counterfactual.
+        num_tokens (`int`, *optional*): number of learned tokens a class. None is the authors' way: with e the class
+            vector, the outer product e e^T read as `token_dim` tokens (rank 1; the null row of the table is a frozen
+            zero, so that its vector comes from the biases of the MLP).
+        token_dim (`int`): width of a token, the U-Net's `cross_attention_dim`.
+        vector_dim (`int`): width of the vector, the U-Net's time embedding; equal to `token_dim` for the outer product.
+        embedding_dim (`int`): width of the table of classes.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        class_names: Sequence[str] = ("healthy", "unhealthy"),
+        num_tokens: int | None = 4,
+        token_dim: int = 64,
+        vector_dim: int = 192,
+        embedding_dim: int = 64,
+    ):
+        super().__init__()
+        if len(class_names) < 2 or len(set(class_names)) < len(class_names):
+            raise ValueError(f"class_names is {list(class_names)}: it must hold two or more different names")
+        if num_tokens is None and token_dim != vector_dim:
+            raise ValueError(f"token_dim {token_dim} must equal vector_dim {vector_dim} for the outer product")
+        rows, padding = len(class_names) + 1, len(class_names) if num_tokens is None else None
+        self.embedding = nn.Embedding(rows, embedding_dim, padding_idx=padding)
+        self.to_vector = nn.Sequential(
+            nn.Linear(embedding_dim, vector_dim), nn.SiLU(), nn.Linear(vector_dim, vector_dim)
+        )
+        self.tokens = nn.Embedding(rows, num_tokens * token_dim) if num_tokens else None
+
+    @property
+    def null_id(self) -> int:
+        """Row of the null symbol."""
+        return len(self.config.class_names)
+
+    def class_id(self, name: str | None) -> int:
+        """Row of a class given by name; None is the null symbol.
+
+        Raises:
+            ValueError: for a name that the encoder doesn't know.
+        """
+        if name is None:
+            return self.null_id
+        if name not in self.config.class_names:
+            raise ValueError(f"class {name!r} is unknown: this model knows {', '.join(self.config.class_names)}")
+        return list(self.config.class_names).index(name)
+
+    def forward(self, class_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `(N, num_tokens, token_dim)` and vector `(N, vector_dim)` of class rows `(N,)`."""
+        vector = self.to_vector(self.embedding(class_ids))
+        if self.tokens is None:
+            return vector[:, :, None] * vector[:, None, :], vector
+        return self.tokens(class_ids).unflatten(1, (self.config.num_tokens, self.config.token_dim)), vector
+
+
+def class_token_encoder(size: str = "small", class_names: Sequence[str] = ("healthy", "unhealthy")):
+    """A freshly initialised [`ClassTokenEncoder`] that fits [`counterfactual_unet`] of the same `size`."""
+    preset = UNET_SIZES[size]
+    return ClassTokenEncoder(
+        class_names=tuple(class_names), vector_dim=preset["time_embedding_dim"], **preset["class_encoder"]
+    )
+
+
+def predict_noise(
+    unet: UNet2DConditionModel, sample: torch.Tensor, timestep: torch.Tensor, condition: tuple | None
+) -> torch.Tensor:
+    """epsilon_theta(x_t, c, t): the U-Net's output for a condition made by [`ClassTokenEncoder`].
+
+    Args:
+        unet (`UNet2DConditionModel`): any of the three conditionings.
+        sample (`torch.Tensor`): x_t, `(N, C, H, W)`.
+        timestep (`torch.Tensor`): t, scalar or `(N,)`.
+        condition (`tuple`, *optional*): tokens and vector; None for an unconditional U-Net.
+    """
+    tokens, vector = condition if condition is not None else (None, None)
+    return unet(sample, timestep, encoder_hidden_states=tokens, class_labels=vector).sample
+
+
+class ConditionalNoisePredictor(nn.Module):
+    """U-Net and class encoder as one module, so that training prepares, averages and stores them together.
+
+    Args:
+        unet (`UNet2DConditionModel`): the noise predictor.
+        class_encoder (`ClassTokenEncoder`, *optional*): None for an unconditional U-Net.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, class_encoder: ClassTokenEncoder | None = None):
+        super().__init__()
+        self.unet = unet
+        self.class_encoder = class_encoder
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_ids: torch.Tensor) -> torch.Tensor:
+        """epsilon_theta `(N, C, H, W)` of x_t `(N, C, H, W)`, t `(N,)` and class rows `(N,)`."""
+        condition = self.class_encoder(class_ids) if self.class_encoder is not None else None
+        return predict_noise(self.unet, sample, timestep, condition)

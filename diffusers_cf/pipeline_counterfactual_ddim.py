@@ -1,0 +1,398 @@
+"""CounterfactualDDIMPipeline: Algorithm 1 of "What is Healthy?" (Sanchez et al. 2022), from image to heatmap."""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers.utils import BaseOutput
+from torch.nn import functional
+
+from diffusers_cf import loading
+from diffusers_cf.models import ClassTokenEncoder, predict_noise
+
+
+# Sec. 4 and the authors' code; a model folder that recommends others has them in preprocessing.json.
+PAPER_SETTINGS = {
+    "guidance_scale": 3.0,
+    "strength": 0.75,
+    "num_inference_steps": 100,
+    "map": "counterfactual",
+    "threshold": None,
+}
+MAPS = ("counterfactual", "reconstruction")
+
+
+@dataclass
+class CounterfactualOutput(BaseOutput):
+    """Output of [`CounterfactualDDIMPipeline`].
+
+    Args:
+        heatmaps (`torch.Tensor` or `np.ndarray`): `(N, H, W)`, at least 0, in input units: 1 is a change by the
+            intensity of the 99th percentile, the same scale for all images.
+        counterfactuals (`torch.Tensor` or `np.ndarray`): `(N, C, H, W)`, the image as it would look in the target
+            class, in the input's range.
+        latents (`torch.Tensor` or `np.ndarray`): `(N, C, h, w)`, where encoding ended, at the network's size; 0 for
+            empty images.
+    """
+
+    heatmaps: torch.Tensor | np.ndarray
+    counterfactuals: torch.Tensor | np.ndarray
+    latents: torch.Tensor | np.ndarray
+
+
+def implicit_guidance(noise_null: torch.Tensor, noise_target: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Implicit (classifier-free) guidance, Sec. 3.2: `w eps(x, c) + (1 - w) eps(x, null)`.
+
+    w is `guidance_scale` as everywhere in diffusers: 0 is unconditional, 1 conditional, above 1 guided.
+    """
+    return noise_null + guidance_scale * (noise_target - noise_null)
+
+
+def anomaly_heatmap(reference: torch.Tensor, counterfactual: torch.Tensor) -> torch.Tensor:
+    """Last line of Algorithm 1: mean over channels of |reference - counterfactual|, `(N, C, H, W)` to `(N, H, W)`."""
+    return (reference - counterfactual).abs().mean(dim=1)
+
+
+def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Images `(N, C, H, W)` at another size: mean over the area where it shrinks, bilinear where it grows."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    if size[0] < images.shape[-2]:
+        return functional.interpolate(images, size, mode="area")
+    return functional.interpolate(images, size, mode="bilinear", align_corners=False)
+
+
+class CounterfactualDDIMPipeline(DiffusionPipeline):
+    r"""Encodes an image with the null condition, decodes it towards a class, and maps what had to change.
+
+    Images are `(N, C, H, W)`, intensity / 99th percentile of the scan's foreground, background 0; inside they are
+    [-1, 1] at the network's size. Arithmetic of the steps is float32 whatever the dtype of the network.
+
+    Args:
+        unet ([`UNet2DConditionModel`]): epsilon_theta, such as [`counterfactual_unet`] makes.
+        class_encoder ([`ClassTokenEncoder`], *optional*): tau; None for an unconditional U-Net.
+        scheduler ([`SchedulerMixin`]): for decoding, [`DynamicDDIMScheduler`] or a stock `DDIMScheduler` (Table 2's row
+            without dynamic normalisation).
+        inverse_scheduler ([`SchedulerMixin`]): for encoding, its mirror image.
+    """
+
+    model_cpu_offload_seq = "class_encoder->unet"
+    _optional_components = ["class_encoder"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        class_encoder: ClassTokenEncoder | None,
+        scheduler: SchedulerMixin,
+        inverse_scheduler: SchedulerMixin,
+    ):
+        super().__init__()
+        self.register_modules(
+            unet=unet, class_encoder=class_encoder, scheduler=scheduler, inverse_scheduler=inverse_scheduler
+        )
+        self._preprocessing = None
+
+    @property
+    def preprocessing(self) -> dict:
+        """Facts of the model folder's preprocessing.json: modalities, image size, percentile, recommended settings."""
+        if self._preprocessing is None:
+            folder = self.config.get("_name_or_path")
+            self._preprocessing = loading.read_preprocessing(folder) if folder and os.path.isdir(folder) else {}
+        return self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, facts: dict) -> None:
+        self._preprocessing = dict(facts)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        """Downloads a model from the Hub and returns its folder; see [`loading.download_model`]."""
+        known = inspect.signature(loading.download_model).parameters
+        return str(loading.download_model(pretrained_model_name, **{k: v for k, v in kwargs.items() if k in known}))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Loads a model folder or Hub id. The folder is checked before anything in it is imported or read as weights.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or `user/name`.
+            **kwargs: as in `DiffusionPipeline.from_pretrained` (`dtype`, `variant`, `revision`, `token`, ..).
+
+        Raises:
+            InputError: a file is missing, foreign, or damaged.
+        """
+        folder = os.fspath(pretrained_model_name_or_path)
+        if not os.path.isdir(folder):
+            folder = cls.download(folder, **kwargs)
+        loading.check_model_folder(folder)
+        return super().from_pretrained(folder, **({"use_safetensors": True} | kwargs))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Saves components and preprocessing.json, as safetensors; arguments as in `DiffusionPipeline`."""
+        facts = self.preprocessing
+        super().save_pretrained(save_directory, **(kwargs | {"safe_serialization": True}))
+        if facts:
+            loading.write_preprocessing(save_directory, facts)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width at which the network works, in pixels."""
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def resolve_settings(self, **given) -> dict:
+        """Settings with each None replaced by what the model recommends, else by the paper's.
+
+        Args:
+            **given: any of `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`.
+
+        Raises:
+            ValueError: for a value outside its range.
+        """
+        settings = PAPER_SETTINGS | {k: v for k, v in self.preprocessing.get("settings", {}).items() if v is not None}
+        settings = {k: settings[k] for k in PAPER_SETTINGS} | {k: v for k, v in given.items() if v is not None}
+        if settings["map"] not in MAPS:
+            raise ValueError(f"map is {settings['map']!r}: it must be one of {', '.join(MAPS)}")
+        if not 0 <= settings["strength"] <= 1:
+            raise ValueError(f"strength is {settings['strength']}: it must lie in [0, 1]")
+        if not (np.isfinite(settings["guidance_scale"]) and settings["guidance_scale"] >= 0):
+            raise ValueError(f"guidance_scale is {settings['guidance_scale']}: it must be 0 or more")
+        return settings
+
+    def network_evaluations(self, **settings) -> int:
+        """Network evaluations for one image: K to encode, K or 2K to decode, K more for a reconstruction."""
+        settings = self.resolve_settings(**settings)
+        steps = round(settings["num_inference_steps"] * settings["strength"])
+        refinements = self.inverse_scheduler.config.get("num_fixed_point_iterations", 0)
+        decoding = 2 if self.class_encoder is not None and settings["guidance_scale"] not in (0, 1) else 1
+        return steps * (1 + refinements + decoding + (settings["map"] == "reconstruction"))
+
+    def check_inputs(self, images: torch.Tensor) -> None:
+        """Raises ValueError unless images are finite floats `(N, C, H, W)` of the network's channels and aspect."""
+        channels, (height, width) = self.unet.config.in_channels, self.image_size
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"images has shape {tuple(images.shape)}: it must be (N, {channels}, H, W)")
+        if not images.is_floating_point():
+            raise ValueError(f"images is {images.dtype}: it must be floating, intensity / 99th percentile")
+        if images.shape[2] * width != images.shape[3] * height:
+            raise ValueError(f"images has shape {tuple(images.shape)}: its sides must be as {height} to {width}")
+        if images.numel() and not (torch.isfinite(images).all() and images.min() >= 0):
+            raise ValueError("images holds NaN, infinite or negative values: it must be 0 outside, positive inside")
+
+    def encode_classes(self, names: str | None | Sequence[str], batch_size: int) -> tuple | None:
+        """Condition `(tokens, vector)` of class names, one for all or one for each sample; None is the null symbol.
+
+        Raises:
+            ValueError: for an unknown name or a wrong number of names.
+        """
+        if self.class_encoder is None:
+            return None
+        names = [names] * batch_size if names is None or isinstance(names, str) else list(names)
+        if len(names) != batch_size:
+            raise ValueError(f"target holds {len(names)} names for {batch_size} images")
+        ids = torch.tensor([self.class_encoder.class_id(name) for name in names], device=self._execution_device)
+        return self.class_encoder(ids)
+
+    def prepare_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `(N, C, H, W)` in input units as the network's float32 `(N, C, h, w)` in [-1, 1] (peaks above)."""
+        return resize_images(images.to(self._execution_device, torch.float32), self.image_size) * 2 - 1
+
+    def _timesteps(self, strength: float, num_inference_steps: int) -> torch.Tensor:
+        """The K rising timesteps that encoding walks; decoding walks their mirror image."""
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        self.inverse_scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        rising = self.inverse_scheduler.timesteps
+        if not torch.equal(rising.flip(0), self.scheduler.timesteps):
+            raise ValueError(
+                "scheduler and inverse_scheduler walk different timesteps: make one from_config of the other"
+            )
+        return rising[: round(num_inference_steps * strength)]
+
+    def _predict(self, sample: torch.Tensor, timestep: torch.Tensor, condition: tuple | None) -> torch.Tensor:
+        return predict_noise(self.unet, sample.to(self.unet.dtype), timestep, condition).float()
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: torch.Tensor,
+        strength: float | None = None,
+        num_inference_steps: int | None = None,
+        callback_on_step_end: Callable | None = None,
+    ) -> torch.Tensor:
+        """First loop of Algorithm 1: encodes images to latents by DDIM upwards, with the null condition.
+
+        Args:
+            images (`torch.Tensor`): `(N, C, H, W)` in input units.
+            strength (`float`, *optional*): L, the share of the grid that is walked: K = round(n L) steps.
+            num_inference_steps (`int`, *optional*): n, steps of the full grid; a divisor of the training steps.
+            callback_on_step_end (`Callable`, *optional*): `(pipe, step, timestep, {"latents"}) -> dict`.
+
+        Returns:
+            `torch.Tensor`: latents, float32 `(N, C, h, w)`.
+        """
+        settings = self.resolve_settings(strength=strength, num_inference_steps=num_inference_steps)
+        self.check_inputs(images)
+        latents = self.prepare_images(images)  # (N, C, h, w)
+        timesteps = self._timesteps(settings["strength"], settings["num_inference_steps"])
+        null = self.encode_classes(None, len(latents))
+        refinements = self.inverse_scheduler.config.get("num_fixed_point_iterations", 0)
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, t in enumerate(timesteps):
+                nearer = latents
+                latents = self.inverse_scheduler.step(self._predict(nearer, t, null), t, nearer).prev_sample
+                for _ in range(refinements):
+                    noise = self._predict(latents, t, null)
+                    latents = self.inverse_scheduler.refine(noise, t, nearer, latents)
+                latents = self._after_step(callback_on_step_end, i, t, latents)
+                bar.update()
+        return latents
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        target: str | Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+        strength: float | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        callback_on_step_end: Callable | None = None,
+    ) -> torch.Tensor:
+        """Second loop of Algorithm 1: decodes latents by DDIM downwards, guided towards the target class.
+
+        Args:
+            latents (`torch.Tensor`): from [`~CounterfactualDDIMPipeline.invert`] with the same strength and steps.
+            target (`str` or list of `str`, *optional*): class by name, one for all or one a sample; defaults to the
+                first class.
+            guidance_scale (`float`, *optional*): w of Sec. 3.2; 0 is the null condition alone, a reconstruction.
+            strength (`float`, *optional*): as in `invert`.
+            num_inference_steps (`int`, *optional*): as in `invert`.
+            generator (`torch.Generator`, *optional*): for a stochastic scheduler in the place of DDIM.
+            callback_on_step_end (`Callable`, *optional*): as in `invert`.
+
+        Returns:
+            `torch.Tensor`: counterfactuals at the network's size, float32 `(N, C, h, w)` in input units.
+        """
+        settings = self.resolve_settings(
+            guidance_scale=guidance_scale, strength=strength, num_inference_steps=num_inference_steps
+        )
+        timesteps = self._timesteps(settings["strength"], settings["num_inference_steps"]).flip(0)
+        predict = self._guided_prediction(target, settings["guidance_scale"], len(latents))
+        extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, t in enumerate(timesteps):
+                latents = self.scheduler.step(predict(latents, t), t, latents, **extra).prev_sample
+                latents = self._after_step(callback_on_step_end, i, t, latents)
+                bar.update()
+        return (latents + 1) / 2
+
+    def _guided_prediction(self, target, guidance_scale: float, batch_size: int) -> Callable:
+        """`(x, t) -> eps`: one batched network call for both branches, one branch where the scale is 0 or 1."""
+        null = self.encode_classes(None, batch_size)
+        if null is None or guidance_scale == 0:
+            return lambda sample, t: self._predict(sample, t, null)
+        wanted = self.encode_classes(target or self.class_encoder.config.class_names[0], batch_size)
+        if guidance_scale == 1:
+            return lambda sample, t: self._predict(sample, t, wanted)
+        both = tuple(torch.cat(pair) for pair in zip(null, wanted, strict=True))
+        return lambda sample, t: implicit_guidance(
+            *self._predict(torch.cat([sample, sample]), t, both).chunk(2), guidance_scale
+        )
+
+    def _after_step(self, callback, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        if callback is None:
+            return latents
+        return callback(self, step, timestep, {"latents": latents}).pop("latents", latents)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: torch.Tensor | np.ndarray,
+        target: str | Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+        strength: float | None = None,
+        num_inference_steps: int | None = None,
+        map: str | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "pt",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+    ) -> CounterfactualOutput | tuple:
+        r"""Algorithm 1: encode with the null condition, decode towards the target, compare.
+
+        Args:
+            images (`torch.Tensor` or `np.ndarray`): `(N, C, H, W)`, intensity / 99th percentile, background 0.
+            target (`str` or list of `str`, *optional*): class by name, one for all or one a sample; defaults to the
+                first class.
+            guidance_scale (`float`, *optional*): w of Sec. 3.2. This and the next three default to what the model
+                recommends, else to the paper's (3.0, 0.75, 100, counterfactual).
+            strength (`float`, *optional*): L in [0, 1], the share of the grid that is walked.
+            num_inference_steps (`int`, *optional*): steps of the full grid, a divisor of the training steps.
+            map (`str`, *optional*): `counterfactual`, |x - x_cf|, or `reconstruction`, |x_null - x_cf| with x_null
+                decoded by the null condition: it takes out what the inversion itself changed, for K more evaluations.
+            generator (`torch.Generator`, *optional*): for a stochastic scheduler in the place of DDIM.
+            output_type (`str`): `pt` or `np`.
+            return_dict (`bool`): [`CounterfactualOutput`], or the tuple of its fields.
+            callback_on_step_end (`Callable`, *optional*): `(pipe, step, timestep, {"latents"}) -> dict`, called after
+                each step of encoding and of decoding.
+
+        Raises:
+            ValueError: for an argument outside its range, or schedulers that don't mirror each other.
+
+        Examples:
+
+        ```py
+        >>> from diffusers_cf import CounterfactualDDIMPipeline
+        >>> pipe = CounterfactualDDIMPipeline.from_pretrained("folder-or-hub-id")
+        >>> out = pipe(images)  # images: (N, C, H, W), intensity / 99th percentile
+        >>> out.heatmaps.shape  # (N, H, W)
+        ```
+        """
+        # 1. Inputs. Images without content never reach the network.
+        if output_type not in ("pt", "np"):
+            raise ValueError(f"output_type is {output_type!r}: it must be one of pt, np")
+        images = torch.as_tensor(images)
+        self.check_inputs(images)
+        settings = self.resolve_settings(
+            guidance_scale=guidance_scale, strength=strength, num_inference_steps=num_inference_steps, map=map
+        )
+        images = images.to(self._execution_device, torch.float32)
+        filled = (images > 0).flatten(1).any(dim=1)
+        if target is not None and not isinstance(target, str):
+            self.encode_classes(target, len(images))
+            target = [name for name, keep in zip(target, filled.tolist(), strict=True) if keep]
+
+        # 2. Encode, decode, compare: at the network's size, of the n images with content.
+        size = tuple(images.shape[-2:])
+        latents = images.new_zeros(len(images), images.shape[1], *self.image_size)
+        heatmaps, counterfactuals = images.new_zeros(len(images), *size), images.clone()
+        if filled.any():
+            walk = {k: settings[k] for k in ("strength", "num_inference_steps")}
+            walk["callback_on_step_end"] = callback_on_step_end
+            latents[filled] = self.invert(images[filled], **walk)
+            decoded = self.denoise(latents[filled], target, settings["guidance_scale"], generator=generator, **walk)
+            reference = (self.prepare_images(images[filled]) + 1) / 2  # (n, C, h, w)
+            change = decoded - reference
+            if settings["map"] == "reconstruction":
+                reference = self.denoise(latents[filled], guidance_scale=0, generator=generator, **walk)
+
+            # 3. Back to the input's size: the map is resampled, never the image.
+            heatmaps[filled] = resize_images(anomaly_heatmap(reference, decoded)[:, None], size)[:, 0]
+            counterfactuals[filled] += resize_images(change, size)
+        self.maybe_free_model_hooks()
+
+        fields = (heatmaps, counterfactuals, latents)
+        if output_type == "np":
+            fields = tuple(field.cpu().numpy() for field in fields)
+        return CounterfactualOutput(*fields) if return_dict else fields
+
+    def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
+        """Heatmaps `(N, H, W)` of images `(N, C, H, W)` with the recommended settings: the contract of every method."""
+        return self(images).heatmaps

@@ -1,0 +1,233 @@
+"""Pixel counts by score: a streaming histogram without a range, and the file that keeps one per patient."""
+
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+
+# Every measure is taken of the map as it is and of the map after postprocessing.py.
+CHAINS = ("raw", "postprocessed")
+
+
+class PixelCounts:
+    """Counts lesion and other pixels by score, in one pass and constant memory, whatever the range of the scores.
+
+    A bin holds all float32 numbers that share their leading bits, so bins are ordered, narrow near 0, and as fine for
+    scores of 1e-6 as for 1e6. Only bins in use are stored. Each distinct score has a bin of its own until more than
+    `max_bins` are in use; then neighbours merge in pairs, the precision falls by one bit, and at least half of
+    `max_bins` stay in use. The outcome depends on the pixels alone, not on their order, so counts of parts of a data
+    set (patients, processes) add up to the counts of the whole.
+
+    Args:
+        max_bins: Most bins in use at a time, at least 4,096. 24 bytes each.
+
+    Attributes:
+        bins: uint32 (B,), ascending, the leading bits of the scores in each bin.
+        positives: int64 (B,), number of lesion pixels.
+        negatives: int64 (B,), number of other pixels.
+        shift: Bits by which scores are shortened; 0 as long as they are exact.
+
+    Raises:
+        ValueError: `max_bins` is below 4,096.
+    """
+
+    def __init__(self, max_bins: int = 2**18):
+        if max_bins < 4096:
+            raise ValueError(f"max_bins must be at least 4096, not {max_bins}")
+        self.max_bins = max_bins
+        self.shift = 0
+        self.bins = np.zeros(0, dtype=np.uint32)
+        self.positives = np.zeros(0, dtype=np.int64)
+        self.negatives = np.zeros(0, dtype=np.int64)
+
+    def update(self, scores: np.ndarray, masks: np.ndarray) -> None:
+        """Adds pixels.
+
+        Args:
+            scores: Array of any shape, read as float32, higher = more lesion.
+            masks: Array of the same number of pixels, nonzero = lesion.
+
+        Raises:
+            ValueError: A score is NaN or infinite, or the sizes differ.
+        """
+        scores, lesion = np.asarray(scores, dtype=np.float32).ravel(), np.asarray(masks).ravel() != 0
+        if scores.shape != lesion.shape:
+            raise ValueError(f"scores and masks must have the same size, not {scores.size} and {lesion.size}")
+        if not np.isfinite(scores).all():
+            raise ValueError("scores must be finite, but some are NaN or infinite")
+        bins = _order_key(scores) >> self.shift
+        positive_bins, positives = np.unique(bins[lesion], return_counts=True)
+        negative_bins, negatives = np.unique(bins[~lesion], return_counts=True)
+        # One merge for both: it may raise the shift that these bins were made with.
+        self._merge(
+            np.concatenate([positive_bins, negative_bins]),
+            np.concatenate([positives, 0 * negatives]),
+            np.concatenate([0 * positives, negatives]),
+        )
+
+    def _merge(self, bins: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> None:
+        bins = np.concatenate([self.bins, bins])
+        order = np.argsort(bins, kind="stable")
+        bins = bins[order]
+        positives = np.concatenate([self.positives, positives])[order]
+        negatives = np.concatenate([self.negatives, negatives])[order]
+        while True:
+            starts = np.flatnonzero(np.diff(bins, prepend=~bins[:1]))
+            if len(starts) < len(bins):
+                bins = bins[starts]
+                positives, negatives = np.add.reduceat(positives, starts), np.add.reduceat(negatives, starts)
+            if len(bins) <= self.max_bins:
+                break
+            bins, self.shift = bins >> 1, self.shift + 1
+        self.bins, self.positives, self.negatives = bins, positives, negatives
+
+    def coarsened(self, max_bins: int) -> "PixelCounts":
+        """Returns the same counts in at most `max_bins` bins, for instance to keep them in a small file."""
+        return PixelCounts(max_bins) + self
+
+    def __add__(self, other: "PixelCounts") -> "PixelCounts":
+        """Returns the counts of both, with the `max_bins` of the first."""
+        total = PixelCounts(self.max_bins)
+        total.shift = max(self.shift, other.shift)
+        for part in (self, other):
+            total._merge(part.bins >> (total.shift - part.shift), part.positives, part.negatives)
+        return total
+
+    @property
+    def scores(self) -> np.ndarray:
+        """float32 (B,), ascending: the lowest score of each bin, so that `map >= score` selects whole bins."""
+        return _order_score(self.bins << self.shift)
+
+    @property
+    def prevalence(self) -> float | None:
+        """Share of lesion pixels, None without pixels."""
+        pixels = int(self.positives.sum() + self.negatives.sum())
+        return int(self.positives.sum()) / pixels if pixels else None
+
+    def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns labels, scores and weights, two rows a bin, as scikit-learn takes them."""
+        labels = np.repeat([1, 0], len(self.bins))
+        weights = np.concatenate([self.positives, self.negatives])
+        filled = weights > 0
+        return labels[filled], np.tile(self.scores.astype(np.float64), 2)[filled], weights[filled]
+
+    def average_precision(self) -> float | None:
+        """Returns the average precision (AUPRC as the paper means it).
+
+        A constant map gives the prevalence; without any lesion pixel it is not defined and None.
+        """
+        from sklearn.metrics import average_precision_score
+
+        if not self.positives.any():
+            return None
+        labels, scores, weights = self._rows()
+        return float(average_precision_score(labels, scores, sample_weight=weights))
+
+    def ideal_dice(self) -> tuple[float, float] | tuple[None, None]:
+        """Returns the best Dice over all thresholds and the threshold of `map >= threshold` that reaches it.
+
+        Of several best thresholds the lowest. (None, None) without any lesion pixel.
+        """
+        from sklearn.metrics import precision_recall_curve
+
+        if not self.positives.any():
+            return None, None
+        labels, scores, weights = self._rows()
+        precision, recall, thresholds = precision_recall_curve(labels, scores, sample_weight=weights)
+        precision, recall = precision[:-1], recall[:-1]
+        total = precision + recall
+        dice = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
+        best = int(np.argmax(dice))
+        return float(dice[best]), float(thresholds[best])
+
+    def dice_at(self, threshold: float) -> float | None:
+        """Returns Dice of `map >= threshold`, None without any lesion pixel.
+
+        Exact where the threshold is the lower edge of a bin, as `ideal_dice` returns it, or `shift` is 0; else the bin
+        that holds the threshold counts as above it.
+        """
+        if not self.positives.any():
+            return None
+        above = self.bins >= _order_key(np.float32([threshold])) >> self.shift
+        true, false = int(self.positives[above].sum()), int(self.negatives[above].sum())
+        return 2 * true / (true + false + int(self.positives.sum()))
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Returns small arrays for an .npz file: `shift`, the differences of `bins`, `positives`, `negatives`."""
+        small = {name: getattr(self, name) for name in ("positives", "negatives")}
+        small = {name: array.astype(np.min_scalar_type(array.max(initial=0))) for name, array in small.items()}
+        return {"shift": np.uint8(self.shift), "bins": np.diff(self.bins, prepend=np.uint32(0)), **small}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray], max_bins: int = 2**18) -> "PixelCounts":
+        """Returns the counts that `to_arrays` gave."""
+        counts = cls(max_bins)
+        counts.shift = int(arrays["shift"])
+        bins = np.cumsum(arrays["bins"], dtype=np.uint32)
+        counts._merge(bins, arrays["positives"].astype(np.int64), arrays["negatives"].astype(np.int64))
+        return counts
+
+
+def _order_key(scores: np.ndarray) -> np.ndarray:
+    """Returns uint32 keys in the order of finite float32 scores; -0 and 0 get the same key."""
+    bits = (scores + np.float32(0)).view(np.uint32)
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+
+
+def _order_score(keys: np.ndarray) -> np.ndarray:
+    """Returns the float32 scores of keys: the inverse of `_order_key`."""
+    return np.where(keys >> 31, keys ^ np.uint32(1 << 31), ~keys).view(np.float32)
+
+
+@contextmanager
+def counts_file(path: str | Path | None) -> Iterator[Callable[[dict[str, np.ndarray]], None]]:
+    """Yields a function that appends arrays to an .npz file, which gets its name when it is whole."""
+    if path is None:
+        yield lambda arrays: None
+        return
+    with renamed_when_whole(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+
+        def append(arrays: dict[str, np.ndarray]) -> None:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, np.asarray(array))
+
+        yield append
+
+
+@contextmanager
+def renamed_when_whole(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; what was written there gets its name unless an error comes up."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_counts(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Reads a file of per-patient counts, a patient at a time.
+
+    Yields:
+        The patient's id and a dictionary: `slices` and `labels` (S,), and for each chain (`raw`, `postprocessed`)
+        `CHAIN/slice_scores` (S,) and `CHAIN/foreground`, `CHAIN/background`: `PixelCounts` of at most 65,536 bins.
+    """
+    with np.load(path) as file:
+        for patient in dict.fromkeys(name.split("/")[0] for name in file.files):
+            found = {"slices": file[f"{patient}/slices"], "labels": file[f"{patient}/labels"]}
+            for chain in CHAINS:
+                if f"{patient}/{chain}/slice_scores" not in file.files:
+                    continue
+                found[f"{chain}/slice_scores"] = file[f"{patient}/{chain}/slice_scores"]
+                for region in (f"{chain}/foreground", f"{chain}/background"):
+                    names = ("shift", "bins", "positives", "negatives")
+                    found[region] = PixelCounts.from_arrays({n: file[f"{patient}/{region}/{n}"] for n in names})
+            yield patient, found

@@ -1,0 +1,89 @@
+"""Pictures: rows of slices with counterfactual, heatmap and mask (Fig. 2's columns)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+HEAT_MAXIMUM = 0.5  # a change by half of the 99th percentile is the brightest colour: one scale for every picture
+
+
+def plot_slices(
+    path: str | Path,
+    images: np.ndarray,
+    counterfactuals: np.ndarray,
+    heatmaps: np.ndarray,
+    masks: np.ndarray | None = None,
+    channel_names: Sequence[str] = (),
+    channel: int = 0,
+    heat_maximum: float = HEAT_MAXIMUM,
+    title: str = "",
+    row_names: Sequence[str] = (),
+) -> None:
+    """Writes a PNG with one row a slice: input, counterfactual, heatmap over the input and, if given, the mask.
+
+    Args:
+        path: the PNG; a folder that is missing is an error.
+        images: `(N, C, H, W)` in input units.
+        counterfactuals: `(N, C, H, W)` in input units.
+        heatmaps: `(N, H, W)` in input units.
+        masks: `(N, H, W)`, above 0 = lesion, drawn as a contour in the last column.
+        channel_names: names of the C channels.
+        channel: index of the channel that is shown.
+        heat_maximum: the change that has the brightest colour.
+        title: above the picture.
+        row_names: one a slice.
+    """
+    from matplotlib.figure import Figure
+
+    name = channel_names[channel] if len(channel_names) else f"channel {channel}"
+    columns = [f"input ({name})", "counterfactual", "heatmap"] + (["lesion"] if masks is not None else [])
+    figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(images) + 0.5), layout="constrained")
+    axes = figure.subplots(len(images), len(columns), squeeze=False)
+    for i, row in enumerate(axes):
+        window = {"cmap": "gray", "vmin": 0, "vmax": 1.1}
+        row[0].imshow(images[i, channel], **window)
+        row[1].imshow(counterfactuals[i, channel], **window)
+        row[2].imshow(images[i, channel], **window)
+        heat = row[2].imshow(heatmaps[i], cmap="inferno", vmin=0, vmax=heat_maximum, alpha=0.8)
+        if masks is not None:
+            row[3].imshow(images[i, channel], **window)
+            if (masks[i] > 0).any():
+                row[3].contour(masks[i] > 0, [0.5], colors="red", linewidths=1)
+        if row_names:
+            row[0].set_ylabel(row_names[i], fontsize=8)
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(column, fontsize=9)
+    figure.colorbar(heat, ax=axes[:, 2].tolist(), shrink=min(1, 2 / len(images)), label="change / p99")
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def plot_sweep(path: str | Path, points: Sequence) -> None:
+    """Writes Fig. 3: ideal Dice and AUPRC in the foreground over strength, a curve for each guidance scale and map.
+
+    Args:
+        path: the PNG.
+        points: `SweepPoint`s.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for kind, style in zip(sorted({p.map for p in points}), ("-", "--", ":"), strict=False):
+        for i, scale in enumerate(sorted({p.guidance_scale for p in points})):
+            curve = sorted((p for p in points if (p.map, p.guidance_scale) == (kind, scale)), key=lambda p: p.strength)
+            strengths = [p.strength for p in curve]
+            look = {"linestyle": style, "marker": ".", "color": f"C{i}", "label": f"{kind}, w = {scale:g}"}
+            axes[0].plot(strengths, [p.foreground_ideal_dice for p in curve], **look)
+            axes[1].plot(strengths, [p.foreground_auprc for p in curve], **look)
+    for axis, name in zip(axes, ("ideal Dice in the foreground", "AUPRC in the foreground"), strict=True):
+        axis.set_xlabel("strength L")
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,240 @@
+"""The sweep over guidance scale, strength and map on validation slices (Fig. 3), and the settings it recommends."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from diffusers_cf import loading
+from diffusers_cf.commands_evaluate import package_commit
+from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.errors import InputError
+from diffusers_cf.pipeline_counterfactual_ddim import (
+    MAPS,
+    CounterfactualDDIMPipeline,
+    anomaly_heatmap,
+    resize_images,
+)
+from diffusers_cf.pixel_counts import PixelCounts
+from diffusers_cf.plots import plot_sweep
+from diffusers_cf.postprocessing import foreground_mask, postprocess_maps
+
+
+# The paper's axis of Fig. 3 begins at 0.4; on small networks and real FLAIR slices the best strengths lie below.
+GUIDANCE_SCALES = (1.5, 2.5, 3.0)
+STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass
+class SweepPoint:
+    """Scores of one setting: pooled over all pixels, in the foreground, and in it after post-processing.
+
+    Attributes:
+        guidance_scale, strength, num_inference_steps, map: the setting.
+        network_evaluations: for one slice.
+        auprc, ideal_dice: over all pixels.
+        foreground_auprc, foreground_ideal_dice: over pixels with any channel above 0.
+        postprocessed_auprc, postprocessed_ideal_dice: over the foreground, of the post-processed map.
+        threshold: where the Dice of the post-processed map is ideal, in heatmap units.
+        healthy_mean, unhealthy_mean: mean of the map in the foreground of the slices of the first and the other classes.
+    """
+
+    guidance_scale: float
+    strength: float
+    num_inference_steps: int
+    map: str
+    network_evaluations: int
+    auprc: float = 0.0
+    ideal_dice: float = 0.0
+    foreground_auprc: float = 0.0
+    foreground_ideal_dice: float = 0.0
+    postprocessed_auprc: float = 0.0
+    postprocessed_ideal_dice: float = 0.0
+    threshold: float = 0.0
+    healthy_mean: float = 0.0
+    unhealthy_mean: float = 0.0
+
+
+class _Scores:
+    """Counts of one setting while batches pass."""
+
+    def __init__(self):
+        self.all, self.foreground, self.postprocessed = PixelCounts(), PixelCounts(), PixelCounts()
+        self.sums, self.counts = np.zeros(2), np.zeros(2)
+
+    def add(self, maps: np.ndarray, batch: dict) -> None:
+        images, masks = batch["images"].numpy(), batch["masks"].numpy()
+        inside = foreground_mask(images)
+        self.all.update(maps, masks)
+        self.foreground.update(maps[inside], masks[inside])
+        self.postprocessed.update(postprocess_maps(maps, images)[inside], masks[inside])
+        sick = (batch["labels"].numpy() > 0).astype(int)
+        np.add.at(self.sums, sick, np.where(inside, maps, 0).sum(axis=(1, 2)))
+        np.add.at(self.counts, sick, inside.sum(axis=(1, 2)))
+
+    def fill(self, point: SweepPoint) -> SweepPoint:
+        point.auprc, (point.ideal_dice, _) = self.all.average_precision(), self.all.ideal_dice()
+        point.foreground_auprc = self.foreground.average_precision()
+        point.foreground_ideal_dice = self.foreground.ideal_dice()[0]
+        point.postprocessed_auprc = self.postprocessed.average_precision()
+        point.postprocessed_ideal_dice, point.threshold = self.postprocessed.ideal_dice()
+        point.healthy_mean, point.unhealthy_mean = (self.sums / np.maximum(self.counts, 1)).tolist()
+        return point
+
+
+def sweep(
+    pipe: CounterfactualDDIMPipeline,
+    dataset: SliceDataset,
+    indices: Sequence[int],
+    guidance_scales: Sequence[float] = GUIDANCE_SCALES,
+    strengths: Sequence[float] = STRENGTHS,
+    maps: Sequence[str] = MAPS,
+    num_inference_steps: int = 100,
+    batch_size: int = 32,
+) -> list[SweepPoint]:
+    """Scores of every combination; one encoding, kept at each strength, serves all scales and maps.
+
+    Args:
+        pipe: the pipeline.
+        dataset: a split with masks.
+        indices: rows of the split to use.
+        guidance_scales: values of w.
+        strengths: values of L in (0, 1].
+        maps: names of maps.
+        num_inference_steps: steps of the full grid.
+        batch_size: slices at a time.
+
+    Returns:
+        A point for each combination, strengths outermost.
+    """
+    points = {}
+    for strength in sorted(strengths):
+        for scale in guidance_scales:
+            for kind in maps:
+                setting = dict(
+                    guidance_scale=scale, strength=strength, num_inference_steps=num_inference_steps, map=kind
+                )
+                points[strength, scale, kind] = (
+                    SweepPoint(**setting, network_evaluations=pipe.network_evaluations(**setting)),
+                    _Scores(),
+                )
+    with tqdm(total=len(indices), desc="Sweep", unit="slice") as bar:
+        for start in range(0, len(indices), batch_size):
+            batch = dataset.collate(dataset.__getitems__(list(indices[start : start + batch_size])))
+            for key, heat in _heatmaps(
+                pipe, batch["images"], sorted(strengths), guidance_scales, maps, num_inference_steps
+            ):
+                points[key][1].add(heat, batch)
+            bar.update(len(batch["labels"]))
+    return [scores.fill(point) for point, scores in points.values()]
+
+
+def _heatmaps(pipe, images: torch.Tensor, strengths, guidance_scales, maps, steps: int):
+    """Yields `((strength, scale, map), heatmaps (N, H, W))`."""
+    latents = {0: pipe.prepare_images(images)}
+
+    def keep(_, step, timestep, tensors):
+        latents[step + 1] = tensors["latents"]
+        return {}
+
+    pipe.invert(images, strengths[-1], steps, callback_on_step_end=keep)
+    image = (latents[0] + 1) / 2
+    for strength in strengths:
+        encoded = latents[round(steps * strength)]
+        null = pipe.denoise(encoded, None, 0, strength, steps) if "reconstruction" in maps else None
+        for scale in guidance_scales:
+            decoded = pipe.denoise(encoded, None, scale, strength, steps)
+            for kind in maps:
+                heat = anomaly_heatmap(null if kind == "reconstruction" else image, decoded)
+                heat = resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0]
+                heat[~(images > 0).flatten(1).any(dim=1)] = 0
+                yield (strength, scale, kind), heat.cpu().numpy()
+
+
+def best_point(points: Sequence[SweepPoint], max_evaluations: int | None = None) -> SweepPoint:
+    """The point with the highest AUPRC in the foreground after post-processing, among those that cost at most so much."""
+    allowed = [p for p in points if max_evaluations is None or p.network_evaluations <= max_evaluations]
+    if not allowed:
+        raise InputError(f"no setting of the sweep needs at most {max_evaluations} network evaluations")
+    return max(allowed, key=lambda point: point.postprocessed_auprc)
+
+
+def evenly_spread(count: int, limit: int) -> list[int]:
+    """At most `limit` of the numbers below `count`, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int)).tolist()
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `diffusers-cf sweep`."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="FOLDER", help="folder or Hub id of a model")
+    add("--dataset", required=True, help="slice data set with masks")
+    add("--output", required=True, metavar="RESULTS", help="folder for sweep.json and sweep.png")
+    add("--split", default="validation", choices=("train", "validation", "test"))
+    add("--guidance_scales", type=float, nargs="+", default=list(GUIDANCE_SCALES))
+    add("--strengths", type=float, nargs="+", default=list(STRENGTHS))
+    add("--maps", nargs="+", choices=MAPS, default=list(MAPS))
+    add("--num_inference_steps", type=int, default=100)
+    add("--max_slices", type=int, default=256, help="evenly spread over the split (256, the paper's number)")
+    add("--max_evaluations", type=int, help="recommend a setting of at most so many network evaluations a slice")
+    add("--batch_size", type=int, default=32)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--store", action="store_true", help="write the best setting into the model folder as its recommendation")
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    """Runs the sweep, writes RESULTS/sweep.json and sweep.png, prints the best setting; with --store recommends it.
+
+    Raises:
+        InputError: model, data set or options can't be used.
+    """
+    dataset = SliceDataset(args.dataset, args.split)
+    if not dataset.has_masks or not len(dataset):
+        raise InputError(f"{args.dataset}: the split {args.split} has no slices with lesion masks to measure on")
+    pipe = CounterfactualDDIMPipeline.from_pretrained(args.model).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    if not all(0 < strength <= 1 for strength in args.strengths):
+        raise InputError(f"--strengths {args.strengths}: each must lie in (0, 1]")
+    indices = evenly_spread(len(dataset), args.max_slices)
+    try:
+        pipe.scheduler.set_timesteps(args.num_inference_steps)
+        points = sweep(
+            pipe, dataset, indices, args.guidance_scales, args.strengths, args.maps, args.num_inference_steps,
+            args.batch_size,
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    best = best_point(points, args.max_evaluations)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    facts = {"command": command, "commit": package_commit(), "split": args.split, "n_slices": len(indices)}
+    document = facts | {"best": asdict(best), "points": [asdict(point) for point in points]}
+    (output / "sweep.json").write_text(json.dumps(document, indent=2) + "\n")
+    plot_sweep(output / "sweep.png", points)
+    print(f"best: {asdict(best)}")
+    if args.store:
+        store_settings(args.model, best, facts)
+    return 0
+
+
+def store_settings(folder: str, best: SweepPoint, facts: dict) -> None:
+    """Writes a point into the model folder's preprocessing.json as what the model recommends, and what chose it.
+
+    Raises:
+        InputError: the model is not a folder.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: settings can be stored in a model folder only")
+    names = ("guidance_scale", "strength", "num_inference_steps", "map", "threshold")
+    settings = {name: getattr(best, name) for name in names}
+    chosen = facts | {"postprocessed_auprc": best.postprocessed_auprc, "ideal_dice": best.postprocessed_ideal_dice}
+    known = loading.read_preprocessing(folder)
+    loading.write_preprocessing(folder, known | {"settings": settings, "settings_chosen_by": chosen})

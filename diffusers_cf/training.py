@@ -1,0 +1,200 @@
+"""What `train_counterfactual.py` is made of: reproducible batches, augmentation, checkpoints, validation.
+
+Everything random about a training image is a function of the seed and of the image's global position in the run, so
+that the same images, noise, timesteps and dropped conditions come out on any number of processes, with any split of
+the batch into accumulated parts, and after a resume.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from diffusers_cf.errors import InputError
+from diffusers_cf.pipeline_counterfactual_ddim import resize_images
+
+
+_CHUNK = 8192
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+STATE_FILE = "trainer_state.json"
+
+
+class TrainingSlices(torch.utils.data.Dataset):
+    """Endless training set: an item is the image at a global position of the run, classes balanced in expectation.
+
+    Args:
+        slices: a `SliceDataset` (anything with `labels`, `__getitems__` and `collate`).
+        seed (`int`): of the run.
+        image_size (`tuple[int, int]`): height and width of the network's input.
+        num_train_timesteps (`int`): T; timesteps are drawn uniformly from [0, T).
+        random_flip (`bool`): mirror left and right with probability 0.5.
+        augment (`bool`): small rotation, scale, shift and per-channel gain, see [`augment_images`].
+        max_samples (`int`, *optional*): use only the first so many slices.
+    """
+
+    def __init__(
+        self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
+        random_flip: bool = False, augment: bool = False, max_samples: int | None = None,
+    ):  # fmt: skip
+        self.slices, self.seed, self.image_size = slices, seed, image_size
+        self.num_train_timesteps, self.random_flip, self.augment = num_train_timesteps, random_flip, augment
+        labels = np.asarray(slices.labels)[:max_samples]
+        if not len(labels):
+            raise InputError("the training split is empty")
+        self.by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        self.chunks = {}
+
+    def index_at(self, position: int) -> int:
+        """Index of the slice at a position: a class uniformly, then one of its slices uniformly."""
+        chunk, offset = divmod(position, _CHUNK)
+        if chunk not in self.chunks:
+            random = np.random.default_rng([self.seed, chunk])
+            classes, ranks = random.integers(len(self.by_class), size=_CHUNK), random.random(_CHUNK)
+            drawn = [self.by_class[c][int(r * len(self.by_class[c]))] for c, r in zip(classes, ranks, strict=True)]
+            self.chunks = {chunk: np.array(drawn)}
+        return int(self.chunks[chunk][offset])
+
+    def __getitems__(self, positions: list[int]) -> list[tuple]:
+        """Pairs `(position, row)`."""
+        rows = self.slices.__getitems__([self.index_at(position) for position in positions])
+        return list(zip(positions, rows, strict=True))
+
+    def collate(self, items: list[tuple]) -> dict[str, torch.Tensor]:
+        """A batch: `images` in [-1, 1] (peaks above) and `noise` `(N, C, h, w)`; `labels`, `timesteps`, `uniform` `(N,)`."""
+        positions, rows = zip(*items, strict=True)
+        batch = self.slices.collate(list(rows))
+        images = resize_images(batch["images"], self.image_size)
+        generators = [torch.Generator().manual_seed(position_seed(self.seed, position)) for position in positions]
+        draws = torch.stack([torch.rand(_FIXED_DRAWS + images.shape[1], generator=g) for g in generators])
+        if self.augment or self.random_flip:
+            images = augment_images(images, draws[:, 2:], self.random_flip, self.augment)
+        return {
+            "images": images * 2 - 1,
+            "labels": batch["labels"],
+            "noise": torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators]),
+            "timesteps": (draws[:, 0].double() * self.num_train_timesteps).long(),
+            "uniform": draws[:, 1],
+        }
+
+
+_FIXED_DRAWS = 2 + 6  # timestep, dropping; flip, rotation, two scales, two shifts; then a gain for each channel
+
+
+def position_seed(seed: int, position: int) -> int:
+    """A seed for the image at a global position, far from those of its neighbours."""
+    return int(np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def augment_images(images: torch.Tensor, uniform: torch.Tensor, flip: bool, deform: bool) -> torch.Tensor:
+    """Mirrors, and deforms by up to 10 degrees, 10 % scale, 5 % shift and 10 % gain a channel; background stays 0.
+
+    Args:
+        images (`torch.Tensor`): `(N, C, H, W)`, at least 0.
+        uniform (`torch.Tensor`): draws from U[0, 1), `(N, 6 + C)`.
+        flip (`bool`): mirror left and right where the first draw is below 0.5.
+        deform (`bool`): the rest.
+    """
+    signed = uniform * 2 - 1
+    mirror = torch.where(uniform[:, 0] < 0.5, -1.0, 1.0) if flip else torch.ones(len(images))
+    if not deform:
+        return torch.where(mirror[:, None, None, None] < 0, images.flip(-1), images)
+    angle = signed[:, 1] * math.radians(10)
+    scale_y, scale_x = 1 + 0.1 * signed[:, 2], 1 + 0.1 * signed[:, 3]
+    shift_y, shift_x = 0.1 * signed[:, 4], 0.1 * signed[:, 5]
+    rows = [
+        torch.stack([mirror * scale_x * angle.cos(), -scale_x * angle.sin(), shift_x], dim=1),
+        torch.stack([mirror * scale_y * angle.sin(), scale_y * angle.cos(), shift_y], dim=1),
+    ]
+    grid = functional.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    moved = functional.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return moved * (1 + 0.1 * signed[:, 6:, None, None])
+
+
+class PositionBatches(torch.utils.data.Sampler):
+    """Batches of global positions for one process: step by step, part by part, its own share of each part.
+
+    Args:
+        first_step (`int`), last_step (`int`): optimiser steps [first, last) to yield batches for.
+        batch_size (`int`): images a process and part.
+        parts (`int`): gradient accumulation steps.
+        rank (`int`), world_size (`int`): of the process.
+    """
+
+    def __init__(self, first_step: int, last_step: int, batch_size: int, parts: int, rank: int, world_size: int):
+        self.steps, self.batch_size, self.parts = range(first_step, last_step), batch_size, parts
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.parts
+
+    def __iter__(self):
+        for step in self.steps:
+            for part in range(self.parts):
+                start = ((step * self.parts + part) * self.world_size + self.rank) * self.batch_size
+                yield list(range(start, start + self.batch_size))
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a folder, oldest first; what a kill left under a temporary name is not among them."""
+    found = [
+        p for p in Path(folder).glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name) and (p / STATE_FILE).is_file()
+    ]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def save_checkpoint(accelerator, folder: Path, step: int, facts: dict, save_model, limit: int | None) -> None:
+    """Saves the training state as `checkpoint-STEP`, whole or not at all, then deletes the oldest over `limit`.
+
+    Args:
+        accelerator: holds what is saved.
+        folder (`Path`): the run's output folder.
+        step (`int`): optimiser steps done.
+        facts (`dict`): goes to trainer_state.json, written last.
+        save_model: `(folder) -> None`, writes the EMA weights as a pipeline; called on the main process.
+        limit (`int`, *optional*): how many checkpoints to keep.
+    """
+    final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_model(temporary / "pipeline")
+        (temporary / STATE_FILE).write_text(json.dumps({"step": step} | facts, indent=2))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for old in finished_checkpoints(folder)[: -limit or None] if limit else []:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def find_checkpoint(folder: Path, name: str | None, facts: dict) -> tuple[Path, int] | None:
+    """The checkpoint to resume from and its step: a path, or `latest` of the folder (None where there is none yet).
+
+    Raises:
+        InputError: the checkpoint is missing, incomplete or of a run with other `facts` (seed, batch, data).
+    """
+    if name is None:
+        return None
+    if name == "latest":
+        finished = finished_checkpoints(folder)
+        if not finished:
+            return None
+        path = finished[-1]
+    else:
+        path = Path(name) if Path(name).is_dir() else Path(folder) / name
+    try:
+        state = json.loads((path / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a complete checkpoint ({type(error).__name__} at {STATE_FILE})") from None
+    for key, value in facts.items():
+        if state.get(key) != value:
+            raise InputError(f"{path}: made with {key} = {state.get(key)}, this run has {value}")
+    return path, int(state["step"])

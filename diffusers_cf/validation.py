@@ -1,0 +1,93 @@
+"""Validation during training: heatmaps of fixed slices as a picture and, where the data has masks, their scores."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.evaluation import evaluate
+from diffusers_cf.plots import plot_slices
+
+
+# A coarse grid: validation shall cost seconds, and its scores are compared with one another alone.
+SETTINGS = {"guidance_scale": 2.0, "strength": 0.5, "num_inference_steps": 20, "map": "counterfactual"}
+BATCH_SIZE = 32
+NUM_PICTURES = 8
+
+
+class Validation:
+    """Runs the pipeline on slices of the validation split: the same ones each time, spread evenly over the split.
+
+    Args:
+        args: options of the training script (`dataset`, `validation_steps`, `num_validation_slices`).
+        accelerator: its trackers log what is measured; the main process alone works.
+        output (`Path`): pictures go to `output/validation`.
+    """
+
+    def __init__(self, args, accelerator, output: Path):
+        self.accelerator, self.folder, self.dataset = accelerator, output / "validation", None
+        if not args.validation_steps or not accelerator.is_main_process:
+            return
+        dataset = SliceDataset(args.dataset, "validation")
+        if len(dataset):
+            self.dataset = dataset
+            count = min(args.num_validation_slices, len(dataset))
+            self.indices = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))
+
+    def run(self, pipe, step: int) -> dict[str, float]:
+        """Scores of the pipeline at a step, logged; empty where there is nothing to validate on."""
+        if self.dataset is None:
+            return {}
+
+        def anomaly_map(images: torch.Tensor) -> torch.Tensor:
+            return pipe(images, **SETTINGS).heatmaps.cpu()
+
+        scores = self._scores(anomaly_map)
+        self._picture(pipe, step, scores)
+        self.accelerator.log({f"validation/{key}": value for key, value in scores.items()}, step=step)
+        self.accelerator.print(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+        return scores
+
+    def _scores(self, anomaly_map) -> dict[str, float]:
+        if not self.dataset.has_masks:
+            return self._mean_by_class(anomaly_map)
+        result = evaluate(
+            anomaly_map, self.dataset, indices=self.indices, batch_size=BATCH_SIZE, postprocess=False, progress=False
+        )
+        keys = ("auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "slice_auroc")
+        return {key: result[key] for key in keys if result[key] is not None}
+
+    def _mean_by_class(self, anomaly_map) -> dict[str, float]:
+        sums, counts = np.zeros(len(self.dataset.class_names)), np.zeros(len(self.dataset.class_names))
+        for start in range(0, len(self.indices), BATCH_SIZE):
+            batch = self.dataset.collate(self.dataset.__getitems__(self.indices[start : start + BATCH_SIZE].tolist()))
+            maps = anomaly_map(batch["images"]).mean(dim=(1, 2)).numpy()
+            np.add.at(sums, batch["labels"].numpy(), maps)
+            np.add.at(counts, batch["labels"].numpy(), 1)
+        means = sums / np.maximum(counts, 1)
+        return {f"mean_{name}": mean for name, mean in zip(self.dataset.class_names, means.tolist(), strict=True)}
+
+    def _picture(self, pipe, step: int, scores: dict[str, float]) -> None:
+        chosen = self.indices[np.linspace(0, len(self.indices) - 1, min(NUM_PICTURES, len(self.indices))).astype(int)]
+        batch = self.dataset.collate(self.dataset.__getitems__(chosen.tolist()))
+        out = pipe(batch["images"], output_type="np", **SETTINGS)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:07d}.png"
+        plot_slices(
+            path, batch["images"].numpy(), out.counterfactuals, out.heatmaps,
+            masks=None if batch["masks"] is None else batch["masks"].numpy(),
+            channel_names=self.dataset.preprocessing["modalities"],
+            title=f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in scores.items()),
+        )  # fmt: skip
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                picture = np.asarray(_read_png(path))
+                tracker.log_images({"validation": picture[None]}, step=step)
+
+
+def _read_png(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))

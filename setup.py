@@ -1,0 +1,64 @@
+"""Metadata of diffusers_cf: what pip installs, what the wheel carries."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+
+extras = {
+    "phantom": ["nilearn"],
+    "app": ["gradio>=6.31"],
+    "dicom": ["pydicom", "highdicom"],
+    "train": ["tensorboard"],
+    # 2.3 brought --session-timeout, by which `make test` keeps its time budget
+    "test": ["pytest", "pytest-timeout>=2.3"],
+}
+extras["dev"] = ["ruff", *extras["phantom"], *extras["train"], *extras["test"]]
+
+setup(
+    name="diffusers_cf",
+    version=re.search(r'^__version__ = "(.+)"$', (ROOT / "diffusers_cf/__init__.py").read_text(), re.M).group(1),
+    description="Lesion localisation from image-level labels by counterfactual diffusion, on diffusers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    author="The diffusers_cf contributors",
+    keywords="diffusion counterfactual anomaly-detection weakly-supervised segmentation brain mri lesion diffusers",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+    python_requires=">=3.11",
+    packages=find_packages(include=["diffusers_cf", "diffusers_cf.*"]),
+    # the script lies beside the package; as a module it also reaches users of the wheel:
+    # accelerate launch -m train_counterfactual
+    py_modules=["train_counterfactual"],
+    package_data={"diffusers_cf": [f"pretrained/**/*.{kind}" for kind in ("json", "safetensors", "md", "png")]},
+    install_requires=[
+        "torch",
+        "diffusers>=0.38",
+        "accelerate",
+        "datasets",
+        "transformers",
+        "safetensors",
+        "numpy",
+        "huggingface_hub",
+        "nibabel",
+        "scikit-learn",
+        "scipy",
+        "matplotlib",
+        "pyarrow",
+        "pillow",
+        "tqdm",
+    ],
+    extras_require=extras,
+    entry_points={"console_scripts": ["diffusers-cf = diffusers_cf.cli:main"]},
+)

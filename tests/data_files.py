@@ -1,0 +1,88 @@
+"""Small data that the tests of the data layer write: a lopsided brain, in any orientation and layout."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from diffusers_cf.data.slices import PatientSlices
+
+
+MODALITIES = ("flair", "t1", "t1ce", "t2")
+SPACING_MM = (8.0, 6.0, 9.0)
+
+
+def brain(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Volumes (4, 26, 32, 12) in whole scanner units and a mask, RAS; nothing in it is symmetric."""
+    rng = np.random.default_rng(seed)
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (26, 32, 12)), indexing="ij")
+    inside = (x / 0.7) ** 2 + ((y - 0.1) / 0.8) ** 2 + ((z + 0.1) / 0.7) ** 2 < 1
+    volume = np.rint(400 + 150 * x + 100 * y + 50 * z + rng.normal(0, 20, (4, 26, 32, 12)))
+    mask = (x - 0.3) ** 2 + (y - 0.3) ** 2 + z**2 < 0.08
+    volume[0, mask] += 500
+    return (volume * inside).astype(np.float32), (mask & inside).astype(np.uint8)
+
+
+def ras_affine(shape) -> np.ndarray:
+    """An affine with the voxel sizes of `brain` and its origin away from 0."""
+    affine = np.diag([*SPACING_MM, 1.0])
+    affine[:3, 3] = [-90.0, -126.0, -40.0]
+    return affine
+
+
+def save(path: Path, data: np.ndarray, axes: str = "RAS", affine: np.ndarray | None = None) -> Path:
+    """Writes RAS data in any axis order and direction, with the affine that says so."""
+    affine = ras_affine(data.shape) if affine is None else affine
+    image = nib.Nifti1Image(data, affine)
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes))
+    nib.save(image.as_reoriented(turn), path)
+    return path
+
+
+def write_brats(folder: Path, patient: str = "P_01", axes: str = "RAS", seed: int = 0, names=None) -> Path:
+    """Writes one patient in BraTS layout and returns its folder; `names` maps modality or seg to a file's name."""
+    volume, mask = brain(seed)
+    (folder / patient).mkdir(parents=True)
+    files = dict(zip((*MODALITIES, "seg"), (*volume.astype(np.int16), mask), strict=True))
+    for name, data in files.items():
+        save(folder / patient / (f"{patient}_{name}.nii.gz" if names is None else names[name]), data, axes)
+    return folder / patient
+
+
+class MadeSource:
+    """Slices without files: `patients` of them, 3 slices of 2 channels each; `bad` ones fail."""
+
+    name = "made"
+    modalities = ("flair", "t1")
+    class_names = ("healthy", "unhealthy")
+    has_masks = True
+    field_mm = 240.0
+    path = ""
+
+    def __init__(self, patients: int, bad: tuple[str, ...] = (), size: int = 8):
+        self.ids, self.bad, self.size = [f"p{i:02d}" for i in range(patients)], bad, size
+        self.was_read = []
+
+    def patients(self) -> list[str]:
+        return list(self.ids)
+
+    def fixed_splits(self) -> None:
+        return None
+
+    def facts(self) -> dict:
+        return {"percentile": 99.0}
+
+    def problems(self, patient: str) -> list[str]:
+        return [f"{patient}.nii.gz: broken", f"{patient}: twice"] if patient in self.bad else []
+
+    def read(self, patient: str) -> PatientSlices:
+        from diffusers_cf.errors import InputError
+
+        self.was_read.append(patient)
+        if patient in self.bad:
+            raise InputError(f"{patient}.nii.gz: broken")
+        rng = np.random.default_rng(int(patient[1:]))
+        masks = rng.integers(0, 2, (3, self.size, self.size)).astype(np.uint8)
+        masks[0] = 0
+        images = rng.random((3, 2, self.size, self.size)).astype(np.float32)
+        return PatientSlices(patient, images, np.array([0, 1, 1]), np.array([4, 5, 6]), masks)

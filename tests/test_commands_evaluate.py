@@ -1,0 +1,164 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_cf.arguments import ArgumentParser, run_command
+from diffusers_cf.baselines import make_baseline
+from diffusers_cf.commands_evaluate import add_evaluate_arguments, package_commit, run_evaluate
+from diffusers_cf.data.slices import PatientSlices, SliceDataset, slices_to_table, write_tables
+from diffusers_cf.evaluation import evaluate
+from diffusers_cf.models import class_token_encoder, counterfactual_unet
+from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
+
+
+SIZE, MODALITIES = 32, ["flair", "t1"]
+
+
+def write_dataset(folder, has_masks=True, patients=3):
+    """A slice data set of discs with a bright square in FLAIR, all in the split `test`."""
+    rng, facts = np.random.default_rng(0), {"dtype": "float16", "scale": 1}
+    y, x = np.mgrid[:SIZE, :SIZE] - 15.5
+    tables = []
+    for i in range(patients):
+        images = (x**2 + y**2 < 196) * rng.uniform(0.2, 0.8, (4, 2, SIZE, SIZE)).astype(np.float32)
+        masks = np.zeros((4, SIZE, SIZE), dtype=np.uint8)
+        masks[:2, 10:17, 12:19] = 1
+        images[:, 0] += 0.3 * masks
+        labels, slices = np.array([1, 1, 0, 0]), np.arange(4)
+        found = PatientSlices(f"p{i}", images, labels, slices, masks if has_masks else None)
+        tables.append(slices_to_table(found, ("healthy", "unhealthy"), **facts))
+    (folder / "data").mkdir(parents=True)
+    write_tables(folder / "data" / "test-00000-of-00001.parquet", tables, ("healthy", "unhealthy"))
+    empty = {"patients": 0, "slices": 0, "unhealthy": 0}
+    facts |= {"version": 1, "source": "arrays", "seed": 3, "size": SIZE, "channels": 2, "modalities": MODALITIES}
+    facts |= {"class_names": ["healthy", "unhealthy"], "has_masks": has_masks}
+    facts["splits"] = {"train": empty, "validation": empty, "test": {"patients": patients, "slices": 4 * patients}}
+    (folder / "preprocessing.json").write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("set") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "model"
+    unet = counterfactual_unet("small", image_size=SIZE, num_channels=2)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
+    scheduler = DynamicDDIMScheduler()
+    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
+    pipe = CounterfactualDDIMPipeline(unet, class_token_encoder("small"), scheduler, inverse)
+    settings = {"guidance_scale": 2.0, "strength": 0.2, "num_inference_steps": 10, "threshold": 0.05}
+    pipe.preprocessing = {"modalities": MODALITIES, "settings": settings}
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def run(*options):
+    parser = ArgumentParser()
+    add_evaluate_arguments(parser)
+    args = parser.parse_args([str(option) for option in options])
+    return run_command(lambda: run_evaluate(args))
+
+
+def test_a_baseline_from_the_command_line(dataset, tmp_path, capsys):
+    output = tmp_path / "new" / "RESULT.json"
+    assert run("--method", "threshold", "--dataset", dataset, "--output", output) == 0
+    result = json.loads(output.read_text())
+    slices = SliceDataset(dataset, "test")
+    expected = evaluate(make_baseline("threshold", MODALITIES).anomaly_map, slices, batch_size=None, progress=False)
+    for key in set(expected) - {"seconds_per_slice"}:
+        assert result[key] == expected[key]
+    assert result["method"] == "threshold" and result["settings"] == {"threshold": None}
+    assert result["dataset"]["seed"] == 3 and result["dataset"]["split"] == "test"
+    assert result["commit"] == package_commit() and result["seed"] == 0 and result["command"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["RESULT.counts.npz", "RESULT.json"]
+    assert f"{expected['auprc']:.3f}" in capsys.readouterr().out
+
+
+def test_a_model_with_its_recommended_settings(dataset, model, tmp_path):
+    output = tmp_path / "RESULT.json"
+    assert run("--model", model, "--dataset", dataset, "--output", output, "--batch-size", 3, "--max_patients", 2) == 0
+    result = json.loads(output.read_text())
+    assert result["n_patients"] == 2 and result["n_slices"] == 8
+    assert result["per_patient_dice"]["patients"] == ["p0", "p1"]
+    assert result["per_patient_dice"]["threshold"] == 0.05
+    assert result["settings"]["num_inference_steps"] == 10 and result["settings"]["map"] == "counterfactual"
+    assert result["network_evaluations_per_slice"] == 2 + 2 * 2
+    pipe = CounterfactualDDIMPipeline.from_pretrained(model)
+    rows = np.flatnonzero(SliceDataset(dataset, "test").patients != "p2")
+    expected = evaluate(pipe.anomaly_map, SliceDataset(dataset, "test"), indices=rows, progress=False)
+    assert result["auprc"] == pytest.approx(expected["auprc"], abs=1e-4)
+
+
+def test_settings_of_the_command_line_win(dataset, model, tmp_path):
+    output = tmp_path / "RESULT.json"
+    options = ["--guidance_scale", 1, "--strength", 0.1, "--map", "reconstruction", "--threshold", 0.5]
+    assert run("--model", model, "--dataset", dataset, "--output", output, "--max_patients", 1, *options) == 0
+    result = json.loads(output.read_text())
+    given = {
+        "guidance_scale": 1.0,
+        "strength": 0.1,
+        "num_inference_steps": 10,
+        "map": "reconstruction",
+        "threshold": 0.5,
+    }
+    assert result["settings"] == given
+    assert result["network_evaluations_per_slice"] == 3
+    assert result["per_patient_dice"]["threshold"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "thresh"], "there is no method thresh"),
+        (["--method", "threshold-t2"], "needs the modality t2, but the images hold flair, t1"),
+        (["--method", "threshold", "--strength", "0.5"], "--strength is a setting of models"),
+        (["--method", "threshold", "--split", "train"], "has no slices in its split train"),
+        (["--method", "threshold", "--batch_size", "0"], "--batch_size must be at least 1, not 0"),
+        (["--method", "threshold", "--output", "RESULT.txt"], "the output must be a file RESULT.json"),
+        (["--model", "MODEL", "--strength", "2"], "strength is 2.0: it must lie in [0, 1]"),
+        (["--model", "MODEL", "--num_inference_steps", "7"], "num_inference_steps is 7"),
+        (["--method", "threshold", "--device", "nonsense"], "--device nonsense can't be used"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(dataset, model, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    options = [str(model) if option == "MODEL" else option for option in options]
+    assert run("--dataset", dataset, "--output", "RESULT.json", *options) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert message in lines[-1] and sum(line.startswith("error: ") for line in lines) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_a_model_was_not_made_for(model, dataset, tmp_path, capsys):
+    pipe = CounterfactualDDIMPipeline.from_pretrained(model)
+    pipe.preprocessing = pipe.preprocessing | {"modalities": ["t1", "flair"]}
+    pipe.save_pretrained(tmp_path / "other")
+    assert run("--model", tmp_path / "other", "--dataset", dataset, "--output", tmp_path / "RESULT.json") == 2
+    assert "takes t1, flair, but" in capsys.readouterr().err
+
+
+def test_data_without_masks(tmp_path, capsys):
+    folder = write_dataset(tmp_path / "unlabelled", has_masks=False)
+    assert run("--method", "threshold", "--dataset", folder, "--output", tmp_path / "RESULT.json") == 2
+    assert "unlabelled has no lesion masks: it trains a model, but can't be evaluated" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_made(dataset, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("--method", "threshold", "--dataset", dataset, "--output", tmp_path / "file" / "RESULT.json") == 2
+    assert "the folder can't be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--method", "threshold", "--model", "folder"]])
+def test_one_of_model_and_method_is_needed(options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("--dataset", "folder", "--output", "RESULT.json", *options)
+    assert "--model" in capsys.readouterr().err

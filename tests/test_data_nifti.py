@@ -1,0 +1,271 @@
+"""The strict NIfTI reader: every bad file gives one clear line, every odd but sound one is read right."""
+
+import gzip
+import struct
+
+import nibabel as nib
+import numpy as np
+import pytest
+from data_files import brain, ras_affine, save
+
+from diffusers_cf.data.geometry import from_ras
+from diffusers_cf.data.nifti import (
+    canonical_modality,
+    check_same_grid,
+    find_file,
+    find_modality_files,
+    nifti_suffix,
+    read_nifti,
+    to_canonical,
+)
+from diffusers_cf.errors import InputError
+
+
+DATA = np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4)
+
+
+def nifti_bytes(data=DATA, **fields) -> bytes:
+    """A plain NIfTI-1 file; `fields` overwrite raw header fields after it is made, unchecked."""
+    image = nib.Nifti1Image(data, ras_affine(data.shape))
+    raw = bytearray(image.to_bytes())
+    header = nib.Nifti1Header(raw[:348], check=False)
+    for name, value in fields.items():
+        header[name] = value
+    raw[:348] = header.structarr.tobytes()
+    return bytes(raw)
+
+
+def with_voxels(values: dict) -> bytes:
+    data = DATA.astype(np.float32)
+    for index, value in values.items():
+        data[index] = value
+    return nifti_bytes(data)
+
+
+def flipped(packed: bytes, position: int) -> bytes:
+    changed = bytearray(packed)
+    changed[position] ^= 0x10
+    return bytes(changed)
+
+
+PLAIN = nifti_bytes()
+PACKED = gzip.compress(nifti_bytes(np.random.default_rng(0).integers(0, 900, (30, 30, 30)).astype(np.int16)))
+HUGE = [3, 32000, 32000, 32000, 1, 1, 1, 1]
+BAD_FILES = {
+    "truncated": (PACKED[: int(0.7 * len(PACKED))], "truncated"),
+    "last byte missing": (PACKED[:-1], "truncated"),
+    "byte flipped": (flipped(PACKED, len(PACKED) // 2), "damaged gzip"),
+    "only the CRC wrong": (flipped(PACKED, -8), "damaged gzip"),
+    "only the length wrong": (flipped(PACKED, -1), "damaged gzip"),
+    "garbage behind the stream": (PACKED + b"garbage", "damaged gzip"),
+    "plain and truncated": (PLAIN[:-30], "truncated"),
+    "empty": (b"", "only 0 bytes"),
+    "packed nothing": (gzip.compress(b""), "only 0 bytes"),
+    "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(600), "not a single-file NIfTI"),
+    "NaN": (with_voxels({(0, 0, 0): np.nan, (1, 1, 1): np.nan}), "2 of 120 voxels are NaN or infinite"),
+    "infinite": (with_voxels({(0, 0, 0): -np.inf}), "1 of 120 voxels are NaN or infinite"),
+    "claims 65 TB": (nifti_bytes(dim=HUGE), "asks for 65536000000352 bytes"),
+    "claims 65 TB, packed": (gzip.compress(nifti_bytes(dim=HUGE)), "asks for 65536000000352 bytes"),
+    "negative dimension": (nifti_bytes(dim=[3, 6, -5, 4, 1, 1, 1, 1]), "shape (6, -5, 4)"),
+    "dimension 0": (nifti_bytes(dim=[3, 6, 0, 4, 1, 1, 1, 1]), "shape (6, 0, 4)"),
+    "no dimensions": (nifti_bytes(dim=[0, 6, 5, 4, 1, 1, 1, 1]), "0 dimensions"),
+    "unknown data type": (nifti_bytes(datatype=77), "unknown data type 77"),
+    "complex": (nifti_bytes(DATA.astype(np.complex64)), "magnitude image"),
+    "colour": (nifti_bytes(np.zeros((6, 5, 4), dtype=[(c, "u1") for c in "RGB"])), "colour"),
+    "4-D": (nifti_bytes(np.zeros((6, 5, 4, 2), dtype=np.int16)), "3-D image expected, but its shape is (6, 5, 4, 2)"),
+    "singular affine": (nifti_bytes(srow_x=[0, 0, 0, 0]), "singular"),
+    "flat affine": (nifti_bytes(srow_x=[8, 0, 0, 0], srow_y=[8, 0, 0, 0]), "singular"),
+    "NaN affine": (nifti_bytes(srow_x=[np.nan, 0, 0, 0]), "no usable geometry"),
+    "no affine": (nifti_bytes(sform_code=0, qform_code=0), "neither sform nor qform"),
+    "header and image apart": (nifti_bytes(magic=b"ni1"), "not a single-file NIfTI"),
+    "data inside the header": (nifti_bytes(vox_offset=100), "data offset 100"),
+    "NaN data offset": (nifti_bytes(vox_offset=np.nan), "data offset nan"),
+    "intercept NaN": (nifti_bytes(scl_slope=2, scl_inter=np.nan), "not a usable NIfTI file"),
+    "wrong header size": (nifti_bytes(sizeof_hdr=7), "header size 7"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_file_gives_one_line_with_its_name(case, tmp_path):
+    content, reason = BAD_FILES[case]
+    path = tmp_path / ("scan.nii.gz" if content[:2] == b"\x1f\x8b" else "scan.nii")
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_nifti(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and reason in message and "\n" not in message
+
+
+@pytest.mark.parametrize("position", range(20, len(PACKED), len(PACKED) // 25))
+def test_no_flipped_byte_goes_unnoticed(position, tmp_path):
+    (tmp_path / "scan.nii.gz").write_bytes(flipped(PACKED, position))
+    with pytest.raises(InputError, match="scan.nii.gz"):
+        read_nifti(tmp_path / "scan.nii.gz")
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        read_nifti(tmp_path / "absent.nii.gz")
+    with pytest.raises(InputError, match="no such file"):
+        read_nifti(tmp_path)
+
+
+def test_gzip_bomb_stops_at_the_limit(tmp_path):
+    (tmp_path / "bomb.nii.gz").write_bytes(gzip.compress(PLAIN + bytes(3_000_000)))
+    with pytest.raises(InputError, match="more than 2000000 bytes after decompression"):
+        read_nifti(tmp_path / "bomb.nii.gz", max_bytes=2_000_000)
+    assert read_nifti(tmp_path / "bomb.nii.gz").data.shape == (6, 5, 4)
+
+
+SOUND_FILES = {
+    "plain": (PLAIN, DATA),
+    "packed": (gzip.compress(PLAIN), DATA),
+    "slope": (nifti_bytes(scl_slope=0.5, scl_inter=-100), DATA * 0.5 - 100),
+    "slope 0": (nifti_bytes(scl_slope=0, scl_inter=7), DATA),
+    "slope NaN": (nifti_bytes(scl_slope=np.nan, scl_inter=np.nan), DATA),
+    "slope infinite": (nifti_bytes(scl_slope=np.inf), DATA),
+    "float64": (nifti_bytes(DATA.astype(np.float64)), DATA),
+    "uint8": (nifti_bytes((DATA % 256).astype(np.uint8)), DATA),
+    "singleton axis": (nifti_bytes(DATA[..., None]), DATA),
+    "2-D": (nifti_bytes(DATA[..., 0]), DATA[..., :1]),
+    "big-endian": (
+        nib.Nifti1Image(DATA, ras_affine(None), nib.Nifti1Header(endianness=">")).to_bytes(),
+        DATA,
+    ),
+    "NIfTI-2": (nib.Nifti2Image(DATA, ras_affine(None)).to_bytes(), DATA),
+}
+
+
+@pytest.mark.parametrize("case", SOUND_FILES)
+def test_sound_file_is_read_as_float32(case, tmp_path):
+    content, expected = SOUND_FILES[case]
+    path = tmp_path / "scan.nii"
+    path.write_bytes(content)
+    scan = read_nifti(path)
+    assert scan.data.dtype == np.float32
+    np.testing.assert_array_equal(scan.data, expected)
+    np.testing.assert_allclose(scan.affine, ras_affine(None))
+    np.testing.assert_allclose(scan.spacing_mm, [8, 6, 9])
+
+
+def test_big_endian_case_is_big_endian():
+    assert struct.unpack(">i", SOUND_FILES["big-endian"][0][:4]) == (348,)
+
+
+def test_plain_file_named_gz_is_read_with_a_warning(tmp_path, caplog):
+    (tmp_path / "scan.nii.gz").write_bytes(PLAIN)
+    np.testing.assert_array_equal(read_nifti(tmp_path / "scan.nii.gz").data, DATA)
+    assert "not compressed" in caplog.text
+
+
+def test_sheared_affine_is_read_with_a_warning(tmp_path, caplog):
+    affine = ras_affine(None)
+    affine[0, 1] = 1.0
+    nib.save(nib.Nifti1Image(DATA, affine), tmp_path / "scan.nii")
+    np.testing.assert_allclose(read_nifti(tmp_path / "scan.nii").affine, affine)
+    assert "sheared" in caplog.text
+
+
+def test_four_dimensions_where_they_are_expected(tmp_path):
+    (tmp_path / "scan.nii").write_bytes(nifti_bytes(np.stack([DATA, DATA + 1], axis=-1)))
+    assert read_nifti(tmp_path / "scan.nii", dimensions=4).data.shape == (6, 5, 4, 2)
+    (tmp_path / "scan.nii").write_bytes(PLAIN)
+    assert read_nifti(tmp_path / "scan.nii", dimensions=4).data.shape == (6, 5, 4, 1)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "PSR", "IRA", "SLA"])
+def test_canonical_and_back(axes, tmp_path):
+    volume = brain()[0][0]
+    scan = read_nifti(save(tmp_path / "scan.nii.gz", volume, axes))
+    assert nib.aff2axcodes(scan.affine) == tuple(axes)
+    canonical = to_canonical(scan)
+    np.testing.assert_array_equal(canonical.data, volume)
+    np.testing.assert_allclose(canonical.affine, ras_affine(None), atol=1e-4)
+    np.testing.assert_array_equal(from_ras(canonical.data, scan.affine), scan.data)
+
+
+def test_four_dimensional_canonical(tmp_path):
+    volume = np.moveaxis(brain()[0], 0, -1)
+    canonical = to_canonical(read_nifti(save(tmp_path / "scan.nii.gz", volume, "PSR"), dimensions=4))
+    np.testing.assert_array_equal(canonical.data, volume)
+
+
+@pytest.mark.parametrize(
+    ("name", "modality"),
+    [
+        ("FLAIR", "flair"),
+        ("t2f", "flair"),
+        ("T1", "t1"),
+        ("t1n", "t1"),
+        ("t1w", "t1"),
+        ("t1Gd", "t1ce"),
+        ("T1C", "t1ce"),
+        ("t1ce", "t1ce"),
+        ("T2w", "t2"),
+        ("t2", "t2"),
+        ("ADC", "adc"),
+    ],
+)
+def test_modality_aliases(name, modality):
+    assert canonical_modality(name) == modality
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("BraTS2021_00006_t1ce.nii.gz", "t1ce"),
+        ("BraTS-GLI-00001-000-T2F.nii.gz", "t2f"),
+        ("flair.nii", "flair"),
+        ("a.b_Seg.NII.GZ", "seg"),
+        ("._x_t1.nii.gz", ""),
+        ("x_t1.nii.gz.part", ""),
+        ("x_t1.png", ""),
+    ],
+)
+def test_nifti_suffix(name, suffix):
+    assert nifti_suffix(name) == suffix
+
+
+def test_modality_files_are_found_and_missing_ones_named(tmp_path):
+    for name in ("p-t1n.nii.gz", "p-t1c.nii.gz", "p-T2F.nii", "p-seg.nii.gz", "notes.txt"):
+        (tmp_path / name).touch()
+    found = find_modality_files(tmp_path, ("t1ce", "flair", "t1"))
+    assert {key: path.name for key, path in found.items()} == {
+        "t1ce": "p-t1c.nii.gz",
+        "flair": "p-T2F.nii",
+        "t1": "p-t1n.nii.gz",
+    }
+    assert find_file(tmp_path, "seg").name == "p-seg.nii.gz"
+    with pytest.raises(InputError, match=r"modality missing: t2, adc \(names end in t2: t2, t2w; adc: adc\)"):
+        find_modality_files(tmp_path, ("t1", "t2", "adc"))
+    (tmp_path / "p_t1gd.nii.gz").touch()
+    with pytest.raises(InputError, match="several files are t1ce: p-t1c.nii.gz, p_t1gd.nii.gz"):
+        find_modality_files(tmp_path, ("t1ce",))
+    with pytest.raises(InputError, match="no such folder"):
+        find_modality_files(tmp_path / "absent", ("t1",))
+
+
+def scans_with(tmp_path, shape=(6, 5, 4), shift=0.0, scale=1.0, tilt=0.0):
+    affine = ras_affine(None)
+    affine[0, 3] += shift
+    affine[0, 0] *= scale
+    affine[1, 0] += tilt * affine[0, 0]
+    paths = save(tmp_path / "a.nii", DATA), save(tmp_path / "b.nii", np.ones(shape, np.int16), affine=affine)
+    return [to_canonical(read_nifti(path)) for path in paths]
+
+
+@pytest.mark.parametrize("change", [{}, {"shift": 5e-4}, {"scale": 1 + 1e-5}, {"tilt": 5e-5}])
+def test_same_grid_within_tolerance(change, tmp_path):
+    assert check_same_grid(scans_with(tmp_path, **change)) is None
+
+
+@pytest.mark.parametrize("change", [{"shape": (6, 5, 3)}, {"shift": 5e-3}, {"scale": 1.001}, {"tilt": 5e-4}])
+def test_other_grid_lists_each_file(change, tmp_path):
+    with pytest.raises(InputError, match=r"differ: a\.nii is 6x5x4, spacing .*; b\.nii is 6x5x"):
+        check_same_grid(scans_with(tmp_path, **change))
+
+
+def test_files_in_different_orientation_are_on_one_grid(tmp_path):
+    volume = brain()[0][0]
+    paths = save(tmp_path / "a.nii", volume, "LPS"), save(tmp_path / "b.nii", volume, "RAS")
+    assert check_same_grid([to_canonical(read_nifti(path)) for path in paths]) is None

@@ -1,0 +1,344 @@
+"""prepare: splits by patient, the whole way to a data set, restarts, refusals, and its command line."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from data_files import MadeSource, write_brats
+from filelock import FileLock
+
+import diffusers_cf.data.prepare
+from diffusers_cf.data import BratsSource, SliceDataset
+from diffusers_cf.data.prepare import add_prepare_arguments, find_problems, prepare, run_prepare
+from diffusers_cf.data.splits import read_splits, seeded_splits
+from diffusers_cf.errors import InputError
+
+
+DATA = Path(os.environ.get("DIFFUSERS_CF_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SPLITS = ("train", "validation", "test")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_split_sizes_of_the_paper():
+    splits = seeded_splits([f"BraTS2021_{i:05d}" for i in range(1251)], seed=0)
+    assert [len(splits[name]) for name in SPLITS] == [938, 62, 251]
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(1, [0, 0, 1]), (2, [1, 0, 1]), (3, [1, 1, 1]), (4, [2, 1, 1]), (10, [6, 1, 3]), (17, [11, 1, 5])]
+)
+def test_few_patients_reach_every_split_if_they_can(n, sizes):
+    splits = seeded_splits([f"p{i}" for i in range(n)], seed=3)
+    assert [len(splits[name]) for name in SPLITS] == sizes
+
+
+def test_splits_share_no_patient_and_depend_on_the_seed_alone():
+    patients = [f"p{i:03d}" for i in range(100)]
+    splits = seeded_splits(patients, seed=1)
+    assert sorted(sum(splits.values(), [])) == patients
+    assert seeded_splits(patients[::-1], seed=1) == splits
+    assert seeded_splits(patients, seed=2) != splits
+    assert splits["test"] != patients[-20:]
+
+
+def test_visits_of_a_person_stay_together():
+    visits = [f"BraTS-GLI-{person:05d}-{visit:03d}" for person in range(40) for visit in range(3)]
+    splits = seeded_splits(visits, seed=0)
+    people = [{patient[:-4] for patient in splits[name]} for name in SPLITS]
+    assert [len(p) for p in people] == [30, 2, 8] and len(set.union(*people)) == 40
+    assert [len(splits[name]) for name in SPLITS] == [90, 6, 24]
+
+
+def test_split_file(tmp_path, caplog):
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"train": ["c", "a"], "test": ["d"]}))
+    assert read_splits(path, list("abcd")) == {"train": ["a", "c"], "validation": [], "test": ["d"]}
+    assert "1 patients are in no split and left out: b" in caplog.text
+    path.write_text(json.dumps({"split_1": {"train": ["a"]}, "split_2": {"train": ["b"], "validation": ["a"]}}))
+    assert read_splits(f"{path}:split_2", list("ab"))["validation"] == ["a"]
+
+
+BAD_SPLIT_FILES = {
+    "no JSON": ("{", "", "not valid JSON"),
+    "a list": ("[]", "", "an object with"),
+    "several": ('{"split_1": {"train": ["a"]}}', "", "choose one: splits.json:split_1"),
+    "unknown selection": ('{"split_1": {"train": ["a"]}}', ":split_9", r"no split named split_9 \(there are split_1"),
+    "unknown split": ('{"train": ["a"], "val": ["b"]}', "", "not val"),
+    "empty": ("{}", "", "not nothing"),
+    "not a list": ('{"train": "a"}', "", "train must be a list of patient ids"),
+    "in two splits": ('{"train": ["a", "b"], "test": ["b"]}', "", "in two splits or twice: b"),
+    "twice": ('{"train": ["a", "a"]}', "", "in two splits or twice: a"),
+    "unknown patient": ('{"train": ["a", "x"]}', "", "1 patients are not in the data: x"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SPLIT_FILES)
+def test_bad_split_file(case, tmp_path):
+    text, selection, reason = BAD_SPLIT_FILES[case]
+    (tmp_path / "splits.json").write_text(text)
+    with pytest.raises(InputError, match=f"splits.json: .*{reason}"):
+        read_splits(f"{tmp_path / 'splits.json'}{selection}", ["a", "b"])
+
+
+def test_missing_split_file(tmp_path):
+    with pytest.raises(InputError, match="absent.json: can't be read"):
+        read_splits(tmp_path / "absent.json", ["a"])
+
+
+def test_written_scans_become_a_data_set(tmp_path):
+    for i, axes in enumerate(("RAS", "LPS", "LAS", "PSR")):
+        write_brats(tmp_path / "scans", f"P_{i}", axes, seed=i)
+    source = BratsSource(tmp_path / "scans", size=16)
+    preprocessing = prepare(source, tmp_path / "set", seed=5)
+    opened = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    patients = {name: set(split["patient"]) for name, split in opened.items()}
+    assert set(patients) == set(SPLITS) and sum(len(p) for p in patients.values()) == 4
+    assert set.union(*patients.values()) == set(source.patients())
+    for name in SPLITS:
+        dataset = SliceDataset(tmp_path / "set", name, cache_dir=tmp_path / "cache")
+        batch = dataset.collate(dataset.__getitems__(list(range(len(dataset)))))
+        expected = [source.read(patient) for patient in sorted(patients[name])]
+        np.testing.assert_allclose(batch["images"], np.concatenate([e.images for e in expected]), atol=1e-3)
+        np.testing.assert_array_equal(batch["masks"], np.concatenate([e.masks for e in expected]))
+        np.testing.assert_array_equal(dataset.labels, np.concatenate([e.labels for e in expected]))
+        np.testing.assert_array_equal(dataset.slices, np.concatenate([e.slices for e in expected]))
+        counts = {"patients": len(expected), "slices": len(dataset), "unhealthy": int(dataset.labels.sum())}
+        assert preprocessing["splits"][name] == counts
+    facts = {"version": 1, "modalities": ["flair", "t1", "t1ce", "t2"], "size": 16, "channels": 4, "source": "brats"}
+    facts |= {"dtype": "float16", "scale": 1, "field_mm": 240.0, "percentile": 99.0, "seed": 5, "has_masks": True}
+    assert facts.items() <= preprocessing.items()
+    assert json.loads((tmp_path / "set" / "preprocessing.json").read_text()) == preprocessing
+    assert set(content(tmp_path / "set")) == {
+        "preprocessing.json",
+        *(f"data/{name}-00000-of-00001.parquet" for name in SPLITS),
+    }
+
+
+@pytest.mark.slow
+def test_number_of_workers_does_not_change_a_byte(tmp_path):
+    prepare(MadeSource(5), tmp_path / "one")
+    prepare(MadeSource(5), tmp_path / "two", num_workers=2)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    problems = ["p01: p01.nii.gz: broken", "p01: p01: twice", "p03: p03.nii.gz: broken", "p03: p03: twice"]
+    assert find_problems(MadeSource(5, bad=("p01", "p03")), num_workers=2) == problems
+    with pytest.raises(InputError, match="p01.nii.gz: broken"):
+        prepare(MadeSource(5, bad=("p01",)), tmp_path / "three", num_workers=2)
+
+
+def test_large_data_sets_have_several_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusers_cf.data.prepare, "SHARD_BYTES", 2 * 3 * 8 * 8 * 5)
+    prepare(MadeSource(10), tmp_path / "set")
+    names = [name for name in content(tmp_path / "set") if "train" in name]
+    assert names == [f"data/train-{i:05d}-of-00003.parquet" for i in range(3)]
+    opened = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(set(split["patient"])) for name, split in opened.items()} == dict(
+        zip(SPLITS, (6, 1, 3), strict=True)
+    )
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_where_it_stopped(tmp_path):
+    script = """
+        import sys, time
+        sys.path.insert(0, sys.argv[2])
+        from data_files import MadeSource
+        from diffusers_cf.data.prepare import prepare
+
+        class Slow(MadeSource):
+            def read(self, patient):
+                time.sleep(0.3)
+                return super().read(patient)
+
+        prepare(Slow(6), sys.argv[1])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "set"), str(Path(__file__).parent)]
+    root = str(Path(__file__).parents[1])
+    process = subprocess.Popen(command, cwd=root, env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("set/.prepare/p*.parquet"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path.stem for path in tmp_path.glob("set/.prepare/p*.parquet")}
+    assert 2 <= len(done) < 6 and not (tmp_path / "set" / "preprocessing.json").exists()
+    with pytest.raises(InputError, match="is no finished slice data set"):
+        SliceDataset(tmp_path / "set", "train")
+    source = MadeSource(6)
+    prepare(source, tmp_path / "set")
+    assert set(source.was_read) == set(source.patients()) - done
+    prepare(MadeSource(6), tmp_path / "undisturbed")
+    assert content(tmp_path / "set") == content(tmp_path / "undisturbed")
+
+
+def test_patients_of_other_options_are_not_reused(tmp_path):
+    with pytest.raises(InputError):
+        prepare(MadeSource(4, bad=("p02",)), tmp_path / "set")
+    assert len(list(tmp_path.glob("set/.prepare/p*.parquet"))) == 3
+    source = MadeSource(4, size=4)
+    prepare(source, tmp_path / "set")
+    assert sorted(source.was_read) == source.ids
+    prepare(MadeSource(4, size=4), tmp_path / "fresh")
+    assert content(tmp_path / "set") == content(tmp_path / "fresh")
+
+
+def test_finished_data_set_is_left_alone_or_refused(tmp_path):
+    first = prepare(MadeSource(4), tmp_path / "set")
+    before, source = content(tmp_path / "set"), MadeSource(4)
+    assert prepare(source, tmp_path / "set") == first and source.was_read == []
+    with pytest.raises(InputError, match="made with other options .size is 8 there, 4 here"):
+        prepare(MadeSource(4, size=4), tmp_path / "set")
+    with pytest.raises(InputError, match="seed is 0 there, 1 here"):
+        prepare(MadeSource(4), tmp_path / "set", seed=1)
+    with pytest.raises(InputError, match="split_sha256"):
+        prepare(MadeSource(5), tmp_path / "set")
+    assert content(tmp_path / "set") == before
+
+
+def test_bad_patients_stop_the_run_or_are_skipped(tmp_path):
+    with pytest.raises(InputError, match="^p01.nii.gz: broken$"):
+        prepare(MadeSource(6, bad=("p01",)), tmp_path / "set")
+    with pytest.raises(InputError, match="2 of 6 patients can't be used: .*p0[14], p0[14]: p0[14].nii.gz: broken"):
+        prepare(MadeSource(6, bad=("p01", "p04")), tmp_path / "two")
+    assert not (tmp_path / "set" / "preprocessing.json").exists() and not (tmp_path / "set" / "data").exists()
+    source = MadeSource(6, bad=("p01",))
+    preprocessing = prepare(source, tmp_path / "set", skip_bad=True)
+    assert source.was_read == ["p01"] and preprocessing["skipped"] == ["p01"]
+    opened = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    patients = {name: set(split["patient"]) for name, split in opened.items()}
+    assert set.union(*patients.values()) == set(source.ids) - {"p01"}
+    whole = seeded_splits(source.ids, 0)
+    assert all(patients[name] == set(whole[name]) - {"p01"} for name in patients)
+
+
+def test_nothing_is_left_behind_if_every_patient_is_bad(tmp_path):
+    with pytest.raises(InputError, match="3 of 3 patients can't be used"):
+        prepare(MadeSource(3, bad=("p00", "p01", "p02")), tmp_path / "set", skip_bad=True)
+    assert not (tmp_path / "set").exists()
+
+
+def test_check_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_problems(MadeSource(3, bad=("p01",))) == ["p01: p01.nii.gz: broken", "p01: p01: twice"]
+    assert find_problems(MadeSource(3, bad=("p01",)), patients=1) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_foreign_folder_is_not_touched(tmp_path):
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    (tmp_path / "set" / "data" / "precious.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"is not empty and no slice data set \(data\)"):
+        prepare(MadeSource(3), tmp_path / "set")
+    assert content(tmp_path / "set") == {"data/precious.txt": b"mine"}
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file: can't be written"):
+        prepare(MadeSource(3), tmp_path / "file")
+
+
+def test_disk_error_names_the_folder(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(diffusers_cf.data.prepare, "write_tables", full)
+    with pytest.raises(InputError, match=r"set: can't be written \(No space left on device\)"):
+        prepare(MadeSource(3), tmp_path / "set")
+    monkeypatch.undo()
+    source = MadeSource(3)
+    assert prepare(source, tmp_path / "set")["splits"]["train"]["slices"] == 3 and source.was_read == []
+
+
+def test_two_runs_do_not_mix(tmp_path):
+    (tmp_path / "set").mkdir()
+    with FileLock(tmp_path / "set" / ".prepare.lock"), pytest.raises(InputError, match="another process"):
+        prepare(MadeSource(3), tmp_path / "set")
+
+
+def test_limit_of_patients(tmp_path):
+    source = MadeSource(9)
+    prepare(source, tmp_path / "set", patients=3)
+    assert sorted(source.was_read) == ["p00", "p01", "p02"]
+    (tmp_path / "splits.json").write_text('{"train": ["p00"]}')
+    with pytest.raises(InputError, match="can't be limited"):
+        prepare(source, tmp_path / "other", patients=3, split_file=tmp_path / "splits.json")
+
+
+def command(*arguments) -> int:
+    parser = argparse.ArgumentParser()
+    add_prepare_arguments(parser)
+    return run_prepare(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_command_line(tmp_path, capsys):
+    for i in range(3):
+        write_brats(tmp_path / "scans", f"P_{i}", seed=i)
+    scans = ("--source", "brats", "--input", tmp_path / "scans")
+    (tmp_path / "s.json").write_text(json.dumps({"a": {"train": ["P_0"], "validation": ["P_2"], "test": ["P_1"]}}))
+    chosen = ("--split-file", f"{tmp_path / 's.json'}:a", "--size", 16, "--field-mm", 200, "--modalities", "t2", "T1C")
+    assert command(*scans, "--output", tmp_path / "set", *chosen) == 0
+    assert "train: 1 patients, 7 slices, 4 unhealthy" in capsys.readouterr().out
+    dataset = SliceDataset(tmp_path / "set", "validation", cache_dir=tmp_path / "cache")
+    assert set(dataset.patients) == {"P_2"}
+    facts = {"size": 16, "field_mm": 200.0, "modalities": ["t2", "t1ce"], "input": "scans"}
+    assert facts.items() <= dataset.preprocessing.items()
+    assert command(*scans, "--check", "--patients", 2) == 0
+    assert capsys.readouterr().out == "2 patients, no problem\n"
+    (tmp_path / "scans" / "P_1" / "P_1_t1.nii.gz").unlink()
+    assert command(*scans, "--check") == 2
+    output = capsys.readouterr()
+    assert "P_1: " in output.out and "modality missing: t1" in output.out and "1 problems" in output.err
+    skipping = ("--output", tmp_path / "other", "--size", 16, "--skip_bad")
+    assert command(*scans, *skipping) == 0 and "skipped: P_1" in capsys.readouterr().err
+
+
+BAD_COMMANDS = {
+    "no output": (["--source", "brats", "--input", "."], "--output is needed"),
+    "no input": (["--source", "folder", "--output", "x"], "--source folder needs --input"),
+    "foreign option": (
+        ["--source", "arrays", "--input", "x", "--percentile", "98", "--lenient", "--output", "y"],
+        "--source arrays takes no --lenient, --percentile",
+    ),
+    "input for the phantom": (["--source", "phantom", "--input", "x"], "--source phantom takes no --input"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_command_that_makes_no_sense(case, tmp_path, monkeypatch):
+    arguments, reason = BAD_COMMANDS[case]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=reason):
+        command(*arguments)
+
+
+@pytest.mark.parametrize("option", [("--size", 0), ("--size", "big"), ("--field_mm", -3), ("--seed", -1)])
+def test_option_out_of_range(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command("--source", "brats", *option)
+    assert option[0] in capsys.readouterr().err
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: {DATA} (DIFFUSERS_CF_DATA) is missing")
+def test_real_arrays_by_their_fixed_split(tmp_path):
+    arguments = ("--source", "arrays", "--input", DATA / "slices" / "msd_flair.npz", "--output", tmp_path / "set")
+    split_file = DATA / "slices" / "msd_flair_splits.json"
+    assert command(*arguments, "--split_file", f"{split_file}:split_1") == 0
+    dataset = SliceDataset(tmp_path / "set", "test", cache_dir=tmp_path / "cache")
+    with np.load(DATA / "slices" / "msd_flair.npz") as stored:
+        rows = np.flatnonzero(np.isin(stored["patient"], json.loads(split_file.read_text())["split_1"]["test"]))
+        rows = rows[np.lexsort((stored["slice"][rows], stored["patient"][rows]))]
+        images, masks = stored["images"][rows], stored["masks"][rows]
+    batch = dataset.collate(dataset.__getitems__(list(range(len(dataset)))))
+    np.testing.assert_array_equal(np.rint(batch["images"].numpy() * 200), images)
+    np.testing.assert_array_equal(batch["masks"], masks)
+    np.testing.assert_array_equal(dataset.labels, masks.any(axis=(1, 2)))

@@ -1,0 +1,504 @@
+"""The sources: BraTS and Decathlon scans, arrays, image folders, labels without masks, and every bad patient."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_files import MODALITIES, brain, ras_affine, save, write_brats
+from PIL import Image
+
+from diffusers_cf.data import ArraysSource, BratsSource, DecathlonSource, FolderSource
+from diffusers_cf.data.labels import read_labels
+from diffusers_cf.errors import InputError
+
+
+DATA = Path(os.environ.get("DIFFUSERS_CF_DATA", Path(__file__).parents[2] / "shared" / "data"))
+needs_data = [
+    pytest.mark.real_data,
+    pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: {DATA} (DIFFUSERS_CF_DATA) is missing"),
+]
+
+
+def same(found, expected):
+    np.testing.assert_allclose(found.images, expected.images, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(found.masks, expected.masks)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_array_equal(found.slices, expected.slices)
+
+
+def write_decathlon(folder: Path, axes: str = "RAS", order=("flair", "t1", "t1ce", "t2")) -> Path:
+    volume, mask = brain()
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "labelsTr").mkdir()
+    channels = np.stack([volume[MODALITIES.index(name)] for name in order], axis=-1)
+    save(folder / "imagesTr" / "P_01.nii.gz", channels.astype(np.int16), axes)
+    save(folder / "labelsTr" / "P_01.nii.gz", mask, axes)
+    spelled = {"flair": "FLAIR", "t1": "T1w", "t1ce": "t1gd", "t2": "T2w"}
+    entry = {"image": "./imagesTr/P_01.nii.gz", "label": "./labelsTr/P_01.nii.gz"}
+    described = {
+        "modality": {str(i): spelled[name] for i, name in enumerate(order)},
+        "labels": {"0": "background", "1": "edema"},
+        "training": [entry],
+    }
+    (folder / "dataset.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.mark.parametrize("axes", ["LPS", "LAS", "PSR", "IRA"])
+def test_orientation_does_not_change_the_slices(axes, tmp_path):
+    write_brats(tmp_path / "ras")
+    write_brats(tmp_path / "turned", axes=axes)
+    expected = BratsSource(tmp_path / "ras", size=32).read("P_01")
+    assert expected.labels.sum() == 4 and expected.masks.any()
+    same(BratsSource(tmp_path / "turned", size=32).read("P_01"), expected)
+    write_decathlon(tmp_path / "task", axes, order=("t2", "flair", "t1", "t1ce"))
+    same(DecathlonSource(tmp_path / "task", size=32).read("P_01"), expected)
+
+
+def test_brats_names_of_2023_and_a_choice_of_modalities(tmp_path):
+    suffixes = {"flair": "t2f", "t1": "t1n", "t1ce": "T1C", "t2": "t2w", "seg": "seg"}
+    patient = "BraTS-GLI-00001-000"
+    write_brats(tmp_path, patient, names={m: f"{patient}-{suffix}.nii.gz" for m, suffix in suffixes.items()})
+    source = BratsSource(tmp_path, size=16)
+    assert source.patients() == [patient] and source.problems(patient) == []
+    chosen = BratsSource(tmp_path, size=16, modalities=("T1Gd", "flair"))
+    assert chosen.modalities == ("t1ce", "flair")
+    np.testing.assert_array_equal(chosen.read(patient).images, source.read(patient).images[:, [2, 0]])
+
+
+def resave(path, change):
+    volume, mask = brain()
+    data = mask if "seg" in path.name else volume[MODALITIES.index(path.name.split("_")[-1].split(".")[0])]
+    save(path, np.asarray(change(data.astype(np.float32)), dtype=np.float32))
+
+
+def with_nan(data):
+    data[0, 0, 0] = np.nan
+    return data
+
+
+def with_noise(data):
+    return data + np.random.default_rng(0).integers(1, 5, data.shape)
+
+
+def with_shell(data):
+    data[0], data[-1], data[:, 0], data[:, -1] = 9, 9, 9, 9
+    return data
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def shift(path):
+    affine = ras_affine(None)
+    affine[2, 3] += 1
+    save(path, brain()[0][1].astype(np.int16), affine=affine)
+
+
+# file of the patient, what is done to it, what the problem says
+BAD_PATIENTS = {
+    "missing modality": ("t1ce", Path.unlink, "modality missing: t1ce"),
+    "missing segmentation": ("seg", Path.unlink, "no segmentation, and no labels file"),
+    "truncated": ("t2", truncate, "truncated"),
+    "truncated segmentation": ("seg", truncate, "truncated"),
+    "NaN": ("flair", lambda p: resave(p, with_nan), "1 of 9984 voxels are NaN"),
+    "empty": ("t1", lambda p: resave(p, np.zeros_like), "t1 is empty: no voxel above 0"),
+    "z-scored": ("t1", lambda p: resave(p, lambda d: np.where(d > 0, d - 400, 0)), "are negative"),
+    "other shape": ("t1", lambda p: resave(p, lambda d: d[..., :-1]), "P_01_t1.nii.gz is 26x32x11"),
+    "other affine": ("t1", shift, "origin (-90, -126, -39)"),
+    "segmentation of other shape": ("seg", lambda p: resave(p, lambda d: d[1:]), "P_01_seg.nii.gz is 25x32x12"),
+    "fractions": ("seg", lambda p: resave(p, lambda d: d * 0.5), "whole numbers from 0 up, found 0.5"),
+    "negative label": ("seg", lambda p: resave(p, lambda d: -d), "whole numbers from 0 up, found -1"),
+    "unknown label": ("seg", lambda p: resave(p, lambda d: d * 7), "unknown label ids 7 (known: 0, 1, 2, 3, 4)"),
+    "noise outside": ("t2", lambda p: resave(p, with_noise), "t2 seems not to be skull-stripped"),
+    "filled sides": ("t2", lambda p: resave(p, with_shell), "t2 seems not to be skull-stripped"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PATIENTS)
+def test_bad_patient_is_described_in_one_line(case, tmp_path):
+    name, spoil, words = BAD_PATIENTS[case]
+    folder = write_brats(tmp_path)
+    assert BratsSource(tmp_path).problems("P_01") == []
+    spoil(folder / f"P_01_{name}.nii.gz")
+    (problem,) = BratsSource(tmp_path).problems("P_01")
+    assert words in problem and "P_01" in problem and "\n" not in problem
+    with pytest.raises(InputError) as error:
+        BratsSource(tmp_path, size=16).read("P_01")
+    assert str(error.value) == problem
+
+
+def test_all_problems_of_a_patient_are_listed(tmp_path):
+    folder = write_brats(tmp_path)
+    (folder / "P_01_t1.nii.gz").unlink()
+    truncate(folder / "P_01_flair.nii.gz")
+    resave(folder / "P_01_t2.nii.gz", with_noise)
+    source = BratsSource(tmp_path)
+    words = ["truncated", "modality missing: t1", "skull-stripped"]
+    assert all(word in problem for word, problem in zip(words, source.problems("P_01"), strict=True))
+    with pytest.raises(InputError, match=r"truncated.* \(and 2 more; --check lists all\)"):
+        source.read("P_01")
+
+
+def test_lenient_takes_what_is_only_doubtful(tmp_path):
+    folder = write_brats(tmp_path)
+    resave(folder / "P_01_t2.nii.gz", with_noise)
+    resave(folder / "P_01_seg.nii.gz", lambda d: d * 7)
+    source = BratsSource(tmp_path, size=16, lenient=True)
+    assert source.problems("P_01") == [] and source.read("P_01").labels.sum() == 4
+    (folder / "P_01_t1.nii.gz").unlink()
+    assert len(source.problems("P_01")) == 1
+
+
+def test_healthy_patient_and_any_label_id_is_lesion(tmp_path):
+    folder = write_brats(tmp_path)
+    resave(folder / "P_01_seg.nii.gz", lambda d: d * 4)
+    assert BratsSource(tmp_path, size=16).read("P_01").labels.sum() == 4
+    resave(folder / "P_01_seg.nii.gz", np.zeros_like)
+    found = BratsSource(tmp_path, size=16).read("P_01")
+    assert found.labels.sum() == 0 and not found.masks.any()
+
+
+def test_folders_that_hold_no_patients(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        BratsSource(tmp_path / "absent")
+    with pytest.raises(InputError, match="no folder per patient"):
+        BratsSource(tmp_path).patients()
+    folder = write_brats(tmp_path / "a")
+    with pytest.raises(InputError, match="give the folder above it"):
+        BratsSource(folder).patients()
+    (tmp_path / "b" / "one two").mkdir(parents=True)
+    with pytest.raises(InputError, match="'one two' can't be a patient's id"):
+        BratsSource(tmp_path / "b").patients()
+    with pytest.raises(ValueError, match="size must be at least 1, not 0"):
+        BratsSource(tmp_path, size=0)
+
+
+def unlabelled(tmp_path, text, **options):
+    """A BraTS patient without segmentation and a labels file."""
+    folder = write_brats(tmp_path / "scans")
+    (folder / "P_01_seg.nii.gz").unlink()
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8-sig")
+    return BratsSource(tmp_path / "scans", size=16, labels=tmp_path / "labels.csv", **options)
+
+
+def test_labels_of_a_whole_patient(tmp_path):
+    source = unlabelled(tmp_path, "patient,slice,label\nP_01,,unhealthy\n")
+    found = source.read("P_01")
+    assert not source.has_masks and found.masks is None and found.labels.all() and len(found.labels) == 7
+
+
+def test_labels_of_single_slices_win_and_slices_without_one_go(tmp_path):
+    rows = "patient, slice, label\nP_01, 4, healthy\nP_01, 5, unhealthy\n"
+    assert unlabelled(tmp_path / "a", rows).read("P_01").slices.tolist() == [4, 5]
+    found = unlabelled(tmp_path / "b", rows + "P_01, , unhealthy\n").read("P_01")
+    assert found.labels[found.slices == 4] == 0 and found.labels.sum() == len(found.labels) - 1 == 6
+
+
+def test_labels_beside_masks(tmp_path):
+    write_brats(tmp_path / "scans")
+    (tmp_path / "labels.csv").write_text("patient,slice,label\nP_01,2,unhealthy\n")
+    source = BratsSource(tmp_path / "scans", size=16, labels=tmp_path / "labels.csv")
+    found, plain = source.read("P_01"), BratsSource(tmp_path / "scans", size=16).read("P_01")
+    assert source.has_masks and plain.labels[plain.slices == 2] == 0
+    np.testing.assert_array_equal(found.labels, np.where(plain.slices == 2, 1, plain.labels))
+    np.testing.assert_array_equal(found.masks, plain.masks)
+    write_brats(tmp_path / "scans", "P_02")
+    (tmp_path / "scans" / "P_02" / "P_02_seg.nii.gz").unlink()
+    mixed = BratsSource(tmp_path / "scans", size=16, labels=tmp_path / "labels.csv")
+    assert not mixed.has_masks and mixed.read("P_01").masks is None
+    np.testing.assert_array_equal(mixed.read("P_01").labels, found.labels)
+
+
+@pytest.mark.parametrize("text", ["patient,label\nP_02,healthy\n", "patient,slice,label\nP_01,99,healthy\n"])
+def test_patient_that_the_labels_file_forgets(text, tmp_path):
+    source = unlabelled(tmp_path, text)
+    (problem,) = source.problems("P_01")
+    assert "labels.csv: no label for any slice of P_01" in problem
+
+
+BAD_LABELS = {
+    "no column": ("patient,slice\nP_01,3\n", "column missing: label"),
+    "empty file": ("", "column missing: label, patient"),
+    "unknown label": ("patient,label\nP_01,healthy\nP_02,sick\n", r"line 3: unknown label 'sick' \(one of healthy"),
+    "number as label": ("patient,label\nP_01,1\n", "line 2: unknown label '1'"),
+    "no patient": ("patient,label\n,healthy\n", "line 2: patient is empty"),
+    "slice no number": ("patient,slice,label\nP_01,3.5,healthy\n", "line 2: slice '3.5' is no whole number"),
+    "contradiction": ("patient,label\nP_01,healthy\nP_01,unhealthy\n", "line 3: contradicts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_bad_labels_file(case, tmp_path):
+    text, reason = BAD_LABELS[case]
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(InputError, match=f"labels.csv: {reason}"):
+        read_labels(tmp_path / "labels.csv", ("healthy", "unhealthy"))
+
+
+def test_labels_file_that_is_no_text(tmp_path):
+    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00patient")
+    with pytest.raises(InputError, match="not a CSV file"):
+        read_labels(tmp_path / "labels.csv", ("healthy", "unhealthy"))
+    with pytest.raises(InputError, match="can't be read"):
+        read_labels(tmp_path / "absent.csv", ("healthy", "unhealthy"))
+
+
+def change_index(folder, **changes):
+    path = folder / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_decathlon_problems(tmp_path):
+    folder = write_decathlon(tmp_path)
+    assert DecathlonSource(folder).problems("P_01") == []
+    assert DecathlonSource(folder, modalities=("t1gd",)).modalities == ("t1ce",)
+    with pytest.raises(InputError, match=r"no modality pet \(there are flair, t1, t1ce, t2\)"):
+        DecathlonSource(folder, modalities=("pet",))
+    change_index(folder, modality={"0": "FLAIR", "1": "T1w"})
+    (problem,) = DecathlonSource(folder).problems("P_01")
+    assert "P_01.nii.gz: 4 volumes, but dataset.json names 2 modalities (flair, t1)" in problem
+    change_index(write_decathlon(tmp_path / "b"), labels={"0": "background", "2": "core"})
+    assert "unknown label ids 1 (known: 0, 2)" in DecathlonSource(tmp_path / "b").problems("P_01")[0]
+    (tmp_path / "b" / "labelsTr" / "P_01.nii.gz").unlink()
+    (problem,) = DecathlonSource(tmp_path / "b").problems("P_01")
+    assert "labelsTr/P_01.nii.gz: no such file" in problem
+
+
+def test_decathlon_index_is_not_trusted(tmp_path):
+    with pytest.raises(InputError, match="dataset.json: can't be read"):
+        DecathlonSource(tmp_path)
+    for text in ("{", "[]", "{}", '{"modality": {"x": "T1"}, "training": []}'):
+        (tmp_path / "dataset.json").write_text(text)
+        with pytest.raises(InputError, match="not a dataset.json"):
+            DecathlonSource(tmp_path)
+    folder = write_decathlon(tmp_path / "a")
+    change_index(folder, training=[{"image": "../P_01.nii.gz", "label": "./labelsTr/P_01.nii.gz"}])
+    with pytest.raises(InputError, match="lies outside"):
+        DecathlonSource(folder).read("P_01")
+
+
+def test_decathlon_without_masks_takes_labels(tmp_path):
+    folder = change_index(write_decathlon(tmp_path), training=[{"image": "./imagesTr/P_01.nii.gz"}])
+    assert "no segmentation, and no labels file" in DecathlonSource(folder).problems("P_01")[0]
+    (tmp_path / "labels.csv").write_text("patient,label\nP_01,unhealthy\n")
+    source = DecathlonSource(folder, size=16, labels=tmp_path / "labels.csv")
+    assert not source.has_masks and source.read("P_01").labels.all()
+
+
+def arrays(**changes):
+    rng = np.random.default_rng(0)
+    masks = np.zeros((6, 8, 8), dtype=np.uint8)
+    masks[[1, 4], 2:6, 2:6] = 1
+    content = {
+        "images": rng.integers(0, 256, (6, 2, 8, 8)).astype(np.uint8),
+        "masks": masks,
+        "patient": np.array(["b", "b", "b", "a", "a", "a"]),
+        "slice": np.array([7, 5, 6, 1, 2, 3], dtype=np.int16),
+        "modalities": np.array(["T2w", "flair"]),
+        "scale": np.float32(200),
+    }
+    return {name: value for name, value in (content | changes).items() if value is not None}
+
+
+def test_arrays_are_taken_as_they_are(tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays())
+    source = ArraysSource(tmp_path / "x.npz")
+    assert source.patients() == ["a", "b"] and source.modalities == ("flair", "t2") and source.size == 8
+    assert (source.facts()["dtype"], source.facts()["scale"]) == ("uint8", 200)
+    found = source.read("b")
+    assert found.slices.tolist() == [5, 6, 7] and found.labels.tolist() == [1, 0, 0]
+    stored = arrays()["images"][[1, 2, 0]][:, [1, 0]]
+    np.testing.assert_array_equal(np.rint(found.images * 200), stored)
+    np.testing.assert_array_equal(found.masks, arrays()["masks"][[1, 2, 0]])
+    resized = ArraysSource(tmp_path / "x.npz", size=4)
+    assert resized.facts()["dtype"] == "float16"
+    small = resized.read("b")
+    np.testing.assert_allclose(small.images, found.images.reshape(3, 2, 4, 2, 4, 2).mean(axis=(3, 5)), atol=1e-6)
+    assert small.masks[0].sum() == 4 and small.masks.dtype == np.uint8
+
+
+def test_arrays_without_masks(tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays(masks=None))
+    assert "neither masks nor labels" in ArraysSource(tmp_path / "x.npz").problems("a")[0]
+    (tmp_path / "labels.csv").write_text("patient,slice,label\na,,healthy\na,3,unhealthy\nb,6,unhealthy\n")
+    source = ArraysSource(tmp_path / "x.npz", labels=tmp_path / "labels.csv")
+    assert source.read("a").labels.tolist() == [0, 0, 1] and source.read("b").slices.tolist() == [6]
+    assert not source.has_masks and source.read("a").masks is None
+    np.savez(tmp_path / "y.npz", **arrays(masks=None, label=np.array(["unhealthy", "healthy"] * 3)))
+    assert ArraysSource(tmp_path / "y.npz").read("b").labels.tolist() == [0, 1, 1]
+
+
+def test_bad_patients_of_arrays(tmp_path):
+    images = arrays()["images"].astype(np.float32)
+    images[4, 0, 0, 0] = np.nan
+    images[:3, 1] = 0
+    np.savez(tmp_path / "x.npz", **arrays(images=images, slice=np.array([7, 5, 6, 1, 2, 2])))
+    source = ArraysSource(tmp_path / "x.npz")
+    words = ["1 values are NaN or infinite", "a slice index occurs twice"]
+    assert all(word in problem for word, problem in zip(words, source.problems("a"), strict=True))
+    with pytest.raises(InputError, match="x.npz: b: flair is empty"):
+        source.read("b")
+
+
+BAD_ARRAYS = {
+    "array missing": (arrays(patient=None), "array missing: patient"),
+    "no channels": (arrays(images=np.zeros((6, 8, 8))), r"images must be \(N, C, H, W\)"),
+    "not square": (arrays(images=np.zeros((6, 2, 8, 9))), "H = W"),
+    "no slices": (arrays(images=np.zeros((0, 2, 8, 8))), r"images must be \(N, C, H, W\)"),
+    "masks of other size": (arrays(masks=np.zeros((6, 4, 4))), r"masks must have the shape \(6, 8, 8\)"),
+    "too few patients": (arrays(patient=np.array(["a"])), r"patient must have the shape \(6,\)"),
+    "modalities": (arrays(modalities=np.array(["t1"])), r"modalities must have the shape \(2,\)"),
+    "complex": (arrays(images=np.zeros((6, 2, 8, 8), complex)), "must be numbers, not complex128"),
+    "scale 0": (arrays(scale=0), "scale must be above 0"),
+    "unknown label": (arrays(label=np.array(["sick"] * 6)), "unknown label 'sick'"),
+    "pickled objects": (arrays(patient=np.array([{}] * 6)), "not a sound .npz file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_bad_arrays_file(case, tmp_path):
+    content, reason = BAD_ARRAYS[case]
+    np.savez(tmp_path / "x.npz", **content)
+    with pytest.raises(InputError, match=f"x.npz: .*{reason}"):
+        ArraysSource(tmp_path / "x.npz")
+
+
+def test_damaged_arrays_file(tmp_path):
+    for write in (np.savez, np.savez_compressed):
+        write(tmp_path / "x.npz", **arrays())
+        content = (tmp_path / "x.npz").read_bytes()
+        for damaged in (content[:-100], content[:1000], b"", b"no zip at all"):
+            (tmp_path / "x.npz").write_bytes(damaged)
+            with pytest.raises(InputError, match="x.npz: not an .npz file, or truncated"):
+                ArraysSource(tmp_path / "x.npz")
+        for position in range(300, 900, 60):
+            (tmp_path / "x.npz").write_bytes(content[:position] + b"!!" + content[position + 2 :])
+            with pytest.raises(InputError, match="x.npz: not a sound .npz file"):
+                ArraysSource(tmp_path / "x.npz")
+    with pytest.raises(InputError, match="absent.npz: can't be read"):
+        ArraysSource(tmp_path / "absent.npz")
+
+
+def write_images(folder, names, shape=(12, 12), seed=0):
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        values = rng.integers(0, 256, shape).astype(np.uint8)
+        if name.endswith(".npy"):
+            np.save(folder / name, np.moveaxis(values, -1, 0) if values.ndim == 3 else values)
+        else:
+            Image.fromarray(values).save(folder / name)
+    return folder
+
+
+def test_folder_of_classes(tmp_path):
+    names = ["unhealthy/p1_012.png", "healthy/p1_003.png", "healthy/p2.png", "healthy/a_b_1.npy", "healthy/notes.txt"]
+    write_images(tmp_path, names[:-1])
+    (tmp_path / names[-1]).touch()
+    source = FolderSource(tmp_path, size=12)
+    assert source.class_names == ("healthy", "unhealthy") and source.modalities == ("channel0",)
+    assert source.patients() == ["a_b", "p1", "p2"]
+    found = source.read("p1")
+    assert found.slices.tolist() == [3, 12] and found.labels.tolist() == [0, 1] and found.masks is None
+    pixels = np.asarray(Image.open(tmp_path / "unhealthy/p1_012.png"))
+    np.testing.assert_allclose(found.images[1, 0], pixels / 255, atol=1e-6)
+    np.testing.assert_allclose(source.read("a_b").images[0, 0], np.load(tmp_path / names[3]) / 255, atol=1e-6)
+
+
+def test_folder_of_three_classes_and_colours(tmp_path):
+    write_images(tmp_path, ["cat/1.png", "dog/2.png", "bird/3.npy"], shape=(6, 10, 3))
+    source = FolderSource(tmp_path, size=10)
+    assert source.class_names == ("bird", "cat", "dog") and len(source.modalities) == 3
+    found = source.read("2").images[0]
+    pixels = np.moveaxis(np.asarray(Image.open(tmp_path / "dog/2.png")), -1, 0) / 255
+    np.testing.assert_allclose(found[:, 2:8], pixels, atol=1e-6)
+    assert not found[:, :2].any() and not found[:, 8:].any()
+    ordered = FolderSource(tmp_path, size=10, class_names=("dog", "bird", "cat"), modalities=("r", "g", "b"))
+    assert ordered.class_names == ("dog", "bird", "cat") and ordered.read("1").labels.tolist() == [2]
+
+
+def test_kinds_of_images(tmp_path):
+    values = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4000
+    write_images(tmp_path, ["a/1.png"], shape=(4, 4))
+    (tmp_path / "b").mkdir()
+    Image.fromarray(values).save(tmp_path / "b/2.png")
+    np.save(tmp_path / "b/3.npy", values.astype(np.float64) / 1000)
+    Image.fromarray(values > 30000).save(tmp_path / "b/4.png")
+    source = FolderSource(tmp_path, size=4)
+    np.testing.assert_allclose(source.read("2").images[0, 0], values / 65535, atol=1e-6)
+    np.testing.assert_allclose(source.read("3").images[0, 0], values / 1000, rtol=1e-6)
+    np.testing.assert_array_equal(source.read("4").images[0, 0], values > 30000)
+
+
+def test_folder_with_labels(tmp_path):
+    write_images(tmp_path / "images", ["p1_1.png", "p1_2.png", "p2_1.png"])
+    (tmp_path / "labels.csv").write_text("patient,slice,label\np1,2,b\np1,,a\n")
+    source = FolderSource(tmp_path / "images", size=12, labels=tmp_path / "labels.csv", class_names=("a", "b"))
+    assert source.read("p1").labels.tolist() == [0, 1] and source.class_names == ("a", "b")
+    assert "no label for any image of p2" in source.problems("p2")[0]
+
+
+def test_bad_image_folders(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        FolderSource(tmp_path / "absent")
+    write_images(tmp_path, ["a/1.png"])
+    with pytest.raises(InputError, match="at least two sub-folders"):
+        FolderSource(tmp_path)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(InputError, match="b: no .png or .npy file in it"):
+        FolderSource(tmp_path)
+    write_images(tmp_path, ["b/2.png"])
+    with pytest.raises(InputError, match="the sub-folders are a, b, not a, c"):
+        FolderSource(tmp_path, class_names=("a", "c"))
+    with pytest.raises(InputError, match="1 channels, but modalities names 2"):
+        FolderSource(tmp_path, modalities=("x", "y"))
+
+
+def test_bad_images_are_named(tmp_path):
+    write_images(tmp_path, ["a/1.png", "b/1.png", "b/3.png", "b/4.png"])
+    write_images(tmp_path, ["b/2.png"], shape=(12, 12, 3))
+    (tmp_path / "b/3.png").write_bytes((tmp_path / "b/3.png").read_bytes()[:60])
+    np.save(tmp_path / "b/5.npy", np.full((4, 4), np.nan))
+    np.save(tmp_path / "b/6.npy", np.array([{}]), allow_pickle=True)
+    np.save(tmp_path / "b/7.npy", np.zeros((2, 2, 2, 2)))
+    source = FolderSource(tmp_path)
+    words = {
+        "1": "1: a slice occurs twice",
+        "2": "2.png: 3 channels, but other images have 1",
+        "3": "3.png: can't be read",
+        "5": "5.npy: 16 values are NaN or infinite",
+        "6": "6.npy: can't be read",
+        "7": r"7.npy: \(H, W\) or \(C, H, W\) numbers expected",
+    }
+    assert source.problems("4") == []
+    for patient, reason in words.items():
+        assert len(source.problems(patient)) == 1
+        with pytest.raises(InputError, match=reason):
+            source.read(patient)
+
+
+class TestRealData:
+    """Two real patients and the slices that were made from one of them by other code."""
+
+    pytestmark = needs_data
+
+    def test_scans_agree_with_the_stored_slices(self):
+        found = BratsSource(DATA / "volumes").read("MS19")
+        stored = ArraysSource(DATA / "slices" / "ms_mni.npz").read("MS19")
+        rows = np.searchsorted(found.slices, stored.slices)
+        np.testing.assert_array_equal(found.slices[rows], stored.slices)
+        # Stored in steps of 1/200, clipped at 1.275, and only where most of a pixel lies in the brain.
+        brain = stored.images > 0
+        ours = np.minimum(found.images[rows], 1.275)[brain]
+        np.testing.assert_allclose(ours, stored.images[brain], rtol=0, atol=5.1e-3)
+        np.testing.assert_array_equal(found.masks[rows], stored.masks)
+
+    def test_both_patients_are_good(self):
+        source = BratsSource(DATA / "volumes")
+        assert source.patients() == ["BraTS2021_00006", "MS19"]
+        assert [source.problems(patient) for patient in source.patients()] == [[], []]

@@ -1,0 +1,174 @@
+"""The phantom: the exam is frozen, hard for a threshold, and its confounders know nothing of the tumour."""
+
+import functools
+import hashlib
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+from sklearn.metrics import average_precision_score
+
+from diffusers_cf.data import phantom
+from diffusers_cf.data.phantom import MODALITIES, PhantomSource, make_patient, write_patient
+from diffusers_cf.data.phantom_anatomy import SPACING_MM, MassEffect, smooth_noise
+from diffusers_cf.errors import InputError
+
+
+pytest.importorskip("nilearn")
+
+# SHA-256 of one patient of each split. Frozen: see the module's docstring before touching a line of it.
+FROZEN_SHA256 = {
+    "phantom-s0-0000": "42ce60e7c6cd96451b985f63730eef0b1876881c23715f3797d7f7f7fc01941d",
+    "phantom-s0-0300": "f4cfe17d75f2d159df1d6a970b4e1d599da5aba72891f5d8fb5296627b021d9a",
+    "phantom-s0-0317": "e4fe915701c7a8526410730532015822c11e3a1f43373cae8d61979534de92ae",
+}
+HEALTHY, SICK = 330, 317
+
+
+@functools.cache
+def patient(index: int, tumour: bool = True) -> phantom.PhantomPatient:
+    return make_patient(0, index, tumour)
+
+
+def test_the_exam_is_frozen():
+    assert phantom.PHANTOM_VERSION == 1
+    assert phantom.FROZEN_SEED == 0
+    assert phantom.FROZEN_SPLITS == {"train": 300, "validation": 16, "test": 24}
+    source = PhantomSource()
+    found = {}
+    for name in FROZEN_SHA256:
+        slices = source.read(name)
+        digest = hashlib.sha256(np.round(slices.images * 8).astype(np.uint8).tobytes())
+        for exact in (slices.masks, slices.labels.astype(np.uint8), slices.slices.astype(np.uint8)):
+            digest.update(exact.tobytes())
+        found[name] = digest.hexdigest()
+    assert found == FROZEN_SHA256
+
+
+def test_the_same_arguments_give_the_same_patient_and_others_another():
+    again = make_patient(0, SICK)
+    np.testing.assert_array_equal(again.volumes, patient(SICK).volumes)
+    np.testing.assert_array_equal(again.labels, patient(SICK).labels)
+    brains = [patient(SICK).volumes > 0, patient(HEALTHY).volumes > 0, make_patient(1, SICK).volumes > 0]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (brains[a] != brains[b]).sum() > 1000
+
+
+def test_background_is_zero_and_scans_are_whole_positive_numbers():
+    volumes = patient(SICK).volumes
+    assert volumes.shape == (4, 128, 128, 48) and volumes.dtype == np.float32
+    brain = volumes[0] > 0
+    assert (volumes[1:] > 0).sum() == 3 * brain.sum() and ((volumes > 0) == brain).all()
+    _, pieces = ndimage.label(brain.any(axis=2))
+    assert pieces == 1 and not brain[[0, -1]].any() and not brain[:, [0, -1]].any()
+    assert 1000 < brain.sum() * SPACING_MM.prod() / 1000 < 2500
+    assert (volumes == np.round(volumes)).all() and volumes.min() == 0 and volumes.max() < 32767
+
+
+def test_scanner_gain_differs_between_modalities_and_patients():
+    gains = [np.median(volume[volume > 0]) for index in (SICK, HEALTHY) for volume in patient(index).volumes]
+    assert max(gains) / min(gains) > 2
+
+
+def test_lesion_is_inside_the_brain_and_made_of_brats_labels():
+    sick = patient(SICK)
+    assert sick.has_tumour and sick.mask.dtype == np.uint8 and set(np.unique(sick.mask)) == {0, 1}
+    assert set(np.unique(sick.labels)) <= {0, 1, 2, 4} and (sick.labels == 2).any()
+    assert (sick.volumes[:, sick.mask > 0] > 0).all()
+    assert 5 < sick.mask.sum() * SPACING_MM.prod() / 1000 < 450
+
+
+def test_healthy_patient_has_no_mask():
+    assert not patient(HEALTHY).has_tumour and not patient(HEALTHY).labels.any()
+    assert not PhantomSource().read("phantom-s0-0330").labels.any()
+
+
+def test_confounders_do_not_depend_on_the_tumour():
+    sick, cured = patient(SICK), patient(SICK, tumour=False)
+    assert not cured.labels.any()
+    differs = (sick.volumes != cured.volumes).any(axis=0)
+    from_lesion = ndimage.distance_transform_edt(sick.mask == 0, sampling=SPACING_MM)
+    assert differs[sick.mask > 0].mean() > 0.99
+    assert from_lesion[differs].max() < 45
+    assert (~differs & (sick.volumes[0] > 0)).sum() > 0.5 * (sick.volumes[0] > 0).sum()
+    np.testing.assert_array_equal(sick.volumes > 0, cured.volumes > 0)
+
+
+def test_lesion_stands_out_from_the_same_brain_without_it():
+    sick, cured = patient(SICK), patient(SICK, tumour=False)
+    lesion = sick.mask > 0
+    flair, t1, _, t2 = (s[lesion].mean() / c[lesion].mean() for s, c in zip(sick.volumes, cured.volumes, strict=True))
+    assert flair > 1.15 and t2 > 1.1 and t1 < 0.97
+
+
+def test_a_flair_threshold_finds_it_hard():
+    pixels, lesion = [], []
+    source = PhantomSource()
+    for index in range(316, 322):
+        made = patient(index)
+        slices = source.slices(made)
+        brain = (slices.images > 0).any(axis=1)
+        pixels.append(slices.images.transpose(1, 0, 2, 3)[:, brain])
+        lesion.append(slices.masks[brain])
+    pixels, lesion = np.concatenate(pixels, axis=1), np.concatenate(lesion)
+    auprc = dict(zip(MODALITIES, (average_precision_score(lesion, channel) for channel in pixels), strict=True))
+    assert 0.35 < auprc["flair"] < 0.7
+    assert max(auprc["t1"], auprc["t1ce"], auprc["t2"]) < 0.35
+    assert 0.01 < lesion.mean() < 0.10
+
+
+def test_write_patient_makes_brats_files_without_loss(tmp_path):
+    sick = patient(SICK)
+    folder = write_patient(sick, tmp_path)
+    assert folder == tmp_path / "phantom-s0-0317"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        f"phantom-s0-0317_{name}.nii.gz" for name in ("flair", "seg", "t1", "t1ce", "t2")
+    ]
+    for name, expected in zip((*MODALITIES, "seg"), (*sick.volumes, sick.labels), strict=True):
+        image = nib.load(folder / f"phantom-s0-0317_{name}.nii.gz")
+        np.testing.assert_array_equal(image.affine, sick.affine)
+        assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+        assert image.get_data_dtype() == (np.uint8 if name == "seg" else np.int16)
+        np.testing.assert_array_equal(np.asarray(image.dataobj), expected)
+    assert np.allclose(nib.affines.apply_affine(sick.affine, (np.array([128, 128, 48]) - 1) / 2), 0)
+
+
+def test_source_cuts_the_patient_into_slices():
+    slices = PhantomSource(size=64).read("phantom-s0-0317")
+    assert slices.patient == "phantom-s0-0317"
+    assert slices.images.shape == (len(slices.slices), 4, 64, 64) and slices.images.dtype == np.float32
+    np.testing.assert_array_equal(slices.labels, patient(SICK).mask.any(axis=(0, 1))[slices.slices])
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(340, (300, 16, 24)), (34, (30, 2, 2)), (10, (8, 1, 1)), (3, (1, 1, 1))])
+def test_fixed_splits_follow_the_index(count, sizes):
+    splits = PhantomSource(patients=count).fixed_splits()
+    assert tuple(len(splits[name]) for name in ("train", "validation", "test")) == sizes
+    ids = [f"phantom-s0-{index:04d}" for index in range(count)]
+    assert splits["train"] + splits["validation"] + splits["test"] == ids == PhantomSource(patients=count).patients()
+
+
+def test_source_refuses_what_it_cannot_make():
+    with pytest.raises(InputError, match="at least 3 patients"):
+        PhantomSource(patients=2)
+    with pytest.raises(InputError, match="seed"):
+        PhantomSource(seed=-1)
+    with pytest.raises(InputError, match="phantom-s0-0340"):
+        PhantomSource().read("phantom-s0-0340")
+    assert PhantomSource().problems("phantom-s0-0000") == []
+
+
+def test_smooth_noise_has_unit_variance_and_is_smooth():
+    fields = np.stack([smooth_noise(np.random.default_rng(seed), 20.0) for seed in range(8)])
+    assert fields.shape == (8, 128, 128, 48)
+    assert abs(fields.mean()) < 0.05 and abs(fields.std() - 1) < 0.05
+    assert np.abs(np.diff(fields, axis=1)).mean() < 0.15
+
+
+def test_mass_effect_pushes_outward_and_stops_at_its_reach():
+    push = MassEffect(np.zeros(3), amount=0.4, reach=30.0)
+    radius = np.linspace(0.5, 60, 50)
+    source = push.source(np.stack([radius, 0 * radius, 0 * radius]))[0]
+    assert (source[radius < 29] < radius[radius < 29]).all() and (np.diff(source) > 0).all()
+    np.testing.assert_array_equal(source[radius >= 30], radius[radius >= 30])

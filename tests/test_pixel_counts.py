@@ -1,0 +1,232 @@
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+
+from diffusers_cf.pixel_counts import PixelCounts, counts_file, read_counts
+
+
+def counted(scores, masks, **kwargs):
+    counts = PixelCounts(**kwargs)
+    counts.update(scores, masks)
+    return counts
+
+
+def brute_force_ideal_dice(scores, masks):
+    """Best Dice over all distinct scores as thresholds, and the lowest of the best thresholds."""
+    best, best_threshold = -1.0, None
+    for threshold in np.unique(scores):
+        above = scores >= threshold
+        value = 2 * (above & masks).sum() / (above.sum() + masks.sum())
+        if value > best:
+            best, best_threshold = value, threshold
+    return best, best_threshold
+
+
+def heatmap_pixels(n, seed=0, prevalence=0.03, zeros=0.6):
+    """Pixels like those of a heatmap: most are exactly 0, lesion pixels are brighter and overlap with the others."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random(n) < prevalence
+    scores = np.abs(rng.normal(0.05, 0.08, n)) + masks * np.abs(rng.normal(0.1, 0.12, n))
+    scores[~masks & (rng.random(n) < zeros)] = 0
+    return scores.astype(np.float32), masks
+
+
+def negative_scores(n):
+    scores, masks = heatmap_pixels(n, seed=1)
+    return -1 / (0.1 + scores) + 3, masks
+
+
+def large_scores(n):
+    scores, masks = heatmap_pixels(n, seed=2)
+    return 1e5 * scores**3, masks
+
+
+def shifted_scores(n):
+    scores, masks = heatmap_pixels(n, seed=3, zeros=0)
+    return 1000 + scores, masks
+
+
+def tied_scores(n):
+    scores, masks = heatmap_pixels(n, seed=4)
+    return np.round(scores, 2), masks
+
+
+def few_positives(n):
+    scores, _ = heatmap_pixels(n, seed=5, prevalence=0)
+    masks = np.zeros(n, dtype=bool)
+    masks[np.random.default_rng(5).choice(n, 3, replace=False)] = True
+    return scores + 0.2 * masks, masks
+
+
+CASES = [heatmap_pixels, negative_scores, large_scores, shifted_scores, tied_scores, few_positives]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_few_pixels_are_measured_exactly(case):
+    scores, masks = case(3000)
+    scores = scores.astype(np.float32)
+    counts = counted(scores, masks)
+    assert counts.shift == 0
+    assert counts.average_precision() == pytest.approx(average_precision_score(masks, scores), abs=1e-12)
+    dice, threshold = counts.ideal_dice()
+    expected, expected_threshold = brute_force_ideal_dice(scores, masks)
+    assert dice == pytest.approx(expected, abs=1e-12)
+    assert threshold == expected_threshold
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_many_pixels_are_measured_closely_in_few_bins(case):
+    scores, masks = case(400_000)
+    scores = scores.astype(np.float32)
+    counts = counted(scores, masks, max_bins=2**14)
+    assert len(counts.bins) <= 2**14
+    assert counts.average_precision() == pytest.approx(average_precision_score(masks, scores), abs=5e-4)
+    dice, threshold = counts.ideal_dice()
+    above = scores >= threshold
+    assert dice == pytest.approx(2 * (above & masks).sum() / (above.sum() + masks.sum()), abs=1e-12)
+    edges = np.quantile(scores, np.linspace(0.5, 1, 200))
+    best = max(2 * ((scores >= t) & masks).sum() / ((scores >= t).sum() + masks.sum()) for t in edges)
+    assert dice > best - 2e-3
+
+
+def test_a_hard_map_keeps_its_average_precision_at_the_default_resolution():
+    rng = np.random.default_rng(0)
+    masks = rng.random(2_000_000) < 0.03
+    scores = np.abs(rng.normal(0.3, 0.12, masks.size) + 0.22 * masks).astype(np.float32)
+    exact = average_precision_score(masks, scores)
+    assert 0.3 < exact < 0.5
+    counts = counted(scores, masks)
+    assert 65_536 <= len(counts.bins) <= 2**18
+    assert abs(counts.average_precision() - exact) < 3e-5
+
+
+def test_counts_of_parts_add_up_to_counts_of_the_whole():
+    scores, masks = heatmap_pixels(60_000)
+    whole = counted(scores, masks, max_bins=4096)
+    assert whole.shift > 0
+    streamed = PixelCounts(4096)
+    for part in np.array_split(np.random.default_rng(1).permutation(len(scores)), 7):
+        streamed.update(scores[part], masks[part])
+    # Parts of very different size and range arrive at different shifts before they are added.
+    low = scores < 0.01
+    added = counted(scores[low], masks[low], max_bins=4096) + counted(scores[~low], masks[~low], max_bins=4096)
+    for counts in (streamed, added):
+        assert counts.shift == whole.shift
+        for name in ("bins", "positives", "negatives"):
+            np.testing.assert_array_equal(getattr(counts, name), getattr(whole, name))
+    assert whole.positives.sum() == masks.sum() and whole.negatives.sum() == (~masks).sum()
+
+
+def test_memory_does_not_grow_with_the_pixels():
+    counts, sizes = PixelCounts(4096), []
+    for seed in range(6):
+        counts.update(*heatmap_pixels(50_000, seed))
+        sizes.append(len(counts.bins))
+    assert max(sizes) <= 4096 and min(sizes) >= 2048
+    assert counts.positives.nbytes == counts.bins.size * 8
+
+
+def test_bins_hold_the_scores_from_their_own_up_to_the_next():
+    scores = np.random.default_rng(0).normal(0, 1, 50_000).astype(np.float32)
+    counts = counted(scores, scores > 1, max_bins=4096)
+    assert counts.shift > 0
+    assert (np.diff(counts.scores) > 0).all() and counts.scores[0] < 0 < counts.scores[-1]
+    index = np.searchsorted(counts.scores, scores, side="right") - 1
+    np.testing.assert_array_equal(np.bincount(index), counts.positives + counts.negatives)
+
+
+def test_zero_and_minus_zero_are_one_score_that_no_other_shares():
+    scores = np.array([0.0, -0.0, 1e-30, -1e-30], dtype=np.float32)
+    counts = counted(scores, [1, 0, 0, 0])
+    np.testing.assert_array_equal(counts.scores, np.sort(scores)[[0, 1, 3]])
+    assert counts.positives.tolist() == [0, 1, 0] and counts.negatives.tolist() == [1, 1, 1]
+
+
+def test_dice_at_any_threshold():
+    scores, masks = heatmap_pixels(20_000)
+    exact, coarse = counted(scores, masks), counted(scores, masks, max_bins=4096)
+    for threshold in (-1.0, 0.0, 0.1, 0.2, 1.0, 5.0):
+        above = scores >= np.float32(threshold)
+        expected = 2 * (above & masks).sum() / (above.sum() + masks.sum())
+        assert exact.dice_at(threshold) == pytest.approx(expected, abs=1e-12)
+        assert coarse.dice_at(threshold) == pytest.approx(expected, abs=2e-3)
+    dice, threshold = coarse.ideal_dice()
+    assert coarse.dice_at(threshold) == pytest.approx(dice, abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, -2.5, 7.0])
+def test_a_constant_map_scores_the_prevalence(value):
+    masks = np.arange(1000) < 50
+    counts = counted(np.full(1000, value), masks)
+    assert counts.average_precision() == pytest.approx(0.05)
+    assert counts.prevalence == 0.05
+    dice, threshold = counts.ideal_dice()
+    assert dice == pytest.approx(2 * 0.05 / 1.05) and threshold == value
+
+
+def test_a_perfect_map_scores_one():
+    masks = np.arange(1000) < 50
+    counts = counted(masks * 0.5, masks)
+    assert counts.average_precision() == 1
+    assert counts.ideal_dice() == (1.0, 0.5)
+
+
+def test_without_lesion_or_pixels_nothing_is_defined():
+    for counts in (counted(np.ones(10), np.zeros(10)), PixelCounts()):
+        assert counts.average_precision() is None
+        assert counts.ideal_dice() == (None, None)
+        assert counts.dice_at(0.5) is None
+    assert counted(np.ones(10), np.zeros(10)).prevalence == 0 and PixelCounts().prevalence is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
+def test_scores_that_are_no_numbers_are_refused(bad):
+    with pytest.raises(ValueError, match="NaN or infinite"), np.errstate(over="ignore"):
+        counted(np.array([0.0, bad, 1.0]), np.zeros(3))
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="same size, not 4 and 3"):
+        counted(np.zeros(4), np.zeros(3))
+    with pytest.raises(ValueError, match="max_bins must be at least 4096, not 100"):
+        PixelCounts(100)
+
+
+def test_a_file_gives_back_the_counts_of_every_patient(tmp_path):
+    scores, masks = heatmap_pixels(30_000)
+    counts = counted(scores - 0.1, masks, max_bins=4096)
+    path = tmp_path / "RESULT.counts.npz"
+    with counts_file(path) as append:
+        for patient in ("b", "a.1_2-3"):
+            append({f"{patient}/slices": np.arange(3), f"{patient}/labels": np.array([0, 1, 1])})
+            for region in ("foreground", "background"):
+                append({f"{patient}/raw/{region}/{k}": v for k, v in counts.to_arrays().items()})
+            append({f"{patient}/raw/slice_scores": np.ones(3)})
+        assert not path.exists()
+    patients = dict(read_counts(path))
+    assert list(patients) == ["b", "a.1_2-3"]
+    assert patients["b"]["slices"].tolist() == [0, 1, 2] and patients["b"]["labels"].tolist() == [0, 1, 1]
+    read = patients["b"]["raw/foreground"]
+    assert (read + read).average_precision() == pytest.approx(counts.average_precision(), abs=1e-12)
+    assert read.shift == counts.shift
+    for name in ("bins", "positives", "negatives", "scores"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(counts, name))
+    assert "postprocessed/foreground" not in patients["b"]
+
+
+def test_an_interrupted_file_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "RESULT.counts.npz"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), counts_file(path) as append:
+        append({"a": np.zeros(3)})
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_coarsened_counts_lose_precision_but_no_pixels():
+    scores, masks = heatmap_pixels(60_000)
+    counts = counted(scores, masks)
+    coarse = counts.coarsened(4096)
+    assert len(coarse.bins) <= 4096 < len(counts.bins)
+    assert coarse.positives.sum() == masks.sum() and coarse.negatives.sum() == (~masks).sum()
+    assert coarse.average_precision() == pytest.approx(counts.average_precision(), abs=2e-3)

@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+import torch
+
+from diffusers_cf.postprocessing import (
+    eroded_foreground_mask,
+    foreground_mask,
+    postprocess_maps,
+    remove_small_components,
+)
+
+
+def square_image(size=20, low=4, high=16, channels=2):
+    """One slice whose second channel is tissue in a square [low, high)."""
+    images = np.zeros((1, channels, size, size), dtype=np.float32)
+    images[0, -1, low:high, low:high] = 0.5
+    return images
+
+
+def test_foreground_is_any_channel_above_zero():
+    images = square_image()
+    images[0, 0, 0, 0] = 1e-6
+    images[0, 0, 1, 1] = -1.0
+    expected = images[:, 1] > 0
+    expected[0, 0, 0] = True
+    np.testing.assert_array_equal(foreground_mask(images), expected)
+    np.testing.assert_array_equal(foreground_mask(torch.from_numpy(images)), expected)
+
+
+def test_erosion_takes_two_pixels_off_each_side():
+    eroded = eroded_foreground_mask(square_image(low=4, high=16))
+    expected = np.zeros((1, 20, 20), dtype=bool)
+    expected[0, 6:14, 6:14] = True
+    np.testing.assert_array_equal(eroded, expected)
+
+
+def test_erosion_is_a_mean_above_095():
+    rng = np.random.default_rng(0)
+    images = (rng.random((3, 1, 24, 24)) > 0.04).astype(np.float32)
+    eroded = eroded_foreground_mask(images)
+    inner = np.lib.stride_tricks.sliding_window_view(images[:, 0], (5, 5), axis=(1, 2)).mean((-1, -2))
+    expected = (inner > 0.95) & (images[:, 0, 2:-2, 2:-2] > 0)
+    assert expected.any() and not expected.all()
+    np.testing.assert_array_equal(eroded[:, 2:-2, 2:-2], expected)
+
+
+def test_erosion_keeps_the_border_of_an_image_that_fills_its_frame():
+    assert eroded_foreground_mask(np.ones((1, 3, 8, 8))).all()
+
+
+def test_median_filter_is_the_median_of_25_pixels_of_the_same_slice():
+    rng = np.random.default_rng(1)
+    maps = rng.random((3, 12, 12)).astype(np.float32)
+    result = postprocess_maps(maps, np.ones((3, 1, 12, 12), dtype=np.float32))
+    expected = np.median(np.lib.stride_tricks.sliding_window_view(maps, (5, 5), axis=(1, 2)), axis=(-1, -2))
+    np.testing.assert_array_equal(result[:, 2:-2, 2:-2], expected)
+    assert result.dtype == np.float32
+
+
+def test_a_bright_rim_and_a_speck_vanish_and_a_lesion_stays():
+    images = square_image(size=32, low=4, high=28)
+    tissue = images[:, 1] > 0
+    maps = np.where(tissue & ~eroded_foreground_mask(images), 1.0, 0.0)
+    maps[0, 9, 9] = 1.0
+    maps[0, 14:21, 14:21] = 1.0
+    result = postprocess_maps(maps, images)
+    assert result[0, 17, 17] == 1
+    assert (result[0, 15:20, 15:20] == 1).all()
+    result[0, 14:21, 14:21] = 0
+    assert (result == 0).all()
+
+
+def test_scores_outside_the_foreground_become_the_lowest():
+    images = square_image()
+    tissue = images[:, 1] > 0
+    positive = postprocess_maps(np.full((1, 20, 20), 3.0), images)
+    assert (positive[~tissue] == 0).all() and positive.max() == 3
+    negative = postprocess_maps(np.where(tissue, -2.0, 5.0), images)
+    assert (negative == -2).all()
+
+
+def test_postprocessing_a_slice_does_not_depend_on_its_batch():
+    rng = np.random.default_rng(2)
+    images = (rng.random((4, 2, 16, 16)) > 0.05).astype(np.float32)
+    maps = rng.random((4, 16, 16))
+    alone = np.concatenate([postprocess_maps(maps[i : i + 1], images[i : i + 1]) for i in range(4)])
+    np.testing.assert_array_equal(postprocess_maps(maps, images), alone)
+
+
+def test_components_of_20_voxels_stay_and_of_19_go():
+    masks = np.zeros((1, 16, 16), dtype=np.uint8)
+    masks[0, 1:5, 1:6] = 1
+    masks[0, 10:14, 10:15] = 1
+    masks[0, 10, 10] = 0
+    kept = remove_small_components(masks)
+    assert kept.dtype == bool
+    assert kept[0, 1:5, 1:6].all() and kept.sum() == 20
+
+
+def test_components_are_three_dimensional_with_26_neighbours():
+    masks = np.zeros((3, 16, 16), dtype=bool)
+    masks[0, 2:5, 2:5] = masks[1, 5:8, 5:8] = masks[2, 8:11, 8:11] = True  # 27 voxels that touch at corners
+    np.testing.assert_array_equal(remove_small_components(masks), masks)
+
+
+def test_a_gap_between_slices_separates_components():
+    masks = np.zeros((2, 8, 8), dtype=bool)
+    masks[:, 2:5, 2:6] = True  # 12 voxels in each of two slices
+    assert remove_small_components(masks, slices=np.array([7, 8])).sum() == 24
+    assert remove_small_components(masks, slices=np.array([7, 9])).sum() == 0
+
+
+def test_components_follow_slice_indices_given_in_any_order():
+    rng = np.random.default_rng(3)
+    masks = rng.random((6, 12, 12)) > 0.85
+    slices = np.array([10, 11, 12, 13, 20, 21])
+    kept = remove_small_components(masks, slices)
+    assert kept.any() and kept.sum() < masks.sum()
+    shuffle = rng.permutation(6)
+    np.testing.assert_array_equal(remove_small_components(masks[shuffle], slices[shuffle]), kept[shuffle])
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8), (3, 8, 8)])
+def test_empty_masks_have_no_components(shape):
+    kept = remove_small_components(np.zeros(shape, dtype=bool))
+    assert kept.shape == shape and not kept.any()

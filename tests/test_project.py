@@ -1,0 +1,198 @@
+"""The project as a whole: wheel, pins, commands of the README, import direction, size and hygiene of its files."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED_MODEL = Path("diffusers_cf/pretrained/phantom_small")
+
+# What a module of the package may import from its siblings. A module that is not listed stands above all of these
+# and may import anything but the command line.
+BOTTOM = {"schedulers", "models", "losses", "evaluation", "postprocessing", "loading", "data"}
+ALLOWED = {
+    "errors": set(),
+    **{module: {"errors"} for module in BOTTOM},
+    "pipeline_counterfactual_ddim": {"errors", "schedulers", "models", "loading"},
+    "baselines": {"errors", "pipeline_counterfactual_ddim", *BOTTOM},
+}
+MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home|Users)/")
+
+
+def project_files():
+    """All files of the checkout that git does not ignore, relative to its root."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return sorted(Path(name) for name in listing.split("\0") if name and (ROOT / name).is_file())
+
+
+def package_files():
+    return [path for path in project_files() if path.parts[0] == "diffusers_cf"]
+
+
+def imported_names(path):
+    """Dotted names, as tuples, of what a Python file imports anywhere in it; relative imports resolved."""
+    package = path.parent.parts
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = tuple(node.module.split(".")) if node.module else ()
+            yield from ((*base, *module, alias.name) for alias in node.names)
+
+
+def imported_siblings(path, modules):
+    """First-level modules of the package that a file imports; `__init__` stands for the package itself."""
+    for name in imported_names(path):
+        if name[0] == "diffusers_cf":
+            yield name[1] if len(name) > 1 and name[1] in modules else "__init__"
+
+
+def normalise(requirement):
+    return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", requirement).group()).lower()
+
+
+def fenced_commands(text):
+    """Lines of the shell blocks of a Markdown text."""
+    blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder like site-packages that holds the unpacked wheel, built from a copy of the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for path in project_files():
+        if path.parts[0] == "diffusers_cf" or len(path.parts) == 1:
+            (folder / "source" / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / path, folder / "source" / path)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--wheel-dir", folder / "dist", folder / "source"], check=True)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def metadata(site):
+    (info,) = site.glob("*.dist-info")
+    return importlib.metadata.Distribution.at(info)
+
+
+def test_wheel_holds_the_package_the_script_and_the_shipped_weights_and_nothing_else(site):
+    packed = {path.relative_to(site) for path in site.rglob("*") if path.is_file()}
+    info = {path for path in packed if path.parts[0].endswith(".dist-info")}
+    assert packed - info == {*package_files(), Path("train_counterfactual.py")}
+    assert "LICENSE" in {path.name for path in info}
+
+
+def test_metadata(metadata):
+    import diffusers_cf
+
+    assert metadata.metadata["Name"] == "diffusers_cf"
+    assert metadata.version == diffusers_cf.__version__
+    assert metadata.metadata["Requires-Python"] == ">=3.11"
+    assert [(entry.name, entry.value) for entry in metadata.entry_points] == [
+        ("diffusers-cf", "diffusers_cf.cli:main")
+    ]
+    assert {"phantom", "app", "dicom", "train", "test", "dev"} <= set(metadata.metadata.get_all("Provides-Extra"))
+    assert f"\n## {diffusers_cf.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_wheel_works_outside_the_checkout(site, tmp_path):
+    code = "\n".join(
+        [
+            "import pathlib, sys",
+            "import diffusers_cf, train_counterfactual",
+            "package = pathlib.Path(diffusers_cf.__file__).parent",
+            "assert package.parent == pathlib.Path(train_counterfactual.__file__).parent == pathlib.Path(sys.argv[1])",
+            "for folder in sys.argv[2:]:",
+            "    diffusers_cf.CounterfactualDDIMPipeline.from_pretrained(package.parent / folder)",
+        ]
+    )
+    models = [path.parent for path in package_files() if path.name == "model_index.json"]
+    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code, site, *models], cwd=tmp_path, env=environment, check=True)
+
+
+def test_every_import_is_a_declared_dependency(metadata):
+    declared = {normalise(requirement) for requirement in metadata.requires}
+    distributions = importlib.metadata.packages_distributions()
+    own = {"diffusers_cf", "train_counterfactual", *sys.stdlib_module_names}
+    undeclared = {
+        f"{path}: {name[0]}"
+        for path in [*package_files(), Path("train_counterfactual.py")]
+        if path.suffix == ".py"
+        for name in imported_names(path)
+        if name[0] not in own and not declared & {normalise(d) for d in distributions.get(name[0], [name[0]])}
+    }
+    assert not undeclared
+
+
+def test_constraints_pin_whatever_make_installs(metadata):
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    # a local version such as +cpu exists on some machines only
+    assert all(re.fullmatch(r"[0-9.]+", version) for version in pins.values())
+    needed = [requirement for requirement in metadata.requires if not re.search(r"extra == .(app|dicom)", requirement)]
+    assert {normalise(requirement) for requirement in needed} <= {normalise(name) for name in pins}
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    commands = fenced_commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    ci = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert ci[-1] == "make test"
+    assert {"make test", "make demo"} <= set(commands)
+
+
+def test_documented_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert set(re.findall(r"(?:`|^)make ([a-z]+)", text, re.MULTILINE)) <= targets
+
+
+def test_python_files_stay_readable():
+    counts = {path: len((ROOT / path).read_bytes().splitlines()) for path in project_files() if path.suffix == ".py"}
+    assert {path: count for path, count in counts.items() if count > 400} == {}
+
+
+def test_import_direction():
+    python_files = [path for path in package_files() if path.suffix == ".py"]
+    modules = {path.with_suffix("").parts[1] for path in python_files}
+    above = modules - {"cli"} | {"__init__"}
+    wrong = {
+        f"{path} imports {sibling}"
+        for path in python_files
+        for own in [path.with_suffix("").parts[1]]
+        for sibling in imported_siblings(path, modules)
+        if sibling not in ALLOWED.get(own, above) | {own}
+    }
+    assert not wrong
+
+
+def test_nothing_imports_the_scripts():
+    importers = {path for path in package_files() if path.suffix == ".py"}
+    assert {
+        path for path in importers if {"train_counterfactual", "setup"} & {name[0] for name in imported_names(path)}
+    } == set()
+
+
+def test_no_file_names_a_path_of_one_machine():
+    assert [path for path in project_files() if MACHINE_PATH.search((ROOT / path).read_bytes())] == []
+
+
+def test_the_shipped_model_is_the_only_one():
+    found = {path.parent for path in project_files() if path.name == "model_index.json"}
+    assert found <= {SHIPPED_MODEL}
