@@ -7,12 +7,12 @@ saved as a pipeline that `CounterfactualDDIMPipeline.from_pretrained(MODEL)` ope
 """
 
 import math
-import time
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
@@ -20,117 +20,149 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
-from diffusers_cf.arguments import ArgumentParser, run_command
+from diffusers_cf.arguments import run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.losses import drop_condition, noise_prediction_loss
 from diffusers_cf.models import (
-    CONDITIONINGS,
-    UNET_SIZES,
     ClassTokenEncoder,
     ConditionalNoisePredictor,
     class_token_encoder,
     counterfactual_unet,
 )
-from diffusers_cf.training import PositionBatches, TrainingSlices, find_checkpoint, save_checkpoint
+from diffusers_cf.training import (
+    PositionBatches,
+    Progress,
+    TrainingSlices,
+    averaged_weights,
+    check_weights,
+    find_checkpoint,
+    finished_checkpoints,
+    save_checkpoint,
+)
+from diffusers_cf.training_options import parse_args
 from diffusers_cf.validation import Validation
 
 
-logger = get_logger("diffusers_cf")
+def open_output_folder(args) -> Path:
+    """The output folder, made now: finding out at the first checkpoint would be late.
+
+    Raises:
+        InputError: it can't be made, or holds another run's checkpoints, which `latest` would mix with this one's.
+    """
+    output = Path(args.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output}: the output folder can't be made ({error.strerror})") from None
+    finished = finished_checkpoints(output)
+    if finished and not args.resume_from_checkpoint:
+        raise InputError(
+            f"{output} already holds {finished[-1].name}: go on from it with --resume_from_checkpoint latest,"
+            " or start in another --output_dir"
+        )
+    return output
 
 
-def parse_args(args: list[str] | None = None):
-    """Options, named as in diffusers' example scripts."""
-    parser = ArgumentParser(prog="train_counterfactual.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--dataset", required=True, help="slice data set, written by `diffusers-cf prepare`")
-    add("--output_dir", required=True, help="the pipeline, with checkpoints and logs beside it")
-    add("--unet_size", choices=list(UNET_SIZES), default="small")
-    add("--conditioning", choices=CONDITIONINGS, default="attention")
-    add("--resolution", type=int, default=64, help="side of the network's input in pixels, a multiple of 8")
-    add("--pretrained_model", help="pipeline folder to fine-tune instead of a new network")
-    add("--seed", type=int, default=0)
-    add("--train_batch_size", type=int, default=32, help="images a process and accumulation step")
-    add("--gradient_accumulation_steps", type=int, default=1)
-    add("--gradient_checkpointing", action="store_true")
-    add("--max_train_steps", type=int, default=50_000)
-    add("--num_train_epochs", type=int, help="overrides --max_train_steps")
-    add("--max_train_samples", type=int, help="train on the first so many slices only")
-    add("--learning_rate", type=float, default=1e-4)
-    add("--scale_lr", action="store_true", help="multiply the rate by processes, accumulation and batch size")
-    add("--lr_scheduler", default="constant_with_warmup")
-    add("--lr_warmup_steps", type=int, default=500)
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_weight_decay", type=float, default=0.01)
-    add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0)
-    add("--ema_max_decay", type=float, default=0.9999)
-    add("--ema_inv_gamma", type=float, default=1.0)
-    add("--ema_power", type=float, default=0.75, help="decay after n steps is 1 - (1 + n / inv_gamma) ** -power")
-    add("--guidance_dropout_prob", type=float, default=0.35, help="share of images whose condition is dropped")
-    add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual")
-    add("--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon")
-    add("--ddpm_num_steps", type=int, default=1000)
-    add("--ddpm_beta_schedule", default="linear", choices=["linear", "scaled_linear", "squaredcos_cap_v2"])
-    add("--random_flip", action="store_true", help="mirror left and right")
-    add("--augment", action="store_true", help="small rotations, scales, shifts and gains")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="defaults to accelerate's configuration")
-    add("--allow_tf32", action="store_true")
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--dataloader_num_workers", type=int, default=0)
-    add("--checkpointing_steps", type=int, default=1000)
-    add("--checkpoints_total_limit", type=int)
-    add("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
-    add("--validation_steps", type=int, default=1000, help="0 switches validation off")
-    add("--num_validation_slices", type=int, default=64)
-    add("--logging_steps", type=int, default=25)
-    add("--report_to", default=None, help="trackers of accelerate, such as tensorboard or wandb")
-    add("--logging_dir", default="logs", help="inside output_dir")
-    add("--tracker_project_name", default="diffusers_cf")
-    add("--push_to_hub", action="store_true")
-    add("--hub_model_id", help="defaults to the name of output_dir")
-    add("--hub_token")
-    add("--hub_private_repo", action="store_true")
-    args = parser.parse_args(args)
-    for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be 1 or more")
-    if not 0 <= args.guidance_dropout_prob <= 1:
-        parser.error(f"--guidance_dropout_prob is {args.guidance_dropout_prob}: it must lie in [0, 1]")
-    if args.resolution < 8 or args.resolution % 8:
-        parser.error(f"--resolution is {args.resolution}: it must be a multiple of 8")
-    return args
+def start_accelerator(args, output: Path) -> Accelerator:
+    """Processes, devices, precision and trackers."""
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    try:
+        return Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to,
+            project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / args.logging_dir)),
+        )
+    except ValueError as error:  # a precision or a tracker that this machine lacks
+        raise InputError(str(error)) from None
 
 
 def build_model(args, dataset: SliceDataset) -> ConditionalNoisePredictor:
     """A new network for the data set's channels and classes, or the one to fine-tune."""
     if args.pretrained_model:
         pipe = CounterfactualDDIMPipeline.from_pretrained(args.pretrained_model)
+        _check_fits(args, pipe, dataset)
         model = ConditionalNoisePredictor(pipe.unet, pipe.class_encoder)
-        _check_fits(args, model, dataset)
     else:
-        channels = dataset.preprocessing["channels"]
-        unet = counterfactual_unet(args.unet_size, args.conditioning, args.resolution, channels)
+        unet = counterfactual_unet(
+            args.unet_size, args.conditioning, args.resolution or 64, dataset.preprocessing["channels"]
+        )
         conditional = args.conditioning != "unconditional"
         model = ConditionalNoisePredictor(
             unet, class_token_encoder(args.unet_size, dataset.class_names) if conditional else None
         )
+    if model.class_encoder and model.class_encoder.tokens and "Cross" not in model.unet.config.mid_block_type:
+        # AdaGN alone never reads the tokens, and several processes wait for every gradient that is asked for.
+        model.class_encoder.tokens.requires_grad_(False)
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     return model.train()
 
 
-def _check_fits(args, model: ConditionalNoisePredictor, dataset: SliceDataset) -> None:
-    channels = model.unet.config.in_channels
+def _check_fits(args, pipe: CounterfactualDDIMPipeline, dataset: SliceDataset) -> None:
+    channels, classes = pipe.unet.config.in_channels, pipe.class_encoder and pipe.class_encoder.config.class_names
     if channels != dataset.preprocessing["channels"]:
         raise InputError(
             f"{args.pretrained_model}: takes {channels} channels, {args.dataset} has {dataset.preprocessing['channels']}"
         )
-    if model.class_encoder and tuple(model.class_encoder.config.class_names) != dataset.class_names:
+    if classes and tuple(classes) != dataset.class_names:
         raise InputError(
-            f"{args.pretrained_model}: knows the classes {list(model.class_encoder.config.class_names)},"
-            f" {args.dataset} has {list(dataset.class_names)}"
+            f"{args.pretrained_model}: knows the classes {list(classes)}, {args.dataset} has {list(dataset.class_names)}"
         )
+    scheduler = pipe.scheduler.config
+    for option, theirs, ours in (
+        ("resolution", pipe.unet.config.sample_size, args.resolution or pipe.unet.config.sample_size),
+        ("prediction_type", scheduler.prediction_type, args.prediction_type),
+        ("ddpm_num_steps", scheduler.num_train_timesteps, args.ddpm_num_steps),
+        ("ddpm_beta_schedule", scheduler.beta_schedule, args.ddpm_beta_schedule),
+    ):
+        if theirs != ours:
+            raise InputError(f"{args.pretrained_model}: was trained with --{option} {theirs}, this run has {ours}")
+
+
+@dataclass
+class Run:
+    """What one training run consists of; on each process the same.
+
+    Attributes:
+        args: options.
+        accelerator: processes, devices, checkpoints and trackers.
+        output: output folder.
+        slices: training set.
+        network: U-Net and class encoder.
+        model: `network` as the accelerator prepared it.
+        optimizer: AdamW, prepared.
+        lr_scheduler: steps once an optimiser step.
+        ema: average of the network's weights.
+        facts: preprocessing.json of the model.
+        global_batch: images an optimiser step.
+    """
+
+    args: Namespace
+    accelerator: Accelerator
+    output: Path
+    slices: TrainingSlices
+    network: ConditionalNoisePredictor
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel
+    facts: dict
+    global_batch: int
+
+    @property
+    def fingerprint(self) -> dict:
+        """What must be the same for a checkpoint to go on as if never stopped."""
+        return {"seed": self.args.seed, "global_batch": self.global_batch, "slices": self.slices.num_slices}
+
+    def pipeline(self) -> CounterfactualDDIMPipeline:
+        """The pipeline around the network as it is now."""
+        return build_pipeline(self.args, self.network.unet, self.network.class_encoder, self.facts)
+
+    def save_model(self, folder: Path) -> None:
+        """Saves the averaged weights as a pipeline."""
+        with averaged_weights(self.network, self.ema):
+            self.pipeline().save_pretrained(folder)
 
 
 def build_pipeline(args, unet: UNet2DConditionModel, class_encoder: ClassTokenEncoder | None, facts: dict):
@@ -147,145 +179,153 @@ def build_pipeline(args, unet: UNet2DConditionModel, class_encoder: ClassTokenEn
     return pipe
 
 
-class averaged_weights:
-    """Within this context the model holds its EMA weights; afterwards the ones in training again."""
-
-    def __init__(self, model: torch.nn.Module, ema: EMAModel):
-        self.model, self.ema = model, ema
-
-    def __enter__(self):
-        self.ema.store(self.model.parameters())
-        self.ema.copy_to(self.model.parameters())
-        return self.model.eval()
-
-    def __exit__(self, *exception):
-        self.ema.restore(self.model.parameters())
-        self.model.train()
-
-
-def main(args) -> None:
+def main(args: Namespace) -> None:
     """Trains; every number of the run is in `args`."""
-    output = Path(args.output_dir)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / args.logging_dir)),
-    )
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-
-    # 1. Data: a slice data set with labels; masks, if there are any, are for validation alone.
-    with accelerator.main_process_first():
-        dataset = SliceDataset(args.dataset, "train")
-    parts, world = args.gradient_accumulation_steps, accelerator.num_processes
-    global_batch = args.train_batch_size * parts * world
-    if args.num_train_epochs:
-        args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / global_batch)
-    slices = TrainingSlices(
-        dataset, args.seed, (args.resolution, args.resolution), args.ddpm_num_steps, args.random_flip, args.augment,
-        args.max_train_samples,
-    )  # fmt: skip
-
-    # 2. Model, optimiser, schedule, average.
-    set_seed(args.seed)
-    model = build_model(args, dataset)
-    rate = args.learning_rate * (global_batch if args.scale_lr else 1)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay
-    )
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
-    ema = EMAModel(
-        model.parameters(), args.ema_max_decay, use_ema_warmup=True, inv_gamma=args.ema_inv_gamma, power=args.ema_power
-    )
-    ema.to(accelerator.device)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler, ema)
-    unwrapped = accelerator.unwrap_model(model)
-    if args.compile:
-        unwrapped.compile()
-    null_id = unwrapped.class_encoder.null_id if unwrapped.class_encoder else 0
-    noise_scheduler = DDPMScheduler(
-        args.ddpm_num_steps, beta_schedule=args.ddpm_beta_schedule, prediction_type=args.prediction_type
-    )
-    facts = {k: v for k, v in dataset.preprocessing.items() if k != "splits"} | {"size": args.resolution}
-
-    def save_model(folder: Path) -> None:
-        with averaged_weights(unwrapped, ema):
-            build_pipeline(args, unwrapped.unet, unwrapped.class_encoder, facts).save_pretrained(folder)
-
-    # 3. Resume.
-    run_facts = {"seed": args.seed, "global_batch": global_batch, "slices": len(dataset)}
-    step = 0
-    checkpoint = find_checkpoint(output, args.resume_from_checkpoint, run_facts)
-    if checkpoint:
-        path, step = checkpoint
-        accelerator.load_state(str(path))
-        logger.info(f"resumed from {path} at step {step}", main_process_only=True)
+    output = open_output_folder(args)
+    accelerator = start_accelerator(args, output)
+    run = set_up(args, accelerator, output)
+    step = resume(run)
     if args.report_to:
-        accelerator.init_trackers(args.tracker_project_name, config=vars(args))
-
-    # 4. Train.
-    loader = torch.utils.data.DataLoader(
-        slices,
-        batch_sampler=PositionBatches(
-            step, args.max_train_steps, args.train_batch_size, parts, accelerator.process_index, world
-        ),
-        collate_fn=slices.collate,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    validation = Validation(args, accelerator, output)
-    bar = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, desc="step")
-    running, since, start = torch.zeros((), device=accelerator.device), step, time.perf_counter()
-    for batch in loader:
-        batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
-        with accelerator.accumulate(model):
-            class_ids = drop_condition(batch["labels"], null_id, args.guidance_dropout_prob, batch["uniform"])
-            loss = noise_prediction_loss(
-                model, noise_scheduler, batch["images"], class_ids, batch["noise"], batch["timesteps"], args.snr_gamma
-            )
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        running += loss.detach() / parts
-        if not accelerator.sync_gradients:
-            continue
-        lr_scheduler.step()
-        ema.step(unwrapped.parameters())
-        step += 1
-        bar.update()
-
-        last = step == args.max_train_steps
-        save_now = last or step % args.checkpointing_steps == 0
-        if save_now or step % args.logging_steps == 0:
-            mean_loss = accelerator.reduce(running, "mean").item() / (step - since)
-            if not math.isfinite(mean_loss):
-                raise InputError(
-                    f"the loss became {mean_loss} between steps {since} and {step}: lower --learning_rate or use bf16;"
-                    f" checkpoints up to step {since} are good"
-                )
-            speed = (step - since) * global_batch / (time.perf_counter() - start)
-            bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_second=f"{speed:.1f}")
-            accelerator.log({"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0], "images_per_second": speed}, step)
-            running.zero_()
-            since, start = step, time.perf_counter()
-        if save_now:
-            save_checkpoint(accelerator, output, step, run_facts, save_model, args.checkpoints_total_limit)
-        if args.validation_steps and (last or step % args.validation_steps == 0):
-            with averaged_weights(unwrapped, ema):
-                validation.run(build_pipeline(args, unwrapped.unet, unwrapped.class_encoder, facts), step)
-            start = time.perf_counter()
-    bar.close()
-
-    # 5. The pipeline.
+        config = {k: v for k, v in vars(args).items() if k != "hub_token"}
+        accelerator.init_trackers(args.tracker_project_name, config)
+    train(run, step)
     if accelerator.is_main_process:
-        save_model(output)
+        run.save_model(output)
         if args.push_to_hub:
             pipe = CounterfactualDDIMPipeline.from_pretrained(output)
             pipe.push_to_hub(args.hub_model_id or output.name, token=args.hub_token, private=args.hub_private_repo)
     accelerator.end_training()
+
+
+def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
+    """Data, model, optimiser, schedule and average, at step 0."""
+    # 1. Data: a slice data set with labels; masks, if there are any, are for validation alone.
+    with accelerator.main_process_first():
+        dataset = SliceDataset(args.dataset, "train")
+    set_seed(args.seed)
+    network = build_model(args, dataset)
+    side = network.unet.config.sample_size
+    slices = TrainingSlices(
+        dataset, args.seed, (side, side), args.ddpm_num_steps, args.random_flip, args.augment, args.max_train_samples
+    )
+    if network.class_encoder and len(slices.by_class) < len(dataset.class_names):
+        missing = [name for i, name in enumerate(dataset.class_names) if i not in slices.labels]
+        raise InputError(f"{args.dataset}: no slice to train on is labelled {', '.join(missing)}")
+    facts = {k: v for k, v in dataset.preprocessing.items() if k != "splits"} | {"size": side}
+
+    # 2. Model, optimiser, schedule, average.
+    global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.num_train_epochs:
+        args.max_train_steps = args.num_train_epochs * math.ceil(slices.num_slices / global_batch)
+    rate = args.learning_rate * (global_batch if args.scale_lr else 1)
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.AdamW(network.parameters(), rate, betas, args.adam_epsilon, args.adam_weight_decay)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
+    ema = EMAModel(
+        network.parameters(), args.ema_max_decay, use_ema_warmup=True, inv_gamma=args.ema_inv_gamma,
+        power=args.ema_power,
+    )  # fmt: skip
+    ema.to(accelerator.device)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler, ema)
+    network = accelerator.unwrap_model(model)
+    if args.compile:
+        network.compile()
+    return Run(args, accelerator, output, slices, network, model, optimizer, lr_scheduler, ema, facts, global_batch)
+
+
+def resume(run: Run) -> int:
+    """Restores the checkpoint that is asked for; the number of optimiser steps done, 0 without one."""
+    checkpoint = find_checkpoint(run.output, run.args.resume_from_checkpoint, run.fingerprint)
+    if checkpoint is None:
+        return 0
+    path, step = checkpoint
+    try:
+        run.accelerator.load_state(str(path))
+    except Exception as error:  # the formats raise whatever they like
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"{path}: damaged, or made with other options for the network ({type(error).__name__}: {reason})"
+        ) from error
+    run.ema.to(run.accelerator.device)  # accelerate loads it to the CPU
+    run.accelerator.print(f"resumed from {path} at step {step}")
+    return step
+
+
+def train(run: Run, step: int) -> None:
+    """Trains from a step to the last one, with checkpoints, logs and validation on the way."""
+    args, accelerator = run.args, run.accelerator
+    noise_scheduler = DDPMScheduler(
+        args.ddpm_num_steps, beta_schedule=args.ddpm_beta_schedule, prediction_type=args.prediction_type
+    )
+    validation = Validation(args, accelerator, run.output)
+    with tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, desc="step") as bar:
+        progress = Progress(accelerator, bar, step, args.gradient_accumulation_steps, run.global_batch)
+        for batch in batches(run, step):
+            progress.add(train_on_batch(run, noise_scheduler, batch))
+            if not accelerator.sync_gradients:
+                continue
+            run.lr_scheduler.step()
+            run.ema.step(run.network.parameters())
+            step += 1
+            bar.update()
+
+            last = step == args.max_train_steps
+            save_now = last or step % args.checkpointing_steps == 0
+            if save_now or step % args.logging_steps == 0:
+                progress.report(step, run.lr_scheduler.get_last_lr()[0])
+            with progress.paused():
+                if save_now:
+                    save(run, step)
+                if args.validation_steps and (last or step % args.validation_steps == 0):
+                    with averaged_weights(run.network, run.ema):
+                        validation.run(run.pipeline(), step)
+
+
+def save(run: Run, step: int) -> None:
+    """A checkpoint that `resume` finds, of weights that are numbers."""
+    check_weights(run.ema.shadow_params, step)
+    limit = run.args.checkpoints_total_limit
+    save_checkpoint(run.accelerator, run.output, step, run.fingerprint, run.save_model, limit)
+
+
+def batches(run: Run, step: int):
+    """This process's batches on its device, from a step to the last one."""
+    args, accelerator = run.args, run.accelerator
+    positions = PositionBatches(
+        step, args.max_train_steps, args.train_batch_size, args.gradient_accumulation_steps,
+        accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(
+        run.slices,
+        batch_sampler=positions,
+        collate_fn=run.slices.collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        # without one of its own a loader draws from the global generator, whose state a checkpoint has just restored
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        yield {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+
+
+def train_on_batch(run: Run, noise_scheduler: DDPMScheduler, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """One accumulation step of Eq. 1, and of the optimiser where the last one is due; the loss."""
+    args, accelerator, encoder = run.args, run.accelerator, run.network.class_encoder
+    null_id = encoder.null_id if encoder else 0
+    with accelerator.accumulate(run.model):
+        class_ids = drop_condition(batch["labels"], null_id, args.guidance_dropout_prob, batch["uniform"])
+        loss = noise_prediction_loss(
+            run.model, noise_scheduler, batch["images"], class_ids, batch["noise"], batch["timesteps"], args.snr_gamma
+        )
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    return loss.detach()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ def plot_slices(
     heat_maximum: float = HEAT_MAXIMUM,
     title: str = "",
     row_names: Sequence[str] = (),
+    mask_name: str = "lesion",
+    references: np.ndarray | None = None,
 ) -> None:
     """Writes a PNG with one row a slice: input, counterfactual, heatmap over the input and, if given, the mask.
 
@@ -34,11 +36,13 @@ def plot_slices(
         heat_maximum: the change that has the brightest colour.
         title: above the picture.
         row_names: one a slice.
+        mask_name: title of the last column.
+        references: `(N, H, W)`, above 0 = lesion, drawn in green below `masks` to compare with.
     """
     from matplotlib.figure import Figure
 
     name = channel_names[channel] if len(channel_names) else f"channel {channel}"
-    columns = [f"input ({name})", "counterfactual", "heatmap"] + (["lesion"] if masks is not None else [])
+    columns = [f"input ({name})", "counterfactual", "heatmap"] + ([mask_name] if masks is not None else [])
     figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(images) + 0.5), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for i, row in enumerate(axes):
@@ -49,6 +53,8 @@ def plot_slices(
         heat = row[2].imshow(heatmaps[i], cmap="inferno", vmin=0, vmax=heat_maximum, alpha=0.8)
         if masks is not None:
             row[3].imshow(images[i, channel], **window)
+            if references is not None and (references[i] > 0).any():
+                row[3].contour(references[i] > 0, [0.5], colors="lime", linewidths=1)
             if (masks[i] > 0).any():
                 row[3].contour(masks[i] > 0, [0.5], colors="red", linewidths=1)
         if row_names:

@@ -10,6 +10,9 @@ import math
 import os
 import re
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from diffusers_cf.pipeline_counterfactual_ddim import resize_images
 _CHUNK = 8192
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "trainer_state.json"
+ADVICE = "lower --learning_rate or use bf16; the checkpoints saved so far are whole"
 
 
 class TrainingSlices(torch.utils.data.Dataset):
@@ -44,10 +48,11 @@ class TrainingSlices(torch.utils.data.Dataset):
     ):  # fmt: skip
         self.slices, self.seed, self.image_size = slices, seed, image_size
         self.num_train_timesteps, self.random_flip, self.augment = num_train_timesteps, random_flip, augment
-        labels = np.asarray(slices.labels)[:max_samples]
-        if not len(labels):
-            raise InputError("the training split is empty")
-        self.by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        self.labels = np.asarray(slices.labels)[:max_samples]
+        self.num_slices = len(self.labels)
+        if not self.num_slices:
+            raise InputError(f"{getattr(slices, 'folder', 'the data set')}: the training split is empty")
+        self.by_class = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
         self.chunks = {}
 
     def index_at(self, position: int) -> int:
@@ -140,12 +145,77 @@ class PositionBatches(torch.utils.data.Sampler):
                 yield list(range(start, start + self.batch_size))
 
 
+class averaged_weights:
+    """Within this context the model holds its EMA weights, for inference; afterwards the ones in training again."""
+
+    def __init__(self, model: torch.nn.Module, ema):
+        self.model, self.ema = model, ema
+
+    def __enter__(self):
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        return self.model.eval()
+
+    def __exit__(self, *exception):
+        self.ema.restore(self.model.parameters())
+        self.model.train()
+
+
+class Progress:
+    """Mean loss and images per second since the last report, and the check that the loss is a number.
+
+    Args:
+        accelerator: averages over the processes; its trackers log.
+        bar: a tqdm bar of optimiser steps.
+        step (`int`): optimiser steps done.
+        parts (`int`): gradient accumulation steps.
+        images_per_step (`int`): of all processes and parts.
+    """
+
+    def __init__(self, accelerator, bar, step: int, parts: int, images_per_step: int):
+        self.accelerator, self.bar, self.parts, self.images_per_step = accelerator, bar, parts, images_per_step
+        self.sum = torch.zeros((), device=accelerator.device)
+        self.since, self.start = step, time.perf_counter()
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Counts the loss of one accumulation step."""
+        self.sum += loss / self.parts
+
+    def report(self, step: int, rate: float) -> None:
+        """Logs loss, learning rate and speed.
+
+        Raises:
+            InputError: the loss is NaN or infinite.
+        """
+        loss = self.accelerator.reduce(self.sum, "mean").item() / (step - self.since)
+        if not math.isfinite(loss):
+            raise InputError(f"the loss became {loss} between steps {self.since} and {step}: {ADVICE}")
+        speed = (step - self.since) * self.images_per_step / (time.perf_counter() - self.start)
+        self.bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{speed:.1f}")
+        self.accelerator.log({"loss": loss, "lr": rate, "images_per_second": speed}, step)
+        self.sum.zero_()
+        self.since, self.start = step, time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in this context isn't training's."""
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
+
+
+def check_weights(weights: list[torch.Tensor], step: int) -> None:
+    """Raises InputError where the last update has broken the weights, which its own loss can't show yet."""
+    if not all(w.isfinite().all() for w in weights):
+        raise InputError(f"the weights became NaN or infinite by step {step}: {ADVICE}")
+
+
 def finished_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a folder, oldest first; what a kill left under a temporary name is not among them."""
     found = [
         p for p in Path(folder).glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name) and (p / STATE_FILE).is_file()
     ]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=_step)
 
 
 def save_checkpoint(accelerator, folder: Path, step: int, facts: dict, save_model, limit: int | None) -> None:
@@ -168,11 +238,25 @@ def save_checkpoint(accelerator, folder: Path, step: int, facts: dict, save_mode
     if accelerator.is_main_process:
         save_model(temporary / "pipeline")
         (temporary / STATE_FILE).write_text(json.dumps({"step": step} | facts, indent=2))
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _delete(final)
         os.replace(temporary, final)
-        for old in finished_checkpoints(folder)[: -limit or None] if limit else []:
-            shutil.rmtree(old)
+        kept = [p for p in finished_checkpoints(folder) if _step(p) <= step]
+        for old in kept[:-limit] if limit else []:
+            _delete(old)
     accelerator.wait_for_everyone()
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _delete(checkpoint: Path) -> None:
+    # under another name first: a kill halfway must not leave one that looks whole
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def find_checkpoint(folder: Path, name: str | None, facts: dict) -> tuple[Path, int] | None:
@@ -192,9 +276,10 @@ def find_checkpoint(folder: Path, name: str | None, facts: dict) -> tuple[Path, 
         path = Path(name) if Path(name).is_dir() else Path(folder) / name
     try:
         state = json.loads((path / STATE_FILE).read_text())
-    except (OSError, ValueError) as error:
+        step = int(state["step"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: not a complete checkpoint ({type(error).__name__} at {STATE_FILE})") from None
     for key, value in facts.items():
         if state.get(key) != value:
             raise InputError(f"{path}: made with {key} = {state.get(key)}, this run has {value}")
-    return path, int(state["step"])
+    return path, step

@@ -64,8 +64,14 @@ BAD_FILES = {
     "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(600), "not a single-file NIfTI"),
     "NaN": (with_voxels({(0, 0, 0): np.nan, (1, 1, 1): np.nan}), "2 of 120 voxels are NaN or infinite"),
     "infinite": (with_voxels({(0, 0, 0): -np.inf}), "1 of 120 voxels are NaN or infinite"),
-    "claims 65 TB": (nifti_bytes(dim=HUGE), "asks for 65536000000352 bytes"),
-    "claims 65 TB, packed": (gzip.compress(nifti_bytes(dim=HUGE)), "asks for 65536000000352 bytes"),
+    "claims 65 TB": (
+        nifti_bytes(dim=HUGE),
+        "asks for 65536000000352 bytes (shape (32000, 32000, 32000)), the limit is",
+    ),
+    "claims 65 TB, packed": (
+        gzip.compress(nifti_bytes(dim=HUGE)),
+        "asks for 65536000000352 bytes (shape (32000, 32000, 32000)), the limit is",
+    ),
     "negative dimension": (nifti_bytes(dim=[3, 6, -5, 4, 1, 1, 1, 1]), "shape (6, -5, 4)"),
     "dimension 0": (nifti_bytes(dim=[3, 6, 0, 4, 1, 1, 1, 1]), "shape (6, 0, 4)"),
     "no dimensions": (nifti_bytes(dim=[0, 6, 5, 4, 1, 1, 1, 1]), "0 dimensions"),

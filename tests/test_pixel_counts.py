@@ -171,6 +171,10 @@ def test_a_perfect_map_scores_one():
     assert counts.ideal_dice() == (1.0, 0.5)
 
 
+def test_of_equally_good_thresholds_the_lowest():
+    assert counted([3, 2, 2, 1], [1, 0, 0, 1]).ideal_dice() == (pytest.approx(2 / 3), 1.0)
+
+
 def test_without_lesion_or_pixels_nothing_is_defined():
     for counts in (counted(np.ones(10), np.zeros(10)), PixelCounts()):
         assert counts.average_precision() is None

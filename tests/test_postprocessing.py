@@ -79,6 +79,13 @@ def test_scores_outside_the_foreground_become_the_lowest():
     assert (negative == -2).all()
 
 
+def test_a_hole_in_the_tissue_stays_cleared():
+    images = square_image(size=24, low=2, high=22)
+    images[0, :, 12, 12] = 0
+    result = postprocess_maps(np.ones((1, 24, 24)), images)
+    assert result[0, 12, 12] == 0 and result[0, 12, 11] == 1
+
+
 def test_postprocessing_a_slice_does_not_depend_on_its_batch():
     rng = np.random.default_rng(2)
     images = (rng.random((4, 2, 16, 16)) > 0.05).astype(np.float32)

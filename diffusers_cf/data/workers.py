@@ -25,11 +25,22 @@ def for_each(source, function: Callable, patients: list[str], num_workers: int, 
         for patient in bar(patients):
             yield patient, _call(source, function, patient)
         return
-    # spawn, not fork: forking a process whose libraries have started threads may hang.
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     workers = min(num_workers, len(patients))
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(source, function)) as pool:
         yield from bar(zip(patients, pool.map(_call_in_worker, patients), strict=True))
+
+
+def _context():
+    """A server that has imported everything once and forks workers, where there is one; else fresh processes.
+
+    Never a fork of this process: its libraries may have started threads, and a fork of those may hang.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffusers_cf.data"])
+    return context
 
 
 def _call(source, function: Callable, patient: str):

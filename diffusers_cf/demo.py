@@ -1,0 +1,72 @@
+"""`diffusers-cf demo`: the shipped model finds the lesion of a phantom patient that it has never seen."""
+
+import argparse
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+from diffusers_cf.data.phantom import FROZEN_SEED, make_patient, write_patient
+from diffusers_cf.errors import InputError
+from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+from diffusers_cf.pixel_counts import PixelCounts
+from diffusers_cf.volumes import segment_patient
+
+
+SHIPPED_MODEL = Path(__file__).parent / "pretrained" / "phantom_small"
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `diffusers-cf demo`."""
+    parser.add_argument(
+        "--output", default="demo_output", help="folder for scan, segmentation and scores (%(default)s)"
+    )
+    parser.add_argument("--model", default=str(SHIPPED_MODEL), help="the shipped one")
+    parser.add_argument("--seed", type=int, default=1, help="cohort of the phantom; the model was trained on cohort 0")
+    parser.add_argument("--index", type=int, default=0, help="patient of the cohort (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Writes a phantom patient as NIfTI, segments it, prints its scores beside those of a FLAIR threshold.
+
+    Raises:
+        InputError: the patient belongs to the training cohort, is healthy, or the model can't be used.
+    """
+    if args.seed == FROZEN_SEED:
+        raise InputError(f"--seed {args.seed} is the cohort that the model was trained and measured on: take another")
+    if args.seed < 0 or args.index < 0 or args.batch_size < 1:
+        raise InputError("--seed and --index must be 0 or more, --batch_size 1 or more")
+    patient = make_patient(args.seed, args.index)
+    if not patient.has_tumour:
+        raise InputError(f"patient {args.index} of cohort {args.seed} is healthy: there is no lesion to find")
+    output = Path(args.output)
+    scan = write_patient(patient, output / "scan")
+    pipe = CounterfactualDDIMPipeline.from_pretrained(args.model)
+    report = segment_patient(pipe, scan, output / "segmentation", batch_size=args.batch_size, overwrite=True)
+    result = output / "segmentation" / report["patient"]
+    heatmap = np.asarray(nibabel.load(result / "heatmap.nii.gz").dataobj)
+    scores = {
+        "this model": _scores(heatmap, patient.mask),
+        "FLAIR threshold": _scores(patient.volumes[0], patient.mask),
+    }
+    (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    print(f"patient {report['patient']}: {report['n_slices']} slices, {report['seconds']:.0f} s,")
+    print(f"lesion {report['lesion_volume_ml']:.0f} ml by the model, {_millilitres(patient):.0f} ml in truth")
+    print(f"{'':18}AUPRC  ideal Dice")
+    for name, row in scores.items():
+        print(f"{name:18}{row['auprc']:.3f}  {row['ideal_dice']:10.3f}")
+    print(f"Dice of the mask at the recommended threshold: {report['dice']:.3f}")
+    print(f"pictures: {result / 'preview.png'}")
+    return 0
+
+
+def _scores(scores: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    counts = PixelCounts()
+    counts.update(scores, mask)
+    return {"auprc": counts.average_precision(), "ideal_dice": counts.ideal_dice()[0]}
+
+
+def _millilitres(patient) -> float:
+    return float(patient.mask.sum() * abs(np.linalg.det(patient.affine[:3, :3])) / 1000)

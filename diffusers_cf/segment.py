@@ -1,0 +1,244 @@
+"""One patient from NIfTI to NIfTI: reading, anomaly maps of all slices, and back to the voxels of the scan's own files."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from diffusers_cf.data.geometry import (
+    display,
+    foreground_percentile,
+    from_ras,
+    resample_slices,
+    slices_from_volume,
+    volume_from_slices,
+)
+from diffusers_cf.data.nifti import Scan, check_same_grid, find_file, find_modality_files, read_nifti, to_canonical
+from diffusers_cf.data.scans import scan_errors, seg_problems, skull_warnings
+from diffusers_cf.data.slices import PatientSlices
+from diffusers_cf.errors import InputError
+from diffusers_cf.plots import plot_slices
+from diffusers_cf.postprocessing import MIN_COMPONENT_SIZE, postprocess_maps, remove_small_components
+
+
+logger = logging.getLogger(__name__)
+
+# Label ids that are known, of BraTS up to 2021 and from 2023; any other id above 0 is lesion too, with a warning.
+KNOWN_IDS = frozenset(range(5))
+PREVIEW_ROWS = 6
+
+
+@dataclass
+class PatientVolumes:
+    """The scans of one patient on one grid.
+
+    Attributes:
+        patient: Id.
+        volume: float32 (C, X, Y, Z), RAS-canonical, scanner units, channels in the model's order.
+        seg: bool (X, Y, Z), RAS-canonical, the expert's lesion; None where no seg file lies beside the scans.
+        spacing_mm: (3,) voxel size along x, y, z.
+        files: Modality to its file's own path, affine and header, without voxels.
+    """
+
+    patient: str
+    volume: np.ndarray
+    seg: np.ndarray | None
+    spacing_mm: np.ndarray
+    files: dict[str, Scan]
+
+    @property
+    def foreground(self) -> np.ndarray:
+        """Where any channel is above 0, bool (X, Y, Z)."""
+        return (self.volume > 0).any(axis=0)
+
+
+@dataclass
+class SliceMaps:
+    """What the pipeline says about the slices of one patient, all in display orientation over the field.
+
+    Attributes:
+        found: The slices that it was given.
+        heatmaps: float32 (S, H, W), in input units.
+        changes: float32 (S, C, H, W), counterfactual minus input, in input units.
+    """
+
+    found: PatientSlices
+    heatmaps: np.ndarray
+    changes: np.ndarray
+
+
+def patient_files(folder: Path, modalities: Sequence[str]) -> dict[str, Path]:
+    """Files of a patient: one for each modality, and `seg` where there is one.
+
+    Raises:
+        InputError: A modality is missing (the message names it) or several files fit.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file; give the folder that holds the patient's scans")
+    files, seg = find_modality_files(folder, modalities), find_file(folder, "seg")
+    return files if seg is None else files | {"seg": seg}
+
+
+def read_volumes(patient: str, files: dict[str, Path]) -> PatientVolumes:
+    """Reads a patient's scans strictly and checks that they can be used together.
+
+    Args:
+        patient: Id.
+        files: As from `patient_files`.
+
+    Raises:
+        InputError: A file is damaged, empty, no raw intensities, no segmentation, or on another grid.
+    """
+    originals, scans = {}, {}
+    for name, path in files.items():
+        scan = read_nifti(path)
+        originals[name], scans[name] = replace(scan, data=None), to_canonical(scan)
+        if name == "seg":
+            errors, warnings = seg_problems(scan, KNOWN_IDS)
+        else:
+            errors, warnings = scan_errors(name, scan), skull_warnings(name, scans[name])
+        if errors:
+            raise InputError(errors[0])
+        for warning in warnings:
+            logger.warning(warning)
+    check_same_grid(list(scans.values()))
+    seg = scans.pop("seg").data > 0 if "seg" in scans else None
+    originals.pop("seg", None)
+    spacing_mm = next(iter(scans.values())).spacing_mm
+    return PatientVolumes(patient, np.stack([scan.data for scan in scans.values()]), seg, spacing_mm, originals)
+
+
+def map_slices(pipe, volumes: PatientVolumes, facts: dict, batch_size: int, progress: bool = True) -> SliceMaps:
+    """Runs the pipeline on every axial slice from the first to the last one with content.
+
+    Args:
+        pipe: A `CounterfactualDDIMPipeline`.
+        volumes: The patient.
+        facts: As from `volumes.segmentation_facts`.
+        batch_size: Slices at a time; the outcome does not depend on it.
+        progress: Whether to show a bar that counts slices.
+
+    Raises:
+        InputError: The model yields NaN or infinite values, or a batch does not fit the device's memory.
+    """
+    geometry = {name: facts["preprocessing"][name] for name in ("size", "field_mm", "percentile")}
+    seg = volumes.seg
+    found = slices_from_volume(volumes.patient, volumes.volume, seg, volumes.spacing_mm, **geometry)
+    settings = {name: value for name, value in facts["settings"].items() if name != "threshold"}
+    maps = SliceMaps(found, np.empty_like(found.images[:, 0]), np.empty_like(found.images))
+    with tqdm(total=len(found.images), desc=volumes.patient, unit="slice", disable=not progress) as bar:
+        for start in range(0, len(found.images), batch_size):
+            part = slice(start, start + batch_size)
+            try:
+                out = pipe(torch.from_numpy(found.images[part]), output_type="np", **settings)
+            except torch.cuda.OutOfMemoryError:
+                raise InputError(
+                    f"out of memory with --batch_size {batch_size}: try {max(1, batch_size // 2)}"
+                ) from None
+            maps.heatmaps[part], maps.changes[part] = out.heatmaps, out.counterfactuals - found.images[part]
+            bar.update(len(out.heatmaps))
+    if not (np.isfinite(maps.heatmaps).all() and np.isfinite(maps.changes).all()):
+        raise InputError(f"{facts['model']}: the model yields NaN or infinite values on {volumes.patient}")
+    return maps
+
+
+def heat_volume(volumes: PatientVolumes, maps: SliceMaps, heatmaps: np.ndarray, field_mm: float) -> np.ndarray:
+    """Brings heatmaps (S, H, W) to the scan's grid: float32 (X, Y, Z), RAS, exactly 0 outside the foreground."""
+    shape = volumes.volume.shape[1:]
+    heat = volume_from_slices(heatmaps, maps.found.slices, shape, volumes.spacing_mm, field_mm)
+    heat[~volumes.foreground] = 0
+    return heat
+
+
+def lesion_mask(volumes: PatientVolumes, maps: SliceMaps, heat: np.ndarray, facts: dict) -> np.ndarray:
+    """The mask that a threshold makes of the heat: bool (X, Y, Z), RAS, inside the foreground.
+
+    Where the model's settings ask for it the map goes through the chain of `postprocessing.py` first, at the
+    resolution of evaluation, where the threshold was chosen; then components are removed that are smaller than
+    evaluation's limit, which is so many of its own pixels, one slice thick.
+    """
+    size, field_mm = facts["preprocessing"]["size"], facts["preprocessing"]["field_mm"]
+    if not facts["postprocessed"]:
+        return volumes.foreground & (heat >= facts["threshold"])
+    processed = postprocess_maps(maps.heatmaps, maps.found.images)
+    mask = volumes.foreground & (heat_volume(volumes, maps, processed, field_mm) >= facts["threshold"])
+    voxels_a_pixel = (field_mm / size) ** 2 / (volumes.spacing_mm[0] * volumes.spacing_mm[1])
+    least = max(1, round(MIN_COMPONENT_SIZE * voxels_a_pixel))
+    return np.moveaxis(remove_small_components(np.moveaxis(mask, 2, 0), min_size=least), 0, 2)
+
+
+def counterfactual_volume(
+    volumes: PatientVolumes, maps: SliceMaps, channel: int, field_mm: float, percentile: float
+) -> np.ndarray:
+    """One modality as it would look in the target class: float32 (X, Y, Z), RAS, in the scan's own units.
+
+    The scan plus the change, so that it keeps its own resolution: only the change was resampled. Only the foreground
+    changes, and nothing is negative.
+    """
+    scan = volumes.volume[channel]
+    change = volume_from_slices(
+        maps.changes[:, channel], maps.found.slices, scan.shape, volumes.spacing_mm, field_mm
+    ) * np.float32(foreground_percentile(scan, percentile))
+    return np.clip(np.where(volumes.foreground, scan + change, scan), 0, None)
+
+
+def write_volume(path: Path, volume: np.ndarray, like: Scan, dtype) -> None:
+    """Writes an RAS volume with the shape, axes, affine and header of a patient's file.
+
+    Args:
+        path: A name that ends in .nii.gz.
+        volume: (X, Y, Z), RAS-canonical.
+        like: The file's own affine and header.
+        dtype: In which voxels are stored, unscaled.
+    """
+    header = like.header.copy()
+    header.set_data_dtype(dtype)
+    header.set_slope_inter(1, 0)
+    header.set_intent("none")
+    header["cal_min"] = header["cal_max"] = 0  # the display window of the scan means nothing for a map
+    data = from_ras(volume, like.affine).astype(dtype).reshape(header.get_data_shape())
+    image_class = nibabel.Nifti1Image if header["sizeof_hdr"] == 348 else nibabel.Nifti2Image
+    nibabel.save(image_class(data, like.affine, header), path)
+
+
+def most_suspicious(heatmaps: np.ndarray, masks: np.ndarray, count: int = PREVIEW_ROWS) -> list[int]:
+    """Indices of slices, worst first: by area of the mask, then by heat; neighbours show the same, so they keep apart.
+
+    Args:
+        heatmaps: (S, H, W), 0 outside the foreground.
+        masks: (S, H, W), above 0 = found.
+        count: How many at most.
+    """
+    order = np.lexsort((heatmaps.sum(axis=(1, 2)), (masks > 0).sum(axis=(1, 2))))[::-1]
+    gap, chosen = max(1, len(order) // (4 * count)), []
+    for index in order.tolist():
+        if len(chosen) < count and all(abs(index - other) >= gap for other in chosen):
+            chosen.append(index)
+    return chosen
+
+
+def write_preview(
+    path: Path, volumes: PatientVolumes, maps: SliceMaps, mask: np.ndarray, field_mm: float, title: str
+) -> None:
+    """Writes a picture of the most suspicious slices: scan, counterfactual, heatmap, and mask beside the expert's."""
+    images, slices = maps.found.images, maps.found.slices
+    heatmaps = np.where((images > 0).any(axis=1), maps.heatmaps, 0)
+    shown = resample_slices(display(mask)[slices], volumes.spacing_mm, images.shape[-1], field_mm) >= 0.5
+    rows = most_suspicious(heatmaps, shown)
+    plot_slices(
+        path,
+        images[rows],
+        np.clip(images[rows] + maps.changes[rows], 0, None),
+        heatmaps[rows],
+        masks=shown[rows],
+        channel_names=list(volumes.files),
+        title=title,
+        row_names=[f"axial slice {slices[row]}" for row in rows],
+        mask_name="found" if volumes.seg is None else "found (green: expert)",
+        references=None if volumes.seg is None else maps.found.masks[rows],
+    )

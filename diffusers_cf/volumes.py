@@ -1,0 +1,322 @@
+"""`diffusers-cf segment`: patient folders to heatmap, mask and counterfactual as NIfTI, in the scan's own geometry."""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+
+from diffusers_cf.data.geometry import FIELD_MM, PERCENTILE, check_geometry
+from diffusers_cf.data.scans import check_patient_id
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation import dice
+from diffusers_cf.pipeline_counterfactual_ddim import MAPS, CounterfactualDDIMPipeline
+from diffusers_cf.pixel_counts import PixelCounts
+from diffusers_cf.segment import (
+    PatientVolumes,
+    SliceMaps,
+    counterfactual_volume,
+    heat_volume,
+    lesion_mask,
+    map_slices,
+    patient_files,
+    read_volumes,
+    write_preview,
+    write_volume,
+)
+
+
+SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "map", "threshold")
+REPORT = "report.json"
+# Pixels along a side of the slices on which thresholds are chosen, as `prepare` cuts them unless told otherwise.
+EVALUATION_SIZE = 128
+# Facts of a finished patient that must agree for it to be skipped, and how to call them.
+_MUST_AGREE = {
+    "model_sha256": "another model",
+    "preprocessing": "another preprocessing",
+    "settings": "other settings",
+    "postprocessed": "other post-processing",
+    "inputs": "other scans",
+}
+_OWN_FILES = re.compile(r"(heatmap|mask|counterfactual_.+)\.nii\.gz|preview\.png|report\.json")
+
+
+def segment_patient(
+    pipe: CounterfactualDDIMPipeline,
+    folder: str | Path,
+    output: str | Path,
+    *,
+    model: str = "",
+    batch_size: int = 16,
+    overwrite: bool = False,
+    progress: bool = True,
+    **settings,
+) -> dict:
+    """Segments one patient and writes `output/PATIENT/`, whole or not at all.
+
+    Written are heatmap.nii.gz (float32, in units of the 99th percentile, 0 outside the foreground, before any
+    post-processing), mask.nii.gz (uint8, 1 = lesion), counterfactual_<modality>.nii.gz (float32, the scan's units),
+    preview.png and report.json. Heatmap and mask have shape, axes and affine of the first modality's file, each
+    counterfactual those of its own. A patient that is finished with the same model, settings and scans is left as it is.
+
+    Args:
+        pipe: The pipeline; `pipe.preprocessing` names its modalities.
+        folder: Folder with one NIfTI file a modality (names end in the modality), and seg if there is one.
+        output: Folder that gets a sub-folder named like `folder`.
+        model: Name of the model for the report; the folder it was loaded from if empty.
+        batch_size: Slices at a time.
+        overwrite: Replace what was made with another model, settings or scans.
+        progress: Whether to show a progress bar.
+        **settings: `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; None = what the model
+            recommends.
+
+    Returns:
+        The content of report.json. `dice` (of the mask) and `auprc` (of the heatmap) over all voxels where a seg file
+        lies beside the scans, None where that is empty; `lesion_volume_ml`; `seconds` of the whole patient.
+
+    Raises:
+        InputError: Model, settings, scans or output can't be used; the message names file and reason.
+    """
+    start, folder, patient = time.perf_counter(), Path(folder), patient_name(folder)
+    facts = segmentation_facts(pipe, model=model, **settings)
+    target = Path(output) / check_patient_id(patient)
+    files = patient_files(folder, facts["preprocessing"]["modalities"])
+    facts["inputs"] = {name: _sha256(path) for name, path in files.items()}
+    finished = _finished_report(target, folder, facts, overwrite)
+    if finished:
+        return finished
+    volumes = read_volumes(patient, files)
+    maps = map_slices(pipe, volumes, facts, batch_size, progress)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        measured = _write_volumes(temporary, volumes, maps, facts)
+        report = {"patient": patient, **facts, **measured, "seconds": round(time.perf_counter() - start, 3)}
+        (temporary / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        _put_in_place(temporary, target)
+    except OSError as error:
+        raise InputError(f"{target}: can't be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+def patient_name(folder: str | Path) -> str:
+    """The name of a patient's folder, also where it is given as `.` or by a path that ends in `..`."""
+    return Path(os.path.abspath(folder)).name
+
+
+def segmentation_facts(pipe: CounterfactualDDIMPipeline, model: str = "", **settings) -> dict:
+    """What a segmentation depends on besides the scans, checked: model, preprocessing, settings.
+
+    Raises:
+        InputError: The model does not say what it takes, a setting is out of range, or there is no threshold.
+    """
+    model, known = model or str(pipe.config.get("_name_or_path") or "pipeline"), pipe.preprocessing
+    modalities = known.get("modalities")
+    if not (isinstance(modalities, list) and modalities and all(isinstance(name, str) for name in modalities)):
+        raise InputError(f"{model}: its preprocessing.json does not name the modalities that it takes")
+    if len(modalities) != pipe.unet.config.in_channels:
+        channels = pipe.unet.config.in_channels
+        raise InputError(f"{model}: takes {channels} channels, but names the modalities {', '.join(modalities)}")
+    try:
+        settings = pipe.resolve_settings(**settings)
+        pipe.scheduler.set_timesteps(settings["num_inference_steps"])
+        size = known.get("evaluation_size", max(EVALUATION_SIZE, known.get("size", 0)))
+        geometry = {"size": size, "field_mm": known.get("field_mm", FIELD_MM)}
+        geometry["percentile"] = known.get("percentile", PERCENTILE)
+        check_geometry(**geometry)
+        threshold = settings["threshold"]
+        if threshold is not None and not 0 < threshold < float("inf"):
+            raise ValueError(f"threshold is {threshold}: it must be above 0 and finite")
+    except TypeError as error:
+        raise InputError(f"{model}: preprocessing.json holds a value of a wrong type ({error})") from None
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if threshold is None:
+        raise InputError(
+            f"{model} recommends no threshold for the mask: give one by --threshold (a change of 1 = p99)"
+        )
+    return {
+        "model": model,
+        "model_sha256": model_fingerprint(pipe),
+        "preprocessing": {"modalities": modalities, **geometry},
+        "settings": settings,
+        "threshold": threshold,
+        "postprocessed": known.get("settings", {}).get("postprocess") is True,
+        "network_evaluations_per_slice": pipe.network_evaluations(**settings),
+    }
+
+
+def model_fingerprint(pipe: CounterfactualDDIMPipeline) -> str:
+    """SHA-256 over class, configuration and weights of every component, as they are in memory."""
+    digest = hashlib.sha256()
+    for name, component in sorted(pipe.components.items()):
+        config = {key: value for key, value in getattr(component, "config", {}).items() if not key.startswith("_")}
+        description = [name, type(component).__name__, config]
+        digest.update(json.dumps(description, sort_keys=True, default=str).encode())
+        for key, tensor in component.state_dict().items() if isinstance(component, torch.nn.Module) else ():
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror or error})") from None
+
+
+def _write_volumes(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts: dict) -> dict:
+    """Writes volumes and preview, and returns what the report says about them."""
+    field_mm, percentile = facts["preprocessing"]["field_mm"], facts["preprocessing"]["percentile"]
+    first = next(iter(volumes.files.values()))
+    heat = heat_volume(volumes, maps, maps.heatmaps, field_mm)
+    write_volume(folder / "heatmap.nii.gz", heat, first, np.float32)
+    mask = lesion_mask(volumes, maps, heat, facts)
+    write_volume(folder / "mask.nii.gz", mask, first, np.uint8)
+    for channel, (modality, like) in enumerate(volumes.files.items()):
+        counterfactual = counterfactual_volume(volumes, maps, channel, field_mm, percentile)
+        write_volume(folder / f"counterfactual_{modality}.nii.gz", counterfactual, like, np.float32)
+    millilitres = float(mask.sum() * abs(np.linalg.det(first.affine[:3, :3])) / 1000)
+    measured = {"lesion_volume_ml": millilitres, "n_slices": len(maps.found.slices)}
+    title = f"{volumes.patient}: {millilitres:.1f} ml above {facts['threshold']:.3g}"
+    if volumes.seg is not None:
+        counts = PixelCounts()
+        counts.update(heat, volumes.seg)
+        measured |= {"dice": dice(mask, volumes.seg), "auprc": counts.average_precision()}
+        title += "" if measured["dice"] is None else f", Dice {measured['dice']:.2f}"
+    write_preview(folder / "preview.png", volumes, maps, mask, field_mm, title)
+    return measured
+
+
+def _finished_report(target: Path, folder: Path, facts: dict, overwrite: bool) -> dict | None:
+    """The report of a patient that is finished with just these facts; None if there is work to do.
+
+    Raises:
+        InputError: Something else is there that must not, or not without `overwrite`, be replaced.
+    """
+    if not os.path.lexists(target):
+        return None
+    if target.is_symlink() or not target.is_dir() or target.resolve() == folder.resolve():
+        raise InputError(f"{target}: the output would replace what segment did not write, choose another folder")
+    names = [path.name for path in target.iterdir()]
+    foreign = sorted(name for name in names if not _OWN_FILES.fullmatch(name))
+    if foreign:
+        raise InputError(f"{target}: holds {foreign[0]}, which segment did not write: choose another output folder")
+    if overwrite:
+        return None
+    try:
+        report = json.loads((target / REPORT).read_text(encoding="utf-8"))
+        differing = [text for key, text in _MUST_AGREE.items() if report[key] != facts[key]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{target}: holds no readable {REPORT}: --overwrite replaces the folder") from None
+    volumes = ["heatmap", "mask", *(f"counterfactual_{name}" for name in facts["preprocessing"]["modalities"])]
+    missing = sorted({"preview.png", *(f"{name}.nii.gz" for name in volumes)} - set(names))
+    if missing:
+        raise InputError(f"{target}: {missing[0]} is missing: --overwrite makes all anew")
+    if differing:
+        raise InputError(f"{target}: finished with {' and '.join(differing)}: --overwrite replaces it")
+    return report
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Renames a finished folder; an old one steps aside first, since no rename replaces a full folder."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `diffusers-cf segment`."""
+    add = parser.add_argument
+    add("patients", nargs="+", metavar="PATIENT_DIR", help="folder with one NIfTI file a modality")
+    add("--model", required=True, help="folder or Hub id of a model")
+    add("--output", required=True, metavar="OUT", help="gets a folder for each patient")
+    add("--guidance_scale", type=float, help="this and the next four: what the model recommends")
+    add("--strength", type=float)
+    add("--num_inference_steps", type=int)
+    add("--map", choices=MAPS)
+    add("--threshold", type=float, help="heat from which on a voxel is lesion; a change of 1 = 99th percentile")
+    add("--batch_size", type=int, default=16, help="slices at a time, default: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--overwrite", action="store_true", help="replace patients finished with another model or other settings")
+
+
+def run_segment(args: argparse.Namespace) -> int:
+    """Segments every patient, printing a line for each; one that fails does not stop the others.
+
+    Returns:
+        0, or 2 if a patient failed: stderr then ends in one line for each of them.
+
+    Raises:
+        InputError: Model, options or output can't be used, or two patients have the same name.
+    """
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size must be at least 1, not {args.batch_size}")
+    names = Counter(patient_name(folder) for folder in args.patients)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise InputError(
+            f"two patients are called {twice[0]}: both would be written to {Path(args.output) / twice[0]}"
+        )
+    pipe = _load_pipeline(args.model, args.device)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    segmentation_facts(pipe, args.model, **settings)
+    try:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{args.output}: the folder can't be made ({error.strerror})") from None
+    options = {"model": args.model, "batch_size": args.batch_size, "overwrite": args.overwrite}
+    failures = []
+    for folder in args.patients:
+        target = Path(args.output) / patient_name(folder)
+        skip = target.exists() and not args.overwrite
+        try:
+            report = segment_patient(pipe, folder, args.output, **options, **settings)
+        except InputError as error:
+            failures.append(str(error) if target.name in str(error) else f"{folder}: {error}")
+            continue
+        state = "finished before, skipped" if skip else f"{report['seconds']:.1f} s"
+        print(
+            f"{target.name}: {report['lesion_volume_ml']:.1f} ml above the threshold, {state} -> {target}", flush=True
+        )
+    for failure in failures:
+        print(f"error: {' '.join(failure.split())}", file=sys.stderr)
+    return 2 if failures else 0
+
+
+def _load_pipeline(model: str, device: str) -> CounterfactualDDIMPipeline:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA says so by an AssertionError
+        raise InputError(f"--device {device} can't be used ({str(error).splitlines()[0]})") from None
+    # Several bars would hide the one that counts slices.
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        pipe = CounterfactualDDIMPipeline.from_pretrained(model)
+    except InputError:
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{model}: can't be loaded ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        ) from None
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)

@@ -1,0 +1,115 @@
+"""Pipelines at their smallest, seeded: an untrained U-Net, and a noise predictor whose answers are known exactly."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+from diffusers_cf import (
+    ClassTokenEncoder,
+    CounterfactualDDIMPipeline,
+    DynamicDDIMInverseScheduler,
+    DynamicDDIMScheduler,
+)
+
+
+# With several threads, rounding depends on where in memory the weights lie, and parallel test runs starve each other.
+torch.set_num_threads(1)
+
+
+class GaussianNoisePredictor(ModelMixin, ConfigMixin):
+    """The exact noise predictor of pixels drawn independently from N(0, std^2), in the place of a U-Net."""
+
+    @register_to_config
+    def __init__(self, sample_size: int = 8, in_channels: int = 2, std: float = 0.2):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+        self.alphas_cumprod = DDIMScheduler().alphas_cumprod
+
+    def forward(self, sample, timestep, encoder_hidden_states=None, class_labels=None):
+        alpha = self.alphas_cumprod[int(timestep)]
+        return SimpleNamespace(sample=(1 - alpha).sqrt() * sample / (alpha * self.config.std**2 + 1 - alpha))
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    """2 channels, 8 x 8 pixels, tokens of width 8, a class vector of width 32; small outputs, so that nothing overflows."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=8,
+        class_embed_type="identity",
+    )
+    unet.conv_out.weight.data *= 0.3
+    return unet
+
+
+@pytest.fixture
+def make_pipeline():
+    """Factory of quiet pipelines: schedulers may be given, else options for both of ours; `gaussian` and
+    `unconditional` leave the class encoder out."""
+
+    def make(schedulers=None, gaussian=False, unconditional=False, fixed_point=0, **options):
+        torch.manual_seed(0)
+        scheduler, inverse = schedulers or (
+            DynamicDDIMScheduler(**options),
+            DynamicDDIMInverseScheduler(num_fixed_point_iterations=fixed_point, **options),
+        )
+        unet, encoder = (GaussianNoisePredictor(), None) if gaussian else (tiny_unet(), None)
+        if not (gaussian or unconditional):
+            encoder = ClassTokenEncoder(num_tokens=2, token_dim=8, vector_dim=32, embedding_dim=8)
+        elif unconditional:
+            config = dict(unet.config) | {"class_embed_type": None, "cross_attention_dim": 8}
+            config["down_block_types"] = ("ResnetDownsampleBlock2D", "AttnDownBlock2D")
+            config["mid_block_type"] = "UNetMidBlock2D"
+            config["up_block_types"] = ("AttnUpBlock2D", "ResnetUpsampleBlock2D")
+            unet = UNet2DConditionModel.from_config(config)
+            unet.conv_out.weight.data *= 0.3
+        pipe = CounterfactualDDIMPipeline(unet.eval(), encoder, scheduler, inverse)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def pipe(make_pipeline):
+    """A conditional pipeline with an untrained U-Net and our two schedulers."""
+    return make_pipeline()
+
+
+@pytest.fixture
+def record_calls():
+    """Function that makes a pipeline's U-Net write down `(sample, timestep, tokens, vector)` of each call."""
+
+    def record(pipe):
+        calls = []
+
+        def note(module, args, kwargs):
+            calls.append(SimpleNamespace(
+                sample=args[0], timestep=int(args[1]), tokens=kwargs["encoder_hidden_states"],
+                vector=kwargs["class_labels"],
+            ))  # fmt: skip
+
+        pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
+        return calls
+
+    return record
+
+
+@pytest.fixture
+def images():
+    """Four images `(4, 2, 8, 8)` with a background of 0 and peaks up to 1.2."""
+    images = 1.2 * torch.rand(4, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    images[:, :, :2] = 0
+    return images

@@ -1,0 +1,125 @@
+"""Eq. 1 and the dropping of the condition, against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from diffusers_cf import DynamicDDIMScheduler, drop_condition, noise_prediction_loss
+from diffusers_cf.losses import min_snr_weight, training_target
+
+
+# One image of two pixels and one noise level: alpha-bar 0.64, so x_t = 0.8 x_0 + 0.6 eps = (1.1, 0.4).
+IMAGE = torch.tensor([1.0, -1.0]).reshape(1, 1, 1, 2)
+NOISE = torch.tensor([0.5, 2.0]).reshape(1, 1, 1, 2)
+T0 = torch.tensor([0])
+SNR = 0.64 / 0.36
+
+# Mean squared error of a network that returns x_t itself, against (0.5, 2), (-0.2, 2.2) and (1, -1).
+BY_HAND = {
+    "epsilon": (0.6**2 + 1.6**2) / 2,
+    "v_prediction": (1.3**2 + 1.8**2) / 2,
+    "sample": (0.1**2 + 1.4**2) / 2,
+}
+
+
+def scheduler(prediction_type="epsilon", alphas=(0.64,)):
+    """A scheduler whose cumulative alphas are those given."""
+    betas = [1 - alpha / before for before, alpha in zip((1.0, *alphas), alphas, strict=False)]
+    return DynamicDDIMScheduler(len(alphas), trained_betas=betas, prediction_type=prediction_type)
+
+
+def identity(noisy, timesteps, class_ids):
+    return noisy
+
+
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_loss_by_hand(kind):
+    loss = noise_prediction_loss(identity, scheduler(kind), IMAGE, torch.tensor([0]), NOISE, T0)
+    assert loss.item() == pytest.approx(BY_HAND[kind], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, gamma, weight",
+    [
+        ("epsilon", 1.0, 1.0 / SNR),
+        ("epsilon", 5.0, 1.0),
+        ("v_prediction", 1.0, 1.0 / (SNR + 1)),
+        ("v_prediction", 5.0, SNR / (SNR + 1)),
+        ("sample", 1.0, 1.0),
+        ("sample", 5.0, SNR),
+    ],
+)
+def test_min_snr_weight_by_hand(kind, gamma, weight):
+    assert min_snr_weight(scheduler(kind), T0, gamma).tolist() == pytest.approx([weight], rel=1e-5)
+    loss = noise_prediction_loss(identity, scheduler(kind), IMAGE, torch.tensor([0]), NOISE, T0, snr_gamma=gamma)
+    assert loss.item() == pytest.approx(weight * BY_HAND[kind], rel=1e-5)
+
+
+def test_each_sample_has_its_own_timestep_weight_and_condition():
+    levels, images, noise = scheduler(alphas=(0.64, 0.36)), IMAGE.repeat(2, 1, 1, 1), NOISE.repeat(2, 1, 1, 1)
+    timesteps, class_ids, seen = torch.tensor([0, 1]), torch.tensor([1, 2]), []
+
+    def network(noisy, given_timesteps, given_ids):
+        seen.append((noisy, given_timesteps, given_ids))
+        return torch.zeros_like(noisy)
+
+    loss = noise_prediction_loss(network, levels, images, class_ids, noise, timesteps, snr_gamma=1.0)
+    ((noisy, given_timesteps, given_ids),) = seen
+    torch.testing.assert_close(noisy.flatten(), torch.tensor([1.1, 0.4, 1.0, 1.0]))
+    assert torch.equal(given_timesteps, timesteps) and torch.equal(given_ids, class_ids)
+    # snr 1.78 and 0.5625: only the first is above gamma; the noise has the mean square 2.125
+    assert loss.item() == pytest.approx(2.125 * (1 / SNR + 1) / 2, rel=1e-5)
+
+
+def test_loss_is_a_mean_over_samples_channels_and_pixels():
+    images, noise = torch.zeros(3, 2, 4, 4), torch.ones(3, 2, 4, 4)
+    loss = noise_prediction_loss(
+        lambda noisy, t, c: torch.zeros_like(noisy), scheduler(), images, torch.zeros(3, dtype=torch.int64), noise,
+        torch.zeros(3, dtype=torch.int64),
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(1.0)
+
+
+def test_loss_is_float32_also_for_a_network_in_half_precision():
+    loss = noise_prediction_loss(
+        lambda noisy, t, c: noisy.bfloat16(), scheduler(), IMAGE, torch.tensor([0]), NOISE, T0
+    )
+    assert loss.dtype == torch.float32 and loss.ndim == 0
+    assert loss.item() == pytest.approx(BY_HAND["epsilon"], rel=1e-2)
+
+
+def test_unknown_prediction_type_is_refused():
+    unknown = scheduler()
+    unknown.register_to_config(prediction_type="flow")
+    with pytest.raises(ValueError, match="prediction_type is 'flow'"):
+        training_target(unknown, IMAGE, NOISE, T0)
+
+
+def test_dropping_has_the_asked_frequency_and_is_independent():
+    generator, batches, size, p = torch.Generator().manual_seed(0), 2000, 32, 0.35
+    classes = torch.arange(size) % 2
+    dropped = torch.stack(
+        [drop_condition(classes, 2, p, torch.rand(size, generator=generator)) == 2 for _ in range(batches)]
+    ).float()
+    bound = 4 * math.sqrt(p * (1 - p) / (batches * size))  # four standard deviations of a binomial
+    assert abs(dropped.mean() - p) < bound
+    assert abs(dropped[:, 0::2].mean() - p) < 1.5 * bound and abs(dropped[:, 1::2].mean() - p) < 1.5 * bound
+    # a fixed number of drops in each batch would have no variance; independent draws have the binomial one
+    assert dropped.sum(1).var() == pytest.approx(size * p * (1 - p), rel=0.15)
+    correlation = torch.corrcoef(dropped.T) - torch.eye(size)
+    assert correlation.abs().max() < 5 / math.sqrt(batches)
+
+
+def test_dropping_decides_for_each_sample_by_its_own_draw():
+    classes = torch.tensor([0, 1, 0, 1])
+    uniform = torch.tensor([0.0, 0.34, 0.35, 0.99])
+    assert drop_condition(classes, 2, 0.35, uniform).tolist() == [2, 2, 0, 1]
+    assert classes.tolist() == [0, 1, 0, 1]
+
+
+def test_dropping_never_and_always():
+    classes, uniform = torch.tensor([0, 1, 1]), torch.tensor([0.0, 0.5, 1 - 2**-24])
+    assert drop_condition(classes, 2, 0.0, uniform).tolist() == [0, 1, 1]
+    assert drop_condition(classes, 2, 1.0, uniform).tolist() == [2, 2, 2]
+    assert drop_condition(classes, 2, 0.5, uniform).dtype == torch.int64

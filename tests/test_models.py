@@ -1,0 +1,286 @@
+"""The U-Net presets and the class-token encoder: the attention of Sec. 3.3 written out, sizes, conditions, gradients."""
+
+import math
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+
+from diffusers_cf import (
+    ClassTokenEncoder,
+    CounterfactualDDIMPipeline,
+    DynamicDDIMInverseScheduler,
+    DynamicDDIMScheduler,
+    class_token_encoder,
+    counterfactual_unet,
+    noise_prediction_loss,
+    unet_config,
+)
+from diffusers_cf.models import CONDITIONINGS, ConditionalNoisePredictor, predict_noise
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moved_off_zero(module, seed=0):
+    """The module with what begins at zero replaced by small random values, as if training had moved it."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The small attention U-Net for 16 x 16 pixels, as if trained a little, with its encoder."""
+    torch.manual_seed(0)
+    return moved_off_zero(counterfactual_unet("small", image_size=16)), class_token_encoder("small").eval()
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def written_out_attention(layer, image, tokens):
+    """softmax(Q [K_c; K]^T / sqrt(d)) [V_c; V] of Sec. 3.3, projected and added to the image."""
+    batch, channels = image.shape[:2]
+
+    def heads(projected):
+        return projected.unflatten(2, (layer.heads, channels // layer.heads)).transpose(1, 2)
+
+    x = layer.group_norm(image.flatten(2)).transpose(1, 2)
+    query = heads(layer.to_q(x))
+    key = torch.cat([heads(layer.add_k_proj(tokens)), heads(layer.to_k(x))], dim=2)
+    value = torch.cat([heads(layer.add_v_proj(tokens)), heads(layer.to_v(x))], dim=2)
+    logits = query @ key.transpose(2, 3) / math.sqrt(channels // layer.heads)
+    weights = logits.exp() / logits.exp().sum(dim=3, keepdim=True)
+    mixed = (weights @ value).transpose(1, 2).flatten(2)
+    return image + layer.to_out[0](mixed).transpose(1, 2).reshape(image.shape)
+
+
+@torch.no_grad()
+def test_every_attention_layer_concatenates_the_tokens_to_keys_and_values(small):
+    unet, encoder = small
+    seen = []
+
+    def note(layer, args, kwargs, output):
+        seen.append((layer, args[0], kwargs["encoder_hidden_states"], output))
+
+    layers = [module for module in unet.modules() if isinstance(module, Attention)]
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    condition = encoder(torch.tensor([0, 1]))
+    predict_noise(unet, noise(2, 4, 16, 16), torch.tensor(500), condition)
+    for hook in hooks:
+        hook.remove()
+    # two levels with one layer down and two up, and the middle
+    assert len(seen) == len(layers) == 7
+    for layer, image, tokens, output in seen:
+        assert torch.equal(tokens, condition[0])
+        torch.testing.assert_close(output, written_out_attention(layer, image, tokens), atol=2e-5, rtol=1e-5)
+        assert (output - image).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_tokens_and_vector_both_matter_and_null_differs_from_both_classes(small):
+    unet, encoder = small
+    x, t = noise(1, 4, 16, 16), torch.tensor(500)
+    tokens, vector = encoder(torch.arange(3))
+
+    def output(token_row, vector_row):
+        return predict_noise(unet, x, t, (tokens[[token_row]], vector[[vector_row]]))
+
+    outputs = [output(row, row) for row in range(3)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (outputs[one] - outputs[other]).abs().max() > 1e-3
+        assert (output(one, one) - output(other, one)).abs().max() > 1e-4
+        assert (output(one, one) - output(one, other)).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_adagn_has_the_vector_and_no_tokens():
+    unet, encoder = moved_off_zero(counterfactual_unet("small", "adagn", 16)), class_token_encoder("small")
+    assert not any("add_k_proj" in name for name, _ in unet.named_parameters())
+    assert any(isinstance(module, Attention) for module in unet.modules())
+    x, t, (tokens, vector) = noise(1, 4, 16, 16), torch.tensor(500), encoder(torch.tensor([0, 1]))
+    base = predict_noise(unet, x, t, (tokens[:1], vector[:1]))
+    assert torch.equal(predict_noise(unet, x, t, (tokens[1:], vector[:1])), base)
+    assert (predict_noise(unet, x, t, (tokens[:1], vector[1:])) - base).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_unconditional_takes_no_condition():
+    model = ConditionalNoisePredictor(moved_off_zero(counterfactual_unet("small", "unconditional", 16)))
+    x, t = noise(2, 4, 16, 16), torch.tensor([500, 500])
+    assert torch.equal(model(x, t, torch.tensor([0, 1])), model(x, t, torch.tensor([2, 2])))
+    with pytest.raises(ValueError, match="class_labels"):
+        predict_noise(counterfactual_unet("small", "adagn", 16), x, t, None)
+
+
+@pytest.mark.parametrize("size, conditioning, millions", [
+    ("paper", "attention", (27.1, 27.2)),
+    ("paper", "adagn", (20, 27)),
+    ("paper", "unconditional", (20, 27)),
+    ("small", "attention", (1, 4)),
+    ("small", "adagn", (1, 4)),
+    ("small", "unconditional", (1, 4)),
+])  # fmt: skip
+def test_number_of_parameters(size, conditioning, millions):
+    with torch.device("meta"):
+        total = count(counterfactual_unet(size, conditioning)) + count(class_token_encoder(size))
+    assert millions[0] <= total / 1e6 <= millions[1]
+
+
+def test_paper_preset_is_the_authors_network():
+    config = unet_config("paper")
+    assert config["sample_size"] == 64 and config["in_channels"] == config["out_channels"] == 4
+    assert config["block_out_channels"] == (64, 128, 192, 256)
+    assert config["layers_per_block"] == 2 and config["dropout"] == 0.1 and config["norm_num_groups"] == 32
+    assert config["resnet_time_scale_shift"] == "scale_shift" and config["class_embed_type"] == "identity"
+    # attention at 32, 16 and 8 pixels and in the middle
+    assert config["down_block_types"] == ("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3)
+    assert config["up_block_types"] == (*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D")
+    assert config["mid_block_type"] == "UNetMidBlock2DSimpleCrossAttn"
+    with torch.device("meta"):
+        unet, encoder = counterfactual_unet("paper"), class_token_encoder("paper")
+    layers = [module for module in unet.modules() if isinstance(module, Attention)]
+    assert len(layers) == 16 and {layer.to_q.out_features // layer.heads for layer in layers} == {64}
+    assert {layer.add_k_proj.in_features for layer in layers} == {256}
+    tokens, vector = encoder(torch.zeros(1, dtype=torch.int64, device="meta"))
+    assert tokens.shape == (1, 256, 256) and vector.shape == (1, 256)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("image_size, channels, classes", [(8, 1, 2), (24, 3, 4), (40, 4, 3)])
+@torch.no_grad()
+def test_any_size_channels_and_classes(conditioning, image_size, channels, classes):
+    names = [f"class {i}" for i in range(classes)]
+    unet = moved_off_zero(counterfactual_unet("small", conditioning, image_size, channels))
+    encoder = class_token_encoder("small", names) if conditioning != "unconditional" else None
+    model = ConditionalNoisePredictor(unet, encoder)
+    x, ids = noise(2, channels, image_size, image_size), torch.tensor([0, classes])
+    output = model(x, torch.tensor([0, 999]), ids)
+    assert output.shape == x.shape and output.isfinite().all() and output.std() > 0.01
+    assert unet.config.sample_size == image_size
+    if encoder is not None:
+        assert encoder.null_id == classes and encoder.class_id(names[-1]) == classes - 1
+
+
+def test_a_new_network_predicts_zero():
+    model = ConditionalNoisePredictor(counterfactual_unet("small", image_size=8), class_token_encoder("small"))
+    assert not model(noise(1, 4, 8, 8), torch.tensor([500]), torch.tensor([0])).any()
+    weights = {name: weight for name, weight in model.unet.named_parameters() if name.endswith(".weight")}
+    for name, weight in weights.items():
+        begins_at_zero = ".conv2." in name or ".to_out.0." in name or name == "conv_out.weight"
+        assert bool(weight.any()) != begins_at_zero, name
+
+
+@pytest.mark.parametrize("call", [unet_config, counterfactual_unet])
+def test_unknown_presets_are_refused(call):
+    with pytest.raises(ValueError, match="size is 'big': it must be one of small, paper"):
+        call("big")
+    with pytest.raises(ValueError, match="conditioning is 'text': it must be one of attention, adagn, unconditional"):
+        call("small", "text")
+    for side in (0, -8, 12, 65):
+        with pytest.raises(ValueError, match=f"image_size is {side}"):
+            call("small", "attention", side)
+
+
+@pytest.mark.parametrize("size, conditioning", [("small", "attention"), ("small", "adagn"), ("paper", "attention")])
+def test_gradient_reaches_every_parameter(size, conditioning):
+    torch.manual_seed(0)
+    channels = 4
+    unet = counterfactual_unet(size, conditioning, 8, channels)
+    encoder = class_token_encoder(size)
+    if conditioning == "adagn":
+        encoder.tokens.requires_grad_(False)
+    model = ConditionalNoisePredictor(unet, encoder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(3):  # two steps move what begins at zero: the last convolution, then the blocks' own
+        optimizer.zero_grad(set_to_none=True)
+        loss = noise_prediction_loss(
+            model, DynamicDDIMScheduler(), noise(3, channels, 8, 8, seed=step), torch.tensor([0, 1, 2]),
+            noise(3, channels, 8, 8, seed=step + 10), torch.tensor([100, 500, 900]),
+        )  # fmt: skip
+        loss.backward()
+        if step < 2:
+            optimizer.step()
+    unreached = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert unreached == []
+    null = encoder.embedding.weight[encoder.null_id]
+    assert bool(null.any()) == (size == "small")
+
+
+@torch.no_grad()
+def test_paper_tokens_are_the_outer_product_of_the_vector():
+    torch.manual_seed(0)
+    encoder = ClassTokenEncoder(num_tokens=None, token_dim=32, vector_dim=32, embedding_dim=16)
+    tokens, vector = encoder(torch.arange(3))
+    assert tokens.shape == (3, 32, 32) and vector.shape == (3, 32)
+    for token, e in zip(tokens, vector, strict=True):
+        assert torch.equal(token, torch.outer(e, e))
+        assert torch.linalg.matrix_rank(token) == 1
+    assert encoder.tokens is None
+    assert not encoder.embedding.weight[2].any() and encoder.embedding.weight[:2].any(dim=1).all()
+    # the null vector comes from the biases: it is neither zero nor that of a class
+    assert vector[2].abs().max() > 1e-3
+    assert (vector[2] - vector[:2]).abs().amax(dim=1).min() > 1e-3
+
+
+@torch.no_grad()
+def test_learned_tokens_are_one_table_row_a_class():
+    torch.manual_seed(0)
+    encoder = ClassTokenEncoder(num_tokens=3, token_dim=5, vector_dim=7, embedding_dim=6)
+    tokens, vector = encoder(torch.tensor([2, 0, 1, 0]))
+    assert tokens.shape == (4, 3, 5) and vector.shape == (4, 7)
+    assert torch.equal(tokens[1], tokens[3])
+    torch.testing.assert_close(vector[1], vector[3])
+    for rows in (tokens, vector):
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert (rows[one] - rows[other]).abs().max() > 1e-3
+
+
+def test_classes_have_names():
+    encoder = ClassTokenEncoder(class_names=("healthy", "oedema", "core"))
+    assert [encoder.class_id(name) for name in ("healthy", "oedema", "core", None)] == [0, 1, 2, 3]
+    assert encoder.null_id == 3 and encoder.embedding.num_embeddings == 4
+    with pytest.raises(ValueError, match="class 'sick' is unknown: this model knows healthy, oedema, core"):
+        encoder.class_id("sick")
+    for names in (("healthy",), ("healthy", "healthy"), ()):
+        with pytest.raises(ValueError, match="two or more different names"):
+            ClassTokenEncoder(class_names=names)
+    with pytest.raises(ValueError, match="token_dim 64 must equal vector_dim 192"):
+        ClassTokenEncoder(num_tokens=None)
+
+
+@pytest.mark.parametrize("num_tokens", [2, None])
+@torch.no_grad()
+def test_encoder_survives_saving(num_tokens, tmp_path):
+    names = ("fine", "ill", "worse")
+    encoder = ClassTokenEncoder(names, num_tokens, token_dim=8, vector_dim=8, embedding_dim=4)
+    encoder.save_pretrained(tmp_path)
+    loaded = ClassTokenEncoder.from_pretrained(tmp_path)
+    assert [loaded.class_id(name) for name in names] == [0, 1, 2]
+    for one, other in zip(encoder(torch.arange(4)), loaded(torch.arange(4)), strict=True):
+        assert torch.equal(one, other)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_one_training_and_one_inference_step_at_paper_size():
+    torch.manual_seed(0)
+    model = ConditionalNoisePredictor(counterfactual_unet("paper"), class_token_encoder("paper"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    image, epsilon = noise(1, 4, 64, 64), noise(1, 4, 64, 64, seed=1)
+    arguments = (model, DynamicDDIMScheduler(), image, torch.tensor([1]), epsilon, torch.tensor([500]))
+    loss = noise_prediction_loss(*arguments)
+    assert loss.item() == pytest.approx(epsilon.pow(2).mean().item(), rel=1e-5)  # a new network predicts zero
+    loss.backward()
+    optimizer.step()
+    model.eval()
+    pipe = CounterfactualDDIMPipeline(
+        model.unet, model.class_encoder, DynamicDDIMScheduler(), DynamicDDIMInverseScheduler()
+    )
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(torch.rand(1, 4, 64, 64), strength=0.01)
+    assert out.heatmaps.shape == (1, 64, 64) and out.heatmaps.isfinite().all() and out.heatmaps.max() > 0

@@ -1,0 +1,111 @@
+"""What others rely on: public names, module paths inside published models, and that a model comes back bit-equal."""
+
+import inspect
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import diffusers_cf
+from diffusers_cf import CounterfactualDDIMPipeline
+
+
+SHORT = {"num_inference_steps": 10, "strength": 0.4}
+
+
+def test_public_names():
+    public = {name for name, value in vars(diffusers_cf).items() if name[0] != "_" and not inspect.ismodule(value)}
+    assert public == {
+        "ClassTokenEncoder",
+        "CounterfactualDDIMPipeline",
+        "CounterfactualOutput",
+        "DynamicDDIMInverseScheduler",
+        "DynamicDDIMScheduler",
+        "InputError",
+        "anomaly_heatmap",
+        "class_token_encoder",
+        "counterfactual_unet",
+        "drop_condition",
+        "dynamic_normalize",
+        "implicit_guidance",
+        "noise_prediction_loss",
+        "register_with_diffusers",
+        "unet_config",
+    }
+
+
+def test_arguments_of_the_pipeline():
+    def names(method):
+        return list(inspect.signature(method).parameters)[1:]
+
+    assert names(CounterfactualDDIMPipeline.__call__) == [
+        "images", "target", "guidance_scale", "strength", "num_inference_steps", "map", "generator", "output_type",
+        "return_dict", "callback_on_step_end",
+    ]  # fmt: skip
+    assert names(CounterfactualDDIMPipeline.invert)[:3] == ["images", "strength", "num_inference_steps"]
+    assert names(CounterfactualDDIMPipeline.denoise)[:5] == [
+        "latents", "target", "guidance_scale", "strength", "num_inference_steps"
+    ]  # fmt: skip
+    assert names(CounterfactualDDIMPipeline.__init__) == ["unet", "class_encoder", "scheduler", "inverse_scheduler"]
+
+
+def test_public_names_are_documented():
+    for name, value in vars(diffusers_cf).items():
+        if name[0] != "_" and not inspect.ismodule(value):
+            assert value.__doc__, name
+
+
+# Published models name these module paths: they never move.
+
+
+def test_module_paths_in_model_index(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
+    del index["_diffusers_version"]
+    assert index == {
+        "_class_name": "CounterfactualDDIMPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "class_encoder": ["diffusers_cf.models", "ClassTokenEncoder"],
+        "scheduler": ["diffusers_cf.schedulers", "DynamicDDIMScheduler"],
+        "inverse_scheduler": ["diffusers_cf.schedulers", "DynamicDDIMInverseScheduler"],
+    }
+
+
+def test_configuration_of_the_class_encoder_in_a_published_model(pipe, tmp_path):
+    pipe.class_encoder.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    del config["_diffusers_version"]
+    assert config == {
+        "_class_name": "ClassTokenEncoder",
+        "class_names": ["healthy", "unhealthy"],
+        "num_tokens": 2,
+        "token_dim": 8,
+        "vector_dim": 32,
+        "embedding_dim": 8,
+    }
+    assert set(pipe.class_encoder.state_dict()) == {
+        "embedding.weight", "to_vector.0.weight", "to_vector.0.bias", "to_vector.2.weight", "to_vector.2.bias",
+        "tokens.weight",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("loader", [CounterfactualDDIMPipeline, DiffusionPipeline], ids=["ours", "generic"])
+@pytest.mark.parametrize("unconditional", [False, True], ids=["conditional", "unconditional"])
+def test_a_saved_model_comes_back_bit_equal(make_pipeline, images, tmp_path, loader, unconditional):
+    pipe = make_pipeline(unconditional=unconditional, dynamic_thresholding_ratio=0.9, fixed_point=1)
+    pipe.save_pretrained(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".py")]
+    loaded = loader.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is CounterfactualDDIMPipeline
+    assert (loaded.class_encoder is None) == unconditional
+    assert loaded.network_evaluations(**SHORT) == pipe.network_evaluations(**SHORT) == 4 * (3 if unconditional else 4)
+    for field, value in pipe(images, **SHORT).items():
+        assert torch.equal(loaded(images, **SHORT)[field], value)
+
+
+def test_components_make_another_pipeline(pipe, images):
+    other = CounterfactualDDIMPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    assert torch.equal(other(images, **SHORT).heatmaps, pipe(images, **SHORT).heatmaps)

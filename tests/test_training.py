@@ -1,0 +1,399 @@
+"""What training is made of: positions, draws, augmentation, averages, checkpoints, validation."""
+
+import json
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from training_data import write_training_set
+
+from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler
+from diffusers_cf.errors import InputError
+from diffusers_cf.models import class_token_encoder, counterfactual_unet
+from diffusers_cf.training import (
+    STATE_FILE,
+    PositionBatches,
+    Progress,
+    TrainingSlices,
+    augment_images,
+    averaged_weights,
+    check_weights,
+    find_checkpoint,
+    finished_checkpoints,
+    save_checkpoint,
+)
+from diffusers_cf.validation import Validation
+
+
+FACTS = {"seed": 3, "global_batch": 8, "slices": 16}
+
+
+class MadeSlices:
+    """Slices in memory, read as a `SliceDataset` is."""
+
+    folder = "made"
+
+    def __init__(self, labels, channels=2):
+        self.labels = np.asarray(labels)
+        self.images = torch.rand(len(labels), channels, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def __getitems__(self, indices):
+        return indices
+
+    def collate(self, rows):
+        return {"images": self.images[rows], "labels": torch.from_numpy(self.labels[rows])}
+
+
+def training_slices(labels=(0, 0, 0, 1), seed=0, **options):
+    return TrainingSlices(MadeSlices(labels), seed, (8, 8), **options)
+
+
+def batch_at(slices, positions):
+    return slices.collate(slices.__getitems__(list(positions)))
+
+
+def test_classes_come_evenly_however_rare_one_is():
+    slices = training_slices([0] * 90 + [1] * 10)
+    drawn = np.array([slices.index_at(position) for position in range(6000, 10_000)])
+    assert abs((drawn >= 90).sum() - 2000) < 5 * math.sqrt(4000 / 4)
+    # within a class every slice has the same chance: 2000 / 10 and 2000 / 90 draws each
+    for class_counts in (np.bincount(drawn, minlength=100)[90:], np.bincount(drawn, minlength=100)[:90]):
+        expected = 2000 / len(class_counts)
+        assert (np.abs(class_counts - expected) < 5 * math.sqrt(expected)).all()
+
+
+def test_three_classes_one_third_each():
+    slices = training_slices([0] * 50 + [1] * 5 + [2] * 2)
+    classes = slices.labels[[slices.index_at(position) for position in range(3000)]]
+    assert (np.abs(np.bincount(classes) - 1000) < 5 * math.sqrt(3000 * 2 / 9)).all()
+
+
+def test_an_index_is_a_function_of_seed_and_position():
+    positions = [0, 20_000, 5, 8191, 8192, 1, 20_000]
+    walked, jumped = training_slices(range(40)), training_slices(range(40))
+    in_order = {position: walked.index_at(position) for position in sorted(set(positions))}
+    assert [jumped.index_at(position) for position in positions] == [in_order[position] for position in positions]
+    other = training_slices(range(40), seed=1)
+    assert [other.index_at(p) for p in range(50)] != [jumped.index_at(p) for p in range(50)]
+
+
+def test_only_the_first_samples_are_drawn():
+    slices = training_slices([0, 1] * 50, max_samples=6)
+    assert slices.num_slices == 6
+    assert {slices.index_at(position) for position in range(200)} == set(range(6))
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(InputError, match="^made: the training split is empty$"):
+        training_slices(())
+
+
+def test_draws_do_not_depend_on_the_batch():
+    slices = training_slices(random_flip=True, augment=True)
+    whole = batch_at(slices, range(8))
+    again = training_slices(random_flip=True, augment=True)
+    for positions in ([5], [7, 2, 3], [0, 1, 4, 6]):
+        part = batch_at(again, positions)
+        assert set(part) == {"images", "labels", "noise", "timesteps", "uniform"}
+        for key, value in part.items():
+            assert torch.equal(value, whole[key][positions]), key
+    assert len({row.sum().item() for row in whole["noise"]}) == 8
+    other = batch_at(training_slices(seed=1, random_flip=True, augment=True), range(8))
+    assert all(not torch.equal(other[key], whole[key]) for key in ("noise", "timesteps", "uniform", "images"))
+
+
+def test_noise_timesteps_and_uniform_have_their_distributions():
+    batch = batch_at(training_slices(num_train_timesteps=10), range(2000))
+    counts = torch.bincount(batch["timesteps"], minlength=10)
+    assert len(counts) == 10 and ((counts - 200).abs() < 5 * math.sqrt(2000 * 0.09)).all()
+    below = (batch["uniform"] < 0.35).sum()
+    assert abs(below - 700) < 5 * math.sqrt(2000 * 0.35 * 0.65)
+    n = batch["noise"].numel()
+    assert abs(batch["noise"].mean()) < 5 / math.sqrt(n) and abs(batch["noise"].std() - 1) < 5 / math.sqrt(2 * n)
+    # drawn from one generator, yet independent of one another and of the class
+    table = torch.stack(
+        [batch[key].double() for key in ("timesteps", "uniform", "labels")] + [batch["noise"][:, 0, 0, 0]]
+    )
+    assert (torch.corrcoef(table) - torch.eye(4)).abs().max() < 5 / math.sqrt(2000)
+    assert batch_at(training_slices(), range(2000))["timesteps"].max() > 990
+
+
+def test_images_reach_the_range_of_the_network():
+    slices = MadeSlices([0, 1])
+    slices.images[:] = torch.tensor([0.0, 1.5])[:, None, None, None]
+    batch = batch_at(TrainingSlices(slices, 0, (4, 4)), range(6))
+    assert batch["images"].shape == batch["noise"].shape == (6, 2, 4, 4)
+    torch.testing.assert_close(batch["images"][:, 0, 0, 0], torch.where(batch["labels"] == 0, -1.0, 2.0))
+
+
+def positions_of(first, last, batch_size, parts, world):
+    """Positions by step, of all processes and parts."""
+    found = {step: [] for step in range(first, last)}
+    for rank in range(world):
+        sampler = PositionBatches(first, last, batch_size, parts, rank, world)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) and all(len(batch) == batch_size for batch in batches)
+        for i, batch in enumerate(batches):
+            found[first + i // parts] += batch
+    return {step: sorted(positions) for step, positions in found.items()}
+
+
+def test_positions_are_the_same_however_a_batch_is_split():
+    whole = positions_of(0, 5, 8, 1, 1)
+    assert whole == {step: list(range(8 * step, 8 * step + 8)) for step in range(5)}
+    for batch_size, parts, world in ((4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 1, 8)):
+        assert positions_of(0, 5, batch_size, parts, world) == whole
+    assert positions_of(3, 5, 2, 2, 2) == {step: whole[step] for step in (3, 4)}
+
+
+NEUTRAL = torch.full((1, 6 + 3), 0.5)
+
+
+def picture(height=24, width=40):
+    """A block away from the centre, nothing around it: (1, 3, H, W)."""
+    images = torch.zeros(1, 3, height, width)
+    images[:, :, 8:14, 22:30] = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(0)) + 0.2
+    return images
+
+
+def drawn(**changes):
+    draws = NEUTRAL.clone()
+    names = ("flip", "rotation", "scale_y", "scale_x", "shift_y", "shift_x", "gain0", "gain1", "gain2")
+    for name, value in changes.items():
+        draws[:, names.index(name)] = value
+    return draws
+
+
+@pytest.mark.parametrize("deform", [False, True])
+def test_flips(deform):
+    images = picture()
+    flipped = augment_images(images, drawn(flip=0.2), True, deform)
+    torch.testing.assert_close(flipped, images.flip(-1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(augment_images(images, drawn(flip=0.7), True, deform), images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(augment_images(images, drawn(flip=0.2), False, deform), images, rtol=0, atol=1e-5)
+
+
+def centre_of_mass(images):
+    weights = images[0, 0] / images[0, 0].sum()
+    y, x = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in images.shape[-2:]), indexing="ij")
+    return (weights * y).sum().item(), (weights * x).sum().item()
+
+
+def test_deformations_have_the_size_that_they_say():
+    images = picture(40, 40)
+    # 5 % of 40 pixels
+    shifted = augment_images(images, drawn(shift_x=1.0, shift_y=0.0), False, True)
+    torch.testing.assert_close(shifted[..., 2:, :-2], images[..., :-2, 2:], rtol=0, atol=1e-5)
+    y, x = centre_of_mass(images)
+    grown = centre_of_mass(augment_images(images, drawn(scale_x=0.0), False, True))
+    assert grown == pytest.approx((y, x / 0.9), abs=0.05)
+    turned = centre_of_mass(augment_images(images, drawn(rotation=1.0), False, True))
+    angle = math.degrees(math.atan2(*turned) - math.atan2(y, x))
+    assert abs(angle) == pytest.approx(10, abs=0.5) and math.hypot(*turned) == pytest.approx(math.hypot(y, x), abs=0.1)
+    louder = augment_images(images, drawn(gain0=1.0, gain2=0.0), False, True)
+    gains = torch.tensor([1.1, 1.0, 0.9])[:, None, None]
+    torch.testing.assert_close(louder, images * gains, rtol=0, atol=1e-5)
+
+
+def test_background_stays_zero():
+    draws = torch.rand(50, 9, generator=torch.Generator().manual_seed(1))
+    images = picture().expand(50, -1, -1, -1)
+    moved = augment_images(images, draws, True, True)
+    assert torch.equal(augment_images(images, draws, True, True), moved)
+    assert moved.min() == 0 and moved.isfinite().all()
+    assert (moved == 0).float().mean() > 0.85  # the block covers 5 %
+    assert (moved.amax(dim=(1, 2, 3)) > 0.5).all()
+    assert (augment_images(torch.zeros_like(images), draws, True, True) == 0).all()
+
+
+class Average:
+    """EMAModel's contract: store, copy_to, restore."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def store(self, parameters):
+        self.stored = [p.detach().clone() for p in parameters]
+
+    def copy_to(self, parameters):
+        for p in parameters:
+            p.data.fill_(self.value)
+
+    def restore(self, parameters):
+        for p, stored in zip(parameters, self.stored, strict=True):
+            p.data.copy_(stored)
+
+
+def test_averaged_weights_come_and_go_even_after_an_error():
+    model = torch.nn.Linear(3, 2).train()
+    before = model.weight.detach().clone()
+    with pytest.raises(KeyError), averaged_weights(model, Average(7.0)) as averaged:
+        assert averaged is model and not model.training and (model.weight == 7).all()
+        raise KeyError
+    assert model.training and torch.equal(model.weight, before)
+
+
+def accelerator(save_state=None):
+    def save(folder):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "model.safetensors").write_bytes(b"weights")
+
+    return SimpleNamespace(
+        is_main_process=True, wait_for_everyone=lambda: None, save_state=save_state or save, device="cpu",
+        reduce=lambda value, how: value, logged=[], trackers=[], print=lambda *text: None,
+    )  # fmt: skip
+
+
+def save(folder, step, limit=None, save_model=Path.mkdir):
+    save_checkpoint(accelerator(), folder, step, FACTS, save_model, limit)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path):
+    (tmp_path / ".checkpoint-2.tmp" / "left").mkdir(parents=True)
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert names(tmp_path / "checkpoint-2") == ["model.safetensors", "pipeline", STATE_FILE]
+    assert find_checkpoint(tmp_path, "latest", FACTS) == (tmp_path / "checkpoint-2", 2)
+
+    def fail(folder):
+        raise OSError("disk full")
+
+    for step in (2, 4):
+        with pytest.raises(OSError, match="disk full"):
+            save(tmp_path, step, save_model=fail)
+        assert find_checkpoint(tmp_path, "latest", FACTS) == (tmp_path / "checkpoint-2", 2)
+
+
+def test_the_limit_takes_the_oldest_and_never_the_new_one(tmp_path):
+    for step in (5, 10, 15):
+        save(tmp_path, step, limit=2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-15"]
+    save(tmp_path, 12, limit=1)  # after a resume from 10
+    assert names(tmp_path) == ["checkpoint-12", "checkpoint-15"]
+    save(tmp_path, 15, limit=1)
+    assert names(tmp_path) == ["checkpoint-15"]
+
+
+def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 5)
+    monkeypatch.setattr("shutil.rmtree", lambda folder, **options: os.remove(Path(folder) / "model.safetensors"))
+    with pytest.raises(OSError):
+        save(tmp_path, 10, limit=1)
+    for path in finished_checkpoints(tmp_path):
+        assert (path / "model.safetensors").exists(), path
+
+
+def test_half_written_checkpoints_are_not_found(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", ".checkpoint-30.tmp", "checkpoint-40-copy", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / STATE_FILE).write_text(json.dumps({"step": 1} | FACTS))
+    (tmp_path / "checkpoint-20").mkdir()
+    assert [path.name for path in finished_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert find_checkpoint(tmp_path, "latest", FACTS)[0].name == "checkpoint-10"
+
+
+def test_what_to_resume_from(tmp_path):
+    assert find_checkpoint(tmp_path, None, FACTS) is None
+    assert find_checkpoint(tmp_path, "latest", FACTS) is None
+    assert find_checkpoint(tmp_path / "none", "latest", FACTS) is None
+    save(tmp_path, 6)
+    save(tmp_path, 8)
+    by_name, by_path = (find_checkpoint(tmp_path, n, FACTS) for n in ("checkpoint-6", str(tmp_path / "checkpoint-6")))
+    assert by_name == by_path == (tmp_path / "checkpoint-6", 6)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        (None, "not a complete checkpoint (FileNotFoundError at trainer_state.json)"),
+        ('{"step": 6, "se', "not a complete checkpoint (JSONDecodeError at trainer_state.json)"),
+        ("[]", "not a complete checkpoint (TypeError at trainer_state.json)"),
+        ('{"seed": 3}', "not a complete checkpoint (KeyError at trainer_state.json)"),
+        (json.dumps({"step": 6} | FACTS | {"seed": 4}), "made with seed = 4, this run has 3"),
+        (json.dumps({"step": 6} | FACTS | {"global_batch": 4}), "made with global_batch = 4, this run has 8"),
+        (json.dumps({"step": 6} | FACTS | {"slices": 99}), "made with slices = 99, this run has 16"),
+    ],
+)
+def test_checkpoints_that_cannot_be_resumed(tmp_path, state, reason):
+    if state is not None:
+        (tmp_path / "checkpoint-6").mkdir()
+        (tmp_path / "checkpoint-6" / STATE_FILE).write_text(state)
+    with pytest.raises(InputError) as error:
+        find_checkpoint(tmp_path, "checkpoint-6", FACTS)
+    assert str(error.value) == f"{tmp_path / 'checkpoint-6'}: {reason}"
+
+
+def test_progress_averages_over_parts_and_steps_and_stops_at_nan():
+    bar, logged = SimpleNamespace(set_postfix=lambda **values: None), []
+    acc = accelerator()
+    acc.log = lambda values, step: logged.append((step, values))
+    progress = Progress(acc, bar, step=10, parts=2, images_per_step=8)
+    for loss in (1.0, 2.0, 3.0, 6.0):
+        progress.add(torch.tensor(loss))
+    progress.start -= 4.0
+    before = progress.start
+    progress.report(12, 0.5)
+    ((step, values),) = logged
+    assert step == 12 and values["loss"] == pytest.approx(3) and values["lr"] == 0.5
+    assert values["images_per_second"] == pytest.approx(4, rel=0.05) and progress.start > before
+    progress.add(torch.tensor(float("nan")))
+    with pytest.raises(InputError, match="^the loss became nan between steps 12 and 13: lower --learning_rate"):
+        progress.report(13, 0.5)
+
+
+def test_broken_weights_are_refused():
+    check_weights([torch.ones(3), torch.zeros(2)], 5)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="^the weights became NaN or infinite by step 5: "):
+            check_weights([torch.ones(3), torch.tensor([0.0, bad])], 5)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_validation(tmp_path, monkeypatch, masks):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_training_set(tmp_path / "set", masks=masks)
+    args = SimpleNamespace(dataset=str(folder), validation_steps=2, num_validation_slices=5)
+    acc = accelerator()
+    acc.log = lambda values, step: acc.logged.append((step, values))
+    pictures = []
+    acc.trackers = [SimpleNamespace(log_images=lambda values, step: pictures.append((step, values["validation"])))]
+    scheduler = DynamicDDIMScheduler()
+    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
+    pipe = CounterfactualDDIMPipeline(
+        counterfactual_unet("small", "attention", 16, 2), class_token_encoder(), scheduler, inverse
+    )
+    pipe.set_progress_bar_config(disable=True)
+    validation = Validation(args, acc, tmp_path / "out")
+    assert validation.indices.tolist() == [0, 1, 3, 5, 7]
+    scores = validation.run(pipe, 4)
+    assert acc.logged == [(4, {f"validation/{key}": value for key, value in scores.items()})]
+    if masks:
+        assert set(scores) == {"auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "slice_auroc"}
+        assert all(0 <= value <= 1 for value in scores.values())
+    else:
+        dataset = validation.dataset
+        batch = dataset.collate(dataset.__getitems__(validation.indices.tolist()))
+        maps = pipe(batch["images"], guidance_scale=2.0, strength=0.5, num_inference_steps=20).heatmaps.mean(
+            dim=(1, 2)
+        )
+        expected = {
+            f"mean_{name}": maps[batch["labels"] == i].mean().item() for i, name in enumerate(dataset.class_names)
+        }
+        assert scores == pytest.approx(expected, rel=1e-4)
+    assert names(tmp_path / "out" / "validation") == ["step-0000004.png"]
+    ((step, image),) = pictures
+    assert step == 4 and image.dtype == np.uint8 and image.ndim == 4 and image.shape[-1] == 3 and image.std() > 5
+
+
+def test_validation_has_nothing_to_do_without_slices(tmp_path):
+    args = SimpleNamespace(dataset="missing", validation_steps=0, num_validation_slices=5)
+    assert Validation(args, accelerator(), tmp_path).run(None, 1) == {}

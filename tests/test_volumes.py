@@ -1,0 +1,433 @@
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from data_files import SPACING_MM, save, write_brats
+from PIL import Image
+
+from diffusers_cf import segment
+from diffusers_cf.arguments import ArgumentParser, run_command
+from diffusers_cf.data.geometry import slices_from_volume, to_ras, undisplay, volume_from_slices
+from diffusers_cf.data.slices import PatientSlices
+from diffusers_cf.errors import InputError
+from diffusers_cf.models import class_token_encoder, counterfactual_unet
+from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline, CounterfactualOutput
+from diffusers_cf.plots import plot_slices
+from diffusers_cf.postprocessing import postprocess_maps, remove_small_components
+from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
+from diffusers_cf.segment import SliceMaps, lesion_mask, most_suspicious
+from diffusers_cf.volumes import add_segment_arguments, run_segment, segment_patient, segmentation_facts
+
+
+SIZE, MODALITIES = 16, ["flair", "t1"]
+SETTINGS = {"guidance_scale": 2.0, "strength": 0.2, "num_inference_steps": 10, "threshold": 0.05}
+FILES = ["counterfactual_flair.nii.gz", "counterfactual_t1.nii.gz", "heatmap.nii.gz", "mask.nii.gz"]
+CUBE = np.s_[3:8, 22:28, 7:10]
+
+
+def make_pipe(pipeline_class=CounterfactualDDIMPipeline, seed=0, **facts):
+    torch.manual_seed(seed)
+    unet = counterfactual_unet("small", image_size=SIZE, num_channels=len(MODALITIES))
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
+    scheduler = DynamicDDIMScheduler()
+    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
+    pipe = pipeline_class(unet, class_token_encoder("small"), scheduler, inverse)
+    pipe.preprocessing = {"modalities": MODALITIES, "size": SIZE, "settings": SETTINGS} | facts
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class BrightnessPipeline(CounterfactualDDIMPipeline):
+    """Takes the brightness of the first channel for the heat, and half the brightness of each for what is healthy."""
+
+    factor = 0.5
+
+    def __call__(self, images, output_type="pt", **settings):
+        fields = (images[:, 0].numpy(), (self.factor * images).numpy(), images.numpy())
+        return CounterfactualOutput(*fields)
+
+
+def write_cube(folder, flair_axes, t1_axes):
+    """A patient with a bright cube in a corner of a grey block, RAS (26, 32, 12): `CUBE`; t1 is 3 times as bright."""
+    flair = np.zeros((26, 32, 12), dtype=np.int16)
+    flair[2:24, 3:30, 1:11] = 100
+    flair[CUBE] = 1000
+    folder.mkdir()
+    save(folder / f"{folder.name}_flair.nii.gz", flair, flair_axes)
+    save(folder / f"{folder.name}_T1n.nii.gz", 3 * flair, t1_axes)
+    return folder
+
+
+def run(*arguments):
+    """Exit code of `diffusers-cf segment ARGUMENTS`."""
+    parser = ArgumentParser()
+    add_segment_arguments(parser)
+    return run_command(lambda: run_segment(parser.parse_args([str(argument) for argument in arguments])))
+
+
+def voxels(path):
+    return np.asanyarray(nib.load(path).dataobj)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes longer than all the rest; the test of the preview draws."""
+    monkeypatch.setattr("diffusers_cf.volumes.write_preview", lambda path, *_: path.touch())
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipe()
+
+
+@pytest.fixture(scope="module")
+def bright():
+    return make_pipe(BrightnessPipeline, settings=SETTINGS | {"threshold": 0.5})
+
+
+@pytest.fixture(scope="module")
+def model(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "model"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def patient(tmp_path):
+    return write_brats(tmp_path / "data", "P_01", "LPS")
+
+
+@pytest.fixture
+def segmented(pipe, patient, tmp_path):
+    report = segment_patient(pipe, patient, tmp_path / "out", model="MODEL", progress=False)
+    return report, tmp_path / "out" / "P_01"
+
+
+@pytest.mark.parametrize(("flair_axes", "t1_axes"), [("RAS", "RAS"), ("LPS", "LPS"), ("LAS", "LAS"), ("PSR", "RAS")])
+def test_the_lesion_is_found_where_it_is_in_any_orientation(bright, tmp_path, flair_axes, t1_axes):
+    folder = write_cube(tmp_path / "P", flair_axes, t1_axes)
+    report = segment_patient(bright, folder, tmp_path / "out", progress=False)
+    flair, t1 = nib.load(folder / "P_flair.nii.gz"), nib.load(folder / "P_T1n.nii.gz")
+    grids = {"heatmap": flair, "mask": flair, "counterfactual_flair": flair, "counterfactual_t1": t1}
+    for name, scan in grids.items():
+        written = nib.load(tmp_path / "out" / "P" / f"{name}.nii.gz")
+        assert written.shape == scan.shape and written.header.get_zooms() == scan.header.get_zooms()
+        np.testing.assert_array_equal(written.affine, scan.affine)
+        assert nib.aff2axcodes(written.affine) == nib.aff2axcodes(scan.affine)
+        assert [written.header[code] for code in ("sform_code", "qform_code")] == [
+            scan.header[code] for code in ("sform_code", "qform_code")
+        ]
+        assert written.get_data_dtype() == (np.uint8 if name == "mask" else np.float32)
+    mask = voxels(tmp_path / "out" / "P" / "mask.nii.gz")
+    np.testing.assert_array_equal(mask, np.asarray(flair.dataobj) > 500)
+    in_ras = to_ras(mask, flair.affine)
+    assert in_ras[CUBE].all() and in_ras.sum() == in_ras[CUBE].size
+    assert report["lesion_volume_ml"] == pytest.approx(in_ras[CUBE].size * np.prod(SPACING_MM) / 1000)
+    heat = to_ras(voxels(tmp_path / "out" / "P" / "heatmap.nii.gz"), flair.affine)
+    assert heat[5, 25, 8] == pytest.approx(1, abs=1e-5) and heat[15, 12, 5] == pytest.approx(0.1, abs=1e-5)
+    assert not heat[:2].any() and not heat[..., 0].any()
+
+
+def test_counterfactuals_are_in_the_units_of_their_scan_and_never_negative(bright, tmp_path, monkeypatch):
+    folder = write_cube(tmp_path / "P", "LAS", "LAS")
+    segment_patient(bright, folder, tmp_path / "out", progress=False)
+    affine = nib.load(folder / "P_flair.nii.gz").affine
+    for modality, gain in (("flair", 1), ("t1", 3)):
+        written = to_ras(voxels(tmp_path / "out" / "P" / f"counterfactual_{modality}.nii.gz"), affine)
+        assert written[5, 25, 8] == pytest.approx(500 * gain, rel=1e-5)
+        assert written[15, 12, 5] == pytest.approx(50 * gain, rel=1e-5)
+        assert not written[:2].any() and not written[..., 0].any()
+    monkeypatch.setattr(BrightnessPipeline, "factor", -1.0)
+    segment_patient(bright, folder, tmp_path / "out", overwrite=True, progress=False)
+    assert voxels(tmp_path / "out" / "P" / "counterfactual_flair.nii.gz").max() == 0
+    assert voxels(tmp_path / "out" / "P" / "counterfactual_flair.nii.gz").min() == 0
+
+
+def test_zero_steps_give_the_scan_and_no_lesion(pipe, patient, tmp_path):
+    report = segment_patient(pipe, patient, tmp_path / "out", strength=0, progress=False)
+    for modality in MODALITIES:
+        written = voxels(tmp_path / "out" / "P_01" / f"counterfactual_{modality}.nii.gz")
+        np.testing.assert_array_equal(written, voxels(patient / f"P_01_{modality}.nii.gz"))
+    assert not voxels(tmp_path / "out" / "P_01" / "heatmap.nii.gz").any()
+    assert report["lesion_volume_ml"] == 0 and report["network_evaluations_per_slice"] == 0
+
+
+def test_the_heatmap_is_that_of_the_pipeline(pipe, patient, segmented):
+    affine = nib.load(patient / "P_01_flair.nii.gz").affine
+    scans = np.stack([to_ras(voxels(patient / f"P_01_{modality}.nii.gz"), affine) for modality in MODALITIES])
+    found = slices_from_volume("P", scans.astype(np.float32), None, SPACING_MM, 128)
+    expected = pipe(torch.from_numpy(found.images)).heatmaps.numpy()
+    expected = volume_from_slices(expected, found.slices, scans.shape[1:], SPACING_MM)
+    heat = to_ras(voxels(segmented[1] / "heatmap.nii.gz"), affine)
+    np.testing.assert_allclose(heat, np.where((scans > 0).any(axis=0), expected, 0), atol=1e-5 * expected.max())
+
+
+def test_report(segmented, patient):
+    from sklearn.metrics import average_precision_score
+
+    report, folder = segmented
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert (report["patient"], report["model"], report["threshold"]) == ("P_01", "MODEL", 0.05)
+    assert report["settings"] == SETTINGS | {"map": "counterfactual"} and report["postprocessed"] is False
+    assert report["network_evaluations_per_slice"] == 2 + 2 * 2 and report["seconds"] > 0
+    scans = np.stack([voxels(patient / f"P_01_{modality}.nii.gz") for modality in MODALITIES])
+    assert report["n_slices"] == np.count_nonzero((scans > 0).any(axis=(0, 1, 2)))
+    heat, mask, seg = (voxels(path) for path in (folder / FILES[2], folder / FILES[3], patient / "P_01_seg.nii.gz"))
+    np.testing.assert_array_equal(mask, (heat >= np.float32(0.05)) & (scans > 0).any(axis=0))
+    assert 0 < mask.sum() < mask.size
+    assert report["lesion_volume_ml"] == pytest.approx(mask.sum() * np.prod(SPACING_MM) / 1000)
+    assert report["auprc"] == pytest.approx(average_precision_score(seg.ravel() > 0, heat.ravel()))
+    assert report["dice"] == pytest.approx(2 * (mask & (seg > 0)).sum() / (mask.sum() + (seg > 0).sum()))
+    assert sorted(path.name for path in folder.iterdir()) == [*FILES, "preview.png", "report.json"]
+
+
+def test_no_scores_without_a_seg_file_and_none_where_it_is_empty(pipe, patient, tmp_path):
+    seg = nib.load(patient / "P_01_seg.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros(seg.shape, np.uint8), seg.affine), patient / "P_01_seg.nii.gz")
+    report = segment_patient(pipe, patient, tmp_path / "empty", progress=False)
+    assert report["dice"] is None and report["auprc"] is None
+    (patient / "P_01_seg.nii.gz").unlink()
+    assert not {"dice", "auprc"} & set(segment_patient(pipe, patient, tmp_path / "none", progress=False))
+
+
+def test_batch_size_does_not_matter(pipe, patient, segmented, tmp_path):
+    segment_patient(pipe, patient, tmp_path / "other", batch_size=3, progress=False)
+    for name in FILES[:3]:
+        expected, actual = voxels(segmented[1] / name), voxels(tmp_path / "other" / "P_01" / name)
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * expected.max())
+
+
+def test_four_dimensions_of_which_one_is_single(pipe, patient, tmp_path):
+    for path in patient.glob("*.nii.gz"):
+        scan = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(scan.dataobj)[..., None], scan.affine), path)
+    segment_patient(pipe, patient, tmp_path / "out", progress=False)
+    assert nib.load(tmp_path / "out" / "P_01" / "mask.nii.gz").shape == (26, 32, 12, 1)
+
+
+def test_postprocessing_where_the_model_asks_for_it(bright, tmp_path):
+    folder = write_cube(tmp_path / "P", "LPS", "LPS")
+    pipe = make_pipe(BrightnessPipeline, settings=SETTINGS | {"threshold": 0.5, "postprocess": True})
+    pipe.preprocessing |= {"evaluation_size": 32}
+    report = segment_patient(pipe, folder, tmp_path / "out", progress=False)
+    assert report["postprocessed"] is True and report["preprocessing"]["size"] == 32
+    affine = nib.load(folder / "P_flair.nii.gz").affine
+    mask = to_ras(voxels(tmp_path / "out" / "P" / "mask.nii.gz"), affine)
+    assert 0 < mask.sum() < mask[CUBE].size and mask[5, 25, 8]  # the median filter takes the cube's corners
+    heat = to_ras(voxels(tmp_path / "out" / "P" / "heatmap.nii.gz"), affine)
+    assert (heat[CUBE] > 0.5).all()  # the heatmap itself is the model's own
+
+
+def test_the_mask_is_that_of_the_chain_of_evaluation_where_the_grids_agree():
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0.2, 1, (6, 1, 40, 40)).astype(np.float32)
+    images[:, :, :4] = 0
+    heat = np.zeros((6, 40, 40), dtype=np.float32)
+    heat[1:4, 10:20, 10:20] = heat[4:, 30:34, 30:34] = heat[:, 2:8, 20:30] = 1
+    spacing_mm = np.array([6.0, 6.0, 3.0])
+    volumes = segment.PatientVolumes("P", undisplay(images[:, 0])[None], None, spacing_mm, {})
+    maps = SliceMaps(PatientSlices("P", images, np.zeros(6), np.arange(6)), heat, 0 * images)
+    facts = {"preprocessing": {"size": 40, "field_mm": 240.0}, "threshold": 0.5, "postprocessed": True}
+    mask = lesion_mask(volumes, maps, segment.heat_volume(volumes, maps, heat, 240.0), facts)
+    expected = remove_small_components(postprocess_maps(heat, images) >= 0.5)
+    # the filter leaves 2 slices of 2 x 2 of the small block, which is too small a component
+    assert expected[2, 15, 15] and not expected[4:, 30:34, 30:34].any()
+    np.testing.assert_array_equal(segment.display(mask), expected)
+
+
+def test_preview(bright, patient, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("diffusers_cf.volumes.write_preview", segment.write_preview)
+    monkeypatch.setattr(
+        segment, "plot_slices", lambda *args, **options: drawn.update(options) or plot_slices(*args, **options)
+    )
+    segment_patient(bright, patient, tmp_path / "out", progress=False)
+    with Image.open(tmp_path / "out" / "P_01" / "preview.png") as picture:
+        assert picture.format == "PNG" and picture.height > 6 * 100
+    affine = nib.load(patient / "P_01_seg.nii.gz").affine
+    seg = to_ras(voxels(patient / "P_01_seg.nii.gz"), affine)
+    mask = to_ras(voxels(tmp_path / "out" / "P_01" / "mask.nii.gz"), affine)
+    rows = [int(name.split()[-1]) for name in drawn["row_names"]]
+    areas = mask.sum(axis=(0, 1))
+    assert areas[rows[0]] >= 0.9 * areas.max() and "Dice" in drawn["title"]
+    voxel_pixels = SPACING_MM[0] * SPACING_MM[1] / (240 / 128) ** 2
+    for name, volume in (("masks", mask), ("references", seg)):
+        expected = volume[..., rows].sum(axis=(0, 1)) * voxel_pixels
+        np.testing.assert_allclose(drawn[name].sum(axis=(1, 2)), expected, rtol=0.1, atol=10)
+
+
+def test_preview_shows_the_worst_slices_that_lie_apart():
+    heatmaps, masks = np.zeros((60, 4, 4)), np.zeros((60, 4, 4))
+    heatmaps[20:26] = 1  # heat alone counts less than any mask
+    masks[40, :2], masks[41, :3], masks[50, 0, 0] = 1, 1, 1
+    assert most_suspicious(heatmaps, masks, count=3) == [41, 50, 25]  # 40 lies too near to 41
+    assert most_suspicious(heatmaps[:2], masks[:2], count=3) == [1, 0]
+
+
+def test_a_finished_patient_is_skipped_and_never_overwritten_unasked(model, patient, tmp_path, capsys):
+    options = (patient, "--model", model, "--output", tmp_path / "out")
+    report = tmp_path / "out" / "P_01" / "report.json"
+    assert run(*options) == 0
+    written = report.stat().st_mtime_ns
+    assert "skipped" not in capsys.readouterr().out
+    assert run(*options, "--batch-size", 2) == 0
+    assert report.stat().st_mtime_ns == written and "P_01: " in (out := capsys.readouterr().out) and "skipped" in out
+
+    assert run(*options, "--strength", "0.1") == 2
+    assert "P_01: finished with other settings: --overwrite replaces it" in capsys.readouterr().err
+    other = tmp_path / "other"
+    make_pipe(seed=1).save_pretrained(other)
+    assert run(patient, "--model", other, "--output", tmp_path / "out") == 2
+    assert "finished with another model: --overwrite" in capsys.readouterr().err
+    make_pipe(settings=SETTINGS | {"postprocess": True}, percentile=98.0).save_pretrained(other)
+    assert run(patient, "--model", other, "--output", tmp_path / "out") == 2
+    assert "finished with another preprocessing and other post-processing" in capsys.readouterr().err
+    assert report.stat().st_mtime_ns == written
+
+    assert run(*options, "--strength", "0.1", "--overwrite") == 0
+    assert json.loads(report.read_text())["settings"]["strength"] == 0.1
+    save(patient / "P_01_t1.nii.gz", np.ones((26, 32, 12), np.int16), "LPS")
+    assert run(*options, "--strength", "0.1") == 2
+    assert "finished with other scans" in capsys.readouterr().err
+    (report.parent / "mask.nii.gz").unlink()
+    assert run(*options, "--strength", "0.1") == 2
+    assert "mask.nii.gz is missing: --overwrite" in capsys.readouterr().err
+    report.write_text("{}")
+    assert run(*options, "--strength", "0.1") == 2
+    assert "holds no readable report.json" in capsys.readouterr().err
+
+
+def test_files_that_segment_did_not_write_are_never_replaced(pipe, patient, tmp_path):
+    before = sorted(patient.iterdir())
+    with pytest.raises(InputError, match="would replace what segment did not write"):
+        segment_patient(pipe, patient, patient.parent, overwrite=True, progress=False)
+    assert sorted(patient.iterdir()) == before
+    (tmp_path / "out" / "P_01").mkdir(parents=True)
+    (tmp_path / "out" / "P_01" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds notes.txt, which segment did not write"):
+        segment_patient(pipe, patient, tmp_path / "out", overwrite=True, progress=False)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "P_01").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="would replace what segment did not write"):
+        segment_patient(pipe, patient, tmp_path / "links", overwrite=True, progress=False)
+
+
+def test_outputs_are_whole_or_not_there(pipe, patient, segmented, tmp_path, monkeypatch):
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in segmented[1].iterdir()}
+    monkeypatch.setattr("diffusers_cf.volumes.write_preview", full_disk)
+    for output in (tmp_path / "out", tmp_path / "new"):
+        with pytest.raises(InputError, match=r"P_01: can't be written \(No space left on device\)"):
+            segment_patient(pipe, patient, output, overwrite=True, strength=0.1, progress=False)
+    assert {path.name: path.read_bytes() for path in segmented[1].iterdir()} == before
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["P_01"]
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_one_bad_patient_does_not_stop_the_others(model, tmp_path, capsys):
+    folders = [write_brats(tmp_path, name, seed=seed) for seed, name in enumerate(("A", "B", "C", "D"))]
+    path = folders[0] / "A_t1.nii.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    (folders[1] / "B_t1.nii.gz").unlink()
+    save(folders[3] / "D_seg.nii.gz", np.zeros((26, 32, 11), np.uint8))
+    assert run(*folders, tmp_path / "E", "--model", model, "--output", tmp_path / "out") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 4
+    assert "A_t1.nii.gz: truncated" in errors[0]
+    assert f"{folders[1]}: modality missing: t1 (" in errors[1]
+    assert f"{folders[3]}: shape or geometry differ: D_flair" in errors[2]
+    assert f"{tmp_path / 'E'}: no such folder" in errors[3]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["C"]
+    assert len(list((tmp_path / "out" / "C").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    ("modality", "data", "message"),
+    [
+        ("t1", np.zeros((26, 32, 12)), "t1 is empty"),
+        ("flair", np.full((26, 32, 12), np.nan), "are NaN or infinite"),
+        ("t1", np.ones((26, 32, 11)), "P_01: shape or geometry differ"),
+        ("seg", np.full((26, 32, 12), 0.5), "labels must be whole numbers"),
+    ],
+)
+def test_scans_that_cannot_be_used(pipe, patient, tmp_path, modality, data, message):
+    save(patient / f"P_01_{modality}.nii.gz", data.astype(np.float32), "LPS")
+    with pytest.raises(InputError, match=message):
+        segment_patient(pipe, patient, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_doubtful_scans_are_segmented_with_a_warning(pipe, patient, tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for modality in MODALITIES:
+        save(patient / f"P_01_{modality}.nii.gz", rng.uniform(1, 9, (26, 32, 12)).astype(np.float32), "LPS")
+    save(patient / "P_01_seg.nii.gz", np.full((26, 32, 12), 7, np.uint8), "LPS")
+    segment_patient(pipe, patient, tmp_path / "out", strength=0, progress=False)
+    assert "seems not to be skull-stripped" in caplog.text and "unknown label ids 7" in caplog.text
+
+
+def test_a_model_that_yields_nan(bright, patient, tmp_path, monkeypatch):
+    monkeypatch.setattr(BrightnessPipeline, "factor", np.nan)
+    with pytest.raises(InputError, match="MODEL: the model yields NaN or infinite values on P_01"):
+        segment_patient(bright, patient, tmp_path / "out", model="MODEL", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--strength", "2"], "strength is 2.0: it must lie in [0, 1]"),
+        (["--num_inference_steps", "7"], "num_inference_steps is 7"),
+        (["--num_inference_steps", "0"], "num_inference_steps is 0"),
+        (["--guidance-scale", "-1"], "guidance_scale is -1.0"),
+        (["--threshold", "nan"], "threshold is nan: it must be above 0"),
+        (["--threshold", "0"], "threshold is 0.0: it must be above 0"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, not 0"),
+        (["--device", "nonsense"], "--device nonsense can't be used"),
+        (["--model", "DATA"], "model_index.json: no such file"),
+        (["other/P_01/"], "two patients are called P_01"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(model, patient, tmp_path, capsys, options, message):
+    options = [str(patient) if option == "DATA" else option for option in options]
+    options += [] if "--model" in options else ["--model", str(model)]
+    assert run(patient, *options, "--output", tmp_path / "out") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file(model, patient, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert run(patient, "--model", model, "--output", tmp_path / "out") == 2
+    assert "out: the folder can't be made (File exists)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"settings": {}}, "MODEL recommends no threshold for the mask: give one by --threshold"),
+        ({"modalities": None}, "MODEL: its preprocessing.json does not name the modalities"),
+        ({"modalities": ["flair"]}, "MODEL: takes 2 channels, but names the modalities flair$"),
+        ({"field_mm": -1}, "field_mm must be above 0"),
+        ({"percentile": "99"}, "MODEL: preprocessing.json holds a value of a wrong type"),
+        ({"settings": SETTINGS | {"strength": "high"}}, "MODEL: preprocessing.json holds a value of a wrong type"),
+    ],
+)
+def test_models_that_do_not_say_what_segmentation_needs(facts, message):
+    with pytest.raises(InputError, match=message):
+        segmentation_facts(make_pipe(**facts), model="MODEL")
+
+
+def test_a_patient_given_as_a_dot_or_a_file(pipe, patient, tmp_path, monkeypatch):
+    monkeypatch.chdir(patient)
+    assert segment_patient(pipe, ".", tmp_path / "out", progress=False)["patient"] == "P_01"
+    with pytest.raises(InputError, match="P_01_t1.nii.gz: a file; give the folder"):
+        segment_patient(pipe, "P_01_t1.nii.gz", tmp_path / "out", progress=False)
+    shutil.copytree(patient, tmp_path / "a b")
+    with pytest.raises(InputError, match="'a b' can't be a patient's id"):
+        segment_patient(pipe, tmp_path / "a b", tmp_path / "out", progress=False)
