@@ -82,8 +82,8 @@ class Validation:
         )  # fmt: skip
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                picture = np.asarray(_read_png(path))
-                tracker.log_images({"validation": picture[None]}, step=step)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": _read_png(path)[None]}, step=step, **layout)
 
 
 def _read_png(path: Path) -> np.ndarray:

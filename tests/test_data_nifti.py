@@ -80,7 +80,7 @@ BAD_FILES = {
     "colour": (nifti_bytes(np.zeros((6, 5, 4), dtype=[(c, "u1") for c in "RGB"])), "colour"),
     "4-D": (nifti_bytes(np.zeros((6, 5, 4, 2), dtype=np.int16)), "3-D image expected, but its shape is (6, 5, 4, 2)"),
     "singular affine": (nifti_bytes(srow_x=[0, 0, 0, 0]), "singular"),
-    "flat affine": (nifti_bytes(srow_x=[8, 0, 0, 0], srow_y=[8, 0, 0, 0]), "singular"),
+    "flat affine": (nifti_bytes(srow_x=[8, 6, 0, 0], srow_y=[0, 0, 0, 0]), "singular"),
     "NaN affine": (nifti_bytes(srow_x=[np.nan, 0, 0, 0]), "no usable geometry"),
     "no affine": (nifti_bytes(sform_code=0, qform_code=0), "neither sform nor qform"),
     "header and image apart": (nifti_bytes(magic=b"ni1"), "not a single-file NIfTI"),

@@ -267,6 +267,7 @@ def test_encoder_survives_saving(num_tokens, tmp_path):
     assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_one_training_and_one_inference_step_at_paper_size():
     torch.manual_seed(0)
     model = ConditionalNoisePredictor(counterfactual_unet("paper"), class_token_encoder("paper"))

@@ -71,16 +71,17 @@ def test_guidance_is_linear_in_between_and_beyond(make_pipeline):
     assert torch.equal(implicit_guidance(null, target, 1), target)
     assert implicit_guidance(null, target, 0.5).tolist() == [2.0, 1.5]
     assert implicit_guidance(null, target, 3).tolist() == [7.0, 19.0]
-    # one step without normalisation keeps the linearity
-    pipe, x = make_pipeline(thresholding=False), torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    # a single step without normalisation, from t = 500 to the image, keeps the linearity
+    pipe = make_pipeline(thresholding=False, steps_offset=500)
+    x = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def decode(scale):
-        return pipe.denoise(x, "unhealthy", guidance_scale=scale, strength=0.1, num_inference_steps=10)
+        return pipe.denoise(x, "unhealthy", guidance_scale=scale, strength=1, num_inference_steps=1)
 
     unconditional, conditional = decode(0), decode(1)
-    assert (conditional - unconditional).abs().max() > 1e-4
+    assert (conditional - unconditional).abs().max() > 0.05
     for scale in (0.25, 0.999, 1.001, 3, 50):
-        assert_close(decode(scale), unconditional + scale * (conditional - unconditional))
+        assert_close(decode(scale), unconditional + scale * (conditional - unconditional), 1e-4)
 
 
 @pytest.mark.parametrize("scale, rows", [(3, 8), (0.5, 8), (1, 4), (0, 4)])
@@ -91,8 +92,7 @@ def test_both_branches_are_one_batched_call_and_one_branch_has_no_second(pipe, r
     assert [len(call.sample) for call in calls] == [4] * 4 + [rows] * 4
     null, healthy = (pipe.class_encoder(torch.full((4,), row)) for row in (2, 0))
     wanted = {8: [torch.cat(pair) for pair in zip(null, healthy, strict=True)], 4: healthy if scale == 1 else null}
-    for call in calls:
-        tokens, vector = null if call in calls[:4] else wanted[rows]
+    for call, (tokens, vector) in zip(calls, [null] * 4 + [wanted[rows]] * 4, strict=True):
         assert_close(call.tokens, tokens)
         assert_close(call.vector, vector)
     for call in calls[4:]:
@@ -144,7 +144,7 @@ def test_zero_steps_change_nothing(pipe, images, map, size):
 
 @pytest.mark.parametrize("map", ["counterfactual", "reconstruction"])
 def test_a_batch_equals_its_samples(pipe, images, map):
-    targets = ["healthy", "unhealthy", "unhealthy", "healthy"]
+    targets = ["healthy", "unhealthy", "healthy", "unhealthy"]
     together = pipe(images, targets, map=map, **SHORT)
     for i, target in enumerate(targets):
         alone = pipe(images[i : i + 1], target, map=map, **SHORT)
@@ -277,11 +277,6 @@ def test_callback_sees_each_step_and_may_replace_the_latents(pipe, images):
     plain = pipe(images, **SHORT)
     assert torch.equal(pipe(images, callback_on_step_end=watch, **SHORT).heatmaps, plain.heatmaps)
     assert steps == [(0, 0), (1, 100), (2, 200), (3, 300), (0, 300), (1, 200), (2, 100), (3, 0)]
-
-    def replace(value, at):
-        return lambda pipeline, step, timestep, values: (
-            {"latents": torch.full_like(values["latents"], value)} if at == len(steps) - 8 or steps.append(1) else {}
-        )
 
     last = pipe.invert(images, callback_on_step_end=lambda p, i, t, v: {"latents": v["latents"] * 0 + i}, **SHORT)
     assert torch.equal(last, torch.full_like(last, 3))

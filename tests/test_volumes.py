@@ -6,59 +6,15 @@ import numpy as np
 import pytest
 import torch
 from data_files import SPACING_MM, save, write_brats
-from PIL import Image
+from segmentation_files import MODALITIES, SETTINGS, make_pipe, voxels
 
-from diffusers_cf import segment
 from diffusers_cf.arguments import ArgumentParser, run_command
-from diffusers_cf.data.geometry import slices_from_volume, to_ras, undisplay, volume_from_slices
-from diffusers_cf.data.slices import PatientSlices
+from diffusers_cf.data.geometry import slices_from_volume, to_ras, volume_from_slices
 from diffusers_cf.errors import InputError
-from diffusers_cf.models import class_token_encoder, counterfactual_unet
-from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline, CounterfactualOutput
-from diffusers_cf.plots import plot_slices
-from diffusers_cf.postprocessing import postprocess_maps, remove_small_components
-from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
-from diffusers_cf.segment import SliceMaps, lesion_mask, most_suspicious
 from diffusers_cf.volumes import add_segment_arguments, run_segment, segment_patient, segmentation_facts
 
 
-SIZE, MODALITIES = 16, ["flair", "t1"]
-SETTINGS = {"guidance_scale": 2.0, "strength": 0.2, "num_inference_steps": 10, "threshold": 0.05}
 FILES = ["counterfactual_flair.nii.gz", "counterfactual_t1.nii.gz", "heatmap.nii.gz", "mask.nii.gz"]
-CUBE = np.s_[3:8, 22:28, 7:10]
-
-
-def make_pipe(pipeline_class=CounterfactualDDIMPipeline, seed=0, **facts):
-    torch.manual_seed(seed)
-    unet = counterfactual_unet("small", image_size=SIZE, num_channels=len(MODALITIES))
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
-    scheduler = DynamicDDIMScheduler()
-    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
-    pipe = pipeline_class(unet, class_token_encoder("small"), scheduler, inverse)
-    pipe.preprocessing = {"modalities": MODALITIES, "size": SIZE, "settings": SETTINGS} | facts
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-class BrightnessPipeline(CounterfactualDDIMPipeline):
-    """Takes the brightness of the first channel for the heat, and half the brightness of each for what is healthy."""
-
-    factor = 0.5
-
-    def __call__(self, images, output_type="pt", **settings):
-        fields = (images[:, 0].numpy(), (self.factor * images).numpy(), images.numpy())
-        return CounterfactualOutput(*fields)
-
-
-def write_cube(folder, flair_axes, t1_axes):
-    """A patient with a bright cube in a corner of a grey block, RAS (26, 32, 12): `CUBE`; t1 is 3 times as bright."""
-    flair = np.zeros((26, 32, 12), dtype=np.int16)
-    flair[2:24, 3:30, 1:11] = 100
-    flair[CUBE] = 1000
-    folder.mkdir()
-    save(folder / f"{folder.name}_flair.nii.gz", flair, flair_axes)
-    save(folder / f"{folder.name}_T1n.nii.gz", 3 * flair, t1_axes)
-    return folder
 
 
 def run(*arguments):
@@ -66,10 +22,6 @@ def run(*arguments):
     parser = ArgumentParser()
     add_segment_arguments(parser)
     return run_command(lambda: run_segment(parser.parse_args([str(argument) for argument in arguments])))
-
-
-def voxels(path):
-    return np.asanyarray(nib.load(path).dataobj)
 
 
 @pytest.fixture(autouse=True)
@@ -81,11 +33,6 @@ def no_pictures(monkeypatch):
 @pytest.fixture(scope="module")
 def pipe():
     return make_pipe()
-
-
-@pytest.fixture(scope="module")
-def bright():
-    return make_pipe(BrightnessPipeline, settings=SETTINGS | {"threshold": 0.5})
 
 
 @pytest.fixture(scope="module")
@@ -106,46 +53,6 @@ def segmented(pipe, patient, tmp_path):
     return report, tmp_path / "out" / "P_01"
 
 
-@pytest.mark.parametrize(("flair_axes", "t1_axes"), [("RAS", "RAS"), ("LPS", "LPS"), ("LAS", "LAS"), ("PSR", "RAS")])
-def test_the_lesion_is_found_where_it_is_in_any_orientation(bright, tmp_path, flair_axes, t1_axes):
-    folder = write_cube(tmp_path / "P", flair_axes, t1_axes)
-    report = segment_patient(bright, folder, tmp_path / "out", progress=False)
-    flair, t1 = nib.load(folder / "P_flair.nii.gz"), nib.load(folder / "P_T1n.nii.gz")
-    grids = {"heatmap": flair, "mask": flair, "counterfactual_flair": flair, "counterfactual_t1": t1}
-    for name, scan in grids.items():
-        written = nib.load(tmp_path / "out" / "P" / f"{name}.nii.gz")
-        assert written.shape == scan.shape and written.header.get_zooms() == scan.header.get_zooms()
-        np.testing.assert_array_equal(written.affine, scan.affine)
-        assert nib.aff2axcodes(written.affine) == nib.aff2axcodes(scan.affine)
-        assert [written.header[code] for code in ("sform_code", "qform_code")] == [
-            scan.header[code] for code in ("sform_code", "qform_code")
-        ]
-        assert written.get_data_dtype() == (np.uint8 if name == "mask" else np.float32)
-    mask = voxels(tmp_path / "out" / "P" / "mask.nii.gz")
-    np.testing.assert_array_equal(mask, np.asarray(flair.dataobj) > 500)
-    in_ras = to_ras(mask, flair.affine)
-    assert in_ras[CUBE].all() and in_ras.sum() == in_ras[CUBE].size
-    assert report["lesion_volume_ml"] == pytest.approx(in_ras[CUBE].size * np.prod(SPACING_MM) / 1000)
-    heat = to_ras(voxels(tmp_path / "out" / "P" / "heatmap.nii.gz"), flair.affine)
-    assert heat[5, 25, 8] == pytest.approx(1, abs=1e-5) and heat[15, 12, 5] == pytest.approx(0.1, abs=1e-5)
-    assert not heat[:2].any() and not heat[..., 0].any()
-
-
-def test_counterfactuals_are_in_the_units_of_their_scan_and_never_negative(bright, tmp_path, monkeypatch):
-    folder = write_cube(tmp_path / "P", "LAS", "LAS")
-    segment_patient(bright, folder, tmp_path / "out", progress=False)
-    affine = nib.load(folder / "P_flair.nii.gz").affine
-    for modality, gain in (("flair", 1), ("t1", 3)):
-        written = to_ras(voxels(tmp_path / "out" / "P" / f"counterfactual_{modality}.nii.gz"), affine)
-        assert written[5, 25, 8] == pytest.approx(500 * gain, rel=1e-5)
-        assert written[15, 12, 5] == pytest.approx(50 * gain, rel=1e-5)
-        assert not written[:2].any() and not written[..., 0].any()
-    monkeypatch.setattr(BrightnessPipeline, "factor", -1.0)
-    segment_patient(bright, folder, tmp_path / "out", overwrite=True, progress=False)
-    assert voxels(tmp_path / "out" / "P" / "counterfactual_flair.nii.gz").max() == 0
-    assert voxels(tmp_path / "out" / "P" / "counterfactual_flair.nii.gz").min() == 0
-
-
 def test_zero_steps_give_the_scan_and_no_lesion(pipe, patient, tmp_path):
     report = segment_patient(pipe, patient, tmp_path / "out", strength=0, progress=False)
     for modality in MODALITIES:
@@ -155,13 +62,15 @@ def test_zero_steps_give_the_scan_and_no_lesion(pipe, patient, tmp_path):
     assert report["lesion_volume_ml"] == 0 and report["network_evaluations_per_slice"] == 0
 
 
-def test_the_heatmap_is_that_of_the_pipeline(pipe, patient, segmented):
+def test_the_heatmap_is_that_of_the_pipeline(patient, tmp_path):
+    pipe = make_pipe(field_mm=220.0, percentile=90.0, evaluation_size=64)
+    segment_patient(pipe, patient, tmp_path / "out", progress=False)
     affine = nib.load(patient / "P_01_flair.nii.gz").affine
     scans = np.stack([to_ras(voxels(patient / f"P_01_{modality}.nii.gz"), affine) for modality in MODALITIES])
-    found = slices_from_volume("P", scans.astype(np.float32), None, SPACING_MM, 128)
+    found = slices_from_volume("P", scans.astype(np.float32), None, SPACING_MM, 64, 220.0, 90.0)
     expected = pipe(torch.from_numpy(found.images)).heatmaps.numpy()
-    expected = volume_from_slices(expected, found.slices, scans.shape[1:], SPACING_MM)
-    heat = to_ras(voxels(segmented[1] / "heatmap.nii.gz"), affine)
+    expected = volume_from_slices(expected, found.slices, scans.shape[1:], SPACING_MM, 220.0)
+    heat = to_ras(voxels(tmp_path / "out" / "P_01" / "heatmap.nii.gz"), affine)
     np.testing.assert_allclose(heat, np.where((scans > 0).any(axis=0), expected, 0), atol=1e-5 * expected.max())
 
 
@@ -173,6 +82,8 @@ def test_report(segmented, patient):
     assert (report["patient"], report["model"], report["threshold"]) == ("P_01", "MODEL", 0.05)
     assert report["settings"] == SETTINGS | {"map": "counterfactual"} and report["postprocessed"] is False
     assert report["network_evaluations_per_slice"] == 2 + 2 * 2 and report["seconds"] > 0
+    geometry = {"size": 128, "field_mm": 240.0, "percentile": 99.0}
+    assert report["preprocessing"] == {"modalities": MODALITIES} | geometry
     scans = np.stack([voxels(patient / f"P_01_{modality}.nii.gz") for modality in MODALITIES])
     assert report["n_slices"] == np.count_nonzero((scans > 0).any(axis=(0, 1, 2)))
     heat, mask, seg = (voxels(path) for path in (folder / FILES[2], folder / FILES[3], patient / "P_01_seg.nii.gz"))
@@ -200,71 +111,21 @@ def test_batch_size_does_not_matter(pipe, patient, segmented, tmp_path):
         np.testing.assert_allclose(actual, expected, atol=1e-5 * expected.max())
 
 
-def test_four_dimensions_of_which_one_is_single(pipe, patient, tmp_path):
-    for path in patient.glob("*.nii.gz"):
+def test_scaled_voxels_a_display_window_and_a_single_fourth_dimension(pipe, patient, tmp_path):
+    for modality in MODALITIES:
+        path = patient / f"P_01_{modality}.nii.gz"
         scan = nib.load(path)
-        nib.save(nib.Nifti1Image(np.asarray(scan.dataobj)[..., None], scan.affine), path)
-    segment_patient(pipe, patient, tmp_path / "out", progress=False)
-    assert nib.load(tmp_path / "out" / "P_01" / "mask.nii.gz").shape == (26, 32, 12, 1)
-
-
-def test_postprocessing_where_the_model_asks_for_it(bright, tmp_path):
-    folder = write_cube(tmp_path / "P", "LPS", "LPS")
-    pipe = make_pipe(BrightnessPipeline, settings=SETTINGS | {"threshold": 0.5, "postprocess": True})
-    pipe.preprocessing |= {"evaluation_size": 32}
-    report = segment_patient(pipe, folder, tmp_path / "out", progress=False)
-    assert report["postprocessed"] is True and report["preprocessing"]["size"] == 32
-    affine = nib.load(folder / "P_flair.nii.gz").affine
-    mask = to_ras(voxels(tmp_path / "out" / "P" / "mask.nii.gz"), affine)
-    assert 0 < mask.sum() < mask[CUBE].size and mask[5, 25, 8]  # the median filter takes the cube's corners
-    heat = to_ras(voxels(tmp_path / "out" / "P" / "heatmap.nii.gz"), affine)
-    assert (heat[CUBE] > 0.5).all()  # the heatmap itself is the model's own
-
-
-def test_the_mask_is_that_of_the_chain_of_evaluation_where_the_grids_agree():
-    rng = np.random.default_rng(0)
-    images = rng.uniform(0.2, 1, (6, 1, 40, 40)).astype(np.float32)
-    images[:, :, :4] = 0
-    heat = np.zeros((6, 40, 40), dtype=np.float32)
-    heat[1:4, 10:20, 10:20] = heat[4:, 30:34, 30:34] = heat[:, 2:8, 20:30] = 1
-    spacing_mm = np.array([6.0, 6.0, 3.0])
-    volumes = segment.PatientVolumes("P", undisplay(images[:, 0])[None], None, spacing_mm, {})
-    maps = SliceMaps(PatientSlices("P", images, np.zeros(6), np.arange(6)), heat, 0 * images)
-    facts = {"preprocessing": {"size": 40, "field_mm": 240.0}, "threshold": 0.5, "postprocessed": True}
-    mask = lesion_mask(volumes, maps, segment.heat_volume(volumes, maps, heat, 240.0), facts)
-    expected = remove_small_components(postprocess_maps(heat, images) >= 0.5)
-    # the filter leaves 2 slices of 2 x 2 of the small block, which is too small a component
-    assert expected[2, 15, 15] and not expected[4:, 30:34, 30:34].any()
-    np.testing.assert_array_equal(segment.display(mask), expected)
-
-
-def test_preview(bright, patient, tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr("diffusers_cf.volumes.write_preview", segment.write_preview)
-    monkeypatch.setattr(
-        segment, "plot_slices", lambda *args, **options: drawn.update(options) or plot_slices(*args, **options)
-    )
-    segment_patient(bright, patient, tmp_path / "out", progress=False)
-    with Image.open(tmp_path / "out" / "P_01" / "preview.png") as picture:
-        assert picture.format == "PNG" and picture.height > 6 * 100
-    affine = nib.load(patient / "P_01_seg.nii.gz").affine
-    seg = to_ras(voxels(patient / "P_01_seg.nii.gz"), affine)
-    mask = to_ras(voxels(tmp_path / "out" / "P_01" / "mask.nii.gz"), affine)
-    rows = [int(name.split()[-1]) for name in drawn["row_names"]]
-    areas = mask.sum(axis=(0, 1))
-    assert areas[rows[0]] >= 0.9 * areas.max() and "Dice" in drawn["title"]
-    voxel_pixels = SPACING_MM[0] * SPACING_MM[1] / (240 / 128) ** 2
-    for name, volume in (("masks", mask), ("references", seg)):
-        expected = volume[..., rows].sum(axis=(0, 1)) * voxel_pixels
-        np.testing.assert_allclose(drawn[name].sum(axis=(1, 2)), expected, rtol=0.1, atol=10)
-
-
-def test_preview_shows_the_worst_slices_that_lie_apart():
-    heatmaps, masks = np.zeros((60, 4, 4)), np.zeros((60, 4, 4))
-    heatmaps[20:26] = 1  # heat alone counts less than any mask
-    masks[40, :2], masks[41, :3], masks[50, 0, 0] = 1, 1, 1
-    assert most_suspicious(heatmaps, masks, count=3) == [41, 50, 25]  # 40 lies too near to 41
-    assert most_suspicious(heatmaps[:2], masks[:2], count=3) == [1, 0]
+        image = nib.Nifti1Image(np.asarray(scan.dataobj)[..., None] / np.float32(7), scan.affine)
+        image.header.set_data_dtype(np.int16)
+        image.header["cal_max"] = 1000
+        nib.save(image, path)
+        assert nib.load(path).dataobj.slope != 1
+    segment_patient(pipe, patient, tmp_path / "out", strength=0, progress=False)
+    for modality in MODALITIES:
+        written = nib.load(tmp_path / "out" / "P_01" / f"counterfactual_{modality}.nii.gz")
+        np.testing.assert_allclose(written.get_fdata(), voxels(patient / f"P_01_{modality}.nii.gz"), rtol=1e-6)
+        assert written.shape == (26, 32, 12, 1) and written.dataobj.slope == 1
+    assert nib.load(tmp_path / "out" / "P_01" / "mask.nii.gz").header["cal_max"] == 0
 
 
 def test_a_finished_patient_is_skipped_and_never_overwritten_unasked(model, patient, tmp_path, capsys):
@@ -369,12 +230,6 @@ def test_doubtful_scans_are_segmented_with_a_warning(pipe, patient, tmp_path, ca
     save(patient / "P_01_seg.nii.gz", np.full((26, 32, 12), 7, np.uint8), "LPS")
     segment_patient(pipe, patient, tmp_path / "out", strength=0, progress=False)
     assert "seems not to be skull-stripped" in caplog.text and "unknown label ids 7" in caplog.text
-
-
-def test_a_model_that_yields_nan(bright, patient, tmp_path, monkeypatch):
-    monkeypatch.setattr(BrightnessPipeline, "factor", np.nan)
-    with pytest.raises(InputError, match="MODEL: the model yields NaN or infinite values on P_01"):
-        segment_patient(bright, patient, tmp_path / "out", model="MODEL", progress=False)
 
 
 @pytest.mark.parametrize(

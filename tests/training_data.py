@@ -1,6 +1,8 @@
 """A slice data set of three patients that training's tests write: 16 x 16 pixels, seconds to train on."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -39,3 +41,16 @@ def write_training_set(folder, channels: int = 2, masks: bool = True, classes=CL
     }  # fmt: skip
     (folder / "preprocessing.json").write_text(json.dumps(facts | changes))
     return folder
+
+
+def stub_accelerator():
+    """One process that saves a file as its state."""
+
+    def save(folder):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "model.safetensors").write_bytes(b"weights")
+
+    return SimpleNamespace(
+        is_main_process=True, wait_for_everyone=lambda: None, save_state=save, device="cpu",
+        reduce=lambda value, how: value, logged=[], trackers=[], print=lambda *text: None,
+    )  # fmt: skip

@@ -1,0 +1,377 @@
+"""Whole runs of train_counterfactual.py on 16 slices: what it saves, that it can be killed, what it refuses."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from training_data import write_training_set
+
+from diffusers_cf import CounterfactualDDIMPipeline
+from diffusers_cf.arguments import run_command
+from diffusers_cf.losses import noise_prediction_loss
+from diffusers_cf.models import UNET_SIZES
+from diffusers_cf.training import finished_checkpoints
+from train_counterfactual import build_model, main, open_output_folder, parse_args, resume, set_up, start_accelerator
+
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+OPTIONS = {
+    "resolution": 16, "train_batch_size": 8, "max_train_steps": STEPS, "checkpointing_steps": 4, "validation_steps": 0,
+    "logging_steps": 1, "lr_warmup_steps": 6, "learning_rate": 3e-4, "seed": 3, "mixed_precision": "no",
+}  # fmt: skip
+DIE_WHILE_SAVING = """
+import os, signal, sys
+import train_counterfactual as script
+
+def die(run, folder):
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+script.Run.save_model = die
+script.main(script.parse_args(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread_one_cache(tmp_path_factory):
+    """In this process as in the subprocesses, so that equal runs are equal to the bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        for name, value in {
+            "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            "ACCELERATE_USE_CPU": "true", "PYTHONDONTWRITEBYTECODE": "1",
+        }.items():  # fmt: skip
+            patch.setenv(name, value)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    """2 channels, with masks."""
+    return write_training_set(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def data_without_masks(folder):
+    """4 channels, image-level labels alone."""
+    return write_training_set(folder / "no_masks", channels=4, masks=False)
+
+
+@pytest.fixture(scope="module")
+def reference(folder, data):
+    """A run that nothing disturbs."""
+    extra = {
+        "report_to": "tensorboard",
+        "validation_steps": STEPS,
+        "num_validation_slices": 2,
+        "hub_token": "hf_secret",
+    }
+    return train(data, folder / "reference", **extra)
+
+
+def options(dataset, output, **changes):
+    given = {"dataset": dataset, "output_dir": output} | OPTIONS | changes
+    return [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value is not None
+    ]
+
+
+def run_here(dataset, output, **changes):
+    """Exit code of a run in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return run_command(lambda: main(parse_args(options(dataset, output, **changes))))
+
+
+def train(dataset, output, **changes):
+    assert run_here(dataset, output, **changes) == 0
+    return output
+
+
+def weights(model):
+    """All tensors of a pipeline folder."""
+    return {
+        f"{path.parent.name}.{k}": v
+        for path in sorted(model.glob("*/*.safetensors"))
+        for k, v in load_file(path).items()
+    }
+
+
+def assert_same_weights(first, second, tolerance=0.0):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys() and first
+    assert all(tensor.isfinite().all() for tensor in first.values())
+    for name, tensor in first.items():
+        torch.testing.assert_close(
+            tensor, second[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def set_up_run(dataset, output, **changes):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    args = parse_args(options(dataset, output, **changes))
+    open_output_folder(args)
+    return set_up(args, start_accelerator(args, output), output)
+
+
+def test_a_run_ends_with_a_pipeline_of_the_averaged_weights(reference, data):
+    pipe = CounterfactualDDIMPipeline.from_pretrained(reference)
+    assert pipe.image_size == (16, 16) and pipe.unet.config.in_channels == 2
+    assert pipe.class_encoder.config.class_names == ["healthy", "unhealthy"]
+    facts = json.loads((data / "preprocessing.json").read_text())
+    assert {k: v for k, v in facts.items() if k != "splits"} == pipe.preprocessing
+    out = pipe(torch.rand(1, 2, 16, 16), num_inference_steps=10)
+    assert out.heatmaps.shape == (1, 16, 16) and out.heatmaps.isfinite().all()
+    assert [path.name for path in finished_checkpoints(reference)] == [f"checkpoint-{n}" for n in (4, 8, 12)]
+    assert_same_weights(reference, reference / "checkpoint-12" / "pipeline")
+    # the average, not the weights in training
+    trained = load_file(reference / "checkpoint-12" / "model.safetensors")
+    averaged = weights(reference)["unet.conv_out.weight"]
+    assert 1e-5 < (trained["unet.conv_out.weight"] - averaged).abs().max() < 1e-2
+    assert (reference / "validation" / "step-0000012.png").stat().st_size > 5000
+    logs = [path for path in (reference / "logs").rglob("*") if path.is_file()]
+    assert logs and not any(b"hf_secret" in path.read_bytes() for path in logs)
+
+
+def test_accumulated_parts_give_the_same_weights(reference, data, tmp_path):
+    train(data, tmp_path / "out", train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=4)
+    assert_same_weights(tmp_path / "out", reference / "checkpoint-4" / "pipeline", 1e-5)
+
+
+def test_two_processes_give_the_same_weights(reference, data, tmp_path):
+    changes = {"train_batch_size": 4, "max_train_steps": 4, "validation_steps": 4, "num_validation_slices": 2}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, ROOT / "train_counterfactual.py", *options(data, tmp_path / "out", **changes)]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=280)
+    states = {path.name for path in (tmp_path / "out" / "checkpoint-4").glob("random_states_*")}
+    assert states == {"random_states_0.pkl", "random_states_1.pkl"}  # there were two
+    assert_same_weights(tmp_path / "out", reference / "checkpoint-4" / "pipeline", 1e-5)
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, "ended before its first checkpoint"
+        time.sleep(0.02)
+
+
+def test_a_killed_run_resumes_as_if_never_killed(reference, data, tmp_path):
+    # 1. Killed at a random moment after the first checkpoint.
+    output = tmp_path / "out"
+    command = [sys.executable, ROOT / "train_counterfactual.py", *options(data, output, checkpoints_total_limit=2)]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        wait_for(output / "checkpoint-4", process)
+        delay = random.uniform(0, 0.4)
+        time.sleep(delay)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, f"ended within {delay} s"
+    before = [path.name for path in finished_checkpoints(output)]
+
+    # 2. Resumed, and killed again in the middle of writing its next checkpoint.
+    again = options(data, output, checkpoints_total_limit=2, resume_from_checkpoint="latest")
+    killed = subprocess.run([sys.executable, "-c", DIE_WHILE_SAVING, *again], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
+    (half_written,) = output.glob(".checkpoint-*.tmp")
+    assert (half_written / "pipeline" / "model_index.json").read_text() == "{"
+    assert [path.name for path in finished_checkpoints(output)] == before
+
+    # 3. Resumed to its end.
+    train(data, output, checkpoints_total_limit=2, resume_from_checkpoint="latest")
+    assert_same_weights(output, reference)
+    assert sorted(path.name for path in output.glob("*checkpoint*")) == ["checkpoint-8", "checkpoint-12"]
+
+
+def test_resuming_restores_the_whole_state(reference, data, tmp_path):
+    run = set_up_run(data, reference, resume_from_checkpoint="checkpoint-4")
+    assert resume(run) == 4
+    assert run.lr_scheduler.last_epoch == run.ema.optimization_step == 4
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(3e-4 * 4 / 6)
+    assert {int(state["step"]) for state in run.optimizer.state.values()} <= {3, 4}  # the first rate is 0
+    run.save_model(tmp_path / "model")
+    assert_same_weights(tmp_path / "model", reference / "checkpoint-4" / "pipeline")
+    trained = load_file(reference / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in run.network.state_dict().items())
+
+
+def test_resuming_restores_the_random_state(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(UNET_SIZES["small"], "dropout", 0.5)
+    short = {"max_train_steps": 4, "checkpointing_steps": 2, "lr_warmup_steps": 0}
+    whole = train(data, tmp_path / "whole", **short)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    torch.rand(7)  # whatever else was drawn meanwhile
+    resumed = train(data, tmp_path / "resumed", resume_from_checkpoint="latest", **short)
+    assert_same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize("conditioning", ["attention", "adagn", "unconditional"])
+def test_every_trained_weight_gets_a_gradient(conditioning, data):
+    # several processes wait for each of them
+    from diffusers import DDPMScheduler
+
+    from diffusers_cf.data.slices import SliceDataset
+
+    args = parse_args(options(data, "unused", conditioning=conditioning))
+    model = build_model(args, SliceDataset(data, "train"))
+    images, ids = torch.zeros(2, 2, 16, 16), torch.tensor([0, 2])
+    noise_prediction_loss(model, DDPMScheduler(), images, ids, images + 1, torch.tensor([3, 500])).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_adagn_in_bf16_on_slices_without_masks(data_without_masks, tmp_path):
+    given = [option.replace("_", "-") for option in options("D", "O", max_train_steps=2, validation_steps=2)[2:]]
+    given += "--conditioning adagn --prediction-type v_prediction --snr-gamma 5 --gradient-checkpointing".split()
+    given += "--random-flip --augment --mixed-precision bf16 --num-validation-slices 2".split()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(parse_args([f"--dataset={data_without_masks}", f"--output-dir={tmp_path / 'out'}", *given]))
+    pipe = CounterfactualDDIMPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.scheduler.config.prediction_type == pipe.inverse_scheduler.config.prediction_type == "v_prediction"
+    assert pipe.unet.dtype == torch.float32 and pipe.unet.config.in_channels == 4
+    assert len(list((tmp_path / "out" / "validation").iterdir())) == 1
+
+
+def test_epochs_of_the_first_samples_unconditional(data, tmp_path):
+    changes = {
+        "conditioning": "unconditional",
+        "num_train_epochs": 2,
+        "max_train_samples": 9,
+        "lr_scheduler": "cosine",
+    }
+    output = train(data, tmp_path / "out", **changes)
+    # 9 slices are two batches of 8
+    assert [path.name for path in finished_checkpoints(output)] == ["checkpoint-4"]
+    pipe = CounterfactualDDIMPipeline.from_pretrained(output)
+    assert pipe.class_encoder is None and pipe.unet.config.class_embed_type is None
+
+
+def test_fine_tuning_starts_from_the_given_weights(reference, data, tmp_path):
+    start = {"pretrained_model": reference, "max_train_steps": 1, "resolution": None}
+    still = train(data, tmp_path / "still", learning_rate=0, **start)
+    assert_same_weights(still, reference)
+    moved = train(data, tmp_path / "moved", lr_warmup_steps=0, **start)
+    steps = [
+        (after - before).abs().max()
+        for after, before in zip(weights(moved).values(), weights(reference).values(), strict=True)
+    ]
+    assert 1e-5 < max(steps) < 1e-3
+
+
+def test_a_diverging_run_stops_and_keeps_its_checkpoints(data, tmp_path, capsys):
+    output = tmp_path / "out"
+    code = run_here(data, output, learning_rate=1e30, lr_warmup_steps=2, checkpointing_steps=1, max_train_steps=9)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2
+    assert last.startswith("error: the ") and " became " in last and "--learning_rate" in last
+    kept = finished_checkpoints(output)
+    assert kept and len(kept) < 9 and not (output / "model_index.json").exists()
+    for checkpoint in kept:
+        assert all(tensor.isfinite().all() for tensor in weights(checkpoint / "pipeline").values())
+
+
+def test_errors_leave_with_exit_code_2_and_one_line(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "train_counterfactual.py",
+        "--dataset",
+        "missing",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: missing is no finished slice data set: preprocessing.json is missing (diffusers-cf prepare)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_train_steps": 0}, "--max_train_steps is 0: it must be 1 or more"),
+        ({"num_train_epochs": 0}, "--num_train_epochs is 0: it must be 1 or more"),
+        ({"logging_steps": 0}, "--logging_steps is 0: it must be 1 or more"),
+        ({"checkpoints_total_limit": 0}, "--checkpoints_total_limit is 0: it must be 1 or more"),
+        ({"seed": -1}, "--seed is -1: it must be 0 or more"),
+        ({"learning_rate": "nan"}, "--learning_rate is nan: it must be 0 or more"),
+        ({"resolution": 12}, "--resolution is 12: it must be a multiple of 8"),
+        ({"guidance_dropout_prob": 1.5}, "--guidance_dropout_prob is 1.5: it must lie in [0, 1]"),
+        ({"ddpm_num_steps": 50, "validation_steps": 5}, "--ddpm_num_steps is 50: validation needs a multiple of 20"),
+        ({"lr_scheduler": "steep"}, "--lr_scheduler: invalid choice: 'steep'"),
+        ({"report_to": "paper"}, "--report_to: invalid choice: 'paper'"),
+    ],
+)
+def test_wrong_options(changes, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(options("data", "out", **changes))
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+WRONG_INPUTS = {
+    "no data set": ({}, "{tmp}/missing is no finished slice data set: preprocessing.json is missing"),
+    "output is a file": ({"output_dir": "{tmp}/file"}, "{tmp}/file: the output folder can't be made (File exists)"),
+    "output is taken": ({"output_dir": "{model}"}, "{model} already holds checkpoint-12: go on from it with --resume"),
+    "other channels": (
+        {"dataset": "{four}", "pretrained_model": "{model}"}, "{model}: takes 2 channels, {four} has 4",
+    ),
+    "other classes": (
+        {"dataset": "{other}", "pretrained_model": "{model}"},
+        "{model}: knows the classes ['healthy', 'unhealthy'], {other} has ['sound', 'ill']",
+    ),
+    "other resolution": (
+        {"dataset": "{data}", "pretrained_model": "{model}", "resolution": 32},
+        "{model}: was trained with --resolution 16, this run has 32",
+    ),
+    "other prediction": (
+        {"dataset": "{data}", "pretrained_model": "{model}", "prediction_type": "v_prediction"},
+        "{model}: was trained with --prediction_type epsilon, this run has v_prediction",
+    ),
+    "no model": ({"dataset": "{data}", "pretrained_model": "{tmp}/none"}, "{tmp}/none"),
+    "one class": ({"dataset": "{data}", "max_train_samples": 5}, "{data}: no slice to train on is labelled unhealthy"),
+    "not prepared": ({"dataset": "{tmp}"}, "{tmp} is no finished slice data set: preprocessing.json is missing"),
+    "no checkpoint": (
+        {"dataset": "{data}", "resume_from_checkpoint": "checkpoint-5"}, "/checkpoint-5: not a complete checkpoint",
+    ),
+    "other network": (
+        {"dataset": "{data}", "resume_from_checkpoint": "{model}/checkpoint-4", "conditioning": "adagn"},
+        "checkpoint-4: damaged, or made with other options for the network (RuntimeError: ",
+    ),
+    "fp16 on a CPU": ({"dataset": "{data}", "mixed_precision": "fp16"}, "fp16 mixed precision requires"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_wrong_inputs(case, data, data_without_masks, reference, folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    other = folder / "other_classes"
+    if not other.exists():
+        write_training_set(other, classes=("sound", "ill"))
+    places = {"tmp": tmp_path, "data": data, "four": data_without_masks, "other": other, "model": reference}
+    changes, words = WRONG_INPUTS[case]
+    changes = {"output_dir": "{tmp}/out", "dataset": "{tmp}/missing"} | changes
+    changes = {key: value.format(**places) if isinstance(value, str) else value for key, value in changes.items()}
+    capsys.readouterr()
+    assert run_here(changes.pop("dataset"), changes.pop("output_dir"), **changes) == 2
+    *before, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words.format(**places) in line
+    assert not any("Traceback" in other or "Error" in other for other in before)

@@ -1,0 +1,57 @@
+"""Validation during training: scores where there are masks, means of each class where there are none, pictures."""
+
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+from training_data import stub_accelerator, write_training_set
+
+from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler
+from diffusers_cf.models import class_token_encoder, counterfactual_unet
+from diffusers_cf.validation import Validation
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_validation(tmp_path, monkeypatch, masks):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_training_set(tmp_path / "set", masks=masks)
+    args = SimpleNamespace(dataset=str(folder), validation_steps=2, num_validation_slices=5)
+    acc = stub_accelerator()
+    acc.log = lambda values, step: acc.logged.append((step, values))
+    pictures = []
+    acc.trackers = [
+        SimpleNamespace(name="other", log_images=lambda values, step: pictures.append((step, values["validation"]))),
+        SimpleNamespace(name="without pictures"),
+    ]
+    scheduler = DynamicDDIMScheduler()
+    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
+    pipe = CounterfactualDDIMPipeline(
+        counterfactual_unet("small", "attention", 16, 2), class_token_encoder(), scheduler, inverse
+    )
+    pipe.set_progress_bar_config(disable=True)
+    validation = Validation(args, acc, tmp_path / "out")
+    assert validation.indices.tolist() == [0, 1, 3, 5, 7]
+    scores = validation.run(pipe, 4)
+    assert acc.logged == [(4, {f"validation/{key}": value for key, value in scores.items()})]
+    if masks:
+        assert set(scores) == {"auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "slice_auroc"}
+        assert all(0 <= value <= 1 for value in scores.values())
+    else:
+        dataset = validation.dataset
+        batch = dataset.collate(dataset.__getitems__(validation.indices.tolist()))
+        maps = pipe(batch["images"], guidance_scale=2.0, strength=0.5, num_inference_steps=20).heatmaps.mean(
+            dim=(1, 2)
+        )
+        expected = {
+            f"mean_{name}": maps[batch["labels"] == i].mean().item() for i, name in enumerate(dataset.class_names)
+        }
+        assert scores == pytest.approx(expected, rel=1e-4)
+    assert [path.name for path in (tmp_path / "out" / "validation").iterdir()] == ["step-0000004.png"]
+    ((step, image),) = pictures
+    assert step == 4 and image.dtype == np.uint8 and image.ndim == 4 and image.shape[-1] == 3 and image.std() > 5
+
+
+def test_validation_has_nothing_to_do_without_slices(tmp_path):
+    args = SimpleNamespace(dataset="missing", validation_steps=0, num_validation_slices=5)
+    assert Validation(args, stub_accelerator(), tmp_path).run(None, 1) == {}
