@@ -64,17 +64,26 @@ def open_output_folder(args) -> Path:
 
 
 def start_accelerator(args, output: Path) -> Accelerator:
-    """Processes, devices, precision and trackers."""
+    """Processes, devices, precision and trackers.
+
+    Raises:
+        InputError: this machine lacks the precision or the tracker; accelerate would often go on without it.
+    """
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=args.report_to,
             project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / args.logging_dir)),
         )
-    except ValueError as error:  # a precision or a tracker that this machine lacks
+    except ValueError as error:
         raise InputError(str(error)) from None
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("--mixed_precision fp16 needs a GPU: this run has a CPU, on which bf16 works")
+    if args.report_to and not accelerator.log_with:
+        raise InputError(f"--report_to {args.report_to}: this tracker is not installed")
+    return accelerator
 
 
 def build_model(args, dataset: SliceDataset) -> ConditionalNoisePredictor:

@@ -169,7 +169,7 @@ def lesion_mask(volumes: PatientVolumes, maps: SliceMaps, heat: np.ndarray, fact
     mask = volumes.foreground & (heat_volume(volumes, maps, processed, field_mm) >= facts["threshold"])
     voxels_a_pixel = (field_mm / size) ** 2 / (volumes.spacing_mm[0] * volumes.spacing_mm[1])
     least = max(1, round(MIN_COMPONENT_SIZE * voxels_a_pixel))
-    return np.moveaxis(remove_small_components(np.moveaxis(mask, 2, 0), min_size=least), 0, 2)
+    return remove_small_components(mask, min_size=least)
 
 
 def counterfactual_volume(
@@ -198,7 +198,6 @@ def write_volume(path: Path, volume: np.ndarray, like: Scan, dtype) -> None:
     """
     header = like.header.copy()
     header.set_data_dtype(dtype)
-    header.set_slope_inter(1, 0)
     header.set_intent("none")
     header["cal_min"] = header["cal_max"] = 0  # the display window of the scan means nothing for a map
     data = from_ras(volume, like.affine).astype(dtype).reshape(header.get_data_shape())
@@ -227,13 +226,14 @@ def write_preview(
 ) -> None:
     """Writes a picture of the most suspicious slices: scan, counterfactual, heatmap, and mask beside the expert's."""
     images, slices = maps.found.images, maps.found.slices
-    heatmaps = np.where((images > 0).any(axis=1), maps.heatmaps, 0)
+    inside = (images > 0).any(axis=1)
+    heatmaps = np.where(inside, maps.heatmaps, 0)
     shown = resample_slices(display(mask)[slices], volumes.spacing_mm, images.shape[-1], field_mm) >= 0.5
     rows = most_suspicious(heatmaps, shown)
     plot_slices(
         path,
         images[rows],
-        np.clip(images[rows] + maps.changes[rows], 0, None),
+        np.clip(images[rows] + inside[rows, None] * maps.changes[rows], 0, None),
         heatmaps[rows],
         masks=shown[rows],
         channel_names=list(volumes.files),

@@ -221,11 +221,11 @@ def run_sweep(args: argparse.Namespace) -> int:
     plot_sweep(output / "sweep.png", points)
     print(f"best: {asdict(best)}")
     if args.store:
-        store_settings(args.model, best, facts)
+        store_settings(args.model, best, facts, dataset.preprocessing["size"])
     return 0
 
 
-def store_settings(folder: str, best: SweepPoint, facts: dict) -> None:
+def store_settings(folder: str, best: SweepPoint, facts: dict, evaluation_size: int) -> None:
     """Writes a point into the model folder's preprocessing.json as what the model recommends, and what chose it.
 
     Raises:
@@ -234,7 +234,8 @@ def store_settings(folder: str, best: SweepPoint, facts: dict) -> None:
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: settings can be stored in a model folder only")
     names = ("guidance_scale", "strength", "num_inference_steps", "map", "threshold")
-    settings = {name: getattr(best, name) for name in names}
+    settings = {name: getattr(best, name) for name in names} | {"postprocess": True}
     chosen = facts | {"postprocessed_auprc": best.postprocessed_auprc, "ideal_dice": best.postprocessed_ideal_dice}
     known = loading.read_preprocessing(folder)
-    loading.write_preprocessing(folder, known | {"settings": settings, "settings_chosen_by": chosen})
+    stored = {"settings": settings, "settings_chosen_by": chosen, "evaluation_size": evaluation_size}
+    loading.write_preprocessing(folder, known | stored)

@@ -267,14 +267,7 @@ def run_segment(args: argparse.Namespace) -> int:
     Raises:
         InputError: Model, options or output can't be used, or two patients have the same name.
     """
-    if args.batch_size < 1:
-        raise InputError(f"--batch_size must be at least 1, not {args.batch_size}")
-    names = Counter(patient_name(folder) for folder in args.patients)
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
-        raise InputError(
-            f"two patients are called {twice[0]}: both would be written to {Path(args.output) / twice[0]}"
-        )
+    _check_arguments(args)
     pipe = _load_pipeline(args.model, args.device)
     settings = {name: getattr(args, name) for name in SETTINGS}
     segmentation_facts(pipe, args.model, **settings)
@@ -299,6 +292,17 @@ def run_segment(args: argparse.Namespace) -> int:
     for failure in failures:
         print(f"error: {' '.join(failure.split())}", file=sys.stderr)
     return 2 if failures else 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size must be at least 1, not {args.batch_size}")
+    names = Counter(patient_name(folder) for folder in args.patients)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise InputError(
+            f"two patients are called {twice[0]}: both would be written to {Path(args.output) / twice[0]}"
+        )
 
 
 def _load_pipeline(model: str, device: str) -> CounterfactualDDIMPipeline:

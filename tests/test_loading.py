@@ -387,7 +387,14 @@ def test_nothing_that_a_model_names_is_imported(copy, tmp_path, monkeypatch):
 
 def test_a_pickle_beside_safetensors_is_never_read(copy):
     (copy / "unet/diffusion_pytorch_model.bin").write_bytes(b"not even a pickle")
-    assert load(copy) == load(copy, use_safetensors=None)
+    assert load(copy, use_safetensors=False) == load(copy)
+
+
+def test_facts_outlive_the_folder_that_they_came_from(copy, tmp_path):
+    pipe = CounterfactualDDIMPipeline.from_pretrained(copy)
+    shutil.rmtree(copy)
+    pipe.save_pretrained(tmp_path / "again")
+    assert loading.read_preprocessing(tmp_path / "again") == FACTS
 
 
 def test_a_missing_folder_is_said(tmp_path):

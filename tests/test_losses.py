@@ -72,6 +72,12 @@ def test_each_sample_has_its_own_timestep_weight_and_condition():
     assert loss.item() == pytest.approx(2.125 * (1 / SNR + 1) / 2, rel=1e-5)
 
 
+def test_each_sample_has_its_own_velocity():
+    levels = scheduler("v_prediction", alphas=(0.64, 0.36))
+    target = training_target(levels, IMAGE.repeat(2, 1, 1, 1), NOISE.repeat(2, 1, 1, 1), torch.tensor([0, 1]))
+    torch.testing.assert_close(target.flatten(), torch.tensor([-0.2, 2.2, -0.5, 2.0]))
+
+
 def test_loss_is_a_mean_over_samples_channels_and_pixels():
     images, noise = torch.zeros(3, 2, 4, 4), torch.ones(3, 2, 4, 4)
     loss = noise_prediction_loss(
@@ -82,9 +88,7 @@ def test_loss_is_a_mean_over_samples_channels_and_pixels():
 
 
 def test_loss_is_float32_also_for_a_network_in_half_precision():
-    loss = noise_prediction_loss(
-        lambda noisy, t, c: noisy.bfloat16(), scheduler(), IMAGE, torch.tensor([0]), NOISE, T0
-    )
+    loss = noise_prediction_loss(identity, scheduler(), IMAGE.bfloat16(), torch.tensor([0]), NOISE.bfloat16(), T0)
     assert loss.dtype == torch.float32 and loss.ndim == 0
     assert loss.item() == pytest.approx(BY_HAND["epsilon"], rel=1e-2)
 

@@ -13,6 +13,7 @@ from diffusers_cf import (
     DynamicDDIMScheduler,
     anomaly_heatmap,
     implicit_guidance,
+    pipeline_counterfactual_ddim,
 )
 
 
@@ -324,7 +325,7 @@ def test_unconditional_pipeline_reconstructs(make_pipeline, record_calls, images
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_network_keeps_float32_latents(pipe, record_calls, images, dtype):
+def test_half_precision_network_keeps_float32_latents(pipe, record_calls, images, dtype, monkeypatch):
     full = pipe(images, **SHORT)
     pipe.to(dtype)
     calls = record_calls(pipe)
@@ -336,6 +337,12 @@ def test_half_precision_network_keeps_float32_latents(pipe, record_calls, images
         assert_close(out[field], full[field], 0.05)
     latents = pipe.invert(images, **SHORT)
     assert latents.dtype == torch.float32
+    guided = []
+    monkeypatch.setattr(
+        pipeline_counterfactual_ddim, "implicit_guidance", lambda *given: guided.append(given) or given[0]
+    )
+    pipe.denoise(latents, **SHORT)
+    assert {given[0].dtype for given in guided} == {torch.float32}
     assert not torch.equal(latents, latents.to(dtype).float())
 
 
@@ -344,14 +351,20 @@ def test_gradients_are_not_recorded(pipe, images):
     assert not latents.requires_grad and not pipe.denoise(latents, **SHORT).requires_grad
 
 
-def test_model_offload_hooks(pipe, images):
-    if not torch.accelerator.is_available():
-        pytest.skip("diffusers offloads to an accelerator only, and there is none")
+def test_model_offload_hooks(pipe, images, monkeypatch):
     expected = pipe(images, **SHORT)
-    pipe.enable_model_cpu_offload()
+    # diffusers refuses to offload by itself where there is no accelerator; the hooks run on any device
+    pipe.enable_model_cpu_offload(device=torch.accelerator.current_accelerator() or "cpu")
     for _ in range(2):
         assert_close(pipe(images, **SHORT).heatmaps.cpu(), expected.heatmaps, 1e-3)
+        assert len(pipe._all_hooks) == 2
         assert {parameter.device.type for parameter in pipe.unet.parameters()} == {"cpu"}
+    freed = []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(True))
+    pipe(images, **SHORT)
+    assert freed == [True]
+    pipe.remove_all_hooks()
+    assert_close(pipe.to("cpu")(images, **SHORT).heatmaps, expected.heatmaps)
 
 
 def test_preprocessing_is_read_from_the_model_folder(pipe, tmp_path):

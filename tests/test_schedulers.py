@@ -382,7 +382,8 @@ def test_each_direction_is_made_from_the_other():
 
 
 def test_made_from_a_stock_configuration():
-    stock = DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1, prediction_type="v_prediction")
+    options = {"beta_start": 2e-4, "beta_end": 0.03, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}
+    stock = DDIMScheduler(**options, steps_offset=1, prediction_type="v_prediction")
     for ours in (scheduler_class.from_config(stock.config) for scheduler_class in BOTH):
         assert torch.equal(ours.alphas_cumprod, stock.alphas_cumprod)
         assert ours.config.steps_offset == 1

@@ -110,15 +110,20 @@ def test_the_mask_is_that_of_the_chain_of_evaluation(voxels_a_pixel):
     assert not segment.display(mask)[4:, 30 * voxels_a_pixel :].any()
 
 
-def test_preview(bright, patient, tmp_path, monkeypatch):
+def test_preview(patient, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr("diffusers_cf.volumes.write_preview", segment.write_preview)
     monkeypatch.setattr(
-        segment, "plot_slices", lambda *args, **options: drawn.update(options) or plot_slices(*args, **options)
+        segment,
+        "plot_slices",
+        lambda *args, **options: drawn.update(options, images=args[1:4]) or plot_slices(*args, **options),
     )
-    segment_patient(bright, patient, tmp_path / "out", progress=False)
+    segment_patient(make_pipe(), patient, tmp_path / "out", progress=False)
     with Image.open(tmp_path / "out" / "P_01" / "preview.png") as picture:
         assert picture.format == "PNG" and picture.height > 6 * 100
+    images, counterfactuals, heatmaps = drawn["images"]
+    outside = (images == 0).all(axis=1)
+    assert not heatmaps[outside].any() and not counterfactuals.swapaxes(0, 1)[:, outside].any()
     affine = nib.load(patient / "P_01_seg.nii.gz").affine
     seg = to_ras(voxels(patient / "P_01_seg.nii.gz"), affine)
     mask = to_ras(voxels(tmp_path / "out" / "P_01" / "mask.nii.gz"), affine)

@@ -148,9 +148,10 @@ class SliceDataset(torch.utils.data.Dataset):
         self.class_names = tuple(self.preprocessing["class_names"])
         self.has_masks = self.preprocessing["has_masks"]
         self.rows = self._load(cache_dir)
-        self.labels = np.asarray(self.rows["label"], dtype=np.int64)
-        self.patients = np.asarray(self.rows["patient"], dtype=str)
-        self.slices = np.asarray(self.rows["slice"], dtype=np.int64)
+        # Straight from Arrow: row by row it takes a minute for the slices of a thousand patients.
+        self.labels = self.rows.data.column("label").to_numpy().astype(np.int64)
+        self.patients = self.rows.data.column("patient").to_numpy().astype(str)
+        self.slices = self.rows.data.column("slice").to_numpy().astype(np.int64)
 
     def _load(self, cache_dir) -> datasets.Dataset:
         if not self.preprocessing["splits"][self.split]["slices"]:
