@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput
-from torch.nn import functional
 
 from diffusers_cf import loading
+from diffusers_cf.images import resize_images
 from diffusers_cf.models import ClassTokenEncoder, predict_noise
+from diffusers_cf.schedulers import check_mirrored
 
 
 # Sec. 4 and the authors' code; a model folder that recommends others has them in preprocessing.json.
@@ -55,15 +56,6 @@ def implicit_guidance(noise_null: torch.Tensor, noise_target: torch.Tensor, guid
 def anomaly_heatmap(reference: torch.Tensor, counterfactual: torch.Tensor) -> torch.Tensor:
     """Last line of Algorithm 1: mean over channels of |reference - counterfactual|, `(N, C, H, W)` to `(N, H, W)`."""
     return (reference - counterfactual).abs().mean(dim=1)
-
-
-def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Images `(N, C, H, W)` at another size: mean over the area where it shrinks, bilinear where it grows."""
-    if tuple(images.shape[-2:]) == tuple(size):
-        return images
-    if size[0] < images.shape[-2]:
-        return functional.interpolate(images, size, mode="area")
-    return functional.interpolate(images, size, mode="bilinear", align_corners=False)
 
 
 class CounterfactualDDIMPipeline(DiffusionPipeline):
@@ -144,8 +136,7 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width at which the network works, in pixels."""
-        size = self.unet.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
+        return tuple(np.broadcast_to(self.unet.config.sample_size, 2).tolist())
 
     def resolve_settings(self, **given) -> dict:
         """Settings with each None replaced by what the model recommends, else by the paper's.
@@ -156,6 +147,9 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a value outside its range.
         """
+        unknown = set(given) - set(PAPER_SETTINGS)
+        if unknown:
+            raise ValueError(f"setting {unknown.pop()!r} is unknown: it must be one of {', '.join(PAPER_SETTINGS)}")
         settings = PAPER_SETTINGS | {k: v for k, v in self.preprocessing.get("settings", {}).items() if v is not None}
         settings = {k: settings[k] for k in PAPER_SETTINGS} | {k: v for k, v in given.items() if v is not None}
         if settings["map"] not in MAPS:
@@ -197,7 +191,8 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         names = [names] * batch_size if names is None or isinstance(names, str) else list(names)
         if len(names) != batch_size:
             raise ValueError(f"target holds {len(names)} names for {batch_size} images")
-        ids = torch.tensor([self.class_encoder.class_id(name) for name in names], device=self._execution_device)
+        ids = [self.class_encoder.class_id(name) for name in names]
+        ids = torch.tensor(ids, dtype=torch.long, device=self._execution_device)
         return self.class_encoder(ids)
 
     def prepare_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -208,15 +203,13 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         """The K rising timesteps that encoding walks; decoding walks their mirror image."""
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         self.inverse_scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        rising = self.inverse_scheduler.timesteps
-        if not torch.equal(rising.flip(0), self.scheduler.timesteps):
-            raise ValueError(
-                "scheduler and inverse_scheduler walk different timesteps: make one from_config of the other"
-            )
-        return rising[: round(num_inference_steps * strength)]
+        check_mirrored(self.scheduler, self.inverse_scheduler)
+        return self.inverse_scheduler.timesteps[: round(num_inference_steps * strength)]
 
     def _predict(self, sample: torch.Tensor, timestep: torch.Tensor, condition: tuple | None) -> torch.Tensor:
-        return predict_noise(self.unet, sample.to(self.unet.dtype), timestep, condition).float()
+        dtype = self.unet.dtype
+        condition = condition and tuple(part.to(dtype) for part in condition)
+        return predict_noise(self.unet, sample.to(dtype), timestep, condition).float()
 
     @torch.no_grad()
     def invert(
@@ -272,17 +265,16 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
             target (`str` or list of `str`, *optional*): class by name, one for all or one a sample; defaults to the
                 first class.
             guidance_scale (`float`, *optional*): w of Sec. 3.2; 0 is the null condition alone, a reconstruction.
-            strength (`float`, *optional*): as in `invert`.
-            num_inference_steps (`int`, *optional*): as in `invert`.
+            strength (`float`, *optional*): as in `invert`; so are the next and the last one.
+            num_inference_steps (`int`, *optional*): steps of the full grid.
             generator (`torch.Generator`, *optional*): for a stochastic scheduler in the place of DDIM.
-            callback_on_step_end (`Callable`, *optional*): as in `invert`.
+            callback_on_step_end (`Callable`, *optional*): called after each step.
 
         Returns:
             `torch.Tensor`: counterfactuals at the network's size, float32 `(N, C, h, w)` in input units.
         """
-        settings = self.resolve_settings(
-            guidance_scale=guidance_scale, strength=strength, num_inference_steps=num_inference_steps
-        )
+        given = {"strength": strength, "num_inference_steps": num_inference_steps}
+        settings = self.resolve_settings(guidance_scale=guidance_scale, **given)
         timesteps = self._timesteps(settings["strength"], settings["num_inference_steps"]).flip(0)
         predict = self._guided_prediction(target, settings["guidance_scale"], len(latents))
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
@@ -293,12 +285,20 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
                 bar.update()
         return (latents + 1) / 2
 
+    def _encode_target(self, target: str | Sequence[str] | None, batch_size: int) -> tuple | None:
+        if self.class_encoder is None:
+            if target is not None:
+                raise ValueError(f"target is {target!r}: this model is unconditional and knows no classes")
+            return None
+        first = self.class_encoder.config.class_names[0]
+        return self.encode_classes(first if target is None else target, batch_size)
+
     def _guided_prediction(self, target, guidance_scale: float, batch_size: int) -> Callable:
         """`(x, t) -> eps`: one batched network call for both branches, one branch where the scale is 0 or 1."""
         null = self.encode_classes(None, batch_size)
+        wanted = self._encode_target(target, batch_size)
         if null is None or guidance_scale == 0:
             return lambda sample, t: self._predict(sample, t, null)
-        wanted = self.encode_classes(target or self.class_encoder.config.class_names[0], batch_size)
         if guidance_scale == 1:
             return lambda sample, t: self._predict(sample, t, wanted)
         both = tuple(torch.cat(pair) for pair in zip(null, wanted, strict=True))
@@ -307,9 +307,11 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         )
 
     def _after_step(self, callback, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        if callback is None:
-            return latents
-        return callback(self, step, timestep, {"latents": latents}).pop("latents", latents)
+        return (
+            latents
+            if callback is None
+            else callback(self, step, timestep, {"latents": latents}).pop("latents", latents)
+        )
 
     @torch.no_grad()
     def __call__(
@@ -365,8 +367,8 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         )
         images = images.to(self._execution_device, torch.float32)
         filled = (images > 0).flatten(1).any(dim=1)
-        if target is not None and not isinstance(target, str):
-            self.encode_classes(target, len(images))
+        self._encode_target(target, len(images))
+        if isinstance(target, Sequence) and not isinstance(target, str):
             target = [name for name, keep in zip(target, filled.tolist(), strict=True) if keep]
 
         # 2. Encode, decode, compare: at the network's size, of the n images with content.
@@ -389,8 +391,7 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
 
         fields = (heatmaps, counterfactuals, latents)
-        if output_type == "np":
-            fields = tuple(field.cpu().numpy() for field in fields)
+        fields = tuple(field.cpu().numpy() for field in fields) if output_type == "np" else fields
         return CounterfactualOutput(*fields) if return_dict else fields
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:

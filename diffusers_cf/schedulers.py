@@ -69,6 +69,28 @@ def mirrored_timesteps(num_train_timesteps: int, num_inference_steps: int, spaci
     return np.arange(num_inference_steps, dtype=np.int64) * stride + offset
 
 
+# What two schedulers must share for decoding to undo encoding.
+_MIRRORED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+_MIRRORED += ("set_alpha_to_one", "rescale_betas_zero_snr", "clip_sample")
+
+
+def check_mirrored(scheduler: SchedulerMixin, inverse_scheduler: SchedulerMixin) -> None:
+    """Raises ValueError unless the two, with their timesteps set, walk the same path in opposite directions.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): for decoding, ours or a stock one.
+        inverse_scheduler ([`SchedulerMixin`]): for encoding.
+    """
+    down, up = scheduler.config, inverse_scheduler.config
+    differing = [name for name in _MIRRORED if name in down and name in up and down[name] != up[name]]
+    if not torch.equal(inverse_scheduler.timesteps.flip(0), scheduler.timesteps):
+        differing.append("timesteps")
+    if differing:
+        raise ValueError(
+            f"scheduler and inverse_scheduler differ in {', '.join(differing)}: make one from_config of the other"
+        )
+
+
 class _DynamicDDIM:
     """What the two directions share: Eq. 2 with its two noise levels, and the normalisation of its clean image."""
 
@@ -123,11 +145,12 @@ class _DynamicDDIM:
             return x0.clamp(-config.clip_sample_range, config.clip_sample_range)
         return x0
 
-    def _normalized_prediction(self, model_output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor):
+    def _normalized_prediction(self, model_output, sample, alpha: torch.Tensor, nearer: torch.Tensor):
         """`(dn(x0_hat), epsilon)` with epsilon re-derived from `dn(x0_hat)`, or raw as Algorithm 1 prints it."""
         x0, epsilon = self._predict(model_output, sample, alpha)
-        # At the clean image no noise can absorb what dn takes from x0: dn would cut the peaks of the input itself.
-        if alpha == 1 and not self.config.threshold_clean_sample:
+        # In the one step that begins or ends at the clean image no noise can absorb what dn takes from x0: it would
+        # cut the peaks of the image itself and darken the rest, and the map would be a threshold in disguise.
+        if nearer == 1 and not self.config.threshold_clean_sample:
             return x0, epsilon
         x0 = self._normalize(x0)
         if self.config.use_clipped_model_output and alpha < 1:
@@ -161,7 +184,8 @@ class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
         thresholding (`bool`): dynamic normalisation. With this and `clip_sample` False, x0_hat stays as predicted.
         dynamic_thresholding_ratio (`float`): the quantile s of Sec. 3.4, in (0, 1].
         threshold_per_channel (`bool`): quantile per sample and channel; False pools channels.
-        threshold_clean_sample (`bool`): normalise at the clean image too, as the authors' code does.
+        threshold_clean_sample (`bool`): normalise also in the step that ends at the clean image, as the authors' code
+            does.
         clip_sample_range (`float`): limit of the static clip.
         use_clipped_model_output (`bool`): re-derive epsilon from the normalised x0_hat (the authors' code); False
             keeps the raw epsilon as Algorithm 1 prints it.
@@ -210,7 +234,7 @@ class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
         """
         output, working = _working_precision(model_output, sample)
         alpha, nearer = self._levels(timestep, self.final_alpha_cumprod)
-        x0, epsilon = self._normalized_prediction(output, working, alpha)
+        x0, epsilon = self._normalized_prediction(output, working, alpha, nearer)
         prev_sample = _to_level(x0, epsilon, nearer).to(sample.dtype)
         if not return_dict:
             return prev_sample, x0.to(sample.dtype)
@@ -278,7 +302,7 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
         """
         output, working = _working_precision(model_output, sample)
         alpha, nearer = self._levels(timestep, self.initial_alpha_cumprod)
-        x0, epsilon = self._normalized_prediction(output, working, nearer)
+        x0, epsilon = self._normalized_prediction(output, working, nearer, nearer)
         noisier = _to_level(x0, epsilon, alpha).to(sample.dtype)
         if not return_dict:
             return noisier, x0.to(sample.dtype)
@@ -290,7 +314,8 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
         """One fixed-point iteration of an encoding step: a better x at `timestep` from the network's word on `estimate`.
 
         The x sought is the one that a decoding step takes to `sample`; at the fixed point it is exactly that, also
-        where normalisation acts. The iteration contracts while the network's output changes little with its input.
+        where normalisation acts (with epsilon re-derived, the default). The iteration contracts while the network's
+        output changes little with its input.
 
         Args:
             model_output (`torch.Tensor`): prediction of the network for `(estimate, timestep)`, `(N, C, H, W)`.
@@ -300,6 +325,6 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
         """
         output, working, current = _working_precision(model_output, sample, estimate)
         alpha, nearer = self._levels(timestep, self.initial_alpha_cumprod)
-        _, epsilon = self._normalized_prediction(output, current, alpha)
+        _, epsilon = self._normalized_prediction(output, current, alpha, nearer)
         x0 = (working - (1 - nearer).sqrt() * epsilon) / nearer.sqrt()
         return _to_level(x0, epsilon, alpha).to(sample.dtype)

@@ -16,11 +16,11 @@ from diffusers_cf import loading
 from diffusers_cf.commands_evaluate import package_commit
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
+from diffusers_cf.images import resize_images
 from diffusers_cf.pipeline_counterfactual_ddim import (
     MAPS,
     CounterfactualDDIMPipeline,
     anomaly_heatmap,
-    resize_images,
 )
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.plots import plot_sweep

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.pipeline_counterfactual_ddim import resize_images
+from diffusers_cf.images import resize_images
 
 
 _CHUNK = 8192

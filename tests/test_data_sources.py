@@ -220,6 +220,14 @@ def test_patient_that_the_labels_file_forgets(text, tmp_path):
     assert "labels.csv: no label for any slice of P_01" in problem
 
 
+def test_forgotten_patient_is_named_also_if_no_scan_can_be_read(tmp_path):
+    source = unlabelled(tmp_path, "patient,label\nP_02,healthy\n")
+    for path in (tmp_path / "scans" / "P_01").iterdir():
+        path.unlink()
+    problems = source.problems("P_01")
+    assert len(problems) == 5 and "no label for any slice of P_01" in problems[-1]
+
+
 BAD_LABELS = {
     "no column": ("patient,slice\nP_01,3\n", "column missing: label"),
     "empty file": ("", "column missing: label, patient"),

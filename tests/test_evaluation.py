@@ -22,13 +22,14 @@ class FakeDataset:
         rng = np.random.default_rng(seed)
         n = sum(slices_of_patients)
         y, x = np.mgrid[:size, :size] - (size - 1) / 2
-        disc = (x**2 + y**2 < (0.45 * size) ** 2).astype(np.float32)
-        self.images = (disc * rng.uniform(0.2, 0.8, (n, 2, size, size))).astype(np.float32)
+        radius = rng.uniform(0.3, 0.48, (n, 1, 1, 1)) * size
+        self.images = ((x**2 + y**2 < radius**2) * rng.uniform(0.2, 0.8, (n, 2, size, size))).astype(np.float32)
         self.masks = np.zeros((n, size, size), dtype=np.uint8)
         for i in range(0, n, 2):
             row, column = rng.integers(5, size - 11, 2)
             self.masks[i, row : row + 6, column : column + 6] = 1
         self.images[:, 1] += 0.3 * self.masks
+        self.masks[::2, 0, :4] = 1  # lesion pixels in the background, as at the edge of a scan
         self.labels = self.masks.any((1, 2)).astype(np.int64)
         names = [f"patient_{chr(97 + i)}" for i in range(len(slices_of_patients))]
         self.patients = np.repeat(names, slices_of_patients)
@@ -91,6 +92,20 @@ def test_every_measure_against_its_definition():
     assert result["network_evaluations_per_slice"] == 7 and result["seconds_per_slice"] > 0
     assert set(result["per_patient_dice"]) == {"patients", "values", "mean", "interval", "threshold"}
     assert "24 x 24" in result["protocol"]["resolution"]
+
+
+def test_a_bright_background_counts_for_all_pixels_only():
+    dataset = FakeDataset()
+
+    def bright(images):
+        return images[:, 1] + 0.9 * (images.sum(1) == 0)
+
+    dark, result = (evaluate(method, dataset, progress=False) for method in (second_channel, bright))
+    for name in ("foreground_auprc", "foreground_ideal_dice", "slice_auroc", "postprocessed"):
+        assert result[name] == dark[name]
+    assert result["auprc"] < dark["auprc"] - 0.1
+    assert result["ideal_dice"] < dark["ideal_dice"] - 0.1
+    assert result["per_patient_dice"]["threshold"] == result["ideal_threshold"] != dark["ideal_threshold"]
 
 
 def expected_patient_dice(dataset, threshold, postprocessed):
@@ -236,7 +251,7 @@ def test_postprocessing_can_be_left_out():
 
 
 def test_the_file_of_counts_adds_up_to_the_result(tmp_path):
-    dataset, path = FakeDataset(), tmp_path / "RESULT.counts.npz"
+    dataset, path = FakeDataset().shuffled(), tmp_path / "RESULT.counts.npz"
     result = evaluate(second_channel, dataset, counts_path=path, progress=False)
     patients = dict(read_counts(path))
     assert list(patients) == ["patient_a", "patient_b", "patient_c"]
@@ -250,6 +265,13 @@ def test_the_file_of_counts_adds_up_to_the_result(tmp_path):
         labels = np.concatenate([found["labels"] for found in patients.values()])
         assert roc_auc_score(labels, scores) == pytest.approx(part["slice_auroc"], abs=1e-12)
     assert patients["patient_b"]["slices"].tolist() == [10, 11, 12, 13]
+    assert patients["patient_b"]["labels"].tolist() == [0, 1, 0, 1]
+
+
+def test_the_seed_is_that_of_the_bootstrap():
+    first, second = (evaluate(second_channel, FakeDataset((3,) * 8), seed=seed, progress=False) for seed in (0, 1))
+    assert first["per_patient_dice"].pop("interval") != second["per_patient_dice"].pop("interval")
+    assert first["per_patient_dice"] == second["per_patient_dice"]
 
 
 def test_dice_by_hand():

@@ -22,8 +22,12 @@ BOTTOM = {"schedulers", "models", "losses", "evaluation", "postprocessing", "loa
 ALLOWED = {
     "errors": set(),
     **{module: {"errors"} for module in BOTTOM},
-    "pipeline_counterfactual_ddim": {"errors", "schedulers", "models", "loading"},
-    "baselines": {"errors", "pipeline_counterfactual_ddim", *BOTTOM},
+    # What evaluation is made of: one chain of post-processing for every method, and the counting that it sums up.
+    "pixel_counts": set(),
+    "evaluation": {"errors", "pixel_counts", "postprocessing"},
+    "images": set(),
+    "pipeline_counterfactual_ddim": {"errors", "images", "schedulers", "models", "loading"},
+    "baselines": {"errors", "images", "pipeline_counterfactual_ddim", *BOTTOM},
 }
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home|Users)/")
 

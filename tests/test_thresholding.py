@@ -58,6 +58,7 @@ def test_equalisation_is_that_of_the_patient_not_of_the_slice():
     assert maps[0].mean() > 1.3 * maps[1].mean()
 
 
+@pytest.mark.filterwarnings("error")
 def test_an_empty_patient_has_an_empty_map():
     assert (make_baseline("threshold", ["flair"]).anomaly_map(torch.zeros(2, 1, 8, 8)) == 0).all()
 
