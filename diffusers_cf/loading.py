@@ -29,6 +29,7 @@ from .errors import InputError
 
 logger = logging.getLogger(__name__)
 
+SWITCH = "clip_input"  # the one entry of model_index.json that is no component
 MODEL_INDEX = "model_index.json"
 PREPROCESSING = "preprocessing.json"
 
@@ -236,6 +237,9 @@ def check_model_folder(
 def _read_components(index_file: Path, allowed: Mapping[str, Iterable]) -> dict[str, tuple[str, str]]:
     """The components of model_index.json, each known by name and class."""
     named = {name: value for name, value in _read_object(index_file).items() if not name.startswith("_")}
+    switch = named.pop(SWITCH, True)
+    if not isinstance(switch, bool):
+        raise InputError(f"{index_file}: {SWITCH!r} is {json.dumps(switch)[:100]}, it must be true or false")
     for name, value in (dict.fromkeys(allowed, [None, None]) | named).items():
         if name not in allowed:
             raise InputError(f"{index_file}: foreign component {name!r}, refused: known are {', '.join(allowed)}")
@@ -322,8 +326,7 @@ def write_preprocessing(folder: str | os.PathLike, facts: Mapping) -> Path:
 def write_checksums(folder: str | os.PathLike) -> dict[str, str]:
     """Lists the SHA-256 of every weight file of a model folder in checksums.json.
 
-    Weights of a variant have a list of their own (checksums.fp16.json), so that pushing a variant to a repository
-    leaves the list of the others standing. To be called after every save.
+    Weights of a variant have a list of their own (checksums.fp16.json): pushing one leaves the others' standing.
 
     Returns:
         `dict[str, str]`: file name relative to the folder to hexadecimal SHA-256, all variants together.
@@ -345,9 +348,8 @@ def write_checksums(folder: str | os.PathLike) -> dict[str, str]:
 def register_with_diffusers(pipeline_class: type) -> None:
     """Makes `DiffusionPipeline.from_pretrained(folder)` find our pipeline class.
 
-    diffusers looks the class name of model_index.json up among its own attributes, so ours becomes one of them. Should
-    diffusers ever have a class of that name itself, it is left alone. That way in loads with diffusers' own checks
-    only, without `check_model_folder`, and from folders only.
+    diffusers looks the class up among its own attributes, so ours becomes one, unless there is one of that name. This way
+    in has diffusers' own checks alone, without `check_model_folder`, and takes folders only.
     """
     import diffusers
 
@@ -379,9 +381,11 @@ def _read_object(path: Path) -> dict:
 
 
 def _write_json(path: Path, value: Mapping) -> Path:
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    text, temporary = (
+        json.dumps(value, indent=2, allow_nan=False) + "\n",
+        path.with_name(f".{path.name}.{os.getpid()}"),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

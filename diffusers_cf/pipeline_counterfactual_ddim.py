@@ -70,6 +70,9 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         scheduler ([`SchedulerMixin`]): for decoding, [`DynamicDDIMScheduler`] or a stock `DDIMScheduler` (Table 2's row
             without dynamic normalisation).
         inverse_scheduler ([`SchedulerMixin`]): for encoding, its mirror image.
+        clip_input (`bool`): cut the input at its 99th percentile before encoding, and compare with that. The authors
+            don't; then dynamic normalisation holds x0 at 1 while the noise that is left takes up the peaks, divided by
+            almost nothing, and latents leave the network's range just where lesions are bright.
     """
 
     model_cpu_offload_seq = "class_encoder->unet"
@@ -82,11 +85,13 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         class_encoder: ClassTokenEncoder | None,
         scheduler: SchedulerMixin,
         inverse_scheduler: SchedulerMixin,
+        clip_input: bool = True,
     ):
         super().__init__()
         self.register_modules(
             unet=unet, class_encoder=class_encoder, scheduler=scheduler, inverse_scheduler=inverse_scheduler
         )
+        self.register_to_config(clip_input=clip_input)
         self._preprocessing = None
 
     @property
@@ -109,27 +114,25 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Loads a model folder or Hub id. The folder is checked before anything in it is imported or read as weights.
+        """Loads a model folder or Hub id; raises InputError for a missing, foreign or damaged file before importing any.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): folder or `user/name`.
             **kwargs: as in `DiffusionPipeline.from_pretrained` (`dtype`, `variant`, `revision`, `token`, ..).
-
-        Raises:
-            InputError: a file is missing, foreign, or damaged.
         """
         folder = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(folder):
             folder = cls.download(folder, **kwargs)
-        loading.check_model_folder(folder)
+        loading.check_model_folder(folder, variant=kwargs.get("variant"))
         return super().from_pretrained(folder, **({"use_safetensors": True} | kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Saves components and preprocessing.json, as safetensors; arguments as in `DiffusionPipeline`."""
+        """Saves components (safetensors), preprocessing.json and checksums.json; arguments as in `DiffusionPipeline`."""
         facts = self.preprocessing
         super().save_pretrained(save_directory, **(kwargs | {"safe_serialization": True}))
         if facts:
             loading.write_preprocessing(save_directory, facts)
+        loading.write_checksums(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
 
@@ -142,10 +145,7 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         """Settings with each None replaced by what the model recommends, else by the paper's.
 
         Args:
-            **given: any of `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`.
-
-        Raises:
-            ValueError: for a value outside its range.
+            **given: any of `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; checked.
         """
         unknown = set(given) - set(PAPER_SETTINGS)
         if unknown:
@@ -181,11 +181,7 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
             raise ValueError("images holds NaN, infinite or negative values: it must be 0 outside, positive inside")
 
     def encode_classes(self, names: str | None | Sequence[str], batch_size: int) -> tuple | None:
-        """Condition `(tokens, vector)` of class names, one for all or one for each sample; None is the null symbol.
-
-        Raises:
-            ValueError: for an unknown name or a wrong number of names.
-        """
+        """Condition `(tokens, vector)` of class names, one for all or one for each sample; None is the null symbol."""
         if self.class_encoder is None:
             return None
         names = [names] * batch_size if names is None or isinstance(names, str) else list(names)
@@ -196,8 +192,10 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         return self.class_encoder(ids)
 
     def prepare_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `(N, C, H, W)` in input units as the network's float32 `(N, C, h, w)` in [-1, 1] (peaks above)."""
-        return resize_images(images.to(self._execution_device, torch.float32), self.image_size) * 2 - 1
+        """Images `(N, C, H, W)` in input units as the network's float32 `(N, C, h, w)` in [-1, 1]."""
+        images = images.to(self._execution_device, torch.float32)
+        images = images.clamp(max=1) if self.config.clip_input else images
+        return resize_images(images, self.image_size) * 2 - 1
 
     def _timesteps(self, strength: float, num_inference_steps: int) -> torch.Tensor:
         """The K rising timesteps that encoding walks; decoding walks their mirror image."""

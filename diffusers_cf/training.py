@@ -71,10 +71,10 @@ class TrainingSlices(torch.utils.data.Dataset):
         return list(zip(positions, rows, strict=True))
 
     def collate(self, items: list[tuple]) -> dict[str, torch.Tensor]:
-        """A batch: `images` in [-1, 1] (peaks above) and `noise` `(N, C, h, w)`; `labels`, `timesteps`, `uniform` `(N,)`."""
+        """A batch: `images` in [-1, 1] and `noise` `(N, C, h, w)`; `labels`, `timesteps`, `uniform` `(N,)`."""
         positions, rows = zip(*items, strict=True)
         batch = self.slices.collate(list(rows))
-        images = resize_images(batch["images"], self.image_size)
+        images = resize_images(batch["images"].clamp(max=1), self.image_size)
         generators = [torch.Generator().manual_seed(position_seed(self.seed, position)) for position in positions]
         draws = torch.stack([torch.rand(_FIXED_DRAWS + images.shape[1], generator=g) for g in generators])
         if self.augment or self.random_flip:

@@ -11,7 +11,8 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from pathlib import PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 @dataclass
@@ -77,6 +78,12 @@ class HubServer:
         self._server.server_close()
 
 
+def _paths(files) -> list[PurePosixPath]:
+    """Files and the folders that they imply, which Git knows by their files only."""
+    names = [PurePosixPath(name) for name in files]
+    return sorted({*names, *(folder for name in names for folder in name.parents if folder.name)})
+
+
 def _oid(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -131,10 +138,14 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0, a connection a request: non
         if action == "commit":
             return self.commit(repository, f"{kind}/{repo_id}", revision, files, body)
         if action == "tree":
-            names = [name for name in sorted(files) if name.startswith(f"{rest}/" if rest else "")]
-            return self.json([self.entry(name, files[name]) for name in names])
+            deep, folder = "recursive=true" in self.path.lower(), PurePosixPath(rest or ".")
+            below = [path for path in _paths(files) if path.is_relative_to(folder) and path != folder]
+            if rest and not below:
+                return self.error("EntryNotFound")
+            return self.json([self.entry(str(path), files) for path in below if deep or path.parent == folder])
         if action == "paths-info":
-            return self.json([self.entry(name, files[name]) for name in json.loads(body)["paths"] if name in files])
+            wanted = parse_qs(body.decode())["paths"]
+            return self.json([self.entry(str(path), files) for path in _paths(files) if str(path) in wanted])
         if action in (None, "revision"):
             siblings = [{"rfilename": name} for name in sorted(files)]
             return self.json({"id": repo_id, "sha": sha, "siblings": siblings, "private": repository.private})
@@ -201,7 +212,10 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0, a connection a request: non
         mode = "lfs" if self.hub.lfs and path.endswith((".safetensors", ".parquet")) else "regular"
         return {"path": path, "uploadMode": mode, "shouldIgnore": False}
 
-    def entry(self, name, data):
+    def entry(self, name, files):
+        data = files.get(name)
+        if data is None:
+            return {"type": "directory", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest(), "size": 0}
         lfs = {"lfs": {"oid": _oid(data), "size": len(data), "pointerSize": 130}}
         entry = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
         return {**entry, **(lfs if self.upload_mode(name)["uploadMode"] == "lfs" else {})}

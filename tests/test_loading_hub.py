@@ -58,7 +58,7 @@ def client(hub, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         for name, value in hub.environment(tmp_path_factory.mktemp("home")).items():
             patch.setenv(name, value)
-        yield lambda function, *args, **options: pool.submit(function, *args, **options).result(timeout=120)
+        yield lambda function, *args, **options: pool.submit(function, *args, **options).result(timeout=280)
 
 
 @pytest.mark.parametrize("lfs", [True, False])

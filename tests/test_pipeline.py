@@ -379,19 +379,3 @@ def test_preprocessing_is_read_from_the_model_folder(pipe, tmp_path):
     assert loaded.preprocessing == facts
     assert loaded.resolve_settings()["strength"] == 0.2
     assert loaded.image_size == (8, 8)
-
-
-@pytest.mark.parametrize("fixed_point", [0, 3])
-@pytest.mark.parametrize("share", [0.003, 0.03])
-def test_peaks_above_the_99th_percentile_survive_an_unguided_round_trip(make_pipeline, share, fixed_point):
-    """Else dynamic normalisation would cut every bright spot, and the map would be a threshold of the image."""
-    pipe = make_pipeline(gaussian=True, fixed_point=fixed_point)
-    pipe.unet.register_to_config(sample_size=64)
-    generator = torch.Generator().manual_seed(2)
-    images = 0.5 + 0.1 * torch.randn(2, 2, 64, 64, generator=generator).clamp(-3, 3)
-    peaks = torch.rand(images.shape, generator=generator) < share
-    images[peaks] = 1.2
-    out = pipe(images, strength=0.75, num_inference_steps=100)
-    change = (out.counterfactuals - images).abs()
-    assert change[peaks].max() < 0.01
-    assert change[~peaks].mean() < 0.01

@@ -47,7 +47,9 @@ def test_arguments_of_the_pipeline():
     assert names(CounterfactualDDIMPipeline.denoise)[:5] == [
         "latents", "target", "guidance_scale", "strength", "num_inference_steps"
     ]  # fmt: skip
-    assert names(CounterfactualDDIMPipeline.__init__) == ["unet", "class_encoder", "scheduler", "inverse_scheduler"]
+    assert names(CounterfactualDDIMPipeline.__init__) == [
+        "unet", "class_encoder", "scheduler", "inverse_scheduler", "clip_input"
+    ]  # fmt: skip
 
 
 def test_public_names_are_documented():
@@ -65,6 +67,7 @@ def test_module_paths_in_model_index(pipe, tmp_path):
     del index["_diffusers_version"]
     assert index == {
         "_class_name": "CounterfactualDDIMPipeline",
+        "clip_input": True,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "class_encoder": ["diffusers_cf.models", "ClassTokenEncoder"],
         "scheduler": ["diffusers_cf.schedulers", "DynamicDDIMScheduler"],
