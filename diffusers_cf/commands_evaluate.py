@@ -14,7 +14,8 @@ from diffusers_cf.baselines import BASELINES, make_baseline
 from diffusers_cf.data import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import evaluate, write_result
-from diffusers_cf.pipeline_counterfactual_ddim import MAPS, CounterfactualDDIMPipeline
+from diffusers_cf.heatmaps import MAPS
+from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:

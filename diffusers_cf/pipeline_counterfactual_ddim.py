@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 
 from diffusers_cf import loading
+from diffusers_cf.heatmaps import MAPS, heatmap
 from diffusers_cf.images import resize_images
 from diffusers_cf.models import ClassTokenEncoder, predict_noise
 from diffusers_cf.schedulers import check_mirrored
@@ -24,7 +25,6 @@ PAPER_SETTINGS = {
     "map": "counterfactual",
     "threshold": None,
 }
-MAPS = ("counterfactual", "reconstruction")
 
 
 @dataclass
@@ -51,11 +51,6 @@ def implicit_guidance(noise_null: torch.Tensor, noise_target: torch.Tensor, guid
     w is `guidance_scale` as everywhere in diffusers: 0 is unconditional, 1 conditional, above 1 guided.
     """
     return noise_null + guidance_scale * (noise_target - noise_null)
-
-
-def anomaly_heatmap(reference: torch.Tensor, counterfactual: torch.Tensor) -> torch.Tensor:
-    """Last line of Algorithm 1: mean over channels of |reference - counterfactual|, `(N, C, H, W)` to `(N, H, W)`."""
-    return (reference - counterfactual).abs().mean(dim=1)
 
 
 class CounterfactualDDIMPipeline(DiffusionPipeline):
@@ -166,7 +161,7 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         steps = round(settings["num_inference_steps"] * settings["strength"])
         refinements = self.inverse_scheduler.config.get("num_fixed_point_iterations", 0)
         decoding = 2 if self.class_encoder is not None and settings["guidance_scale"] not in (0, 1) else 1
-        return steps * (1 + refinements + decoding + (settings["map"] == "reconstruction"))
+        return steps * (1 + refinements + decoding + (settings["map"] != "counterfactual"))
 
     def check_inputs(self, images: torch.Tensor) -> None:
         """Raises ValueError unless images are finite floats `(N, C, H, W)` of the network's channels and aspect."""
@@ -335,8 +330,9 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
                 recommends, else to the paper's (3.0, 0.75, 100, counterfactual).
             strength (`float`, *optional*): L in [0, 1], the share of the grid that is walked.
             num_inference_steps (`int`, *optional*): steps of the full grid, a divisor of the training steps.
-            map (`str`, *optional*): `counterfactual`, |x - x_cf|, or `reconstruction`, |x_null - x_cf| with x_null
-                decoded by the null condition: it takes out what the inversion itself changed, for K more evaluations.
+            map (`str`, *optional*): `counterfactual`, |x - x_cf|; `reconstruction`, |x_null - x_cf| with x_null
+                decoded by the null condition: it takes out what the inversion itself changed, for K more evaluations;
+                or `signed`, the same with a sign for each modality in the place of the absolute value.
             generator (`torch.Generator`, *optional*): for a stochastic scheduler in the place of DDIM.
             output_type (`str`): `pt` or `np`.
             return_dict (`bool`): [`CounterfactualOutput`], or the tuple of its fields.
@@ -380,11 +376,12 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
             decoded = self.denoise(latents[filled], target, settings["guidance_scale"], generator=generator, **walk)
             reference = (self.prepare_images(images[filled]) + 1) / 2  # (n, C, h, w)
             change = decoded - reference
-            if settings["map"] == "reconstruction":
+            if settings["map"] != "counterfactual":
                 reference = self.denoise(latents[filled], guidance_scale=0, generator=generator, **walk)
 
             # 3. Back to the input's size: the map is resampled, never the image.
-            heatmaps[filled] = resize_images(anomaly_heatmap(reference, decoded)[:, None], size)[:, 0]
+            heat = heatmap(settings["map"], reference, decoded, self.preprocessing.get("signs"))  # (n, h, w)
+            heatmaps[filled] = resize_images(heat[:, None], size)[:, 0]
             counterfactuals[filled] += resize_images(change, size)
         self.maybe_free_model_hooks()
 

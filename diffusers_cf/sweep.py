@@ -16,12 +16,9 @@ from diffusers_cf import loading
 from diffusers_cf.commands_evaluate import package_commit
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
+from diffusers_cf.heatmaps import MAPS, heatmap
 from diffusers_cf.images import resize_images
-from diffusers_cf.pipeline_counterfactual_ddim import (
-    MAPS,
-    CounterfactualDDIMPipeline,
-    anomaly_heatmap,
-)
+from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.plots import plot_sweep
 from diffusers_cf.postprocessing import foreground_mask, postprocess_maps
@@ -148,14 +145,48 @@ def _heatmaps(pipe, images: torch.Tensor, strengths, guidance_scales, maps, step
     image = (latents[0] + 1) / 2
     for strength in strengths:
         encoded = latents[round(steps * strength)]
-        null = pipe.denoise(encoded, None, 0, strength, steps) if "reconstruction" in maps else None
+        null = pipe.denoise(encoded, None, 0, strength, steps) if set(maps) != {"counterfactual"} else None
         for scale in guidance_scales:
             decoded = pipe.denoise(encoded, None, scale, strength, steps)
             for kind in maps:
-                heat = anomaly_heatmap(null if kind == "reconstruction" else image, decoded)
+                heat = heatmap(
+                    kind, image if kind == "counterfactual" else null, decoded, pipe.preprocessing.get("signs")
+                )
                 heat = resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0]
                 heat[~(images > 0).flatten(1).any(dim=1)] = 0
                 yield (strength, scale, kind), heat.cpu().numpy()
+
+
+def learn_signs(
+    pipe: CounterfactualDDIMPipeline, dataset: SliceDataset, indices: Sequence[int], batch_size: int = 32, **settings
+) -> list[int]:
+    """Whether disease is brighter (1) or darker (-1), for each modality: from labels alone, never from masks.
+
+    The change from null to healthy reconstruction, mean over the foreground, is compared between slices labelled
+    healthy and others.
+
+    Args:
+        pipe: the pipeline.
+        dataset: any split.
+        indices: rows to use, of both labels.
+        batch_size: slices at a time.
+        **settings: `guidance_scale`, `strength`, `num_inference_steps`.
+    """
+    walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
+    changes, sick = [], []
+    for start in range(0, len(indices), batch_size):
+        batch = dataset.collate(dataset.__getitems__(list(indices[start : start + batch_size])))
+        latents = pipe.invert(batch["images"], **walk)
+        change = pipe.denoise(latents, None, 0, **walk) - pipe.denoise(
+            latents, None, settings["guidance_scale"], **walk
+        )
+        inside = (resize_images(batch["images"], pipe.image_size) > 0).any(dim=1, keepdim=True).to(change)
+        changes.append((change.cpu() * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3)).clamp(min=1))
+        sick.append(batch["labels"] > 0)
+    changes, sick = torch.cat(changes), torch.cat(sick)
+    if sick.all() or not sick.any():
+        raise InputError("signs need slices of both labels, and all of those chosen have the same")
+    return [1 if value >= 0 else -1 for value in changes[sick].mean(dim=0) - changes[~sick].mean(dim=0)]
 
 
 def best_point(points: Sequence[SweepPoint], max_evaluations: int | None = None) -> SweepPoint:
@@ -205,6 +236,16 @@ def run_sweep(args: argparse.Namespace) -> int:
     indices = evenly_spread(len(dataset), args.max_slices)
     try:
         pipe.scheduler.set_timesteps(args.num_inference_steps)
+        if "signed" in args.maps:
+            middle = {
+                "guidance_scale": max(args.guidance_scales),
+                "strength": sorted(args.strengths)[len(args.strengths) // 2],
+            }
+            steps = {"num_inference_steps": args.num_inference_steps}
+            signs = learn_signs(
+                pipe, dataset, indices[:: max(1, len(indices) // 64)], args.batch_size, **middle, **steps
+            )
+            pipe.preprocessing = pipe.preprocessing | {"signs": signs}
         points = sweep(
             pipe, dataset, indices, args.guidance_scales, args.strengths, args.maps, args.num_inference_steps,
             args.batch_size,
@@ -221,11 +262,12 @@ def run_sweep(args: argparse.Namespace) -> int:
     plot_sweep(output / "sweep.png", points)
     print(f"best: {asdict(best)}")
     if args.store:
-        store_settings(args.model, best, facts, dataset.preprocessing["size"])
+        kept = {"signs": pipe.preprocessing["signs"]} if "signed" in args.maps else {}
+        store_settings(args.model, best, facts, kept | {"evaluation_size": dataset.preprocessing["size"]})
     return 0
 
 
-def store_settings(folder: str, best: SweepPoint, facts: dict, evaluation_size: int) -> None:
+def store_settings(folder: str, best: SweepPoint, facts: dict, more: dict) -> None:
     """Writes a point into the model folder's preprocessing.json as what the model recommends, and what chose it.
 
     Raises:
@@ -237,5 +279,5 @@ def store_settings(folder: str, best: SweepPoint, facts: dict, evaluation_size: 
     settings = {name: getattr(best, name) for name in names} | {"postprocess": True}
     chosen = facts | {"postprocessed_auprc": best.postprocessed_auprc, "ideal_dice": best.postprocessed_ideal_dice}
     known = loading.read_preprocessing(folder)
-    stored = {"settings": settings, "settings_chosen_by": chosen, "evaluation_size": evaluation_size}
+    stored = {"settings": settings, "settings_chosen_by": chosen} | more
     loading.write_preprocessing(folder, known | stored)

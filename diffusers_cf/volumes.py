@@ -19,7 +19,8 @@ from diffusers_cf.data.geometry import FIELD_MM, PERCENTILE, check_geometry
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import dice
-from diffusers_cf.pipeline_counterfactual_ddim import MAPS, CounterfactualDDIMPipeline
+from diffusers_cf.heatmaps import MAPS
+from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.segment import (
     PatientVolumes,

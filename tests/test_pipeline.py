@@ -230,7 +230,7 @@ def test_bad_images_are_refused(pipe, record_calls, name):
         ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
         ({"num_inference_steps": 30}, "num_inference_steps is 30"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
-        ({"map": "signed"}, "map is 'signed': it must be one of counterfactual, reconstruction"),
+        ({"map": "sum"}, "map is 'sum': it must be one of counterfactual, reconstruction, signed"),
         ({"output_type": "pil"}, "output_type is 'pil': it must be one of pt, np"),
     ],
 )

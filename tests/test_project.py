@@ -26,7 +26,8 @@ ALLOWED = {
     "pixel_counts": set(),
     "evaluation": {"errors", "pixel_counts", "postprocessing"},
     "images": set(),
-    "pipeline_counterfactual_ddim": {"errors", "images", "schedulers", "models", "loading"},
+    "heatmaps": set(),
+    "pipeline_counterfactual_ddim": {"errors", "heatmaps", "images", "schedulers", "models", "loading"},
     "baselines": {"errors", "images", "pipeline_counterfactual_ddim", *BOTTOM},
 }
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home|Users)/")

@@ -31,6 +31,7 @@ def test_public_names():
         "implicit_guidance",
         "noise_prediction_loss",
         "register_with_diffusers",
+        "signed_heatmap",
         "unet_config",
     }
 

@@ -157,11 +157,13 @@ def test_accumulated_parts_give_the_same_weights(reference, data, tmp_path):
     assert_same_weights(tmp_path / "out", reference / "checkpoint-4" / "pipeline", 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_processes_give_the_same_weights(reference, data, tmp_path):
     changes = {"train_batch_size": 4, "max_train_steps": 4, "validation_steps": 4, "num_validation_slices": 2}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, ROOT / "train_counterfactual.py", *options(data, tmp_path / "out", **changes)]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=280)
+    subprocess.run(command, cwd=tmp_path, check=True)
     states = {path.name for path in (tmp_path / "out" / "checkpoint-4").glob("random_states_*")}
     assert states == {"random_states_0.pkl", "random_states_1.pkl"}  # there were two
     assert_same_weights(tmp_path / "out", reference / "checkpoint-4" / "pipeline", 1e-5)
@@ -173,6 +175,8 @@ def wait_for(path, process):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_run_resumes_as_if_never_killed(reference, data, tmp_path):
     # 1. Killed at a random moment after the first checkpoint.
     output = tmp_path / "out"
@@ -196,7 +200,7 @@ def test_a_killed_run_resumes_as_if_never_killed(reference, data, tmp_path):
     # 3. Resumed to its end.
     train(data, output, checkpoints_total_limit=2, resume_from_checkpoint="latest")
     assert_same_weights(output, reference)
-    assert sorted(path.name for path in output.glob("*checkpoint*")) == ["checkpoint-8", "checkpoint-12"]
+    assert {path.name for path in output.glob("*checkpoint*")} == {"checkpoint-8", "checkpoint-12"}
 
 
 def test_resuming_restores_the_whole_state(reference, data, tmp_path):
@@ -293,6 +297,7 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoints(changes, words, data, t
         assert all(tensor.isfinite().all() for tensor in weights(checkpoint / "pipeline").values())
 
 
+@pytest.mark.slow
 def test_errors_leave_with_exit_code_2_and_one_line(tmp_path):
     command = [
         sys.executable,

@@ -118,12 +118,12 @@ def test_noise_timesteps_and_uniform_have_their_distributions():
     assert batch_at(training_slices(), range(2000))["timesteps"].max() > 990
 
 
-def test_images_reach_the_range_of_the_network():
+def test_images_fill_the_range_of_the_network():
     slices = MadeSlices([0, 1])
     slices.images[:] = torch.tensor([0.0, 1.5])[:, None, None, None]
     batch = batch_at(TrainingSlices(slices, 0, (4, 4)), range(6))
     assert batch["images"].shape == batch["noise"].shape == (6, 2, 4, 4)
-    torch.testing.assert_close(batch["images"][:, 0, 0, 0], torch.where(batch["labels"] == 0, -1.0, 2.0))
+    torch.testing.assert_close(batch["images"][:, 0, 0, 0], torch.where(batch["labels"] == 0, -1.0, 1.0))
 
 
 def positions_of(first, last, batch_size, parts, world):

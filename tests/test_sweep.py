@@ -1,0 +1,103 @@
+"""The sweep gives what single calls of the pipeline give, and what it stores is what the model then recommends."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_cf import InputError
+from diffusers_cf.pixel_counts import PixelCounts
+from diffusers_cf.postprocessing import foreground_mask
+from diffusers_cf.sweep import SweepPoint, best_point, evenly_spread, learn_signs, store_settings, sweep
+
+
+class Slices:
+    """What the sweep needs of a data set: images of two channels with a bright square where the label is 1."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.images = 0.2 + 0.3 * torch.rand(6, 2, 16, 16, generator=generator)
+        self.images[:, :, :3] = 0
+        self.images[0] = 0
+        self.masks = torch.zeros(6, 16, 16, dtype=torch.uint8)
+        self.labels = torch.tensor([0, 0, 0, 1, 1, 1])
+        self.masks[3:, 8:12, 8:12] = 1
+        self.images[3:, 0, 8:12, 8:12] += 0.4
+        self.images[3:, 1, 8:12, 8:12] -= 0.15
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitems__(self, indices):
+        return list(indices)
+
+    def collate(self, rows):
+        return {"images": self.images[rows], "masks": self.masks[rows], "labels": self.labels[rows]}
+
+
+@pytest.mark.parametrize("map", ["counterfactual", "reconstruction", "signed"])
+def test_a_point_is_what_calls_of_the_pipeline_score(pipe, map):
+    slices, setting = Slices(), {"guidance_scale": 2.0, "strength": 0.4, "num_inference_steps": 10, "map": map}
+    pipe.preprocessing = {"signs": [1, -1]}
+    points = sweep(pipe, slices, range(6), [1.5, 2.0], [0.2, 0.4], [map], 10, batch_size=4)
+    assert [(p.strength, p.guidance_scale) for p in points] == [(0.2, 1.5), (0.2, 2.0), (0.4, 1.5), (0.4, 2.0)]
+    counts, inside = PixelCounts(), foreground_mask(slices.images.numpy())
+    maps = pipe(slices.images, **setting).heatmaps.numpy()
+    counts.update(maps[inside], slices.masks.numpy()[inside])
+    assert points[-1].foreground_auprc == pytest.approx(counts.average_precision(), abs=1e-3)
+    assert points[-1].network_evaluations == pipe.network_evaluations(**setting)
+    sick = inside & (slices.labels.numpy() > 0)[:, None, None]
+    assert points[-1].unhealthy_mean == pytest.approx(maps[sick].mean(), rel=1e-3)
+
+
+def test_signs_come_from_labels(pipe, monkeypatch):
+    """The counterfactual darkens channel 0 and brightens channel 1 of slices that are labelled 1."""
+    slices = Slices()
+
+    def denoise(latents, target, guidance_scale, **_):
+        change = (slices.labels == 1).float()[:, None, None, None] * torch.tensor([-0.2, 0.1])[None, :, None, None]
+        return latents + (change if guidance_scale else 0)
+
+    monkeypatch.setattr(pipe, "invert", lambda images, **_: torch.zeros(len(images), 2, 8, 8))
+    monkeypatch.setattr(pipe, "denoise", denoise)
+    settings = {"guidance_scale": 2.0, "strength": 0.4, "num_inference_steps": 10}
+    assert learn_signs(pipe, slices, range(6), batch_size=6, **settings) == [1, -1]
+    with pytest.raises(InputError, match="both labels"):
+        slices.labels = torch.zeros(6, dtype=torch.int64)
+        learn_signs(pipe, slices, range(6), batch_size=6, **settings)
+
+
+def test_the_best_point_is_the_best_among_those_that_are_cheap_enough():
+    points = [SweepPoint(2.0, 0.5, 20, "counterfactual", n, postprocessed_auprc=s) for n, s in ((30, 0.5), (60, 0.7))]
+    assert best_point(points).network_evaluations == 60
+    assert best_point(points, 40).network_evaluations == 30
+    with pytest.raises(InputError, match="at most 10"):
+        best_point(points, 10)
+
+
+def test_stored_settings_are_recommended(pipe, tmp_path):
+    pipe.preprocessing = {"modalities": ["a", "b"]}
+    pipe.save_pretrained(tmp_path / "model")
+    point = SweepPoint(2.0, 0.4, 20, "signed", 32, threshold=0.07)
+    store_settings(str(tmp_path / "model"), point, {"split": "validation"}, {"signs": [1, -1], "evaluation_size": 16})
+    loaded = type(pipe).from_pretrained(tmp_path / "model")
+    recommended = {
+        "guidance_scale": 2.0,
+        "strength": 0.4,
+        "num_inference_steps": 20,
+        "map": "signed",
+        "threshold": 0.07,
+    }
+    assert loaded.resolve_settings() == recommended
+    assert loaded.preprocessing["modalities"] == ["a", "b"]
+    facts = json.loads((tmp_path / "model" / "preprocessing.json").read_text(encoding="utf-8"))
+    assert facts["settings"]["postprocess"] and facts["signs"] == [1, -1]
+    with pytest.raises(InputError, match="folder"):
+        store_settings("user/name", point, {}, {})
+
+
+def test_slices_are_spread_evenly():
+    assert evenly_spread(10, 4) == [0, 3, 6, 9]
+    assert evenly_spread(3, 256) == [0, 1, 2]
+    assert np.unique(evenly_spread(765, 256)).size == 256
