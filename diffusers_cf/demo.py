@@ -41,9 +41,9 @@ def run_demo(args: argparse.Namespace) -> int:
     patient = make_patient(args.seed, args.index)
     if not patient.has_tumour:
         raise InputError(f"patient {args.index} of cohort {args.seed} is healthy: there is no lesion to find")
+    pipe = CounterfactualDDIMPipeline.from_pretrained(args.model)
     output = Path(args.output)
     scan = write_patient(patient, output / "scan")
-    pipe = CounterfactualDDIMPipeline.from_pretrained(args.model)
     report = segment_patient(pipe, scan, output / "segmentation", batch_size=args.batch_size, overwrite=True)
     result = output / "segmentation" / report["patient"]
     heatmap = np.asarray(nibabel.load(result / "heatmap.nii.gz").dataobj)

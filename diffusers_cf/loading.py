@@ -50,7 +50,8 @@ ALLOWED_COMPONENTS: dict[str, tuple] = {
 }
 
 # The names that diffusers gives to weights, and the only ones that it loads: plain, of a variant, in shards.
-_WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?P<shard>-\d{5}-of-\d{5})?\.safetensors")
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _SHARD_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
 _CONFIGS = ("config.json", "scheduler_config.json")
 _CHECKSUMS = re.compile(r"checksums(?:\.\w+)?\.json")
@@ -170,16 +171,11 @@ def _wanted_weights(
         variants |= set(found)
         if not wanted[component]:
             raise InputError(f"{where}: {component} {_why_no_weights(names[component], found)}")
-        if all(_is_shard(name) for name in wanted[component]):
+        if all(_SHARD.search(name) for name in wanted[component]):
             raise InputError(f"{where}: {component} has shards of weights without the index that lists them")
     if variant is not None and variant not in variants:
         raise InputError(f"{where}: there are no weights of the variant {variant!r}")
     return wanted
-
-
-def _is_shard(name: str) -> bool:
-    match = _WEIGHTS.fullmatch(name)
-    return bool(match and match["shard"])
 
 
 def _why_no_weights(names: Iterable[str], found: Mapping[str, list[str]]) -> str:
@@ -381,11 +377,9 @@ def _read_object(path: Path) -> dict:
 
 
 def _write_json(path: Path, value: Mapping) -> Path:
-    text, temporary = (
-        json.dumps(value, indent=2, allow_nan=False) + "\n",
-        path.with_name(f".{path.name}.{os.getpid()}"),
-    )
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

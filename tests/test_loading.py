@@ -100,6 +100,10 @@ DAMAGES = {
         "model_index.json: component 'unet' is \"../other\", refused",
     ),
     "number for a component": (lambda f: edit_json(f / "model_index.json", unet=3), "component 'unet' is 3, refused"),
+    "switch no switch": (
+        lambda f: edit_json(f / "model_index.json", clip_input=["os", "system"]),
+        "model_index.json: 'clip_input' is .*, it must be true or false",
+    ),
     "no model_index.json": (lambda f: os.remove(f / "model_index.json"), "model_index.json: no such file"),
     "model_index.json cut": (lambda f: (f / "model_index.json").write_text('{"unet": '), "not readable as JSON"),
     "model_index.json nested": (lambda f: (f / "model_index.json").write_text("[" * 10**6), "not readable as JSON"),

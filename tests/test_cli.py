@@ -1,0 +1,70 @@
+"""The command line: exit codes, spelling of options, and that bad input ends in one line."""
+
+import json
+
+import pytest
+
+from diffusers_cf.arguments import ArgumentParser, run_command
+from diffusers_cf.cli import COMMANDS, main
+from diffusers_cf.errors import InputError
+
+
+def test_options_may_be_written_with_either_dash():
+    parser = ArgumentParser()
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--name")
+    for arguments in (["--batch_size", "3"], ["--batch-size", "3"], ["--batch-size=3"]):
+        assert parser.parse_args(arguments).batch_size == 3
+    assert parser.parse_args(["--name", "a-b"]).name == "a-b"
+    assert parser.parse_args(["--name=--a-b"]).name == "--a-b"
+
+
+def test_bad_input_is_one_line_and_exit_code_2(capsys):
+    def command():
+        raise InputError("scan.nii.gz: truncated\nin the middle")
+
+    assert run_command(command) == 2
+    assert capsys.readouterr().err == "error: scan.nii.gz: truncated in the middle\n"
+    assert run_command(lambda: None) == 0
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_its_options(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    assert "--output" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["sgement"], ["segment"], ["demo", "--seed", "many"]])
+def test_bad_usage_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--seed", "0"], "trained"),
+        (["--index", "-1"], "0 or more"),
+        (["--seed", "7", "--index", "2", "--model", "missing"], "missing"),
+    ],
+)
+def test_the_demo_refuses_what_it_can_not_show(options, reason, tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert reason in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_the_demo_finds_a_lesion(tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path)]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert 0 < scores["FLAIR threshold"]["auprc"] < 1
+    assert 0 < scores["this model"]["auprc"] <= 1
+    patient = tmp_path / "segmentation" / "phantom-s1-0000"
+    assert {"heatmap.nii.gz", "mask.nii.gz", "preview.png", "report.json"} <= {p.name for p in patient.iterdir()}
+    assert "AUPRC" in capsys.readouterr().out
