@@ -57,6 +57,8 @@ setup(
         "matplotlib",
         "pyarrow",
         "pillow",
+        "filelock",
+        "threadpoolctl",
         "tqdm",
     ],
     extras_require=extras,
