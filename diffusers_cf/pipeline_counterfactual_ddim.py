@@ -119,7 +119,9 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         if not os.path.isdir(folder):
             folder = cls.download(folder, **kwargs)
         loading.check_model_folder(folder, variant=kwargs.get("variant"))
-        return super().from_pretrained(folder, **({"use_safetensors": True} | kwargs))
+        pipe = super().from_pretrained(folder, **(kwargs | {"use_safetensors": True}))
+        pipe.preprocessing = loading.read_preprocessing(folder)  # now: the folder may be gone later
+        return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Saves components (safetensors), preprocessing.json and checksums.json; arguments as in `DiffusionPipeline`."""
@@ -129,6 +131,7 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
             loading.write_preprocessing(save_directory, facts)
         loading.write_checksums(save_directory)
         if push_to_hub:
+            kwargs.pop("max_shard_size", None)  # diffusers' push_to_hub doesn't take it
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
 
     @property
