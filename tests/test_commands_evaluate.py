@@ -69,7 +69,7 @@ def run(*options):
 
 def test_a_baseline_from_the_command_line(dataset, tmp_path, capsys):
     output = tmp_path / "new" / "RESULT.json"
-    assert run("--method", "threshold", "--dataset", dataset, "--output", output) == 0
+    assert run("--method", "threshold", "--dataset", dataset, "--output", output, "--batch_size", 1) == 0
     result = json.loads(output.read_text())
     slices = SliceDataset(dataset, "test")
     expected = evaluate(make_baseline("threshold", MODALITIES).anomaly_map, slices, batch_size=None, progress=False)

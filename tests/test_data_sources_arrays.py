@@ -139,6 +139,7 @@ def test_folder_of_three_classes_and_colours(tmp_path):
     source = FolderSource(tmp_path, size=10)
     assert source.class_names == ("bird", "cat", "dog") and len(source.modalities) == 3
     assert source.read("2").slices.tolist() == [0]
+    assert source.read("2").slices.tolist() == [0]
     found = source.read("2").images[0]
     pixels = np.moveaxis(np.asarray(Image.open(tmp_path / "dog/2.png")), -1, 0) / 255
     np.testing.assert_allclose(found[:, 2:8], pixels, atol=1e-6)

@@ -170,6 +170,7 @@ def _read_png(path: Path) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path, formats=["PNG"]) as file:
+        # Some versions of Pillow open 16-bit files as 32-bit integers.
         if file.mode.startswith("I"):
             return np.asarray(file, dtype=np.uint16)
         palette = {"1": "L", "P": "RGB", "PA": "RGBA"}
