@@ -42,6 +42,7 @@ def run_demo(args: argparse.Namespace) -> int:
     if not patient.has_tumour:
         raise InputError(f"patient {args.index} of cohort {args.seed} is healthy: there is no lesion to find")
     pipe = CounterfactualDDIMPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
     output = Path(args.output)
     scan = write_patient(patient, output / "scan")
     report = segment_patient(pipe, scan, output / "segmentation", batch_size=args.batch_size, overwrite=True)
