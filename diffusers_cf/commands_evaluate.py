@@ -14,8 +14,12 @@ from diffusers_cf.baselines import BASELINES, make_baseline
 from diffusers_cf.data import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import evaluate, write_result
-from diffusers_cf.heatmaps import MAPS
-from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+from diffusers_cf.inference_options import (
+    add_device_arguments,
+    add_settings_arguments,
+    check_device_arguments,
+    open_pipeline,
+)
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,14 +34,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="RESULT.json", help="counts go to RESULT.counts.npz beside it"
     )
-    parser.add_argument("--batch_size", type=int, default=16, help="slices at a time, default: %(default)s")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
-    )
-    parser.add_argument("--guidance_scale", type=float, help="this and the next four: what the model recommends")
-    parser.add_argument("--strength", type=float)
-    parser.add_argument("--num_inference_steps", type=int)
-    parser.add_argument("--map", choices=MAPS)
+    add_device_arguments(parser)
+    add_settings_arguments(parser)
     parser.add_argument(
         "--threshold", type=float, help="for Dice per patient; without one the split's ideal threshold"
     )
@@ -51,11 +49,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
     Raises:
         InputError: Model, data set, options or output can't be used.
     """
-    for name in ("batch_size", "max_patients"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    check_device_arguments(args)
+    if args.max_patients is not None and args.max_patients < 1:
+        raise InputError(f"--max_patients must be at least 1, not {args.max_patients}")
     output = _output_file(args.output)
-    _check_device(args.device)
     dataset = SliceDataset(args.dataset, args.split)
     if not dataset.has_masks:
         raise InputError(f"{args.dataset} has no lesion masks: it trains a model, but can't be evaluated")
@@ -80,6 +77,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": package_commit(),
         "device": args.device,
+        "dtype": args.dtype,
     }
     write_result({**result, **facts}, output)
     print(_summary(result, output))
@@ -98,16 +96,9 @@ def _output_file(path: str) -> Path:
     return output
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA says so by an AssertionError
-        raise InputError(f"--device {device} can't be used ({str(error).splitlines()[0]})") from None
-
-
 def _load_model(args: argparse.Namespace, dataset: SliceDataset) -> dict:
     """Returns a model's keyword arguments for `evaluate`, and `settings`."""
-    pipe = CounterfactualDDIMPipeline.from_pretrained(args.model)
+    pipe = open_pipeline(args.model, args.device, args.dtype)
     modalities = pipe.preprocessing.get("modalities", dataset.preprocessing["modalities"])
     if list(modalities) != list(dataset.preprocessing["modalities"]):
         given = ", ".join(dataset.preprocessing["modalities"])
@@ -121,8 +112,6 @@ def _load_model(args: argparse.Namespace, dataset: SliceDataset) -> dict:
         pipe.scheduler.set_timesteps(settings["num_inference_steps"])
     except ValueError as error:
         raise InputError(str(error)) from None
-    pipe.to(args.device)
-    pipe.set_progress_bar_config(disable=True)
     call = {name: value for name, value in settings.items() if name != "threshold"}
     return {
         "anomaly_map": lambda images: pipe(images, **call).heatmaps,

@@ -9,7 +9,7 @@ import numpy as np
 
 from diffusers_cf.data.phantom import FROZEN_SEED, make_patient, write_patient
 from diffusers_cf.errors import InputError
-from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.volumes import segment_patient
 
@@ -25,7 +25,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(SHIPPED_MODEL), help="the shipped one")
     parser.add_argument("--seed", type=int, default=1, help="cohort of the phantom; the model was trained on cohort 0")
     parser.add_argument("--index", type=int, default=0, help="patient of the cohort (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=16)
+    add_device_arguments(parser)
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -36,13 +36,13 @@ def run_demo(args: argparse.Namespace) -> int:
     """
     if args.seed == FROZEN_SEED:
         raise InputError(f"--seed {args.seed} is the cohort that the model was trained and measured on: take another")
-    if args.seed < 0 or args.index < 0 or args.batch_size < 1:
-        raise InputError("--seed and --index must be 0 or more, --batch_size 1 or more")
+    if args.seed < 0 or args.index < 0:
+        raise InputError("--seed and --index must be 0 or more")
+    check_device_arguments(args)
     patient = make_patient(args.seed, args.index)
     if not patient.has_tumour:
         raise InputError(f"patient {args.index} of cohort {args.seed} is healthy: there is no lesion to find")
-    pipe = CounterfactualDDIMPipeline.from_pretrained(args.model)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = open_pipeline(args.model, args.device, args.dtype)
     output = Path(args.output)
     scan = write_patient(patient, output / "scan")
     report = segment_patient(pipe, scan, output / "segmentation", batch_size=args.batch_size, overwrite=True)

@@ -64,7 +64,7 @@ def plot_slices(
             axis.set_yticks([])
     for axis, column in zip(axes[0], columns, strict=True):
         axis.set_title(column, fontsize=9)
-    figure.colorbar(heat, ax=axes[:, 2].tolist(), shrink=min(1, 2 / len(images)), label="change / p99")
+    figure.colorbar(heat, ax=axes, shrink=min(1, 2 / len(images)), label="heatmap: change / p99")
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=100)
 

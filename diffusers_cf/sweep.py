@@ -18,6 +18,7 @@ from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.heatmaps import MAPS, heatmap
 from diffusers_cf.images import resize_images
+from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.plots import plot_sweep
@@ -215,8 +216,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_inference_steps", type=int, default=100)
     add("--max_slices", type=int, default=256, help="evenly spread over the split (256, the paper's number)")
     add("--max_evaluations", type=int, help="recommend a setting of at most so many network evaluations a slice")
-    add("--batch_size", type=int, default=32)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_arguments(parser, batch_size=32)
     add("--store", action="store_true", help="write the best setting into the model folder as its recommendation")
 
 
@@ -226,13 +226,13 @@ def run_sweep(args: argparse.Namespace) -> int:
     Raises:
         InputError: model, data set or options can't be used.
     """
+    check_device_arguments(args)
     dataset = SliceDataset(args.dataset, args.split)
     if not dataset.has_masks or not len(dataset):
         raise InputError(f"{args.dataset}: the split {args.split} has no slices with lesion masks to measure on")
-    pipe = CounterfactualDDIMPipeline.from_pretrained(args.model).to(args.device)
-    pipe.set_progress_bar_config(disable=True)
     if not all(0 < strength <= 1 for strength in args.strengths):
         raise InputError(f"--strengths {args.strengths}: each must lie in (0, 1]")
+    pipe = open_pipeline(args.model, args.device, args.dtype)
     indices = evenly_spread(len(dataset), args.max_slices)
     try:
         pipe.scheduler.set_timesteps(args.num_inference_steps)

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 
@@ -19,7 +18,12 @@ from diffusers_cf.data.geometry import FIELD_MM, PERCENTILE, check_geometry
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import dice
-from diffusers_cf.heatmaps import MAPS
+from diffusers_cf.inference_options import (
+    add_device_arguments,
+    add_settings_arguments,
+    check_device_arguments,
+    open_pipeline,
+)
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.segment import (
@@ -249,13 +253,9 @@ def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     add("patients", nargs="+", metavar="PATIENT_DIR", help="folder with one NIfTI file a modality")
     add("--model", required=True, help="folder or Hub id of a model")
     add("--output", required=True, metavar="OUT", help="gets a folder for each patient")
-    add("--guidance_scale", type=float, help="this and the next four: what the model recommends")
-    add("--strength", type=float)
-    add("--num_inference_steps", type=int)
-    add("--map", choices=MAPS)
+    add_settings_arguments(parser)
     add("--threshold", type=float, help="heat from which on a voxel is lesion; a change of 1 = 99th percentile")
-    add("--batch_size", type=int, default=16, help="slices at a time, default: %(default)s")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add_device_arguments(parser)
     add("--overwrite", action="store_true", help="replace patients finished with another model or other settings")
 
 
@@ -269,7 +269,7 @@ def run_segment(args: argparse.Namespace) -> int:
         InputError: Model, options or output can't be used, or two patients have the same name.
     """
     _check_arguments(args)
-    pipe = _load_pipeline(args.model, args.device)
+    pipe = open_pipeline(args.model, args.device, args.dtype)
     settings = {name: getattr(args, name) for name in SETTINGS}
     segmentation_facts(pipe, args.model, **settings)
     try:
@@ -296,32 +296,10 @@ def run_segment(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    if args.batch_size < 1:
-        raise InputError(f"--batch_size must be at least 1, not {args.batch_size}")
+    check_device_arguments(args)
     names = Counter(patient_name(folder) for folder in args.patients)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise InputError(
             f"two patients are called {twice[0]}: both would be written to {Path(args.output) / twice[0]}"
         )
-
-
-def _load_pipeline(model: str, device: str) -> CounterfactualDDIMPipeline:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA says so by an AssertionError
-        raise InputError(f"--device {device} can't be used ({str(error).splitlines()[0]})") from None
-    # Several bars would hide the one that counts slices.
-    diffusers.utils.logging.disable_progress_bar()
-    try:
-        pipe = CounterfactualDDIMPipeline.from_pretrained(model)
-    except InputError:
-        raise
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{model}: can't be loaded ({(str(error).splitlines() or [type(error).__name__])[0]})"
-        ) from None
-    finally:
-        diffusers.utils.logging.enable_progress_bar()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)

@@ -1,0 +1,68 @@
+"""What encoding and decoding lose: mean |x - x_null| in the foreground of healthy slices, without guidance.
+
+python benchmarks/round_trip.py --model MODEL --dataset DATASET --output results/phantom/round_trip.json
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusers_cf.arguments import ArgumentParser, run_command
+from diffusers_cf.commands_evaluate import package_commit
+from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.errors import InputError
+from diffusers_cf.images import resize_images
+from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
+from diffusers_cf.sweep import evenly_spread
+
+
+def round_trip_error(pipe, images: torch.Tensor, strength: float, num_inference_steps: int) -> torch.Tensor:
+    """Mean absolute error of each image at the network's size, over its foreground and channels; `(N,)`, of p99 = 1."""
+    small = resize_images(images, pipe.image_size).clamp(max=1)
+    walk = {"strength": strength, "num_inference_steps": num_inference_steps}
+    error = (pipe.denoise(pipe.invert(images, **walk), None, 0, **walk).cpu() - small).abs().mean(dim=1)
+    inside = (small > 0).any(dim=1)
+    return (error * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp(min=1)
+
+
+def main(args) -> None:
+    """A row for each strength and number of steps."""
+    check_device_arguments(args)
+    dataset = SliceDataset(args.dataset, args.split)
+    healthy = np.flatnonzero(np.asarray(dataset.labels) == 0)
+    if not len(healthy):
+        raise InputError(f"{args.dataset}: the split {args.split} has no healthy slice")
+    pipe = open_pipeline(args.model, args.device, args.dtype)
+    chosen = [int(healthy[i]) for i in evenly_spread(len(healthy), args.max_slices)]
+    rows = []
+    for steps in args.num_inference_steps:
+        for strength in args.strengths:
+            errors = []
+            for start in range(0, len(chosen), args.batch_size):
+                batch = dataset.collate(dataset.__getitems__(chosen[start : start + args.batch_size]))
+                errors.append(round_trip_error(pipe, batch["images"], strength, steps))
+            error = torch.cat(errors)
+            row = {"num_inference_steps": steps, "strength": strength}
+            rows.append(row | {"mean_error": error.mean().item(), "worst_slice": error.max().item()})
+            print(rows[-1], flush=True)
+    command = shlex.join(["python", *sys.argv])
+    facts = {"command": command, "commit": package_commit(), "split": args.split, "n_slices": len(chosen)}
+    Path(args.output).write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--output", required=True, metavar="RESULT.json")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.25, 0.5, 0.75])
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[100])
+    parser.add_argument("--max_slices", type=int, default=64)
+    add_device_arguments(parser)
+    arguments = parser.parse_args()
+    raise SystemExit(run_command(lambda: main(arguments)))

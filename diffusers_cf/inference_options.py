@@ -1,0 +1,65 @@
+"""What segment, evaluate, sweep and demo share: the options of a model in use, and opening it."""
+
+import argparse
+
+import diffusers
+import torch
+
+from diffusers_cf.errors import InputError
+from diffusers_cf.heatmaps import MAPS
+from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int = 16) -> None:
+    """Adds where and how the network computes: `--device`, `--dtype`, `--batch_size`."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network, default: %(default)s")
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="slices at a time, default: %(default)s")
+
+
+def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the settings that a model recommends and a command may replace, all but the threshold."""
+    parser.add_argument("--guidance_scale", type=float, help="this and the next three: what the model recommends")
+    parser.add_argument("--strength", type=float)
+    parser.add_argument("--num_inference_steps", type=int)
+    parser.add_argument("--map", choices=MAPS)
+
+
+def check_device_arguments(args: argparse.Namespace) -> None:
+    """Raises `InputError` for a device that this machine lacks and for a batch size below 1."""
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size must be at least 1, not {args.batch_size}")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA says so by an AssertionError
+        raise InputError(f"--device {args.device} can't be used ({str(error).splitlines()[0]})") from None
+
+
+def open_pipeline(model: str, device: str = "cpu", dtype: str = "float32") -> CounterfactualDDIMPipeline:
+    """A model folder or Hub id as a pipeline without progress bars of its own.
+
+    Args:
+        model (`str`): folder or Hub id.
+        device (`str`): where to put it.
+        dtype (`str`): a key of `DTYPES`.
+
+    Raises:
+        InputError: the model can't be loaded; the line names it and the reason.
+    """
+    # Several bars would hide the one that counts slices.
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        pipe = CounterfactualDDIMPipeline.from_pretrained(model, dtype=DTYPES[dtype])
+    except InputError:
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{model}: can't be loaded ({reason})") from None
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)

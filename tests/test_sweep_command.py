@@ -1,0 +1,99 @@
+"""`diffusers-cf sweep` from its command line, and the measuring scripts beside the package."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_data import write_training_set
+
+from diffusers_cf.cli import main
+from diffusers_cf.data.slices import SliceDataset
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def files(make_pipeline, tmp_path):
+    """A model and a data set of 2 channels, 8 x 8 and 16 x 16 pixels."""
+    pipe = make_pipeline()
+    pipe.preprocessing = {"modalities": ["flair", "t1"]}
+    pipe.save_pretrained(tmp_path / "model")
+    write_training_set(tmp_path / "slices")
+    return tmp_path
+
+
+def sweep(files, *options):
+    paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "out"]
+    grid = ["--guidance_scales", 2, "--strengths", 0.2, 0.5, "--num_inference_steps", 10, "--max_slices", 6]
+    return main(["sweep", *(str(part) for part in [*paths, *grid, *options])])
+
+
+def test_the_best_point_of_the_file_is_what_the_model_recommends(files):
+    assert sweep(files, "--store", "--batch_size", 4) == 0
+    document = json.loads((files / "out" / "sweep.json").read_text())
+    assert document["n_slices"] == 6 and len(document["points"]) == 2 * 3 and "sweep" in document["command"]
+    best = max(document["points"], key=lambda point: point["postprocessed_auprc"])
+    assert document["best"] == best
+    assert (files / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    facts = json.loads((files / "model" / "preprocessing.json").read_text())
+    for name in ("guidance_scale", "strength", "num_inference_steps", "map", "threshold"):
+        assert facts["settings"][name] == best[name]
+    assert len(facts["signs"]) == 2 and facts["evaluation_size"] == 16
+    assert facts["settings_chosen_by"]["command"] == document["command"]
+
+
+def test_a_sweep_without_store_leaves_the_model_as_it_is(files):
+    before = (files / "model" / "preprocessing.json").read_bytes()
+    assert sweep(files, "--maps", "counterfactual", "--dtype", "bfloat16") == 0
+    assert (files / "model" / "preprocessing.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--strengths", "0", "0.5"], "(0, 1]"),
+        (["--num_inference_steps", "7"], "7"),
+        (["--split", "test"], "split test"),
+        (["--batch_size", "0"], "at least 1"),
+        (["--device", "abacus"], "abacus"),
+        (["--model", "nowhere/missing"], "missing"),
+        (["--max_evaluations", "1"], "at most 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(files, options, reason, capsys):
+    assert sweep(files, *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and reason in error
+    assert not (files / "out" / "sweep.json").exists()
+
+
+def test_a_data_set_without_masks_is_refused(files, capsys):
+    write_training_set(files / "unmasked", masks=False)
+    assert sweep(files, "--dataset", str(files / "unmasked")) == 2
+    assert "no slices with lesion masks" in capsys.readouterr().err
+
+
+def test_round_trip_script(files):
+    """Its error of one setting is what the pipeline's two passes give."""
+    script = ROOT / "benchmarks" / "round_trip.py"
+    options = ["--strengths", "0.5", "--num_inference_steps", "10", "--split", "validation"]
+    paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "round_trip.json"]
+    subprocess.run([sys.executable, script, *paths, *options], check=True, capture_output=True)
+    row = json.loads((files / "round_trip.json").read_text())["rows"][0]
+
+    from diffusers_cf import CounterfactualDDIMPipeline
+
+    pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
+    pipe.set_progress_bar_config(disable=True)
+    dataset = SliceDataset(files / "slices", "validation")
+    images = dataset.collate(dataset.__getitems__([0, 1, 2, 3, 4]))["images"]
+    small = torch.nn.functional.interpolate(images, (8, 8), mode="area").clamp(max=1)
+    decoded = pipe.denoise(pipe.invert(images, 0.5, 10), None, 0, 0.5, 10)
+    inside = (small > 0).any(dim=1)
+    errors = [(d - s).abs().mean(dim=0)[i].mean() for d, s, i in zip(decoded, small, inside, strict=True)]
+    assert row["mean_error"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-3)
+    assert row["num_inference_steps"] == 10 and row["strength"] == 0.5
