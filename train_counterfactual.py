@@ -29,6 +29,7 @@ from diffusers_cf.models import (
     class_token_encoder,
     counterfactual_unet,
 )
+from diffusers_cf.publishing import create_model_repository, push_model
 from diffusers_cf.training import (
     PositionBatches,
     Progress,
@@ -192,6 +193,9 @@ def main(args: Namespace) -> None:
     """Trains; every number of the run is in `args`."""
     output = open_output_folder(args)
     accelerator = start_accelerator(args, output)
+    if args.push_to_hub and accelerator.is_main_process:
+        name = args.hub_model_id or output.resolve().name
+        repository = create_model_repository(name, args.hub_token, args.hub_private_repo or None)
     run = set_up(args, accelerator, output)
     step = resume(run)
     if args.report_to:
@@ -201,8 +205,7 @@ def main(args: Namespace) -> None:
     if accelerator.is_main_process:
         run.save_model(output)
         if args.push_to_hub:
-            pipe = CounterfactualDDIMPipeline.from_pretrained(output)
-            pipe.push_to_hub(args.hub_model_id or output.name, token=args.hub_token, private=args.hub_private_repo)
+            push_model(output, repository, args.hub_token)
     accelerator.end_training()
 
 

@@ -50,11 +50,11 @@ ALLOWED_COMPONENTS: dict[str, tuple] = {
 }
 
 # The names that diffusers gives to weights, and the only ones that it loads: plain, of a variant, in shards.
-_WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
+WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _SHARD_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
 _CONFIGS = ("config.json", "scheduler_config.json")
-_CHECKSUMS = re.compile(r"checksums(?:\.\w+)?\.json")
+CHECKSUMS = re.compile(r"checksums(?:\.\w+)?\.json")
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _MAX_JSON_BYTES = 16 * 2**20
 
@@ -147,7 +147,7 @@ def _model_files(where, names: Iterable[str], components: Mapping[str, tuple], v
         if component in in_component:
             in_component[component].append(base)
             files += [name] if base in _CONFIGS else []
-        elif not component and (base in (MODEL_INDEX, PREPROCESSING, "README.md") or _CHECKSUMS.fullmatch(base)):
+        elif not component and (base in (MODEL_INDEX, PREPROCESSING, "README.md") or CHECKSUMS.fullmatch(base)):
             files.append(name)
     for component, weights in _wanted_weights(where, in_component, components, variant).items():
         files += [f"{component}/{base}" for base in weights]
@@ -164,7 +164,7 @@ def _wanted_weights(
             continue
         found = {}
         for name in sorted(names[component]):
-            match = _WEIGHTS.fullmatch(name) or _SHARD_INDEX.fullmatch(name)
+            match = WEIGHTS.fullmatch(name) or _SHARD_INDEX.fullmatch(name)
             if match:
                 found.setdefault(match["variant"], []).append(name)
         wanted[component] = found.get(variant) or found.get(None) or []
@@ -194,7 +194,7 @@ def check_model_folder(
 
     Checked are the components and their classes against `allowed`, that every path stays in the folder, that the
     weights of `variant` are whole safetensors files, and the SHA-256 of each where the folder has a list of them
-    (`write_checksums`): a flipped byte in weights goes unnoticed otherwise.
+    (`saving.write_checksums`): a flipped byte in weights goes unnoticed otherwise.
 
     Args:
         folder (`str` or `os.PathLike`): a folder with model_index.json.
@@ -269,7 +269,7 @@ def _check_shard_index(path: Path) -> None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: no weight_map, so not an index of sharded weights")
     for name in set(map(str, weight_map.values())):
-        if not _WEIGHTS.fullmatch(name):
+        if not WEIGHTS.fullmatch(name):
             raise InputError(f"{path}: names {name!r}, which is not the name of a file of weights, refused")
         if not (path.parent / name).is_file():
             raise InputError(f"{path}: names {name!r}, which is missing")
@@ -285,13 +285,13 @@ def _check_weights(folder: Path, path: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged or truncated weights ({_one_line(error)})") from error
-    sums_file = folder / _checksums_name(path.name)
+    sums_file = folder / checksums_name(path.name)
     if not sums_file.exists():
         return
     expected = _read_object(_inside(folder, sums_file)).get(f"{path.parent.name}/{path.name}")
     if expected is None:
         raise InputError(f"{path}: not listed in {sums_file.name}: left over from an earlier save?")
-    if expected != _sha256(path):
+    if expected != sha256_of(path):
         raise InputError(f"{path}: damaged, its SHA-256 is not the one in {sums_file.name}")
 
 
@@ -310,37 +310,6 @@ def read_preprocessing(folder: str | os.PathLike) -> dict:
     return facts
 
 
-def write_preprocessing(folder: str | os.PathLike, facts: Mapping) -> Path:
-    """Writes preprocessing.json in one step, so that no reader ever sees half of it, and returns its path.
-
-    Raises:
-        ValueError: if a value is NaN or infinite, which JSON can't hold.
-    """
-    return _write_json(Path(folder) / PREPROCESSING, facts)
-
-
-def write_checksums(folder: str | os.PathLike) -> dict[str, str]:
-    """Lists the SHA-256 of every weight file of a model folder in checksums.json.
-
-    Weights of a variant have a list of their own (checksums.fp16.json): pushing one leaves the others' standing.
-
-    Returns:
-        `dict[str, str]`: file name relative to the folder to hexadecimal SHA-256, all variants together.
-    """
-    folder = Path(folder)
-    lists = {}
-    for path in sorted(folder.glob("*/*.safetensors")):
-        if _WEIGHTS.fullmatch(path.name):
-            sums = lists.setdefault(_checksums_name(path.name), {})
-            sums[f"{path.parent.name}/{path.name}"] = _sha256(path)
-    for path in folder.iterdir():
-        if _CHECKSUMS.fullmatch(path.name) and path.name not in lists:
-            path.unlink()
-    for name, sums in lists.items():
-        _write_json(folder / name, sums)
-    return {name: value for sums in lists.values() for name, value in sums.items()}
-
-
 def register_with_diffusers(pipeline_class: type) -> None:
     """Makes `DiffusionPipeline.from_pretrained(folder)` find our pipeline class.
 
@@ -354,12 +323,14 @@ def register_with_diffusers(pipeline_class: type) -> None:
         setattr(diffusers, pipeline_class.__name__, pipeline_class)
 
 
-def _checksums_name(weights_name: str) -> str:
-    variant = _WEIGHTS.fullmatch(weights_name)["variant"]
+def checksums_name(weights_name: str) -> str:
+    """The list of checksums that a weight file stands in."""
+    variant = WEIGHTS.fullmatch(weights_name)["variant"]
     return f"checksums.{variant}.json" if variant else "checksums.json"
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -374,21 +345,6 @@ def _read_object(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")
     return value
-
-
-def _write_json(path: Path, value: Mapping) -> Path:
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def _one_line(error: Exception) -> str:

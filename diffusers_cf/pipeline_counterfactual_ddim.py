@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 
-from diffusers_cf import loading
+from diffusers_cf import loading, saving
 from diffusers_cf.heatmaps import MAPS, heatmap
 from diffusers_cf.images import resize_images
 from diffusers_cf.models import ClassTokenEncoder, predict_noise
@@ -128,8 +128,9 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         facts = self.preprocessing
         super().save_pretrained(save_directory, **(kwargs | {"safe_serialization": True}))
         if facts:
-            loading.write_preprocessing(save_directory, facts)
-        loading.write_checksums(save_directory)
+            saving.write_preprocessing(save_directory, facts)
+        saving.forget_origin(save_directory)
+        saving.write_checksums(save_directory)
         if push_to_hub:
             kwargs.pop("max_shard_size", None)  # diffusers' push_to_hub doesn't take it
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_cf import loading
+from diffusers_cf import loading, saving
 from diffusers_cf.commands_evaluate import package_commit
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
@@ -280,4 +280,4 @@ def store_settings(folder: str, best: SweepPoint, facts: dict, more: dict) -> No
     chosen = facts | {"postprocessed_auprc": best.postprocessed_auprc, "ideal_dice": best.postprocessed_ideal_dice}
     known = loading.read_preprocessing(folder)
     stored = {"settings": settings, "settings_chosen_by": chosen} | more
-    loading.write_preprocessing(folder, known | stored)
+    saving.write_preprocessing(folder, known | stored)

@@ -24,6 +24,7 @@ from diffusers_cf.inference_options import (
     check_device_arguments,
     open_pipeline,
 )
+from diffusers_cf.loading import sha256_of
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.segment import (
@@ -95,7 +96,7 @@ def segment_patient(
     facts = segmentation_facts(pipe, model=model, **settings)
     target = Path(output) / check_patient_id(patient)
     files = patient_files(folder, facts["preprocessing"]["modalities"])
-    facts["inputs"] = {name: _sha256(path) for name, path in files.items()}
+    facts["inputs"] = {name: _scan_sha256(path) for name, path in files.items()}
     finished = _finished_report(target, folder, facts, overwrite)
     if finished:
         return finished
@@ -176,10 +177,9 @@ def model_fingerprint(pipe: CounterfactualDDIMPipeline) -> str:
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def _scan_sha256(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror or error})") from None
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from model_files import FACTS, UNET, edit_json, fingerprint, load, tiny_pipeline
+from model_files import FACTS, UNET, edit_json, files_of, fingerprint, load, tiny_pipeline
 
-from diffusers_cf import loading
+from diffusers_cf import loading, saving
 from diffusers_cf.errors import InputError
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
@@ -23,7 +23,7 @@ def model(tmp_path_factory):
     """A saved model folder; tests that damage it take a copy."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_pipeline().save_pretrained(folder)
-    loading.write_checksums(folder)
+    saving.write_checksums(folder)
     return folder
 
 
@@ -192,11 +192,11 @@ def test_a_missing_folder_is_said(tmp_path):
 
 
 def test_checksums_follow_the_weights(copy):
-    sums = loading.write_checksums(copy)
+    sums = saving.write_checksums(copy)
     assert set(sums) == {UNET, UNET.replace("unet", "class_encoder")}
     flip_a_byte(copy)
     (copy / "checksums.old.json").write_text("{}")
-    changed = loading.write_checksums(copy)
+    changed = saving.write_checksums(copy)
     assert {name for name in sums if sums[name] != changed[name]} == {UNET}
     assert json.loads((copy / "checksums.json").read_text()) == changed and not (copy / "checksums.old.json").exists()
     loading.check_model_folder(copy)
@@ -204,11 +204,20 @@ def test_checksums_follow_the_weights(copy):
 
 def test_preprocessing_is_written_whole_or_not_at_all(tmp_path):
     assert loading.read_preprocessing(tmp_path) == {}
-    loading.write_preprocessing(tmp_path / "new", FACTS)
+    saving.write_preprocessing(tmp_path / "new", FACTS)
     with pytest.raises(ValueError, match="JSON compliant"):
-        loading.write_preprocessing(tmp_path / "new", {"settings": {"threshold": float("nan")}})
+        saving.write_preprocessing(tmp_path / "new", {"settings": {"threshold": float("nan")}})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
         patch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("no space left")))
-        loading.write_preprocessing(tmp_path / "new", {})
+        saving.write_preprocessing(tmp_path / "new", {})
     assert loading.read_preprocessing(tmp_path / "new") == FACTS
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["preprocessing.json"]
+
+
+def test_a_saved_model_does_not_say_where_it_was_loaded_from(model, tmp_path):
+    """diffusers notes the folder in every configuration; published, it would show the machine's paths."""
+    pipe = CounterfactualDDIMPipeline.from_pretrained(model)
+    pipe.save_pretrained(tmp_path / "again")
+    assert str(model) in str(pipe.unet.config)
+    written = {name: data for name, data in files_of(tmp_path / "again").items() if name.endswith(".json")}
+    assert len(written) > 5 and not [name for name, data in written.items() if b"_name_or_path" in data]

@@ -11,7 +11,7 @@ import torch
 from hub_server import HubServer
 from model_files import CONFIGS, UNET, edit_json, files_of, load, tiny_pipeline
 
-from diffusers_cf import loading
+from diffusers_cf import saving
 from diffusers_cf.errors import InputError
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory):
     """A saved model folder; tests that damage it take a copy."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_pipeline().save_pretrained(folder)
-    loading.write_checksums(folder)
+    saving.write_checksums(folder)
     return folder
 
 
@@ -80,7 +80,7 @@ def test_save_pretrained_pushes_what_it_saves(hub, client, copy, tmp_path):
 def test_a_variant_is_fetched_alone_and_code_and_pickles_never(hub, client, copy, tmp_path):
     half = CounterfactualDDIMPipeline.from_pretrained(copy, dtype=torch.float16)
     half.save_pretrained(copy, variant="fp16")
-    loading.write_checksums(copy)
+    saving.write_checksums(copy)
     extra = ["pipeline.py", "unet/diffusion_pytorch_model.bin", "class_encoder/diffusers_cf.models.py", "unet/a.txt"]
     hub.put("user/variant", files_of(copy) | dict.fromkeys(extra, b"raise SystemExit"))
     fetched = CONFIGS | {"checksums.json", "checksums.fp16.json"}
@@ -172,7 +172,7 @@ def test_a_foreign_model_is_refused_before_its_weights_are_fetched(hub, client, 
 def test_sharded_weights_load_from_disk_and_hub(hub, client, model, tmp_path):
     folder = tmp_path / "sharded"
     CounterfactualDDIMPipeline.from_pretrained(model).save_pretrained(folder, max_shard_size="20KB")
-    loading.write_checksums(folder)
+    saving.write_checksums(folder)
     shards = [name for name in files_of(folder) if "unet/diffusion_pytorch_model-0000" in name]
     assert len(shards) > 1 and load(folder) == load(model)
     hub.put("user/sharded", files_of(folder))

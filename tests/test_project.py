@@ -27,7 +27,8 @@ ALLOWED = {
     "evaluation": {"errors", "pixel_counts", "postprocessing"},
     "images": set(),
     "heatmaps": set(),
-    "pipeline_counterfactual_ddim": {"errors", "heatmaps", "images", "schedulers", "models", "loading"},
+    "saving": {"loading"},
+    "pipeline_counterfactual_ddim": {"errors", "heatmaps", "images", "schedulers", "models", "loading", "saving"},
     "baselines": {"errors", "images", "pipeline_counterfactual_ddim", *BOTTOM},
 }
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home|Users)/")
