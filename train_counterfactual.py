@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
 from diffusers_cf.arguments import run_command
 from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.hub import create_model_repository, push_model
 from diffusers_cf.losses import drop_condition, noise_prediction_loss
 from diffusers_cf.models import (
     ClassTokenEncoder,
@@ -29,7 +30,6 @@ from diffusers_cf.models import (
     class_token_encoder,
     counterfactual_unet,
 )
-from diffusers_cf.publishing import create_model_repository, push_model
 from diffusers_cf.training import (
     PositionBatches,
     Progress,
