@@ -4,15 +4,13 @@ python benchmarks/round_trip.py --model MODEL --dataset DATASET --output results
 """
 
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from diffusers_cf.arguments import ArgumentParser, run_command
-from diffusers_cf.commands_evaluate import package_commit
+from diffusers_cf.commands_evaluate import command_line, package_commit
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.images import resize_images
@@ -49,8 +47,7 @@ def main(args) -> None:
             row = {"num_inference_steps": steps, "strength": strength}
             rows.append(row | {"mean_error": error.mean().item(), "worst_slice": error.max().item()})
             print(rows[-1], flush=True)
-    command = shlex.join(["python", *sys.argv])
-    facts = {"command": command, "commit": package_commit(), "split": args.split, "n_slices": len(chosen)}
+    facts = {"command": command_line(), "commit": package_commit(), "split": args.split, "n_slices": len(chosen)}
     Path(args.output).write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
 
 

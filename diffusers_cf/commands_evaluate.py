@@ -74,7 +74,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         "dataset": {"folder": args.dataset, "split": args.split, **dataset.preprocessing},
         "max_patients": args.max_patients,
         "seed": args.seed,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "commit": package_commit(),
         "device": args.device,
         "dtype": args.dtype,
@@ -154,6 +154,12 @@ def package_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return version
+
+
+def command_line() -> str:
+    """Returns the command that runs, as one would type it again."""
+    program = Path(sys.argv[0])
+    return shlex.join([{"cli.py": "diffusers-cf"}.get(program.name, program.name), *sys.argv[1:]])
 
 
 def _summary(result: dict, output: Path) -> str:

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_cf import loading, saving
-from diffusers_cf.commands_evaluate import package_commit
+from diffusers_cf.commands_evaluate import command_line, package_commit
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.heatmaps import MAPS, heatmap
@@ -255,8 +253,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     best = best_point(points, args.max_evaluations)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    facts = {"command": command, "commit": package_commit(), "split": args.split, "n_slices": len(indices)}
+    facts = {"command": command_line(), "commit": package_commit(), "split": args.split, "n_slices": len(indices)}
     document = facts | {"best": asdict(best), "points": [asdict(point) for point in points]}
     (output / "sweep.json").write_text(json.dumps(document, indent=2) + "\n")
     plot_sweep(output / "sweep.png", points)
