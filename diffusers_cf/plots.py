@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 
-HEAT_MAXIMUM = 0.5  # a change by half of the 99th percentile is the brightest colour: one scale for every picture
+HEAT_MAXIMUM = 0.25  # a change by a quarter of the 99th percentile has the brightest colour: one scale for all
 
 
 def plot_slices(

@@ -3,17 +3,19 @@
 # STEPS=20 PATIENTS=4 try the way through in minutes; the defaults need some hours on two cores.
 set -euo pipefail
 OUT=${OUT:-phantom_run}
-STEPS=${STEPS:-5000}
+STEPS=${STEPS:-7500}
 PATIENTS=${PATIENTS:-340}
-GRID=${GRID:-50}
-SLICES=${SLICES:-96}
+GRID=${GRID:-20}
+SLICES=${SLICES:-128}
 
 diffusers-cf prepare --source phantom --patients "$PATIENTS" --size 64 --output "$OUT/train_data"
 diffusers-cf prepare --source phantom --patients "$PATIENTS" --size 128 --output "$OUT/data"
 accelerate launch --num_processes 1 "$(dirname "$0")/../train_counterfactual.py" \
   --dataset "$OUT/train_data" --output_dir "$OUT/model" --max_train_steps "$STEPS" \
-  --mixed_precision bf16 --random_flip --learning_rate 2e-3 --lr_warmup_steps 200 --validation_steps 0
+  --mixed_precision bf16 --random_flip --snr_gamma 5 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 200 \
+  --validation_steps 0
 diffusers-cf sweep --model "$OUT/model" --dataset "$OUT/data" --output "$OUT/sweep" \
+  --guidance_scales 3 6 9 12 --strengths 0.5 0.75 --maps counterfactual reconstruction \
   --num_inference_steps "$GRID" --max_slices "$SLICES" --store
 diffusers-cf evaluate --model "$OUT/model" --dataset "$OUT/data" --output "$OUT/model.json"
 diffusers-cf evaluate --method threshold-flair --dataset "$OUT/data" --output "$OUT/threshold-flair.json"
