@@ -76,20 +76,24 @@ def plot_sweep(path: str | Path, points: Sequence) -> None:
         path: the PNG.
         points: `SweepPoint`s.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
+    scales = sorted({p.guidance_scale for p in points})
+    colors = colormaps["viridis"](np.linspace(0, 0.85, len(scales)))
     for kind, style in zip(sorted({p.map for p in points}), ("-", "--", ":"), strict=False):
-        for i, scale in enumerate(sorted({p.guidance_scale for p in points})):
+        for scale, color in zip(scales, colors, strict=True):
             curve = sorted((p for p in points if (p.map, p.guidance_scale) == (kind, scale)), key=lambda p: p.strength)
             strengths = [p.strength for p in curve]
-            look = {"linestyle": style, "marker": ".", "color": f"C{i}", "label": f"{kind}, w = {scale:g}"}
+            look = {"linestyle": style, "marker": ".", "color": color, "label": f"{kind}, w = {scale:g}"}
             axes[0].plot(strengths, [p.foreground_ideal_dice for p in curve], **look)
             axes[1].plot(strengths, [p.foreground_auprc for p in curve], **look)
     for axis, name in zip(axes, ("ideal Dice in the foreground", "AUPRC in the foreground"), strict=True):
         axis.set_xlabel("strength L")
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=7)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", fontsize=7, handlelength=3.5)
     figure.savefig(path, dpi=110)
