@@ -10,6 +10,7 @@ import torch
 from training_data import write_training_set
 
 from diffusers_cf.cli import main
+from diffusers_cf.commands_evaluate import command_line
 from diffusers_cf.data.slices import SliceDataset
 
 
@@ -35,7 +36,7 @@ def sweep(files, *options):
 def test_the_best_point_of_the_file_is_what_the_model_recommends(files):
     assert sweep(files, "--store", "--batch_size", 4) == 0
     document = json.loads((files / "out" / "sweep.json").read_text())
-    assert document["n_slices"] == 6 and len(document["points"]) == 2 * 3 and "sweep" in document["command"]
+    assert document["n_slices"] == 6 and len(document["points"]) == 2 * 3 and document["command"] == command_line()
     best = max(document["points"], key=lambda point: point["postprocessed_auprc"])
     assert document["best"] == best
     assert (files / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
