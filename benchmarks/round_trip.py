@@ -11,16 +11,15 @@ import torch
 
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.commands_evaluate import command_line, package_commit
-from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
-from diffusers_cf.images import resize_images
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.sweep import evenly_spread
 
 
 def round_trip_error(pipe, images: torch.Tensor, strength: float, num_inference_steps: int) -> torch.Tensor:
     """Mean absolute error of each image at the network's size, over its foreground and channels; `(N,)`, of p99 = 1."""
-    small = resize_images(images, pipe.image_size).clamp(max=1)
+    small = (pipe.prepare_images(images).cpu() + 1) / 2
     walk = {"strength": strength, "num_inference_steps": num_inference_steps}
     error = (pipe.denoise(pipe.invert(images, **walk), None, 0, **walk).cpu() - small).abs().mean(dim=1)
     inside = (small > 0).any(dim=1)
@@ -35,15 +34,12 @@ def main(args) -> None:
     if not len(healthy):
         raise InputError(f"{args.dataset}: the split {args.split} has no healthy slice")
     pipe = open_pipeline(args.model, args.device, args.dtype)
-    chosen = [int(healthy[i]) for i in evenly_spread(len(healthy), args.max_slices)]
+    chosen = healthy[evenly_spread(len(healthy), args.max_slices)]
     rows = []
     for steps in args.num_inference_steps:
         for strength in args.strengths:
-            errors = []
-            for start in range(0, len(chosen), args.batch_size):
-                batch = dataset.collate(dataset.__getitems__(chosen[start : start + args.batch_size]))
-                errors.append(round_trip_error(pipe, batch["images"], strength, steps))
-            error = torch.cat(errors)
+            batches = batches_of(dataset, chosen, args.batch_size)
+            error = torch.cat([round_trip_error(pipe, batch["images"], strength, steps) for batch in batches])
             row = {"num_inference_steps": steps, "strength": strength}
             rows.append(row | {"mean_error": error.mean().item(), "worst_slice": error.max().item()})
             print(rows[-1], flush=True)

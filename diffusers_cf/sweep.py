@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from diffusers_cf import loading, saving
 from diffusers_cf.commands_evaluate import command_line, package_commit
-from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
 from diffusers_cf.heatmaps import MAPS, heatmap
 from diffusers_cf.images import resize_images
@@ -122,8 +122,7 @@ def sweep(
                     _Scores(),
                 )
     with tqdm(total=len(indices), desc="Sweep", unit="slice") as bar:
-        for start in range(0, len(indices), batch_size):
-            batch = dataset.collate(dataset.__getitems__(list(indices[start : start + batch_size])))
+        for batch in batches_of(dataset, indices, batch_size):
             for key, heat in _heatmaps(
                 pipe, batch["images"], sorted(strengths), guidance_scales, maps, num_inference_steps
             ):
@@ -173,8 +172,7 @@ def learn_signs(
     """
     walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
     changes, sick = [], []
-    for start in range(0, len(indices), batch_size):
-        batch = dataset.collate(dataset.__getitems__(list(indices[start : start + batch_size])))
+    for batch in batches_of(dataset, indices, batch_size):
         latents = pipe.invert(batch["images"], **walk)
         change = pipe.denoise(latents, None, 0, **walk) - pipe.denoise(
             latents, None, settings["guidance_scale"], **walk
@@ -235,15 +233,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     try:
         pipe.scheduler.set_timesteps(args.num_inference_steps)
         if "signed" in args.maps:
-            middle = {
-                "guidance_scale": max(args.guidance_scales),
-                "strength": sorted(args.strengths)[len(args.strengths) // 2],
-            }
-            steps = {"num_inference_steps": args.num_inference_steps}
-            signs = learn_signs(
-                pipe, dataset, indices[:: max(1, len(indices) // 64)], args.batch_size, **middle, **steps
-            )
-            pipe.preprocessing = pipe.preprocessing | {"signs": signs}
+            pipe.preprocessing = pipe.preprocessing | {"signs": _signs_for_sweep(args, pipe, dataset, indices)}
         points = sweep(
             pipe, dataset, indices, args.guidance_scales, args.strengths, args.maps, args.num_inference_steps,
             args.batch_size,
@@ -262,6 +252,19 @@ def run_sweep(args: argparse.Namespace) -> int:
         kept = {"signs": pipe.preprocessing["signs"]} if "signed" in args.maps else {}
         store_settings(args.model, best, facts, kept | {"evaluation_size": dataset.preprocessing["size"]})
     return 0
+
+
+def _signs_for_sweep(args: argparse.Namespace, pipe, dataset, indices: Sequence[int]) -> list[int]:
+    """Signs from about 64 of the slices, at the sweep's largest guidance scale and its middle strength."""
+    return learn_signs(
+        pipe,
+        dataset,
+        indices[:: max(1, len(indices) // 64)],
+        args.batch_size,
+        guidance_scale=max(args.guidance_scales),
+        strength=sorted(args.strengths)[len(args.strengths) // 2],
+        num_inference_steps=args.num_inference_steps,
+    )
 
 
 def store_settings(folder: str, best: SweepPoint, facts: dict, more: dict) -> None:

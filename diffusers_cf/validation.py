@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.evaluation import evaluate
 from diffusers_cf.plots import plot_slices
 
@@ -60,8 +60,7 @@ class Validation:
 
     def _mean_by_class(self, anomaly_map) -> dict[str, float]:
         sums, counts = np.zeros(len(self.dataset.class_names)), np.zeros(len(self.dataset.class_names))
-        for start in range(0, len(self.indices), BATCH_SIZE):
-            batch = self.dataset.collate(self.dataset.__getitems__(self.indices[start : start + BATCH_SIZE].tolist()))
+        for batch in batches_of(self.dataset, self.indices, BATCH_SIZE):
             maps = anomaly_map(batch["images"]).mean(dim=(1, 2)).numpy()
             np.add.at(sums, batch["labels"].numpy(), maps)
             np.add.at(counts, batch["labels"].numpy(), 1)

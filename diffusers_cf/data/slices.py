@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,3 +199,9 @@ class SliceDataset(torch.utils.data.Dataset):
             "patients": [row["patient"] for row in rows],
             "slices": torch.tensor([row["slice"] for row in rows], dtype=torch.int64),
         }
+
+
+def batches_of(dataset, indices: Sequence[int], batch_size: int) -> Iterator[dict]:
+    """Yields chosen rows of a `SliceDataset` in their order as collated batches, the last one maybe smaller."""
+    for start in range(0, len(indices), batch_size):
+        yield dataset.collate(dataset.__getitems__([int(index) for index in indices[start : start + batch_size]]))
