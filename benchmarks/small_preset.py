@@ -13,9 +13,9 @@ from diffusers.training_utils import EMAModel
 
 from diffusers_cf import models
 from diffusers_cf.arguments import ArgumentParser, run_command
-from diffusers_cf.commands_evaluate import package_commit
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.losses import drop_condition, noise_prediction_loss
+from diffusers_cf.provenance import package_commit
 from diffusers_cf.training import TrainingSlices
 
 

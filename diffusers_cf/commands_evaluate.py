@@ -1,15 +1,11 @@
 """`diffusers-cf evaluate`: measures a model folder or a baseline on a split and writes RESULT.json."""
 
 import argparse
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import diffusers_cf
 from diffusers_cf.baselines import BASELINES, make_baseline
 from diffusers_cf.data import SliceDataset
 from diffusers_cf.errors import InputError
@@ -20,6 +16,7 @@ from diffusers_cf.inference_options import (
     check_device_arguments,
     open_pipeline,
 )
+from diffusers_cf.provenance import command_line, package_commit
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,25 +138,6 @@ def _load_baseline(args: argparse.Namespace, dataset: SliceDataset) -> dict:
 
 def _rows_of_first_patients(patients: np.ndarray, max_patients: int | None) -> np.ndarray:
     return np.flatnonzero(np.isin(patients, np.unique(patients)[:max_patients]))
-
-
-def package_commit() -> str:
-    """Returns `git describe` of the checkout that the package runs from, else the package's version."""
-    root = Path(diffusers_cf.__file__).resolve().parent.parent
-    version = f"diffusers_cf {diffusers_cf.__version__}"
-    if not (root / ".git").exists():
-        return version
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return version
-
-
-def command_line() -> str:
-    """Returns the command that runs, as one would type it again."""
-    program = Path(sys.argv[0])
-    return shlex.join([{"cli.py": "diffusers-cf"}.get(program.name, program.name), *sys.argv[1:]])
 
 
 def _summary(result: dict, output: Path) -> str:

@@ -88,7 +88,7 @@ class _Chain:
         self.name, self.threshold, self.spool = name, threshold, spool
         self.foreground, self.background = PixelCounts(), PixelCounts()
         self.labels, self.slice_scores = [], []
-        self.dice_patients, self.dice_values = [], []
+        self.dice_patients, self.dice_values, self.slice_dice = [], [], []
 
     def add(self, patient: _Patient, maps: np.ndarray) -> dict[str, np.ndarray]:
         """Measures a patient and returns what goes to the file of per-patient counts."""
@@ -126,6 +126,8 @@ class _Chain:
         if value is not None:
             self.dice_patients.append(name)
             self.dice_values.append(value)
+            found = (dice(*pair) for pair in zip(prediction, masks, strict=True))
+            self.slice_dice.extend(value for value in found if value is not None)
 
     def result(self, seed: int) -> dict:
         from sklearn.metrics import roc_auc_score
@@ -149,6 +151,7 @@ class _Chain:
                 "interval": bootstrap_interval(self.dice_values, seed),
                 "threshold": self.threshold,
             },
+            "per_slice_dice": float(np.mean(self.slice_dice)) if self.slice_dice else None,
         }
 
 
@@ -157,7 +160,7 @@ def evaluate(
     dataset,
     *,
     batch_size: int | None = 32,
-    threshold: float | None = None,
+    threshold: float | dict[str, float] | None = None,
     postprocess: bool = True,
     indices: Sequence[int] | None = None,
     network_evaluations_per_slice: float = 0,
@@ -175,8 +178,9 @@ def evaluate(
             masks is upsampled bilinearly.
         dataset: A `SliceDataset` with masks.
         batch_size: Slices a call, all of one patient; None = all slices of a patient in one call.
-        threshold: Where `map >= threshold` is lesion for Dice per patient, chosen beforehand on other patients.
-            None = the ideal one of this very split, an upper bound.
+        threshold: Where `map >= threshold` is lesion for Dice per patient, chosen beforehand on other patients; one for
+            both chains, or one for each (`raw`, `postprocessed`). None = the ideal one of this very split, an upper
+            bound.
         postprocess: Whether to give every measure a second time after `postprocessing.py`.
         indices: Rows of the data set to use, all if None.
         network_evaluations_per_slice: What the method costs, for the result.
@@ -187,8 +191,9 @@ def evaluate(
     Returns:
         The fields of RESULT.json, fractions from 0 to 1. `auprc`, `ideal_dice`, `ideal_threshold` over all pixels,
         `foreground_*` where any channel is above 0, `slice_auroc` of the map's mean over a slice's foreground,
-        `per_patient_dice` over patients with a lesion (`patients` names them), all of them again under
-        `postprocessed`. What is not defined, for want of lesions or of a second class, is None.
+        `per_patient_dice` over patients with a lesion (`patients` names them), `per_slice_dice` the mean over slices
+        with a lesion at the same threshold, all of them again under `postprocessed`. What is not defined, for want of
+        lesions or of a second class, is None.
 
     Raises:
         InputError: The data set has no masks or no slices, or a map holds NaN or infinite values.
@@ -199,7 +204,8 @@ def evaluate(
     with ExitStack() as stack:
         folder = counts_path and Path(counts_path).parent
         spools = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(1 + postprocess)]
-        chains = [_Chain(name, threshold, spool) for name, spool in zip(CHAINS, spools, strict=False)]
+        limits = threshold if isinstance(threshold, dict) else dict.fromkeys(CHAINS, threshold)
+        chains = [_Chain(name, limits[name], spool) for name, spool in zip(CHAINS, spools, strict=False)]
         write_counts = stack.enter_context(counts_file(counts_path))
         bar = stack.enter_context(tqdm(total=n_slices, unit="slice", disable=not progress))
         for name in rows:
@@ -236,7 +242,7 @@ def _rows_by_patient(dataset, indices: Sequence[int] | None) -> dict[str, np.nda
     return {name: rows[found[np.argsort(slices[found], kind="stable")]] for name, found in rows_of.items()}
 
 
-def _protocol(size: tuple[int, int], threshold: float | None, postprocess: bool, seed: int) -> dict[str, str]:
+def _protocol(size: tuple[int, int], threshold, postprocess: bool, seed: int) -> dict[str, str]:
     """Returns in words how the figures were made."""
     chain = "map cleared outside the eroded foreground (5 x 5 mean > 0.95), 5 x 5 median filter; for Dice per patient "
     chain += "also components under 20 voxels removed (26 neighbours, contiguous slices)"
@@ -248,6 +254,7 @@ def _protocol(size: tuple[int, int], threshold: float | None, postprocess: bool,
         "per_patient_dice": "ideal threshold of this split, chosen on its own masks: an upper bound"
         if threshold is None
         else "at the given threshold, chosen before the evaluation",
+        "per_slice_dice": "at the same threshold, mean over the slices with a lesion",
         "patients_without_lesion": "no Dice of their own; their pixels count in every pooled measure",
         "interval": f"95 % percentile bootstrap of the mean over patients, 10000 samples, seed {seed}",
         "slice_auroc": "score = mean of the map over the slice's foreground; positive = any class but the first",

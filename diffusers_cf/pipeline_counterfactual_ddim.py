@@ -203,7 +203,7 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         check_mirrored(self.scheduler, self.inverse_scheduler)
         return self.inverse_scheduler.timesteps[: round(num_inference_steps * strength)]
 
-    def _predict(self, sample: torch.Tensor, timestep: torch.Tensor, condition: tuple | None) -> torch.Tensor:
+    def predict_noise(self, sample: torch.Tensor, timestep: torch.Tensor, condition: tuple | None) -> torch.Tensor:
         dtype = self.unet.dtype
         condition = condition and tuple(part.to(dtype) for part in condition)
         return predict_noise(self.unet, sample.to(dtype), timestep, condition).float()
@@ -236,9 +236,9 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 nearer = latents
-                latents = self.inverse_scheduler.step(self._predict(nearer, t, null), t, nearer).prev_sample
+                latents = self.inverse_scheduler.step(self.predict_noise(nearer, t, null), t, nearer).prev_sample
                 for _ in range(refinements):
-                    noise = self._predict(latents, t, null)
+                    noise = self.predict_noise(latents, t, null)
                     latents = self.inverse_scheduler.refine(noise, t, nearer, latents)
                 latents = self._after_step(callback_on_step_end, i, t, latents)
                 bar.update()
@@ -295,12 +295,12 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         null = self.encode_classes(None, batch_size)
         wanted = self._encode_target(target, batch_size)
         if null is None or guidance_scale == 0:
-            return lambda sample, t: self._predict(sample, t, null)
+            return lambda sample, t: self.predict_noise(sample, t, null)
         if guidance_scale == 1:
-            return lambda sample, t: self._predict(sample, t, wanted)
+            return lambda sample, t: self.predict_noise(sample, t, wanted)
         both = tuple(torch.cat(pair) for pair in zip(null, wanted, strict=True))
         return lambda sample, t: implicit_guidance(
-            *self._predict(torch.cat([sample, sample]), t, both).chunk(2), guidance_scale
+            *self.predict_noise(torch.cat([sample, sample]), t, both).chunk(2), guidance_scale
         )
 
     def _after_step(self, callback, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -11,16 +11,17 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_cf import loading, saving
-from diffusers_cf.commands_evaluate import command_line, package_commit
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
-from diffusers_cf.heatmaps import MAPS, heatmap
+from diffusers_cf.heatmaps import MAPS
 from diffusers_cf.images import resize_images
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.plots import plot_sweep
 from diffusers_cf.postprocessing import foreground_mask, postprocess_maps
+from diffusers_cf.provenance import command_line, package_commit
+from diffusers_cf.trajectories import heatmaps_of_settings
 
 
 # The paper's axis of Fig. 3 begins at 0.4; on small networks and real FLAIR slices the best strengths lie below.
@@ -123,36 +124,12 @@ def sweep(
                 )
     with tqdm(total=len(indices), desc="Sweep", unit="slice") as bar:
         for batch in batches_of(dataset, indices, batch_size):
-            for key, heat in _heatmaps(
-                pipe, batch["images"], sorted(strengths), guidance_scales, maps, num_inference_steps
+            for key, heat in heatmaps_of_settings(
+                pipe, batch["images"], strengths, guidance_scales, maps, num_inference_steps
             ):
                 points[key][1].add(heat, batch)
             bar.update(len(batch["labels"]))
     return [scores.fill(point) for point, scores in points.values()]
-
-
-def _heatmaps(pipe, images: torch.Tensor, strengths, guidance_scales, maps, steps: int):
-    """Yields `((strength, scale, map), heatmaps (N, H, W))`."""
-    latents = {0: pipe.prepare_images(images)}
-
-    def keep(_, step, timestep, tensors):
-        latents[step + 1] = tensors["latents"]
-        return {}
-
-    pipe.invert(images, strengths[-1], steps, callback_on_step_end=keep)
-    image = (latents[0] + 1) / 2
-    for strength in strengths:
-        encoded = latents[round(steps * strength)]
-        null = pipe.denoise(encoded, None, 0, strength, steps) if set(maps) != {"counterfactual"} else None
-        for scale in guidance_scales:
-            decoded = pipe.denoise(encoded, None, scale, strength, steps)
-            for kind in maps:
-                heat = heatmap(
-                    kind, image if kind == "counterfactual" else null, decoded, pipe.preprocessing.get("signs")
-                )
-                heat = resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0]
-                heat[~(images > 0).flatten(1).any(dim=1)] = 0
-                yield (strength, scale, kind), heat.cpu().numpy()
 
 
 def learn_signs(

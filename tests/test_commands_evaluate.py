@@ -6,11 +6,12 @@ import torch
 
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.baselines import make_baseline
-from diffusers_cf.commands_evaluate import add_evaluate_arguments, package_commit, run_evaluate
+from diffusers_cf.commands_evaluate import add_evaluate_arguments, run_evaluate
 from diffusers_cf.data.slices import PatientSlices, SliceDataset, slices_to_table, write_tables
 from diffusers_cf.evaluation import evaluate
 from diffusers_cf.models import class_token_encoder, counterfactual_unet
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+from diffusers_cf.provenance import package_commit
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 
 

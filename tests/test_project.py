@@ -29,7 +29,8 @@ ALLOWED = {
     "heatmaps": set(),
     "saving": {"loading"},
     "pipeline_counterfactual_ddim": {"errors", "heatmaps", "images", "schedulers", "models", "loading", "saving"},
-    "baselines": {"errors", "images", "pipeline_counterfactual_ddim", *BOTTOM},
+    "trajectories": {"heatmaps", "images"},
+    "baselines": {"errors", "images", "pipeline_counterfactual_ddim", "training", "trajectories", *BOTTOM},
 }
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home|Users)/")
 

@@ -10,8 +10,8 @@ import torch
 from training_data import write_training_set
 
 from diffusers_cf.cli import main
-from diffusers_cf.commands_evaluate import command_line
 from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.provenance import command_line
 
 
 ROOT = Path(__file__).parent.parent

@@ -24,11 +24,13 @@ def made_patient(index: int, channels: int, masks: bool, size: int) -> PatientSl
     return PatientSlices(f"p{index}", images.astype(np.float32), labels, np.arange(8) + 30, drawn if masks else None)
 
 
-def write_training_set(folder, channels: int = 2, masks: bool = True, classes=CLASSES, size: int = 16, **changes):
-    """Patients 0 and 1 for training, 2 for validation; returns the folder."""
+def write_training_set(
+    folder, channels: int = 2, masks: bool = True, classes=CLASSES, size: int = 16, test: tuple[int, ...] = (), **changes
+):
+    """Patients 0 and 1 for training, 2 for validation, those of `test` for test; returns the folder."""
     (folder / "data").mkdir(parents=True)
     splits = {}
-    for split, patients in {"train": (0, 1), "validation": (2,), "test": ()}.items():
+    for split, patients in {"train": (0, 1), "validation": (2,), "test": test}.items():
         made = [made_patient(index, channels, masks, size) for index in patients]
         splits[split] = {"patients": len(made), "slices": 8 * len(made), "unhealthy": 3 * len(made)}
         if made:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from diffusers_cf.baselines.method import AnomalyMethod
 from diffusers_cf.errors import InputError
 from diffusers_cf.postprocessing import foreground_mask
 
 
-class IntensityThresholding:
+class IntensityThresholding(AnomalyMethod):
     """The intensity of one modality as it is (method id `threshold-<modality>`).
 
     Args:
@@ -24,10 +25,10 @@ class IntensityThresholding:
         InputError: The images have no such modality.
     """
 
-    whole_patient = False
     network_evaluations_per_slice = 0
 
     def __init__(self, modalities: Sequence[str], modality: str = "flair"):
+        super().__init__()
         names = [name.lower() for name in modalities]
         if modality.lower() not in names:
             raise InputError(

@@ -1,0 +1,164 @@
+"""Classifier guidance (Dhariwal & Nichol 2021; Wolleb et al. 2022): a classifier of noisy images steers the decoding."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import ModelMixin, SchedulerMixin, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import AttentionPooling, TimestepEmbedding, Timesteps
+from diffusers.models.unets.unet_2d_blocks import ResnetDownsampleBlock2D
+from torch import nn
+
+from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+
+
+class NoisyClassifier(ModelMixin, ConfigMixin):
+    """Class of an image from its noisy version: the encoder half of a U-Net with attention pooling on top.
+
+    Train it with cross-entropy on x_t at random t: the guidance asks for its gradient on noisy images. The size of
+    the paper's own rival is `block_out_channels=(64, 128, 256, 256), layers_per_block=2, norm_num_groups=32`.
+
+    Args:
+        num_channels (`int`): of the images.
+        image_size (`int`): side in pixels, a multiple of 2 to the number of halvings (8 by default).
+        num_classes (`int`): number of logits.
+        block_out_channels (`Sequence[int]`): width of each level; all but the last one halve the side.
+        layers_per_block (`int`): residual blocks a level, beside the one that halves.
+        norm_num_groups (`int`): groups of every normalisation; it divides all widths.
+        dropout (`float`): in the residual blocks.
+
+    Raises:
+        ValueError: for a side that the halvings don't divide.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_channels: int = 4,
+        image_size: int = 64,
+        num_classes: int = 2,
+        block_out_channels: Sequence[int] = (32, 64, 96, 128),
+        layers_per_block: int = 1,
+        norm_num_groups: int = 8,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        widths = list(block_out_channels)
+        multiple = 2 ** (len(widths) - 1)
+        if image_size < multiple or image_size % multiple:
+            raise ValueError(f"image_size is {image_size}: it must be a multiple of {multiple}")
+        self.frequencies = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.conv_in = nn.Conv2d(num_channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList(
+            ResnetDownsampleBlock2D(
+                before, width, 4 * widths[0], dropout, layers_per_block, resnet_groups=norm_num_groups,
+                resnet_time_scale_shift="scale_shift", add_downsample=level < len(widths) - 1,
+            )
+            for level, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
+        )  # fmt: skip
+        self.norm = nn.GroupNorm(norm_num_groups, widths[-1])
+        self.pool = AttentionPooling(max(1, widths[-1] // 64), widths[-1])
+        self.to_logits = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Logits `(N, num_classes)` of x_t `(N, C, h, w)`, in [-1, 1] before the noise, and t `(N,)`."""
+        embedding = self.time_embedding(self.frequencies(timestep).to(sample.dtype))
+        hidden = self.conv_in(sample)
+        for block in self.blocks:
+            hidden, _ = block(hidden, embedding)
+        hidden = nn.functional.silu(self.norm(hidden))
+        return self.to_logits(self.pool(hidden.flatten(2).transpose(1, 2)))
+
+
+def log_probability_gradient(
+    classifier: ModelMixin, sample: torch.Tensor, timestep: torch.Tensor, class_ids: torch.Tensor
+) -> torch.Tensor:
+    """grad_x log p(y | x_t, t) by a classifier of noisy images (Dhariwal & Nichol 2021, Sec. 4.2).
+
+    Args:
+        classifier (`ModelMixin`): `(x_t, t) -> logits`, such as [`NoisyClassifier`]; each sample for itself.
+        sample (`torch.Tensor`): x_t, `(N, C, h, w)`.
+        timestep (`torch.Tensor`): t, `(N,)`.
+        class_ids (`torch.Tensor`): y, integers `(N,)`.
+
+    Returns:
+        `torch.Tensor`: float32 `(N, C, h, w)`, without a graph; gradients of the weights stay as they are.
+    """
+    with torch.enable_grad():
+        sample = sample.detach().float().requires_grad_()
+        logits = classifier(sample.to(classifier.dtype), timestep).float()
+        chosen = logits.log_softmax(dim=1).gather(1, class_ids[:, None])
+        return torch.autograd.grad(chosen.sum(), sample)[0]
+
+
+class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
+    """The counterfactual pipeline with an unconditional U-Net and a classifier in the place of a condition.
+
+    `guidance_scale` is s: decoding follows `eps' = eps - sqrt(1 - abar_t) s grad_x log p(target | x_t, t)` (Dhariwal &
+    Nichol 2021, Algorithm 2), 0 is plain decoding. Encoding is without guidance. It isn't saved as a pipeline: save
+    U-Net and classifier by themselves.
+
+    Args:
+        unet ([`UNet2DConditionModel`]): an unconditional noise predictor.
+        scheduler ([`SchedulerMixin`]): for decoding, with `prediction_type="epsilon"`.
+        inverse_scheduler ([`SchedulerMixin`]): for encoding, its mirror image.
+        classifier ([`NoisyClassifier`]): logits of `(x_t, t)`, one for each class.
+        class_names (`Sequence[str]`): names of the logits; the first one is the default target.
+        clip_input (`bool`): as in [`CounterfactualDDIMPipeline`].
+        class_encoder (`None`, *optional*): must stay None; a part of the pipeline that this one extends.
+
+    Raises:
+        ValueError: there is a class encoder, or the U-Net predicts something else than the noise.
+    """
+
+    model_cpu_offload_seq = "unet->classifier"
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        inverse_scheduler: SchedulerMixin,
+        classifier: NoisyClassifier,
+        class_names: Sequence[str] = ("healthy", "unhealthy"),
+        clip_input: bool = True,
+        class_encoder: None = None,
+    ):
+        if class_encoder is not None:
+            raise ValueError("class_encoder is given: it must be None, the classifier is what knows the classes")
+        if scheduler.config.prediction_type != "epsilon":
+            raise ValueError(f"prediction_type is {scheduler.config.prediction_type!r}: it must be 'epsilon'")
+        super().__init__(unet, None, scheduler, inverse_scheduler, clip_input)
+        self.register_modules(classifier=classifier)
+        self.register_to_config(class_names=list(class_names))
+
+    def network_evaluations(self, **settings) -> int:
+        """Evaluations for one image: K to encode, 2K to decode (U-Net, and classifier with its backward pass)."""
+        settings = self.resolve_settings(**settings)
+        guided = round(settings["num_inference_steps"] * settings["strength"]) if settings["guidance_scale"] else 0
+        return super().network_evaluations(**settings) + guided
+
+    def _encode_target(self, target: str | Sequence[str] | None, batch_size: int) -> torch.Tensor:
+        """Rows `(N,)` of the target among the logits."""
+        known = list(self.config.class_names)
+        target = known[0] if target is None else target
+        names = [target] * batch_size if isinstance(target, str) else list(target)
+        if len(names) != batch_size:
+            raise ValueError(f"target holds {len(names)} names for {batch_size} images")
+        for name in names:
+            if name not in known:
+                raise ValueError(f"class {name!r} is unknown: this model knows {', '.join(known)}")
+        return torch.tensor([known.index(name) for name in names], device=self._execution_device)
+
+    def _guided_prediction(self, target, guidance_scale: float, batch_size: int) -> Callable:
+        """`(x, t) -> eps'`; the classifier isn't asked where the scale is 0."""
+        class_ids = self._encode_target(target, batch_size)
+        if guidance_scale == 0:
+            return lambda sample, t: self.predict_noise(sample, t, None)
+
+        def predict(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            gradient = log_probability_gradient(self.classifier, sample, t.expand(batch_size), class_ids)
+            noise_level = (1 - self.scheduler.alphas_cumprod[int(t)]).sqrt()
+            return self.predict_noise(sample, t, None) - noise_level * guidance_scale * gradient
+
+        return predict

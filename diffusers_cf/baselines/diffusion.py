@@ -1,0 +1,171 @@
+"""The diffusion models of both tables: one network each, trained on Eq. 1, and their maps by Algorithm 1."""
+
+from collections.abc import Iterator
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.configuration_utils import register_to_config
+
+from diffusers_cf.baselines.classifier_guidance import ClassifierGuidedDDIMPipeline, NoisyClassifier
+from diffusers_cf.baselines.method import AnomalyMethod, TrainableMethod
+from diffusers_cf.losses import drop_condition, noise_prediction_loss
+from diffusers_cf.models import ConditionalNoisePredictor, class_token_encoder, counterfactual_unet
+from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
+from diffusers_cf.trajectories import heatmaps_of_settings
+
+
+WARM_UP = 0.03
+SNR_GAMMA = 5.0
+GUIDANCE_DROPOUT = 0.35
+# Arguments of NoisyClassifier for each size of U-Net.
+CLASSIFIER_SIZES = {
+    "small": {},
+    "paper": {"block_out_channels": (64, 128, 256, 256), "layers_per_block": 2, "norm_num_groups": 32},
+}
+
+
+class CounterfactualDiffusion(TrainableMethod):
+    """The paper's model (method id `ours`), or its baseline with `conditioning="adagn"` (Table 2).
+
+    Args:
+        num_channels (`int`): of the images.
+        image_size (`int`): side of the network's input in pixels, a multiple of 8.
+        unet_size (`str`): a key of [`models.UNET_SIZES`].
+        conditioning (`str`): `attention`, `adagn` or `unconditional`.
+        class_names (`list[str]`): healthy first.
+        learning_rate (`float`): the highest; it rises over the first 3 % and falls as a cosine.
+    """
+
+    trained_on = "all"
+    averaged = True
+    has_classifier = False
+
+    @register_to_config
+    def __init__(
+        self,
+        num_channels: int = 4,
+        image_size: int = 64,
+        unet_size: str = "small",
+        conditioning: str = "attention",
+        class_names: tuple[str, ...] = ("healthy", "unhealthy"),
+        learning_rate: float = 2e-3,
+    ):
+        super().__init__()
+        encoder = None if conditioning == "unconditional" else class_token_encoder(unet_size, class_names)
+        unet = counterfactual_unet(unet_size, conditioning, image_size, num_channels)
+        self.network = ConditionalNoisePredictor(unet, encoder)
+        if self.has_classifier:
+            options = CLASSIFIER_SIZES[unet_size]
+            self.classifier = NoisyClassifier(num_channels, image_size, len(class_names), **options)
+        self.noise_scheduler = DDPMScheduler(beta_schedule="linear")
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"network": torch.optim.AdamW(self.network.parameters(), self.config.learning_rate)}
+
+    def learning_rate_factor(self, progress: float) -> float:
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+        return min(1.0, (progress + 1e-3) / WARM_UP) * cosine
+
+    def losses(self, batch: dict[str, torch.Tensor], progress: float) -> Iterator[tuple[str, torch.Tensor]]:
+        class_ids = batch["labels"]
+        encoder = self.network.class_encoder
+        if encoder is not None:
+            class_ids = drop_condition(class_ids, encoder.null_id, GUIDANCE_DROPOUT, batch["uniform"])
+        yield "network", self._noise_loss(batch, class_ids)
+
+    def _noise_loss(self, batch: dict[str, torch.Tensor], class_ids: torch.Tensor) -> torch.Tensor:
+        return noise_prediction_loss(
+            self.network,
+            self.noise_scheduler,
+            batch["images"],
+            class_ids,
+            batch["noise"],
+            batch["timesteps"],
+            SNR_GAMMA,
+        )
+
+    @torch.no_grad()
+    def validation_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self._noise_loss(batch, batch["labels"])
+
+    def pipeline(self, num_fixed_point_iterations: int = 0, **scheduler_options) -> CounterfactualDDIMPipeline:
+        """The pipeline around this network; options are those of [`DynamicDDIMScheduler`]."""
+        scheduler = DynamicDDIMScheduler(**scheduler_options)
+        inverse = DynamicDDIMInverseScheduler.from_config(
+            scheduler.config, num_fixed_point_iterations=num_fixed_point_iterations
+        )
+        pipe = self._pipeline(scheduler, inverse)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _pipeline(self, scheduler, inverse) -> CounterfactualDDIMPipeline:
+        return CounterfactualDDIMPipeline(self.network.unet, self.network.class_encoder, scheduler, inverse)
+
+    def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
+        return CounterfactualMap(self).anomaly_map(images)
+
+
+class HealthyDiffusion(CounterfactualDiffusion):
+    """CDPM on healthy slices alone (method id `cdpm-healthy`): no label, no guidance; `conditioning="unconditional"`."""
+
+    trained_on = "healthy"
+
+
+class ClassifierGuidedDiffusion(CounterfactualDiffusion):
+    """CDPM with classifier guidance (method id `cdpm-classifier`; Wolleb et al. 2022).
+
+    An unconditional U-Net on all slices (`conditioning="unconditional"`), and a classifier on the same noisy images,
+    trained side by side.
+    """
+
+    has_classifier = True
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        classifier = torch.optim.AdamW(self.classifier.parameters(), self.config.learning_rate / 2, weight_decay=0.05)
+        return super().optimizers() | {"classifier": classifier}
+
+    def losses(self, batch: dict[str, torch.Tensor], progress: float) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from super().losses(batch, progress)
+        noisy = self.noise_scheduler.add_noise(batch["images"], batch["noise"], batch["timesteps"])
+        logits = self.classifier(noisy, batch["timesteps"]).float()
+        yield "classifier", torch.nn.functional.cross_entropy(logits, batch["labels"])
+
+    def _pipeline(self, scheduler, inverse) -> CounterfactualDDIMPipeline:
+        names = self.config.class_names
+        return ClassifierGuidedDDIMPipeline(self.network.unet, scheduler, inverse, self.classifier, names)
+
+
+class CounterfactualMap(AnomalyMethod):
+    """A row of the tables: a trained diffusion model with options of its schedulers and settings of inference.
+
+    Args:
+        trained: a [`CounterfactualDiffusion`] or a class below it.
+        num_fixed_point_iterations: of the encoding.
+        **scheduler_options: of [`DynamicDDIMScheduler`], the same for both passes.
+    """
+
+    def __init__(self, trained: CounterfactualDiffusion, num_fixed_point_iterations: int = 0, **scheduler_options):
+        super().__init__()
+        self.pipe = trained.pipeline(num_fixed_point_iterations, **scheduler_options)
+
+    def maps_of_candidates(self, images: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields `(index of a candidate, its maps (N, H, W))`; candidates that share a grid share one encoding."""
+        index = {tuple(sorted(c.items())): i for i, c in enumerate(self.candidates)}
+        for steps in {c["num_inference_steps"] for c in self.candidates}:
+            for kind in {c["map"] for c in self.candidates}:
+                chosen = [c for c in self.candidates if (c["num_inference_steps"], c["map"]) == (steps, kind)]
+                strengths, scales = {c["strength"] for c in chosen}, {c["guidance_scale"] for c in chosen}
+                for (strength, scale, _), heat in heatmaps_of_settings(
+                    self.pipe, images, sorted(strengths), sorted(scales), [kind], steps
+                ):
+                    settings = dict(guidance_scale=scale, strength=strength, num_inference_steps=steps, map=kind)
+                    if (found := index.get(tuple(sorted(settings.items())))) is not None:
+                        yield found, torch.from_numpy(heat)
+
+    @property
+    def network_evaluations_per_slice(self) -> int:
+        return self.pipe.network_evaluations(**self.settings)
+
+    def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
+        return self.pipe(images, **self.settings).heatmaps

@@ -1,0 +1,245 @@
+"""The one training loop of all methods of the tables: a time budget, a validation curve, checkpoints, averaged weights."""
+
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from diffusers_cf.errors import InputError
+from diffusers_cf.training import (
+    STATE_FILE,
+    PositionBatches,
+    TrainingSlices,
+    averaged_weights,
+    check_weights,
+    find_checkpoint,
+    save_checkpoint,
+)
+
+
+CHECKS = 12  # of the validation loss, evenly over the budget
+FLAT_CHECKS = 4  # no better one among so many: converged
+LEAST_GAIN = 0.005  # relative; what counts as better
+SECONDS_PER_CHECKPOINT = 120
+VALIDATION_SLICES = 128
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long each method is trained: up to the first limit that it meets.
+
+    Args:
+        seconds: of training, without validation and checkpoints.
+        steps: of the optimiser.
+        batch_size: images a step.
+        mixed_precision: `no` or `bf16`, as in accelerate.
+        augment: small rotations, scales, shifts and gains beside mirroring.
+        num_workers: processes that read data; 0 reads in this one.
+    """
+
+    seconds: float
+    steps: int
+    batch_size: int = 32
+    mixed_precision: str = "no"
+    augment: bool = False
+    num_workers: int = 0
+
+
+@dataclass
+class TrainingRecord:
+    """What a training was like; kept beside the weights.
+
+    Attributes:
+        steps, images_seen, seconds: done so far; `seconds` without validation and checkpoints.
+        converged: whether the validation loss had stopped falling; None while training.
+        curve: `[images seen, seconds, validation loss]` of each check.
+    """
+
+    steps: int = 0
+    images_seen: int = 0
+    seconds: float = 0.0
+    converged: bool | None = None
+    curve: list[list[float]] = field(default_factory=list)
+
+    def is_flat(self) -> bool:
+        """Whether the last checks brought nothing better than the ones before."""
+        losses = [loss for _, _, loss in self.curve]
+        before, last = losses[:-FLAT_CHECKS], losses[-FLAT_CHECKS:]
+        return bool(before) and min(last) >= min(before) * (1 - LEAST_GAIN)
+
+
+def training_step(
+    method,
+    optimizers: dict,
+    batch: dict[str, torch.Tensor],
+    progress: float,
+    backward=torch.Tensor.backward,
+    autocast=nullcontext,
+) -> dict[str, torch.Tensor]:
+    """Takes each loss that the method yields and steps the optimiser it names; returns the losses.
+
+    Args:
+        method: a `TrainableMethod`.
+        optimizers: from the method's `optimizers()`.
+        batch: from [`training.TrainingSlices`].
+        progress: share of the training that is done.
+        backward: of an accelerator, in the place of the loss's own.
+        autocast: of an accelerator; backward passes run outside of it.
+    """
+    values, losses = {}, method.losses(batch, progress)
+    while True:
+        with autocast():
+            name, loss = next(losses, (None, None))
+        if name is None:
+            return values
+        optimizers[name].zero_grad()
+        backward(loss)
+        if method.max_grad_norm:
+            parameters = [p for group in optimizers[name].param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, method.max_grad_norm)
+        optimizers[name].step()
+        values[name] = loss.detach()
+
+
+def slices_of(dataset, trained_on: str):
+    """The slices that a method may see: `all`, or the `healthy` ones, as a data set for `TrainingSlices`."""
+    if trained_on == "all":
+        return dataset
+    subset = torch.utils.data.Subset(dataset, np.flatnonzero(np.asarray(dataset.labels) == 0).tolist())
+    subset.labels, subset.collate, subset.folder = np.zeros(len(subset), int), dataset.collate, dataset.folder
+    return subset
+
+
+class MethodTraining:
+    """Trains one method within a budget; a run that was killed goes on from its last checkpoint.
+
+    Args:
+        method: a `TrainableMethod`.
+        train: `SliceDataset` to train on.
+        validation: `SliceDataset` for the validation loss.
+        folder: for checkpoints.
+        budget: how long.
+        seed: of weights, order, noise.
+        device: `cpu`, `cuda`, ..
+    """
+
+    def __init__(self, method, train, validation, folder: Path, budget: Budget, seed: int, device: str = "cpu"):
+        self.method, self.folder, self.budget, self.seed = method, Path(folder), budget, seed
+        side = method.config.image_size
+        self.slices = TrainingSlices(
+            slices_of(train, method.trained_on), seed, (side, side), random_flip=True, augment=budget.augment
+        )
+        self.validation_batches = self._validation_batches(validation, side)
+        self.accelerator = Accelerator(mixed_precision=budget.mixed_precision, cpu=device == "cpu")
+        self.method.to(self.accelerator.device).train()
+        self.optimizers = {name: self.accelerator.prepare(o) for name, o in method.optimizers().items()}
+        self.rates = {name: [g["lr"] for g in o.param_groups] for name, o in self.optimizers.items()}
+        self.ema = None
+        if method.averaged:
+            self.ema = EMAModel(method.parameters(), 0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+            self.ema.to(self.accelerator.device)
+            self.accelerator.register_for_checkpointing(self.ema)
+        self.accelerator.register_for_checkpointing(method)
+        self.record = TrainingRecord()
+        self.facts = {"seed": seed, "slices": self.slices.num_slices, "batch_size": budget.batch_size}
+
+    def _validation_batches(self, validation, side: int) -> list[dict]:
+        slices = TrainingSlices(slices_of(validation, self.method.trained_on), 0, (side, side))
+        size = self.budget.batch_size
+        starts = range(0, min(VALIDATION_SLICES, slices.num_slices), size)
+        # the same positions, so the same slices, noise and timesteps at every check
+        return [slices.collate(slices.__getitems__(list(range(start, start + size)))) for start in starts]
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is used, from 0 to 1."""
+        return min(1.0, max(self.record.seconds / self.budget.seconds, self.record.steps / self.budget.steps))
+
+    def run(self) -> TrainingRecord:
+        """Trains to the end of the budget or of progress; the method then holds its weights for inference."""
+        self._resume()
+        saved, clock = self.record.seconds, time.perf_counter()
+        with tqdm(total=100, desc=type(self.method).__name__, unit="%", leave=False) as bar:
+            for batch in self._batches() if self.record.converged is None else ():
+                self._step(batch)
+                self.record.seconds += time.perf_counter() - clock
+                bar.update(int(100 * self.progress) - bar.n)
+                if self.progress >= (len(self.record.curve) + 1) / CHECKS:
+                    self._check()
+                    bar.set_postfix(loss=f"{self.record.curve[-1][2]:.4f}")
+                if self.record.converged is not None:
+                    break
+                if self.record.seconds - saved > SECONDS_PER_CHECKPOINT:
+                    self._save()
+                    saved = self.record.seconds
+                clock = time.perf_counter()
+        if self.ema:
+            self.ema.copy_to(self.method.parameters())
+        self.method.eval()
+        return self.record
+
+    def _step(self, batch: dict[str, torch.Tensor]) -> None:
+        factor = self.method.learning_rate_factor(self.progress)
+        for name, optimizer in self.optimizers.items():
+            for group, rate in zip(optimizer.param_groups, self.rates[name], strict=True):
+                group["lr"] = rate * factor
+        batch = {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
+        autocast = self.accelerator.autocast if self.method.mixed_precision else nullcontext
+        training_step(self.method, self.optimizers, batch, self.progress, self.accelerator.backward, autocast)
+        if self.ema:
+            self.ema.step(self.method.parameters())
+        self.record.steps += 1
+        self.record.images_seen += len(batch["images"])
+
+    def _batches(self) -> torch.utils.data.DataLoader:
+        positions = PositionBatches(self.record.steps, self.budget.steps, self.budget.batch_size, 1, 0, 1)
+        return torch.utils.data.DataLoader(
+            self.slices,
+            batch_sampler=positions,
+            collate_fn=self.slices.collate,
+            num_workers=self.budget.num_workers,
+            # without one of its own a loader draws from the global generator, which a checkpoint has just restored
+            generator=torch.Generator(),
+        )
+
+    def _check(self) -> None:
+        """Adds the validation loss to the curve and ends the training where it is flat or the budget used up."""
+        check_weights(list(self.method.parameters()), self.record.steps)
+        with averaged_weights(self.method, self.ema) if self.ema else nullcontext():
+            self.method.eval()
+            losses = [
+                self.method.validation_loss({k: v.to(self.accelerator.device) for k, v in batch.items()}).item()
+                for batch in self.validation_batches
+            ]
+            self.method.train()
+        self.record.curve.append([self.record.images_seen, round(self.record.seconds, 1), float(np.mean(losses))])
+        if self.method.may_stop_early and self.record.is_flat():
+            self.record.converged = True
+        elif self.progress >= 1:
+            self.record.converged = self.record.is_flat()
+
+    def _save(self) -> None:
+        facts = self.facts | {"record": asdict(self.record)}
+        save_checkpoint(self.accelerator, self.folder, self.record.steps, facts, lambda folder: None, 1)
+
+    def _resume(self) -> None:
+        set_seed(self.seed)
+        found = find_checkpoint(self.folder, "latest", self.facts)
+        if not found:
+            return
+        path, _ = found
+        try:
+            self.accelerator.load_state(str(path))
+        except Exception as error:  # the formats raise whatever they like
+            raise InputError(f"{path}: damaged, or of another network ({type(error).__name__})") from error
+        self.record = TrainingRecord(**json.loads((path / STATE_FILE).read_text())["record"])
+        if self.ema:
+            self.ema.to(self.accelerator.device)

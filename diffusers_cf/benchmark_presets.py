@@ -1,0 +1,86 @@
+"""The sizes at which `diffusers-cf benchmark` runs: everything that decides how long it takes, as literals."""
+
+from dataclasses import dataclass
+
+from diffusers_cf.baselines import Grid
+from diffusers_cf.baselines.training import Budget
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size of the benchmark.
+
+    Attributes:
+        image_size: side of every network's input in pixels; maps are measured at the data set's size.
+        size: of the networks, `small` or `paper`, as in `baselines.NETWORKS`.
+        budget: of each method's training.
+        grid: settings of inference to choose from on validation slices.
+        validation_slices: most slices to choose on (the paper has 256).
+        test_slices: most slices to measure on, evenly spread over all patients; None for all.
+        figure_strengths, figure_slices: the axis of Fig. 3 and the validation slices that it is measured on.
+    """
+
+    image_size: int
+    size: str
+    budget: Budget
+    grid: Grid
+    validation_slices: int
+    test_slices: int | None
+    figure_strengths: tuple[float, ...]
+    figure_slices: int
+
+
+STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+PRESETS = {
+    # minutes on 2 cores: that everything works, not how well
+    "smoke": Preset(
+        image_size=16,
+        size="small",
+        budget=Budget(seconds=6, steps=12, batch_size=8),
+        grid=Grid(
+            num_inference_steps=4,
+            guidance_scales=(1.5, 3.0),
+            strengths=(0.5,),
+            classifier_scales=(1.0,),
+            restoration_steps=3,
+        ),
+        validation_slices=12,
+        test_slices=24,
+        figure_strengths=(0.25, 0.5),
+        figure_slices=4,
+    ),
+    # about an hour and a half a seed on 2 cores
+    "cpu": Preset(
+        image_size=32,
+        size="small",
+        budget=Budget(seconds=480, steps=6000, batch_size=32, mixed_precision="bf16"),
+        grid=Grid(
+            num_inference_steps=20,
+            guidance_scales=(1.5, 3.0, 6.0, 9.0, 12.0),
+            strengths=(0.25, 0.5, 0.75),
+            classifier_scales=(1.0, 3.0, 10.0, 30.0, 100.0),
+        ),
+        validation_slices=128,
+        test_slices=512,
+        figure_strengths=STRENGTHS,
+        figure_slices=64,
+    ),
+    # the authors' sizes, for a GPU
+    "paper": Preset(
+        image_size=64,
+        size="paper",
+        budget=Budget(seconds=10**6, steps=50_000, batch_size=32, mixed_precision="bf16", num_workers=8),
+        grid=Grid(
+            num_inference_steps=100,
+            guidance_scales=(1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 9.0, 12.0),
+            strengths=(0.2, 0.35, 0.5, 0.65, 0.75, 0.85),
+            classifier_scales=(1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
+            restoration_steps=500,
+        ),
+        validation_slices=256,
+        test_slices=None,
+        figure_strengths=STRENGTHS,
+        figure_slices=256,
+    ),
+}

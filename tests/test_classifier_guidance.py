@@ -1,0 +1,291 @@
+"""Classifier guidance against Bayes' rule on Gaussian classes, its cost, what it refuses; a classifier that learns."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from test_sweep import Slices
+from trivial_phantom import trivial_batch
+
+from diffusers_cf import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
+from diffusers_cf.baselines.classifier_guidance import (
+    ClassifierGuidedDDIMPipeline,
+    NoisyClassifier,
+    log_probability_gradient,
+)
+from diffusers_cf.sweep import sweep
+
+
+SHORT = {"num_inference_steps": 10, "strength": 0.4}  # 4 steps each way
+MEANS, STD, ALPHAS = (-0.3, 0.2), 0.5, DDIMScheduler().alphas_cumprod.double()
+
+
+def noisy_marginal(label, timestep):
+    """Mean and variance of a pixel of x_t where a pixel of the class is N(MEANS[label], STD^2)."""
+    alpha = ALPHAS[int(timestep)]
+    return alpha.sqrt() * MEANS[label], alpha * STD**2 + 1 - alpha
+
+
+def exact_noise(sample, label, timestep):
+    """E[eps | x_t, class]: -sqrt(1 - abar) times the score of the class's noisy marginal."""
+    mean, variance = noisy_marginal(label, timestep)
+    return (1 - ALPHAS[int(timestep)]).sqrt() * (sample - mean) / variance
+
+
+class ExactClassifier(ModelMixin, ConfigMixin):
+    """Logits that are the exact log densities of x_t under the two classes; double precision."""
+
+    @register_to_config
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, sample, timestep):
+        logits = []
+        for label in (0, 1):
+            mean, variance = zip(*(noisy_marginal(label, t) for t in timestep), strict=True)
+            mean, variance = (torch.stack(part).reshape(-1, 1, 1, 1) for part in (mean, variance))
+            logits.append((-((sample - mean) ** 2) / (2 * variance)).sum(dim=(1, 2, 3)))
+        return torch.stack(logits, dim=1)
+
+
+class ExactUnconditionalPredictor(ModelMixin, ConfigMixin):
+    """E[eps | x_t] of the even mixture of both classes: each class's own, weighted by its probability."""
+
+    @register_to_config
+    def __init__(self, sample_size: int = 8, in_channels: int = 2):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+        self.classifier = [ExactClassifier()]  # in a list: not a part of the network
+
+    def forward(self, sample, timestep, encoder_hidden_states=None, class_labels=None):
+        sample = sample.double()
+        probabilities = self.classifier[0](sample, timestep.expand(len(sample))).softmax(dim=1)
+        noise = sum(
+            probabilities[:, label, None, None, None] * exact_noise(sample, label, timestep) for label in (0, 1)
+        )
+        return SimpleNamespace(sample=noise)
+
+
+@pytest.fixture
+def gaussian_pipe():
+    options = {"thresholding": False}
+    pipe = ClassifierGuidedDDIMPipeline(
+        ExactUnconditionalPredictor(),
+        DynamicDDIMScheduler(**options),
+        DynamicDDIMInverseScheduler(**options),
+        classifier=ExactClassifier(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def plain_pipe(make_pipeline):
+    return make_pipeline(unconditional=True)
+
+
+@pytest.fixture
+def guided_pipe(plain_pipe):
+    """Untrained, around the U-Net of `plain_pipe`."""
+    classifier = NoisyClassifier(2, 8, block_out_channels=(8, 16), norm_num_groups=4).eval()
+    classifier.to_logits.weight.data *= 20  # classes that matter, without training
+    parts = plain_pipe.components
+    pipe = ClassifierGuidedDDIMPipeline(
+        parts["unet"], parts["scheduler"], parts["inverse_scheduler"], classifier=classifier
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def count_calls(pipe):
+    """Counts, while the pipeline runs, of images that went through each of its networks."""
+    counts = {"unet": 0, "classifier": 0}
+    for name in counts:
+
+        def note(module, inputs, name=name):
+            counts[name] += len(inputs[0])
+
+        getattr(pipe, name).register_forward_pre_hook(note)
+    return counts
+
+
+def noise(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_gradient_is_the_analytic_one():
+    """With equal variances grad log p(0 | x) is p(1 | x) (m_0 - m_1) / v, the same for every pixel."""
+    sample, timesteps = noise(3, 2, 8, 8, scale=0.8), torch.tensor([300, 600, 900])
+    classifier = ExactClassifier()
+    gradient = log_probability_gradient(classifier, sample, timesteps, torch.tensor([0, 1, 0]))
+    other = classifier(sample, timesteps).softmax(dim=1)[torch.arange(3), torch.tensor([1, 0, 1])]
+    for i, sign in enumerate((1, -1, 1)):
+        (first, variance), (second, _) = (noisy_marginal(label, timesteps[i]) for label in (0, 1))
+        expected = other[i] * sign * (first - second) / variance
+        assert 1e-3 < other[i] < 1 - 1e-3
+        torch.testing.assert_close(gradient[i].double(), expected.expand(2, 8, 8), rtol=1e-5, atol=1e-6)
+    assert not gradient.requires_grad and classifier.unused.grad is None
+
+
+@pytest.mark.parametrize("label, target", [(0, None), (0, "healthy"), (1, "unhealthy")])
+@pytest.mark.parametrize("timestep", [100, 500, 900])
+def test_scale_1_with_exact_parts_is_the_conditional_noise(gaussian_pipe, label, target, timestep):
+    """Bayes: score of x_t plus grad log p(y | x_t) is the score given y. So is the noise, up to a factor."""
+    sample, t = noise(3, 2, 8, 8, scale=0.7), torch.tensor(timestep)
+    with torch.no_grad():
+        guided = gaussian_pipe._guided_prediction(target, 1.0, 3)(sample, t)
+    torch.testing.assert_close(guided.double(), exact_noise(sample.double(), label, t), rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_is_linear_in_the_scale(gaussian_pipe):
+    sample, t = noise(3, 2, 8, 8, scale=0.7), torch.tensor(700)
+    with torch.no_grad():
+        plain, once, more = (gaussian_pipe._guided_prediction(None, s, 3)(sample, t) for s in (0, 1, 2.5))
+    assert (once - plain).abs().mean() > 0.01
+    torch.testing.assert_close(more - plain, 2.5 * (once - plain), rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_with_exact_parts_is_that_of_the_target_class(gaussian_pipe):
+    """One class for all, then one for each sample."""
+    latents, scheduler = noise(2, 2, 8, 8), DynamicDDIMScheduler(thresholding=False)
+    scheduler.set_timesteps(20)
+    expected = []
+    for label in (0, 1):
+        x = latents
+        for t in scheduler.timesteps:
+            x = scheduler.step(exact_noise(x, label, t).float(), t, x).prev_sample
+        expected.append((x + 1) / 2)
+    walk = {"guidance_scale": 1, "strength": 1, "num_inference_steps": 20}
+    decoded = gaussian_pipe.denoise(latents, **walk)
+    torch.testing.assert_close(decoded, expected[0], rtol=0, atol=1e-4)
+    mixed = gaussian_pipe.denoise(latents, ["unhealthy", "healthy"], **walk)
+    torch.testing.assert_close(mixed, torch.stack([expected[1][0], expected[0][1]]), rtol=0, atol=1e-4)
+    assert (decoded - mixed)[0].mean() == pytest.approx((MEANS[0] - MEANS[1]) / 2, abs=0.02)
+
+
+def test_scale_0_is_the_plain_pipeline_and_encoding_always_is(guided_pipe, plain_pipe, images):
+    counts = count_calls(guided_pipe)
+    assert torch.equal(guided_pipe.invert(images, **SHORT), plain_pipe.invert(images, **SHORT))
+    out, plain = (pipe(images, guidance_scale=0, **SHORT) for pipe in (guided_pipe, plain_pipe))
+    assert counts["classifier"] == 0
+    assert torch.equal(out.heatmaps, plain.heatmaps)
+    assert not torch.equal(guided_pipe(images, guidance_scale=5, **SHORT).heatmaps, plain.heatmaps)
+
+
+@pytest.mark.parametrize(
+    "settings, evaluations",
+    [
+        ({"guidance_scale": 0}, 8),
+        ({"guidance_scale": 1}, 12),  # the classifier is asked at 1, too
+        ({"guidance_scale": 30.0}, 12),
+        ({"guidance_scale": 30.0, "map": "reconstruction"}, 16),
+    ],
+)
+def test_network_evaluations_are_those_that_happen(guided_pipe, images, settings, evaluations):
+    counts = count_calls(guided_pipe)
+    guided_pipe(images, **settings, **SHORT)
+    assert guided_pipe.network_evaluations(**settings, **SHORT) == evaluations == sum(counts.values()) / len(images)
+
+
+def test_weights_get_no_gradient(guided_pipe, images):
+    out = guided_pipe(images, guidance_scale=5, **SHORT)
+    assert not out.counterfactuals.requires_grad
+    assert all(p.grad is None for p in (*guided_pipe.classifier.parameters(), *guided_pipe.unet.parameters()))
+
+
+def test_the_sweep_takes_it_unchanged(guided_pipe):
+    slices, maps = Slices(), ["counterfactual", "reconstruction"]
+    points = sweep(guided_pipe, slices, range(6), [0.0, 40.0], [0.4], maps, 10, batch_size=6)
+    assert [p.network_evaluations for p in points] == [8, 12, 12, 16]
+    # another map than the image's own change is empty without guidance, and isn't with it
+    assert points[1].unhealthy_mean == 0 < points[3].unhealthy_mean
+    heat = guided_pipe(slices.images, guidance_scale=40.0, **SHORT).heatmaps
+    sick = (slices.images[3:] > 0).any(dim=1)
+    assert points[2].unhealthy_mean == pytest.approx(heat[3:][sick].mean().item(), rel=1e-3)
+
+
+def test_a_pipeline_moves_its_classifier(guided_pipe):
+    assert guided_pipe.to(torch.float64).classifier.dtype == torch.float64
+    assert guided_pipe.unet.dtype == torch.float64
+
+
+def test_components_make_another_pipeline(guided_pipe, images):
+    other = ClassifierGuidedDDIMPipeline(**guided_pipe.components)
+    other.set_progress_bar_config(disable=True)
+    walk = SHORT | {"guidance_scale": 5}
+    assert torch.equal(other(images, **walk).heatmaps, guided_pipe(images, **walk).heatmaps)
+
+
+def test_what_is_refused(guided_pipe, pipe, images):
+    with pytest.raises(ValueError, match="class 'sick' is unknown: this model knows healthy, unhealthy"):
+        guided_pipe(images, "sick", **SHORT)
+    with pytest.raises(ValueError, match="target holds 1 names for 4 images"):
+        guided_pipe(images, ["healthy"], **SHORT)
+    parts = guided_pipe.components
+    with pytest.raises(ValueError, match="class_encoder is given"):
+        ClassifierGuidedDDIMPipeline(**parts | {"class_encoder": pipe.class_encoder})
+    velocity = DynamicDDIMScheduler(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="prediction_type is 'v_prediction': it must be 'epsilon'"):
+        ClassifierGuidedDDIMPipeline(**parts | {"scheduler": velocity})
+
+
+@pytest.mark.parametrize("side", [16, 128])
+def test_logits_of_any_size_and_class_count(side):
+    classifier = NoisyClassifier(num_channels=3, image_size=side, num_classes=5)
+    assert classifier(noise(2, 3, side, side), torch.tensor([0, 999])).shape == (2, 5)
+
+
+def test_each_sample_has_its_own_timestep():
+    torch.manual_seed(0)
+    classifier = NoisyClassifier(1, 16).eval()
+    sample, timesteps = noise(1, 1, 16, 16).expand(3, 1, 16, 16), torch.tensor([10, 900, 10])
+    with torch.no_grad():
+        first, second, third = classifier(sample, timesteps)
+        alone = classifier(sample[:1], timesteps[1:2])[0]
+    torch.testing.assert_close(first, third)
+    torch.testing.assert_close(second, alone)
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_a_side_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="image_size is 20: it must be a multiple of 8"):
+        NoisyClassifier(1, 20)
+
+
+def test_the_size_of_the_paper_has_8_million_parameters():
+    paper = NoisyClassifier(4, 64, block_out_channels=(64, 128, 256, 256), layers_per_block=2, norm_num_groups=32)
+    assert 7e6 < sum(p.numel() for p in paper.parameters()) < 9e6
+
+
+def test_a_saved_classifier_comes_back_bit_equal(tmp_path):
+    classifier = NoisyClassifier(2, 16, 3, block_out_channels=(8, 16), norm_num_groups=4).eval()
+    classifier.save_pretrained(tmp_path)
+    assert [path.suffix for path in tmp_path.glob("*model*")] == [".safetensors"]
+    loaded = NoisyClassifier.from_pretrained(tmp_path)
+    sample, timesteps = noise(2, 2, 16, 16), torch.tensor([5, 500])
+    assert torch.equal(loaded(sample, timesteps), classifier(sample, timesteps))
+
+
+def test_training_on_noisy_images_tells_the_classes_apart():
+    torch.manual_seed(0)
+    classifier, scheduler = NoisyClassifier(1, 16, block_out_channels=(16, 32, 32)), DDIMScheduler()
+    optimizer = torch.optim.AdamW(classifier.parameters(), 1e-3)
+
+    def logits_of(batch):
+        return classifier(scheduler.add_noise(batch["images"], batch["noise"], batch["timesteps"]), batch["timesteps"])
+
+    for step in range(150):
+        batch = trivial_batch(32, 100 + 2 * step, "all")
+        loss = torch.nn.functional.cross_entropy(logits_of(batch), batch["labels"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    batch = trivial_batch(512, 1, "all")
+    with torch.no_grad():
+        right = (logits_of(batch).argmax(dim=1) == batch["labels"]).float()
+    # towards t = 1000 nothing is left of the square
+    for first, last, least in ((0, 200, 0.93), (200, 300, 0.75)):
+        assert right[(batch["timesteps"] >= first) & (batch["timesteps"] < last)].mean() > least

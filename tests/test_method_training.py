@@ -1,0 +1,184 @@
+"""The shared loop: budgets, the validation curve, resuming, averaged weights, what a method may see."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from diffusers.configuration_utils import register_to_config
+from training_data import write_training_set
+
+from diffusers_cf.baselines import training
+from diffusers_cf.baselines.method import TrainableMethod
+from diffusers_cf.baselines.training import Budget, MethodTraining, TrainingRecord, slices_of, training_step
+from diffusers_cf.data import SliceDataset
+from diffusers_cf.errors import InputError
+
+
+class Line(TrainableMethod):
+    """Two scalars, each pulled to its own target by its own optimiser."""
+
+    @register_to_config
+    def __init__(self, num_channels: int = 2, image_size: int = 8, target: float = 1.0):
+        super().__init__()
+        self.first = torch.nn.Parameter(torch.zeros(()))
+        self.second = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def optimizers(self):
+        return {name: torch.optim.SGD([getattr(self, name)], 0.1) for name in ("first", "second")}
+
+    def losses(self, batch, progress):
+        self.seen.append((progress, batch["images"].double().sum().item()))
+        yield "first", (self.first - self.config.target) ** 2 + 0 * torch.rand(())
+        yield "second", (self.second - self.first.detach()) ** 2
+
+    @torch.no_grad()
+    def validation_loss(self, batch):
+        return (self.second - self.config.target) ** 2
+
+
+class Averaged(Line):
+    averaged = True
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    folder = write_training_set(tmp_path_factory.mktemp("data") / "set")
+    return SliceDataset(folder, "train"), SliceDataset(folder, "validation")
+
+
+def train(splits, folder, method=None, steps=24, seconds=1e6, **options):
+    run = MethodTraining(method or Line(), *splits, folder, Budget(seconds, steps, 4, **options), seed=3)
+    return run, run.run()
+
+
+def test_each_loss_steps_its_own_optimiser_before_the_next_is_asked_for():
+    line = Line(target=0.4)
+    values = training_step(line, line.optimizers(), {"images": torch.zeros(1)}, 0.0)
+    # first: 0 - 0.1 * 2 (0 - 0.4) = 0.08; second is then pulled towards 0.08: 0 - 0.1 * 2 (0 - 0.08) = 0.016
+    assert line.first.item() == pytest.approx(0.08) and line.second.item() == pytest.approx(0.016)
+    assert values["first"].item() == pytest.approx(0.16) and values["second"].item() == pytest.approx(0.0064)
+
+
+def test_gradients_are_clipped_to_the_methods_norm():
+    line = Line(target=1000.0)
+    training_step(line, line.optimizers(), {"images": torch.zeros(1)}, 0.0)
+    assert line.first.item() == pytest.approx(0.1)  # rate 0.1 times a gradient of norm 1
+    line = Line(target=1000.0)
+    line.max_grad_norm = None
+    training_step(line, line.optimizers(), {"images": torch.zeros(1)}, 0.0)
+    assert line.first.item() == pytest.approx(200)
+
+
+def test_autocast_covers_losses_and_not_their_backward_passes():
+    inside = []
+
+    @contextmanager
+    def autocast():
+        inside.append(True)
+        yield
+        inside.append(False)
+
+    def backward(loss):
+        assert inside[-1] is False
+        loss.backward()
+
+    line = Line()
+    training_step(line, line.optimizers(), {"images": torch.zeros(1)}, 0.0, backward, autocast)
+    assert inside == [True, False] * 3  # two losses, and the end
+
+
+def test_a_method_sees_the_slices_it_may_see(splits):
+    healthy = slices_of(splits[0], "healthy")
+    rows = healthy.__getitems__(list(range(len(healthy))))
+    assert {row["label"] for row in rows} == {0} and len(healthy) == 10 and len(healthy.labels) == 10
+    assert slices_of(splits[0], "all") is splits[0]
+    batch = healthy.collate(rows)
+    assert batch["images"].shape == (10, 2, 16, 16)
+
+
+def test_the_budget_of_steps(splits, tmp_path):
+    run, record = train(splits, tmp_path)
+    assert record.steps == 24 and record.images_seen == 96 and len(record.curve) == training.CHECKS
+    assert [images for images, _, _ in record.curve] == list(range(8, 97, 8))
+    assert [progress for progress, _ in run.method.seen] == pytest.approx(np.arange(24) / 24)
+    assert not run.method.training
+
+
+def test_the_budget_of_seconds(splits, tmp_path, monkeypatch):
+    clock = iter(np.arange(0, 1000, 0.5))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+    _, record = train(splits, tmp_path, steps=1000, seconds=6.0)
+    assert record.seconds == pytest.approx(6.0) and record.steps == 12  # half a second a step, checks not counted
+
+
+def test_a_flat_curve_ends_the_training(splits, tmp_path):
+    method = Line(target=0.0)  # begins at its target: nothing gets better
+    _, record = train(splits, tmp_path, method)
+    assert record.converged is True and len(record.curve) == training.FLAT_CHECKS + 1
+    method = Line(target=0.0)
+    method.may_stop_early = False
+    _, record = train(splits, tmp_path / "long", method)
+    assert record.converged is True and len(record.curve) == training.CHECKS
+
+
+def test_what_has_not_converged_says_so(splits, tmp_path):
+    assert train(splits, tmp_path)[1].converged is False
+
+
+@pytest.mark.parametrize(
+    "losses, flat",
+    [
+        ([5, 4, 3, 2, 1], False),
+        ([5, 4, 4, 4, 4], False),  # no check before the last four was as good
+        ([4, 5, 5, 5, 5], True),
+        ([4, 3.99, 3.99, 3.99, 3.99], True),  # 0.25 % is no gain
+        ([4, 5, 5, 5, 3.9], False),
+        ([1, 1], False),
+    ],
+)
+def test_when_a_curve_is_flat(losses, flat):
+    assert TrainingRecord(curve=[[0, 0, loss] for loss in losses]).is_flat() is flat
+
+
+@pytest.mark.parametrize("cls", [Line, Averaged])
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not(splits, tmp_path, monkeypatch, cls):
+    monkeypatch.setattr(training, "SECONDS_PER_CHECKPOINT", -1)
+    whole, record = train(splits, tmp_path / "whole", cls())
+    half = MethodTraining(cls(), *splits, tmp_path / "half", Budget(1e6, 24, 4), seed=3)
+    step = half._step
+
+    def killed(batch):
+        if half.record.steps == 9:
+            raise KeyboardInterrupt
+        step(batch)
+
+    half._step = killed
+    with pytest.raises(KeyboardInterrupt):
+        half.run()
+    again, resumed = train(splits, tmp_path / "half", cls())
+    assert resumed.curve[0] == half.record.curve[0] and resumed.steps == record.steps
+    assert [loss for _, _, loss in resumed.curve] == pytest.approx([loss for _, _, loss in record.curve], rel=1e-6)
+    assert again.method.first.item() == pytest.approx(whole.method.first.item(), rel=1e-6)
+    assert [total for _, total in half.method.seen[:9] + again.method.seen] == [t for _, t in whole.method.seen]
+
+
+def test_a_checkpoint_of_another_run_is_refused(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SECONDS_PER_CHECKPOINT", -1)
+    train(splits, tmp_path)
+    other = MethodTraining(Line(), *splits, tmp_path, Budget(1e6, 24, 4), seed=4)
+    with pytest.raises(InputError, match="made with seed = 3, this run has 4"):
+        other.run()
+
+
+def test_averaged_weights_are_those_that_stay(splits, tmp_path):
+    plain, _ = train(splits, tmp_path / "a", Line())
+    run, _ = train(splits, tmp_path / "b", Averaged())
+    assert run.method.first.item() < plain.method.first.item()  # the average lags behind
+    assert run.method.first.item() == pytest.approx(run.ema.shadow_params[0].item())
+
+
+def test_broken_weights_end_the_training(splits, tmp_path):
+    with pytest.raises(InputError, match="NaN or infinite"):
+        train(splits, tmp_path, Line(target=float("nan")))
