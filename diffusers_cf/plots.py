@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 
+GREY = {"cmap": "gray", "vmin": 0, "vmax": 1.1}  # how images in input units are shown: 1 = p99
 HEAT_MAXIMUM = 0.25  # a change by a quarter of the 99th percentile has the brightest colour: one scale for all
 
 
@@ -46,17 +47,15 @@ def plot_slices(
     figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(images) + 0.5), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for i, row in enumerate(axes):
-        window = {"cmap": "gray", "vmin": 0, "vmax": 1.1}
-        row[0].imshow(images[i, channel], **window)
-        row[1].imshow(counterfactuals[i, channel], **window)
-        row[2].imshow(images[i, channel], **window)
+        row[0].imshow(images[i, channel], **GREY)
+        row[1].imshow(counterfactuals[i, channel], **GREY)
+        row[2].imshow(images[i, channel], **GREY)
         heat = row[2].imshow(heatmaps[i], cmap="inferno", vmin=0, vmax=heat_maximum, alpha=0.8)
         if masks is not None:
-            row[3].imshow(images[i, channel], **window)
-            if references is not None and (references[i] > 0).any():
-                row[3].contour(references[i] > 0, [0.5], colors="lime", linewidths=1)
-            if (masks[i] > 0).any():
-                row[3].contour(masks[i] > 0, [0.5], colors="red", linewidths=1)
+            row[3].imshow(images[i, channel], **GREY)
+            if references is not None:
+                draw_contour(row[3], references[i], "lime")
+            draw_contour(row[3], masks[i], "red")
         if row_names:
             row[0].set_ylabel(row_names[i], fontsize=8)
         for axis in row:
@@ -67,6 +66,12 @@ def plot_slices(
     figure.colorbar(heat, ax=axes, shrink=min(1, 2 / len(images)), label="heatmap: change / p99")
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=100)
+
+
+def draw_contour(axes, mask: np.ndarray, color: str, linewidth: float = 1) -> None:
+    """Draws the outline of a mask `(H, W)`, above 0 = inside; nothing for an empty one."""
+    if (mask > 0).any():
+        axes.contour(mask > 0, [0.5], colors=color, linewidths=linewidth)
 
 
 def plot_sweep(path: str | Path, points: Sequence) -> None:

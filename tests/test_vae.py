@@ -2,12 +2,12 @@ import pytest
 import torch
 from trivial_phantom import train_briefly, trivial_auprc, trivial_batch, trivial_slices
 
+from diffusers_cf.baselines.method import residual_map
 from diffusers_cf.baselines.vae import (
     VAERestoration,
     VariationalAutoencoder,
     kl_divergence,
     negative_elbo,
-    residual_map,
     restoration_objective,
     total_variation,
 )

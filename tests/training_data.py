@@ -25,7 +25,13 @@ def made_patient(index: int, channels: int, masks: bool, size: int) -> PatientSl
 
 
 def write_training_set(
-    folder, channels: int = 2, masks: bool = True, classes=CLASSES, size: int = 16, test: tuple[int, ...] = (), **changes
+    folder,
+    channels: int = 2,
+    masks: bool = True,
+    classes=CLASSES,
+    size: int = 16,
+    test: tuple[int, ...] = (),
+    **changes,
 ):
     """Patients 0 and 1 for training, 2 for validation, those of `test` for test; returns the folder."""
     (folder / "data").mkdir(parents=True)

@@ -149,14 +149,16 @@ ROWS = {
         "CDPM + classifier guidance", (1, 2), "cdpm-classifier", _counterfactual("classifier_scales", **CLIPPED)
     ),
     "cdpm-adagn": Row("CDPM with AdaGN, w = 1", (2,), "cdpm-adagn", _counterfactual((1.0,), **CLIPPED)),
-    "cdpm-adagn-guided": Row("+ implicit guidance", (2,), "cdpm-adagn", _counterfactual("guidance_scales", **CLIPPED)),
+    "cdpm-adagn-guided": Row(
+        "CDPM with AdaGN, implicit guidance", (2,), "cdpm-adagn", _counterfactual("guidance_scales", **CLIPPED)
+    ),
     "ours-clipped": Row(
-        "+ attention conditioning, static clip", (2,), "ours", _counterfactual("guidance_scales", **CLIPPED)
+        "Attention conditioning, static clip", (2,), "ours", _counterfactual("guidance_scales", **CLIPPED)
     ),
     "ours-unclipped": Row(
-        "+ attention conditioning, no clip", (2,), "ours", _counterfactual("guidance_scales", **UNCLIPPED)
+        "Attention conditioning, no clip", (2,), "ours", _counterfactual("guidance_scales", **UNCLIPPED)
     ),
-    "ours": Row("Ours: + dynamic normalisation", (1, 2), "ours", _counterfactual("guidance_scales")),
+    "ours": Row("Ours (with dynamic normalisation)", (1, 2), "ours", _counterfactual("guidance_scales")),
     "ours-raw-epsilon": Row(
         "Ours, raw epsilon", (2,), "ours", _counterfactual("guidance_scales", use_clipped_model_output=False)
     ),

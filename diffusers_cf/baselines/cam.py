@@ -7,7 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from diffusers_cf.baselines.method import TrainableMethod, foreground, unit_images
+from diffusers_cf.baselines.method import TrainableMethod, evaluation_mode, foreground, unit_images
 from diffusers_cf.images import resize_images
 
 
@@ -70,7 +70,8 @@ class ClassActivationMap(TrainableMethod):
     @torch.no_grad()
     def validation_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The cross-entropy of validation slices."""
-        return self._in_eval_mode(self.classifier_loss, batch)
+        with evaluation_mode(self):
+            return self.classifier_loss(batch)
 
     def activation_map(self, images: torch.Tensor) -> torch.Tensor:
         """M(x, y) of unhealthy minus that of healthy (Zhou et al. 2016, Eq. 2), of any sign.
@@ -102,20 +103,14 @@ class ClassActivationMap(TrainableMethod):
             images: `(N, C, H, W)` in input units.
         """
         images = self.network_input(images)
-        logits = self._in_eval_mode(self.activation_map, images) + self.bias_difference
+        with evaluation_mode(self):
+            logits = self.activation_map(images) + self.bias_difference
         logits = resize_images(logits[:, None], images.shape[-2:])
         return (functional.softplus(logits) * foreground(images))[:, 0]
 
     @torch.no_grad()
     def slice_score(self, images: torch.Tensor) -> torch.Tensor:
         """Probability that each slice is unhealthy, `(N, C, H, W)` in input units -> `(N,)` in [0, 1]."""
-        logits = self._in_eval_mode(self.resnet, self.network_input(images)).logits
+        with evaluation_mode(self):
+            logits = self.resnet(self.network_input(images)).logits
         return logits.softmax(dim=1)[:, 1]
-
-    def _in_eval_mode(self, function, *inputs):
-        # a map in training mode would depend on the other slices of its batch, and change the batch norm
-        training = self.training
-        self.eval()
-        outputs = function(*inputs)
-        self.train(training)
-        return outputs

@@ -8,8 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 from torch.nn import functional
 
-from diffusers_cf.baselines.method import TrainableMethod, foreground, unit_images
-from diffusers_cf.baselines.vae import residual_map
+from diffusers_cf.baselines.method import TrainableMethod, foreground, residual_map, unit_images
 
 
 NOISE_STD = 0.2

@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional
 
-from diffusers_cf.baselines.method import TrainableMethod, foreground, unit_images
+from diffusers_cf.baselines.method import TrainableMethod, residual_map, unit_images
 
 
 _COARSEST = 4  # side of the coarsest feature map in pixels
@@ -153,7 +153,7 @@ class FAnoGAN(TrainableMethod):
         images = self.network_input(images)
         with frozen(self):
             reconstruction = self.generator(self.encoder(images))
-        return ((images - reconstruction).abs() * foreground(images)).mean(dim=1)
+        return residual_map(images, reconstruction)
 
 
 class ResidualBlock(ResnetBlock2D):

@@ -1,6 +1,7 @@
 """What every trainable method has in common: sizes, training losses, settings of inference, the map."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers import ModelMixin
@@ -96,3 +97,19 @@ def unit_images(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def foreground(images: torch.Tensor) -> torch.Tensor:
     """Where any channel of images `(N, C, h, w)` in input units is above 0, `(N, 1, h, w)`, of the images' dtype."""
     return (images > 0).any(dim=1, keepdim=True).to(images)
+
+
+def residual_map(images: torch.Tensor, restored: torch.Tensor) -> torch.Tensor:
+    """Mean over channels of |x - x'| in the foreground, 0 outside: two times `(N, C, h, w) -> (N, h, w)`."""
+    return ((images - restored).abs() * foreground(images)).mean(dim=1)
+
+
+@contextmanager
+def evaluation_mode(network: torch.nn.Module) -> Iterator[None]:
+    """Within this context batch norm uses its running statistics, so no image depends on the rest of its batch."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)

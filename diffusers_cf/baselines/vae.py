@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from diffusers_cf.baselines.method import AnomalyMethod, TrainableMethod, foreground, unit_images
+from diffusers_cf.baselines.method import AnomalyMethod, TrainableMethod, evaluation_mode, residual_map, unit_images
 
 
 def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
@@ -58,22 +57,6 @@ def total_variation(images: torch.Tensor) -> torch.Tensor:
     rows = (images[..., 1:, :] - images[..., :-1, :]).abs().flatten(1).sum(dim=1)
     columns = (images[..., :, 1:] - images[..., :, :-1]).abs().flatten(1).sum(dim=1)
     return rows + columns
-
-
-def residual_map(images: torch.Tensor, restored: torch.Tensor) -> torch.Tensor:
-    """Mean over channels of |x - x'| in the foreground, 0 outside: two times `(N, C, h, w) -> (N, h, w)`."""
-    return ((images - restored).abs() * foreground(images)).mean(dim=1)
-
-
-@contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Within this context batch norm uses its running statistics, so no image depends on the rest of its batch."""
-    was_training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(was_training)
 
 
 class VariationalAutoencoder(TrainableMethod):

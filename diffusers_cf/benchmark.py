@@ -1,0 +1,198 @@
+"""`diffusers-cf benchmark`: trains and measures every method under one protocol and writes tables and figures."""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from diffusers_cf.baselines import (
+    NETWORKS,
+    ROWS,
+    AnomalyMethod,
+    row_of,
+)
+from diffusers_cf.benchmark_figures import write_figures
+from diffusers_cf.benchmark_networks import Networks
+from diffusers_cf.benchmark_presets import PRESETS, Preset
+from diffusers_cf.benchmark_protocol import BenchmarkData, choose_settings, measure, saturated_share, slice_scores
+from diffusers_cf.bootstrap import bootstraps_of_file
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation import write_result
+from diffusers_cf.inference_options import DTYPES, add_device_arguments, check_device_arguments
+from diffusers_cf.provenance import command_line, package_commit
+from diffusers_cf.tables import write_tables
+
+
+FACTS_FILE = "benchmark.json"
+
+
+class Benchmark:
+    """Trains networks and measures rows; what is finished is kept and not done again.
+
+    Args:
+        output: folder of tables and figures; `cells/` in it holds a JSON a row and seed.
+        networks: the trained ones.
+    """
+
+    def __init__(self, output: Path, networks: Networks):
+        self.output, self.networks, self.preset = output, networks, networks.preset
+
+    def run_cell(self, method: str, data: BenchmarkData, seed: int) -> None:
+        """Measures a row for a seed and writes `cells/METHOD-seedS.json`, unless it is there."""
+        path = self.output / "cells" / f"{method}-seed{seed}.json"
+        if path.is_file():
+            return
+        row, start = row_of(method), time.perf_counter()
+        made, record = self.make_method(method, data, seed)
+        choice = choose_settings(made, data)
+        with tempfile.TemporaryDirectory(dir=self.output) as folder:
+            counts = Path(folder) / "cell.counts.npz"
+            cell = measure(made, data, counts)
+            bootstrap = bootstraps_of_file(counts)
+        cell |= {
+            "method": method,
+            "row": row.title,
+            "tables": list(row.tables),
+            "seed": seed,
+            "settings": made.settings,
+        }
+        cell |= record | {"choice": choice, "bootstrap": bootstrap, **self._beside(method, made, data, seed)}
+        cell |= {
+            "dataset": data.folder,
+            "command": command_line(),
+            "commit": package_commit(),
+            "device": self.networks.device,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_result(cell | {"seconds": round(time.perf_counter() - start, 1)}, path)
+        scores = ", ".join(f"{part} {cell_part['auprc']:.3f}" for part, cell_part in _parts(cell))
+        print(
+            f"{method}, seed {seed}: AUPRC {scores} ({cell['n_slices']} slices, settings {made.settings})", flush=True
+        )
+
+    def _beside(self, method: str, made: AnomalyMethod, data: BenchmarkData, seed: int) -> dict:
+        """What is reported for some rows alone."""
+        beside = {}
+        if method == "ours":
+            beside["slice_scores"] = slice_scores(made.pipe, data, seed)
+        if method in ("ours", "ours-clipped", "ours-unclipped"):
+            beside["saturated_share"] = saturated_share(made.pipe, data, made.settings)
+        return beside
+
+    def make_method(self, method: str, data: BenchmarkData, seed: int) -> tuple[AnomalyMethod, dict]:
+        """A row's method, trained if need be, and what a cell says of its training."""
+        row = row_of(method)
+        if row.network is None:
+            return row.make(data.modalities, self.preset.grid), {"trained_on": "not trained", "converged": None}
+        network, record = self.networks.get(row.network, data.train, data.validation, seed)
+        names = ("trained_on", "converged", "images_seen", "parameters", "curve")
+        facts = {name: record[name] for name in names} | {"train_seconds": record["seconds"]}
+        return row.make(network, self.preset.grid), facts
+
+
+def _parts(cell: dict):
+    return ("raw", cell), ("post-processed", cell["postprocessed"])
+
+
+def all_methods(modalities: list[str]) -> list[str]:
+    """Ids of every row for images with these modalities, the ones that share a network one after the other."""
+    methods = [m for m in ROWS if "<" not in m and (m != "threshold" or "flair" in modalities)]
+    methods += [f"threshold-{modality}" for modality in modalities]
+    networks = [None, *NETWORKS]
+    return sorted(methods, key=lambda method: networks.index(row_of(method).network))
+
+
+def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `diffusers-cf benchmark`."""
+    add = parser.add_argument
+    add(
+        "--dataset",
+        required=True,
+        nargs="+",
+        help="slice data set with masks; several, one a seed: splits of the same data",
+    )
+    add("--output", required=True, metavar="RESULTS", help="folder for tables, figures and a JSON a method and seed")
+    add("--models", metavar="FOLDER", help="where trained networks are kept, default: RESULTS/models")
+    add("--methods", nargs="+", metavar="ID", help=f"default: all of {', '.join(ROWS)}")
+    add("--seeds", type=int, help="default: 3, or one a data set")
+    add("--first_seed", type=int, default=1, help="to add later seeds to a folder that holds earlier ones")
+    add("--preset", choices=PRESETS, default="cpu", help="default: %(default)s")
+    add("--image_size", type=int, help="side of every network's input; default: the preset's")
+    add("--train_seconds", type=float, help="training time of each network; default: the preset's")
+    add("--augment", action="store_true", help="small rotations, scales, shifts and gains, for small data sets")
+    add(
+        "--no_pictures",
+        action="store_true",
+        help="no figure that shows slices (Fig. 1 and 2): data that may not be shown",
+    )
+    add_device_arguments(parser, batch_size=32)
+
+
+def preset_of(args: argparse.Namespace) -> Preset:
+    """The preset with the command line's changes."""
+    preset = PRESETS[args.preset]
+    if args.image_size is not None:
+        if args.image_size < 16 or args.image_size & (args.image_size - 1):
+            raise InputError(f"--image_size is {args.image_size}: it must be a power of two, 16 or more")
+        preset = replace(preset, image_size=args.image_size)
+    if args.train_seconds is not None:
+        if args.train_seconds <= 0:
+            raise InputError(f"--train_seconds is {args.train_seconds}: it must be above 0")
+        preset = replace(preset, budget=replace(preset.budget, seconds=args.train_seconds))
+    return replace(preset, budget=replace(preset.budget, augment=preset.budget.augment or args.augment))
+
+
+def run_benchmark(args: argparse.Namespace) -> int:
+    """Runs what is missing of the benchmark, seed by seed, and writes the tables after each cell, the figures at the end.
+
+    Raises:
+        InputError: data set, methods or options can't be used, or the output holds another benchmark's cells.
+    """
+    check_device_arguments(args)
+    preset = preset_of(args)
+    seeds = _seeds(args)
+    data = {seed: BenchmarkData(folder, preset, args.batch_size) for seed, folder in seeds.items()}
+    first = next(iter(data.values()))
+    methods = args.methods or all_methods(first.modalities)
+    for method in methods:
+        if row_of(method).network is None:
+            row_of(method).make(first.modalities, preset.grid)
+    output = Path(args.output)
+    _claim(output, args, preset, first)
+    models = Path(args.models) if args.models else output / "models"
+    benchmark = Benchmark(output, Networks(models, preset, args.device, DTYPES[args.dtype]))
+    for seed in seeds:
+        for method in methods:
+            benchmark.run_cell(method, data[seed], seed)
+            write_tables(output, methods, seeds)
+    seed = next(iter(seeds))
+    write_figures(benchmark, data[seed], seed, pictures=not args.no_pictures)
+    print(f"tables and figures -> {output}")
+    return 0
+
+
+def _seeds(args: argparse.Namespace) -> dict[int, str]:
+    """The data set of each seed."""
+    several = len(args.dataset) > 1
+    count = args.seeds or (len(args.dataset) if several else 3)
+    if several and count != len(args.dataset):
+        raise InputError(f"--seeds {count} with {len(args.dataset)} data sets: several data sets mean one a seed")
+    numbers = range(args.first_seed, args.first_seed + count)
+    return dict(zip(numbers, args.dataset if several else args.dataset * count, strict=True))
+
+
+def _claim(output: Path, args: argparse.Namespace, preset: Preset, data: BenchmarkData) -> None:
+    """Writes RESULTS/benchmark.json; cells of another preset or data set must not end up in one table with these."""
+    known = ("source", "size", "modalities", "class_names")
+    facts = {"preset": args.preset, **asdict(preset), "data": {k: data.train.preprocessing.get(k) for k in known}}
+    facts = json.loads(json.dumps(facts))
+    path = output / FACTS_FILE
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name in facts if kept.get(name) != facts[name]]
+        if different:
+            raise InputError(f"{output} holds a benchmark with other {', '.join(different)}: choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    write_result(facts, path)

@@ -1,0 +1,143 @@
+"""What the figures of a benchmark show: slices, intermediate images and sweeps of its trained networks."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from diffusers_cf.baselines import row_of
+from diffusers_cf.benchmark_protocol import BenchmarkData, at_size
+from diffusers_cf.evaluation import write_result
+from diffusers_cf.figures import (
+    percentile_scales,
+    plot_method_maps,
+    plot_process,
+    plot_quality_against_evaluations,
+    plot_strengths,
+)
+from diffusers_cf.images import resize_images
+from diffusers_cf.provenance import command_line, package_commit
+from diffusers_cf.sweep import evenly_spread, sweep
+from diffusers_cf.tables import collect_cells
+from diffusers_cf.trajectories import encode_trajectory
+
+
+# Fig. 2's columns, left to right.
+FIGURE2 = ("ours", "cdpm-classifier", "cdpm-healthy", "dae", "vae", "cam", "threshold")
+FIGURE2_ROWS = 5
+# Fig. 3 of the paper; `guidance` is how its legend calls it.
+FIGURE3_SCALES = (1.5, 2.5, 3.0)
+FIGURE3 = {"implicit": "ours", "classifier": "cdpm-classifier"}
+FIGURE1_IMAGES = 5
+
+
+def write_figures(benchmark, data: BenchmarkData, seed: int, pictures: bool) -> None:
+    """Writes figure1.png to figure4.png, as far as their rows are measured.
+
+    Args:
+        benchmark: a `Benchmark`; its networks of the seed are loaded.
+        data: the seed's slices.
+        seed: of the networks that are shown.
+        pictures: whether Fig. 1 and Fig. 2, which show slices, are wanted.
+    """
+    cells = {cell["method"]: cell for cell in collect_cells(benchmark.output) if cell["seed"] == seed}
+    plot_quality_against_evaluations(
+        benchmark.output / "figure4.png", collect_cells(benchmark.output), "postprocessed"
+    )
+    if set(FIGURE3.values()) <= set(cells):
+        write_figure3(benchmark, data, seed)
+    if pictures and "ours" in cells:
+        write_figure1(benchmark, data, seed, cells["ours"]["settings"])
+    if pictures:
+        write_figure2(benchmark, data, seed, cells)
+
+
+def example_rows(data: BenchmarkData, count: int) -> list[int]:
+    """For each of some patients, evenly spread over those with a lesion, the test slice with the largest one."""
+    batches = (data.test.collate(data.test.__getitems__([row])) for row in data.test_rows)
+    areas = np.array([int(batch["masks"].sum()) for batch in batches])
+    rows, patients = np.asarray(data.test_rows), data.test.patients[data.test_rows]
+    best = {p: rows[patients == p][areas[patients == p].argmax()] for p in np.unique(patients[areas > 0])}
+    return [int(best[list(best)[i]]) for i in evenly_spread(len(best), count)]
+
+
+def write_figure1(benchmark, data: BenchmarkData, seed: int, settings: dict) -> None:
+    """Fig. 1 of one test slice, from the images that encoding and decoding really went through."""
+    method, _ = benchmark.make_method("ours", data, seed)
+    pipe, row = method.pipe, example_rows(data, FIGURE2_ROWS)[0]
+    batch = data.test.collate(data.test.__getitems__([row]))
+    walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
+    encodings = encode_trajectory(pipe, batch["images"], **walk)
+    decodings = []
+
+    def keep(_, step, timestep, tensors):
+        decodings.append(tensors["latents"])
+        return {}
+
+    pipe.denoise(encodings[-1], None, settings["guidance_scale"], callback_on_step_end=keep, **walk)
+    out = pipe(batch["images"], **settings)
+    chosen = evenly_spread(len(encodings) - 1, FIGURE1_IMAGES)
+    times = pipe.inverse_scheduler.timesteps.tolist()
+
+    def unit(latents: list[torch.Tensor]) -> np.ndarray:
+        return ((torch.cat(latents) + 1) / 2).cpu().numpy()
+
+    plot_process(
+        benchmark.output / "figure1.png",
+        resize_images(batch["images"], pipe.image_size)[0].numpy(),
+        unit([encodings[i] for i in chosen]),
+        unit([encodings[-1]])[0],
+        unit([decodings[i] for i in chosen]),
+        resize_images(out.counterfactuals.cpu(), pipe.image_size)[0].numpy(),
+        resize_images(out.heatmaps.cpu()[:, None], pipe.image_size)[0, 0].numpy(),
+        resize_images(batch["masks"][:, None].float(), pipe.image_size)[0, 0].numpy() > 0.5,
+        channel_name=data.modalities[0],
+        encoding_names=[f"t = {times[i - 1] if i else 0}" for i in chosen],
+        decoding_names=[f"t = {times[len(decodings) - 2 - i] if i < len(decodings) - 1 else 0}" for i in chosen],
+        latent_name=f"latent, t = {times[len(encodings) - 2]}",
+    )
+
+
+def write_figure2(benchmark, data: BenchmarkData, seed: int, cells: dict[str, dict]) -> None:
+    """Fig. 2: test slices of several patients and the maps of the methods that are measured, on one scale a method."""
+    rows = example_rows(data, FIGURE2_ROWS)
+    batch = data.test.collate(data.test.__getitems__(rows))
+    maps, titles = {}, {}
+    for name in (method for method in FIGURE2 if method in cells):
+        method, _ = benchmark.make_method(name, data, seed)
+        method.settings = cells[name]["settings"]
+        titles[name] = row_of(name).title
+        maps[titles[name]] = np.concatenate(
+            [_map_of_row(method, data, row, tuple(batch["masks"].shape[1:])) for row in rows]
+        )
+    if maps:
+        plot_method_maps(
+            benchmark.output / "figure2.png", batch["images"].numpy(), batch["masks"].numpy(), maps,
+            percentile_scales(maps), "99.9th percentile", channel_name=data.modalities[0],
+        )  # fmt: skip
+
+
+def _map_of_row(method, data: BenchmarkData, row: int, size: tuple[int, int]) -> np.ndarray:
+    """A slice's map `(1, H, W)`; a method that needs all slices of the patient gets them."""
+    rows = np.flatnonzero(data.test.patients == data.test.patients[row]) if method.whole_patient else [row]
+    images = data.test.collate(data.test.__getitems__([int(r) for r in rows]))["images"]
+    return at_size(method.anomaly_map(images)[list(rows).index(row)][None], size)
+
+
+def write_figure3(benchmark, data: BenchmarkData, seed: int) -> None:
+    """Fig. 3: ideal Dice on validation slices over strength and scale for both kinds of guidance; points are kept."""
+    path, preset = benchmark.output / "figure3.json", benchmark.preset
+    points = json.loads(path.read_text(encoding="utf-8"))["points"] if path.is_file() else []
+    if not points:
+        rows = data.validation_rows[:: max(1, len(data.validation_rows) // preset.figure_slices)]
+        for guidance, name in FIGURE3.items():
+            pipe = benchmark.make_method(name, data, seed)[0].pipe
+            found = sweep(
+                pipe, data.validation, rows, FIGURE3_SCALES, preset.figure_strengths, ("counterfactual",),
+                preset.grid.num_inference_steps, data.batch_size,
+            )  # fmt: skip
+            points += [asdict(point) | {"guidance": guidance} for point in found]
+        facts = {"command": command_line(), "commit": package_commit(), "seed": seed, "n_slices": len(rows)}
+        write_result(facts | {"points": points}, path)
+    plot_strengths(benchmark.output / "figure3.png", points)

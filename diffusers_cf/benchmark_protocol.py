@@ -1,0 +1,137 @@
+"""The protocol that every row of the tables goes through: the same slices, the same choices, the same measures."""
+
+import numpy as np
+import torch
+
+from diffusers_cf.baselines import AnomalyMethod
+from diffusers_cf.benchmark_presets import Preset
+from diffusers_cf.data.slices import SliceDataset, batches_of
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation import evaluate
+from diffusers_cf.pixel_counts import CHAINS, PixelCounts
+from diffusers_cf.postprocessing import foreground_mask, postprocess_maps
+from diffusers_cf.slice_scores import diffusion_classifier_scores, position_scores, relative_positions
+from diffusers_cf.sweep import evenly_spread
+from diffusers_cf.trajectories import encode_trajectory
+
+
+CLASSIFIER_TIMESTEPS = (100, 200, 300, 400, 500, 600)
+
+
+class BenchmarkData:
+    """The slices of one seed: the same for every method.
+
+    Args:
+        folder: a slice data set with masks.
+        preset: how many slices of it.
+        batch_size: slices at a time at inference.
+
+    Attributes:
+        train, validation, test: its splits.
+        validation_rows, test_rows: the slices of them that are used, evenly spread.
+
+    Raises:
+        InputError: it has no masks, or a split without healthy or without unhealthy slices.
+    """
+
+    def __init__(self, folder: str, preset: Preset, batch_size: int = 32):
+        self.folder, self.batch_size = folder, batch_size
+        self.train, self.validation, self.test = (SliceDataset(folder, s) for s in ("train", "validation", "test"))
+        if not self.test.has_masks:
+            raise InputError(f"{folder} has no lesion masks: methods can be trained on it, but not measured")
+        self.validation_rows = evenly_spread(len(self.validation), preset.validation_slices)
+        self.test_rows = evenly_spread(len(self.test), preset.test_slices or len(self.test))
+        rows = (range(len(self.train)), self.validation_rows, self.test_rows)
+        for dataset, chosen in zip((self.train, self.validation, self.test), rows, strict=True):
+            sick = dataset.labels[list(chosen)] != 0
+            if sick.all() or not sick.any():
+                raise InputError(f"{folder}: the split {dataset.split} needs healthy and unhealthy slices")
+        self.modalities = self.train.preprocessing["modalities"]
+        self.channels = self.train.preprocessing["channels"]
+
+    def healthy_validation_batches(self):
+        """Batches of images `(N, C, H, W)` of the healthy among the validation slices."""
+        healthy = [row for row in self.validation_rows if self.validation.labels[row] == 0]
+        return (batch["images"] for batch in batches_of(self.validation, healthy, self.batch_size))
+
+
+def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
+    """Sets the method's `settings` to the best of its candidates on validation slices; returns what was tried.
+
+    The best has the highest AUPRC of the post-processed map in the foreground. A method with a rule of its own, which
+    needs no masks, has `choose`.
+    """
+    if hasattr(method, "choose"):
+        choice = method.choose(data.healthy_validation_batches())
+        method.settings = dict(choice["settings"])
+        return {"by": "the method's own rule on healthy validation slices", **choice}
+    if len(method.candidates) == 1:
+        return {"by": "nothing to choose"}
+    counts = [PixelCounts() for _ in method.candidates]
+    for batch in batches_of(data.validation, data.validation_rows, data.batch_size):
+        images, masks = batch["images"].numpy(), batch["masks"].numpy()
+        inside = foreground_mask(images)
+        for index, maps in method.maps_of_candidates(batch["images"]):
+            maps = postprocess_maps(at_size(maps, masks.shape[1:]), images)
+            counts[index].update(maps[inside], masks[inside])
+    scores = [count.average_precision() for count in counts]
+    method.settings = dict(method.candidates[int(np.argmax(scores))])
+    tried = [{**settings, "auprc": score} for settings, score in zip(method.candidates, scores, strict=True)]
+    return {"by": "AUPRC in the foreground of post-processed validation slices", "tried": tried}
+
+
+def at_size(maps: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Maps `(N, h, w)` as float32 `(N, H, W)`, bilinear as in `evaluate`."""
+    maps = maps.detach().to("cpu", torch.float32)
+    if tuple(maps.shape[1:]) != tuple(size):
+        maps = torch.nn.functional.interpolate(maps[:, None], size=size, mode="bilinear")[:, 0]
+    return maps.numpy()
+
+
+def measure(method: AnomalyMethod, data: BenchmarkData, counts_path=None) -> dict:
+    """RESULT.json of a method on the test slices, with the thresholds that are best on the validation slices."""
+    common = {
+        "batch_size": None if method.whole_patient else data.batch_size,
+        "network_evaluations_per_slice": method.network_evaluations_per_slice,
+        "progress": False,
+    }
+    chosen = evaluate(method.anomaly_map, data.validation, indices=data.validation_rows, **common)
+    parts = dict(zip(CHAINS, (chosen, chosen["postprocessed"]), strict=True))
+    thresholds = {chain: part["ideal_threshold"] for chain, part in parts.items()}
+    result = evaluate(
+        method.anomaly_map, data.test, indices=data.test_rows, threshold=thresholds, counts_path=counts_path, **common
+    )
+    kept = ("auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "slice_auroc")
+    return result | {"validation": {chain: {k: part[k] for k in kept} for chain, part in parts.items()}}
+
+
+def slice_scores(pipe, data: BenchmarkData, seed: int) -> dict[str, float]:
+    """AUROC of telling healthy from unhealthy test slices without a map: by position alone, by diffusion classifier."""
+    from sklearn.metrics import roc_auc_score
+
+    train, test = (relative_positions(split.patients, split.slices) for split in (data.train, data.test))
+    sick = data.test.labels[data.test_rows] != 0
+    by_position = position_scores(data.train.labels != 0, train, test[data.test_rows])
+    batches = batches_of(data.test, data.test_rows, data.batch_size)
+    by_noise = [
+        diffusion_classifier_scores(pipe, batch["images"], CLASSIFIER_TIMESTEPS, seed).cpu() for batch in batches
+    ]
+    return {
+        "position": float(roc_auc_score(sick, by_position)),
+        "diffusion_classifier": float(roc_auc_score(sick, torch.cat(by_noise).numpy())),
+    }
+
+
+def saturated_share(pipe, data: BenchmarkData, settings: dict) -> float:
+    """Share of the foreground where the last step of encoding predicts a clean image at the limits of [-1, 1] or beyond."""
+    walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
+    saturated = pixels = 0
+    for batch in batches_of(data.validation, data.validation_rows, data.batch_size):
+        image, *_, nearer, _ = encode_trajectory(pipe, batch["images"], **walk)
+        timestep = pipe.inverse_scheduler.timesteps[round(walk["num_inference_steps"] * walk["strength"]) - 1]
+        noise = pipe.predict_noise(nearer, timestep, pipe.encode_classes(None, len(nearer)))
+        predicted = pipe.inverse_scheduler.step(noise, timestep, nearer).pred_original_sample
+        inside = (image > -1).any(dim=1, keepdim=True).expand_as(predicted)
+        saturated += int((predicted[inside].abs() >= 1 - 1e-5).sum())
+        pixels += int(inside.sum())
+    return saturated / max(pixels, 1)

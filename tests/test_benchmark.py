@@ -1,0 +1,167 @@
+"""`diffusers-cf benchmark` at preset smoke, on phantoms in BraTS layout: every row trains, maps and lands in its table."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from diffusers_cf.baselines import NETWORKS, ROWS, row_of
+from diffusers_cf.benchmark import all_methods
+from diffusers_cf.benchmark_presets import PRESETS
+from diffusers_cf.cli import main
+from diffusers_cf.data.phantom import make_patient, write_patient
+
+
+PATIENTS, SIZE = 5, 32
+MODALITIES = ["flair", "t1", "t1ce", "t2"]
+FIGURES = [f"figure{number}.png" for number in (1, 2, 3, 4)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    for index in range(PATIENTS):
+        write_patient(make_patient(7, index), folder / "brats")
+    options = ["--source", "brats", "--input", str(folder / "brats"), "--size", str(SIZE)]
+    assert main(["prepare", *options, "--output", str(folder / "data")]) == 0
+    return folder / "data"
+
+
+def run(dataset, output, *more):
+    return main(["benchmark", "--dataset", str(dataset), "--preset", "smoke", "--output", str(output), *more])
+
+
+@pytest.fixture(scope="module")
+def results(dataset):
+    """The folder of a run of everything, and the seconds that it took."""
+    start = time.perf_counter()
+    assert run(dataset, dataset.parent / "results", "--seeds", "1") == 0
+    return dataset.parent / "results", time.perf_counter() - start
+
+
+def cells(folder):
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "cells").glob("*.json")}
+
+
+def test_everything_takes_minutes(results):
+    assert results[1] < 360
+
+
+def test_every_row_is_measured_and_lands_in_its_tables(results):
+    folder, _ = results
+    measured = cells(folder)
+    assert set(measured) == {f"{method}-seed1" for method in all_methods(MODALITIES)}
+    for number in (1, 2):
+        table = json.loads((folder / f"table{number}.json").read_text())
+        wanted = {method for method in all_methods(MODALITIES) if number in row_of(method).tables}
+        assert {row["method"] for row in table["rows"]} == wanted and not table["missing"]
+        text = (folder / f"table{number}.md").read_text()
+        assert all(row_of(method).title in text for method in wanted)
+    assert all((folder / figure).stat().st_size > 10_000 for figure in FIGURES)
+
+
+def test_every_network_is_saved_as_safetensors_and_no_checkpoint_stays(results):
+    folder, _ = results
+    assert {path.name for path in (folder / "models").iterdir()} == {f"{name}-seed1" for name in NETWORKS}
+    files = {path.name for path in (folder / "models").rglob("*") if path.is_file()}
+    assert files == {"config.json", "diffusion_pytorch_model.safetensors", "training.json"}
+
+
+def test_a_cell_says_where_it_comes_from_and_what_was_chosen(results):
+    cell = cells(results[0])["ours-seed1"]
+    candidates = PRESETS["smoke"].grid.settings(PRESETS["smoke"].grid.guidance_scales)
+    tried = [{k: v for k, v in point.items() if k != "auprc"} for point in cell["choice"]["tried"]]
+    assert tried == candidates
+    best = max(cell["choice"]["tried"], key=lambda point: point["auprc"])
+    assert cell["settings"] == {k: v for k, v in best.items() if k != "auprc"}
+    assert cell["commit"] and cell["command"] and cell["seed"] == 1 and cell["trained_on"] == "all"
+    assert cell["converged"] in (True, False) and cell["images_seen"] == 8 * PRESETS["smoke"].budget.steps
+    assert set(cell["slice_scores"]) == {"position", "diffusion_classifier"} and 0 <= cell["saturated_share"] <= 1
+
+
+def test_thresholds_come_from_validation_and_not_from_test(results):
+    for cell in cells(results[0]).values():
+        assert "chosen before the evaluation" in cell["protocol"]["per_patient_dice"]
+        assert cell["per_patient_dice"]["threshold"] != cell["ideal_threshold"] or cell["ideal_threshold"] in (0, 1)
+
+
+def test_all_methods_are_measured_on_the_same_slices(results):
+    measured = cells(results[0]).values()
+    assert len({(cell["n_slices"], cell["n_patients"], cell["prevalence"]) for cell in measured}) == 1
+    assert {cell["n_slices"] for cell in measured} == {PRESETS["smoke"].test_slices}
+
+
+def test_rows_of_one_network_share_its_training(results):
+    measured = cells(results[0])
+    curves = {method: measured[f"{method}-seed1"]["curve"] for method in ROWS if f"{method}-seed1" in measured
+              if row_of(method).network == "ours"}  # fmt: skip
+    assert len(curves) == 6 and len({json.dumps(curve) for curve in curves.values()}) == 1
+
+
+def test_what_is_finished_is_not_done_again(results, dataset):
+    folder, _ = results
+    before = {path: path.stat().st_mtime_ns for part in ("cells", "models") for path in (folder / part).rglob("*")}
+    assert run(dataset, folder, "--seeds", "1", "--methods", "ours", "threshold-flair", "--no_pictures") == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_part_gives_a_table_of_what_is_there(dataset, tmp_path, capsys):
+    assert run(dataset, tmp_path / "part", "--methods", "threshold-t2", "vae", "--seeds", "1", "--no_pictures") == 0
+    table = json.loads((tmp_path / "part" / "table1.json").read_text())
+    assert [row["method"] for row in table["rows"]] == ["threshold-t2", "vae"]
+    assert "vae, seed 1: AUPRC" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "part").glob("*.png")) == ["figure4.png"]
+
+
+def test_another_data_set_a_seed(dataset, tmp_path):
+    assert run(dataset, tmp_path / "two", "--methods", "threshold-flair", "cam", "--no_pictures", "--seeds", "2") == 0
+    assert run(dataset, tmp_path / "sets", str(dataset), "--methods", "cam") == 2  # stray argument
+    options = ["benchmark", "--dataset", str(dataset), str(dataset), "--preset", "smoke", "--methods", "threshold-t1"]
+    assert main([*options, "--output", str(tmp_path / "splits"), "--no_pictures"]) == 0
+    assert set(cells(tmp_path / "splits")) == {"threshold-t1-seed1", "threshold-t1-seed2"}
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--methods", "gan"], "there is no method gan"),
+        (["--image_size", "24"], "--image_size is 24: it must be a power of two"),
+        (["--train_seconds", "0"], "--train_seconds is 0.0: it must be above 0"),
+        (["--seeds", "0"], "--seeds"),
+        (["--methods", "threshold-pd"], "needs the modality pd"),
+        (["--device", "tpu9"], "--device tpu9 can't be used"),
+    ],
+)
+def test_wrong_options_end_in_one_line_before_anything_is_written(dataset, tmp_path, capsys, options, reason):
+    assert run(dataset, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_cells_of_another_benchmark_are_not_mixed_in(results, dataset, capsys):
+    assert run(dataset, results[0], "--image_size", "32", "--methods", "vae") == 2
+    assert "holds a benchmark with other image_size" in capsys.readouterr().err
+
+
+def test_a_damaged_cell_is_named(results, dataset, tmp_path, capsys):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "ours-seed1.json").write_text("{")
+    assert run(dataset, tmp_path, "--methods", "threshold-t1", "--seeds", "1") == 2
+    assert "ours-seed1.json" in capsys.readouterr().err
+
+
+def test_data_without_masks_can_not_be_measured(tmp_path, capsys):
+    from training_data import write_training_set
+
+    folder = write_training_set(tmp_path / "data", masks=False, test=(3,))
+    assert run(folder, tmp_path / "out") == 2
+    assert "no lesion masks" in capsys.readouterr().err
+
+
+def test_settings_of_the_grid_are_every_combination():
+    grid = PRESETS["cpu"].grid
+    settings = grid.settings((1.5, 3.0))
+    assert len(settings) == 2 * len(grid.strengths) == len({json.dumps(s) for s in settings})
+    assert {s["num_inference_steps"] for s in settings} == {20}
+    assert np.isin([s["strength"] for s in settings], grid.strengths).all()

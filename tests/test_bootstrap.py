@@ -1,0 +1,207 @@
+"""The bootstrap of the pooled AUPRC against scikit-learn on the very pixels that a draw of patients holds."""
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+
+from diffusers_cf import bootstrap
+from diffusers_cf.bootstrap import (
+    AuprcBootstrap,
+    average_precision,
+    bootstrap_auprc,
+    bootstraps_of_file,
+    mean_of_runs,
+    read_patient_counts,
+)
+from diffusers_cf.errors import InputError
+from diffusers_cf.pixel_counts import PixelCounts, counts_file
+
+
+PATIENTS = [f"p{i}" for i in range(8)]
+
+
+def patient_pixels(seed, shift=1.0, n=500, healthy=("p0",)):
+    """Scores and masks of each patient; the masks are the same whatever the seed and shift."""
+    rng = np.random.default_rng(seed)
+    pixels = {}
+    for index, patient in enumerate(PATIENTS):
+        masks = np.random.default_rng(index).random(n) < (0 if patient in healthy else 0.05 + 0.02 * index)
+        # A patient's own difficulty, the same for every method: what pairing takes out.
+        hardness = np.random.default_rng(100 + index).normal(0, 0.8)
+        scores = rng.normal(size=n) + masks * (shift + hardness)
+        pixels[patient] = np.round(scores, 2).astype(np.float32), masks
+    return pixels
+
+
+def counted(pixels, **kwargs):
+    counts = {patient: PixelCounts(**kwargs) for patient in pixels}
+    for patient, (scores, masks) in pixels.items():
+        counts[patient].update(scores, masks)
+    return counts
+
+
+def pooled(pixels, patients):
+    """scikit-learn's average precision of these patients, each as often as it is named."""
+    scores, masks = (np.concatenate([pixels[patient][i] for patient in patients]) for i in (0, 1))
+    return average_precision_score(masks, scores)
+
+
+def draws(samples, seed, patients=PATIENTS):
+    """Patients of each draw, as the bootstrap's weights count them."""
+    random = np.random.default_rng([seed, zlib.crc32("\n".join(patients).encode())])
+    weights = random.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size=samples)
+    return [np.repeat(patients, row) for row in weights]
+
+
+def over_runs(runs, seed=0, samples=1000):
+    """The bootstrap of a method from the pixels of its runs."""
+    return mean_of_runs([bootstrap_auprc(counted(run), seed, samples) for run in runs])
+
+
+def test_average_precision_of_many_histograms_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    # Bins are empty, hold one class alone, or both: ties across the classes.
+    positives, negatives = rng.poisson(0.4, (5, 200)), rng.poisson(0.9, (5, 200))
+    expected = []
+    for positive, negative in zip(positives, negatives, strict=True):
+        scores = np.concatenate([np.repeat(-np.arange(200), positive), np.repeat(-np.arange(200), negative)])
+        expected.append(average_precision_score(np.repeat([1, 0], [positive.sum(), negative.sum()]), scores))
+    np.testing.assert_allclose(average_precision(positives, negatives), expected, rtol=0, atol=1e-12)
+
+
+def test_average_precision_by_hand():
+    # Of the highest two pixels one is lesion, the second lesion pixel is the third: 1/2 * 1/2 + 1/2 * 2/3.
+    assert average_precision(np.array([1, 1, 0]), np.array([1, 0, 5])) == pytest.approx(7 / 12)
+    assert np.isnan(average_precision(np.array([0, 0]), np.array([3, 4])))
+
+
+def test_draws_are_measured_as_scikit_learn_measures_their_pixels():
+    first, second = patient_pixels(1), patient_pixels(2)
+    # 70 draws are more than two blocks, and no multiple of one.
+    found = over_runs([first, second], seed=3, samples=70)
+    expected = [(pooled(first, names) + pooled(second, names)) / 2 for names in draws(70, 3)]
+    np.testing.assert_allclose(found.samples, expected, rtol=0, atol=1e-12)
+    assert found.value == pytest.approx((pooled(first, PATIENTS) + pooled(second, PATIENTS)) / 2, abs=1e-12)
+    assert found.interval() == pytest.approx(np.percentile(expected, [2.5, 97.5]), abs=1e-12)
+
+
+def test_a_difference_is_paired_and_averages_seeds():
+    ours, others = [patient_pixels(1, 2.0), patient_pixels(2, 2.0)], [patient_pixels(3), patient_pixels(4)]
+    found = over_runs(ours, 5, 200).minus(over_runs(others, 5, 200))
+    means = [[np.mean([pooled(run, names) for run in runs]) for names in draws(200, 5)] for runs in (ours, others)]
+    differences = np.subtract(*means)
+    assert found["interval"] == pytest.approx(np.percentile(differences, [2.5, 97.5]), abs=1e-12)
+    assert found["p_worse"] == np.mean(differences <= 0)
+    assert found["difference"] == pytest.approx(
+        np.mean([pooled(run, PATIENTS) for run in ours]) - np.mean([pooled(run, PATIENTS) for run in others])
+    )
+    # Pairing is what makes it sharp: two separate intervals are together wider.
+    widths = [np.diff(over_runs(runs, 5, 200).interval()).item() for runs in (ours, others)]
+    assert np.diff(found["interval"]).item() < 0.7 * sum(widths)
+
+
+def test_a_method_does_not_differ_from_itself_and_the_other_way_round_changes_the_sign():
+    first, second = bootstrap_auprc(counted(patient_pixels(1, 2.0))), bootstrap_auprc(counted(patient_pixels(2, 0.5)))
+    same = first.minus(first)
+    assert same == {"difference": 0, "interval": [0, 0], "p_worse": 1}
+    forth, back = first.minus(second), second.minus(first)
+    assert back["difference"] == -forth["difference"]
+    assert back["interval"] == pytest.approx([-forth["interval"][1], -forth["interval"][0]])
+    assert forth["p_worse"] == 0 and back["p_worse"] == 1
+
+
+def test_bins_of_different_precision_come_together():
+    pixels = patient_pixels(1, n=6000)
+    pixels["p3"] = (np.random.default_rng(0).random(6000, dtype=np.float32), pixels["p3"][1])
+    counts = counted(pixels, max_bins=4096)
+    shifts = {patient: patient_counts.shift for patient, patient_counts in counts.items()}
+    assert shifts["p3"] > shifts["p1"] == 0
+    total = sum(counts.values(), start=PixelCounts())
+    found = bootstrap_auprc(counts, samples=1)
+    assert found.value == pytest.approx(total.average_precision(), abs=1e-12)
+
+
+def test_few_common_bins_change_little(monkeypatch):
+    rng = np.random.default_rng(0)
+    pixels = {name: (rng.random(20_000, dtype=np.float32), rng.random(20_000) < 0.05) for name in PATIENTS}
+    pixels = {name: (scores + 0.4 * masks.astype(np.float32), masks) for name, (scores, masks) in pixels.items()}
+    found = bootstrap_auprc(counted(pixels), samples=1)
+    assert found.value == pytest.approx(pooled(pixels, PATIENTS), abs=5e-4)
+    monkeypatch.setattr(bootstrap, "COMMON_BINS", 2**18)
+    assert bootstrap_auprc(counted(pixels), samples=1).value == pytest.approx(pooled(pixels, PATIENTS), abs=1e-9)
+
+
+def test_draws_without_a_lesion_are_left_out():
+    pixels = patient_pixels(1, healthy=PATIENTS[1:])
+    pixels["p0"] = (pixels["p0"][0], np.arange(500) < 20)
+    found = bootstrap_auprc(counted(pixels), seed=0, samples=100)
+    without = np.array(["p0" not in names for names in draws(100, 0)])
+    assert 0 < without.sum() < 100
+    np.testing.assert_array_equal(np.isnan(found.samples), without)
+    assert np.isfinite(found.interval()).all()
+
+
+def test_what_is_not_defined_is_none():
+    nothing = bootstrap_auprc(counted(patient_pixels(1, healthy=PATIENTS)), samples=20)
+    assert nothing.minus(nothing) == {"difference": None, "interval": None, "p_worse": None}
+    one = bootstrap_auprc({"p1": counted(patient_pixels(1))["p1"]}, samples=20)
+    assert one.minus(one) == {"difference": 0, "interval": None, "p_worse": None} and one.interval() is None
+    assert mean_of_runs([one, nothing]).value is None
+
+
+def test_other_patients_are_refused():
+    def of(pixels, seed=0):
+        return bootstrap_auprc(counted(pixels), seed, samples=5)
+
+    first, second = patient_pixels(1), patient_pixels(2)
+    fewer = {patient: pixels for patient, pixels in second.items() if patient != "p5"}
+    with pytest.raises(InputError, match="patient p5 differ"):
+        of(first).minus(of(fewer))
+    with pytest.raises(InputError, match="one method lacks a run"):
+        mean_of_runs([of(fewer), of(second)]).minus(of(second))
+    # The same names with other masks, such as those of another resolution.
+    with pytest.raises(InputError, match="patient p0 differ"):
+        of(first).minus(of(patient_pixels(2, healthy=("p6",))))
+    with pytest.raises(ValueError, match="same seed"):
+        of(first).minus(of(second, seed=1))
+    for runs in ([], [of(first), of(second, seed=1)]):
+        with pytest.raises(ValueError, match="runs must be"):
+            mean_of_runs(runs)
+
+
+def test_runs_with_test_sets_of_their_own_are_drawn_each_for_itself():
+    halves = PATIENTS[:4], PATIENTS[4:]
+    pixels = [
+        {name: run[name] for name in half}
+        for half, run in zip(halves, (patient_pixels(1), patient_pixels(2)), strict=True)
+    ]
+    values = [[pooled(run, names) for names in draws(40, 1, half)] for half, run in zip(halves, pixels, strict=True)]
+    np.testing.assert_allclose(over_runs(pixels, 1, 40).samples, np.mean(values, axis=0), rtol=0, atol=1e-12)
+    # the two halves' draws must not go together, as they would with one stream of random numbers
+    picks = [[sorted(map(half.index, names)) for names in draws(40, 1, half)] for half in halves]
+    assert picks[0] != picks[1]
+
+
+def test_a_bootstrap_survives_json():
+    found = bootstrap_auprc(counted(patient_pixels(1, healthy=PATIENTS[1:])), samples=30)
+    again = AuprcBootstrap.from_json(json.loads(json.dumps(found.to_json())))
+    np.testing.assert_allclose(again.samples, found.samples, rtol=0, atol=1e-6)
+    assert (again.value, again.seed, again.test_sets) == (found.value, found.seed, found.test_sets)
+
+
+def test_counts_of_a_file_are_those_of_all_pixels(tmp_path):
+    scores, masks = patient_pixels(1)["p7"]
+    path = tmp_path / "result.counts.npz"
+    with counts_file(path) as append:
+        append({"p7/slices": np.arange(2), "p7/labels": np.ones(2), "p7/raw/slice_scores": np.zeros(2)})
+        for region, part in (("foreground", slice(0, 300)), ("background", slice(300, None))):
+            counts = counted({"p7": (scores[part], masks[part])})["p7"]
+            append({f"p7/raw/{region}/{name}": array for name, array in counts.to_arrays().items()})
+    found = read_patient_counts(path)["p7"]
+    assert found.average_precision() == pytest.approx(average_precision_score(masks, scores))
+    assert found.max_bins == bootstrap.COMMON_BINS
+    with pytest.raises(InputError, match="no counts of the postprocessed maps of patient p7"):
+        bootstraps_of_file(path)

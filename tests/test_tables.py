@@ -1,0 +1,278 @@
+"""Tables from cells on disk: what stands in them is what the cells and their counts say, also when some are missing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from diffusers_cf import InputError
+from diffusers_cf.bootstrap import AuprcBootstrap, bootstraps_of_file, mean_of_runs
+from diffusers_cf.evaluation import evaluate, write_result
+from diffusers_cf.tables import collect_cells, summary, write_tables
+
+
+METHODS = ("ours", "threshold", "dae", "cdpm-adagn")  # not in the order of the tables
+PATIENTS, SLICES, SIDE = 4, 3, 16
+
+
+class Slices:
+    """What `evaluate` needs of a data set: a lesion in every slice but the first of each patient; one patient healthy."""
+
+    has_masks = True
+
+    def __init__(self):
+        self.patients = np.repeat([f"p{i}" for i in range(PATIENTS)], SLICES)
+        self.slices = np.tile(np.arange(SLICES), PATIENTS)
+        self.labels = ((self.slices > 0) & (self.patients != "p3")).astype(int)
+        self.masks = np.zeros((len(self), SIDE, SIDE), dtype=np.uint8)
+        self.masks[self.labels > 0, 5:11, 5:10] = 1
+        self.images = np.zeros((len(self), 1, SIDE, SIDE), dtype=np.float32)
+        self.images[:, :, 1:-1, 1:-1] = 0.5
+
+    def __len__(self):
+        return len(self.patients)
+
+    def __getitems__(self, rows):
+        return rows
+
+    def collate(self, rows):
+        return {name: getattr(self, name)[rows] for name in ("images", "masks", "labels", "slices")}
+
+
+def write_cell(folder, method, seed, signal, threshold=0.8, patients=PATIENTS, **facts):
+    """Evaluates a map of noise plus `signal` in the lesion and writes its cell; returns the cell."""
+    slices, rng = Slices(), np.random.default_rng([seed, len(method)])
+    # A slice's row travels in its image, for the map to know the mask.
+    slices.images[:, 0, 0, 0] = 0.001 * np.arange(1, len(slices) + 1)
+
+    def anomaly_map(images):
+        rows = (images[:, 0, 0, 0].numpy() * 1000).round().astype(int) - 1
+        return rng.random((len(rows), SIDE, SIDE), dtype=np.float32) + np.float32(signal) * slices.masks[rows]
+
+    path = folder / "cells" / f"{method}-seed{seed}.json"
+    path.parent.mkdir(exist_ok=True)
+    counts = folder / "counts.npz"
+    result = evaluate(
+        anomaly_map, slices, threshold=threshold, counts_path=counts, progress=False,
+        indices=range(patients * SLICES), network_evaluations_per_slice=3 if method == "ours" else 1,
+    )  # fmt: skip
+    result |= {"method": method, "seed": seed, "row": method.upper(), "tables": [1, 2] if method == "ours" else [1]}
+    result |= {"trained_on": "healthy", "converged": True, "train_seconds": 90.0, "images_seen": 1200}
+    result |= {"bootstrap": bootstraps_of_file(counts, samples=50)}
+    result |= {"settings": {"strength": 0.5}, "commit": "abc123", "command": f"benchmark {method}"}
+    write_result(result | facts, path)
+    return result | facts
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A folder with every cell of two seeds."""
+    untrained, cells = {"trained_on": "not trained", "train_seconds": None, "converged": None}, []
+    for seed in (0, 1):
+        cells.append(write_cell(tmp_path, "threshold", seed, 0.1, **untrained))
+        cells.append(write_cell(tmp_path, "dae", seed, 0.3, converged=seed == 0))
+        cells.append(write_cell(tmp_path, "cdpm-adagn", seed, 0.2, tables=[2], row="AdaGN"))
+        cells.append(write_cell(tmp_path, "ours", seed, 0.5, slice_scores={"position": 0.7}, saturated_share=0.125))
+    return tmp_path, {(cell["method"], cell["seed"]): cell for cell in cells}
+
+
+def read(folder, number):
+    table = json.loads((folder / f"table{number}.json").read_text())
+    return {row["method"]: row for row in table["rows"]}, table
+
+
+def markdown_rows(folder, number, section):
+    """The cells of each row of a section of the Markdown, by its first column."""
+    text = (folder / f"table{number}.md").read_text()
+    lines = text.split(f"## {section}\n")[1].split("\n## ")[0].strip().splitlines()
+    header, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {len(row) for row in (rule, *rows)} == {len(header)}
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def test_summary_is_mean_and_sample_deviation_of_what_is_defined():
+    assert summary([0.2, None, 0.4]) == {
+        "mean": pytest.approx(0.3),
+        "std": pytest.approx(0.02**0.5),
+        "values": [0.2, None, 0.4],
+    }
+    assert summary([0.2]) == {"mean": 0.2, "std": None, "values": [0.2]}
+    assert summary([None]) == {"mean": None, "std": None, "values": [None]}
+
+
+def test_cells_come_by_method_and_seed(finished):
+    assert [(cell["method"], cell["seed"]) for cell in collect_cells(finished[0])] == [
+        ("cdpm-adagn", 0), ("cdpm-adagn", 1), ("dae", 0), ("dae", 1), ("ours", 0), ("ours", 1), ("threshold", 0),
+        ("threshold", 1),
+    ]  # fmt: skip
+
+
+def difference(folder, chain, method, seeds):
+    """Ours minus a method by what their cells hold."""
+    runs = [
+        mean_of_runs([
+            AuprcBootstrap.from_json(cell["bootstrap"][chain])
+            for cell in collect_cells(folder) if cell["method"] == name and cell["seed"] in seeds
+        ])
+        for name in ("ours", method)
+    ]  # fmt: skip
+    return runs[0].minus(runs[1]) | {"seeds": list(seeds)}
+
+
+def test_a_table_holds_the_cells_in_the_order_given(finished):
+    folder, cells = finished
+    assert [path.name for path in write_tables(folder, METHODS)] == [
+        "table1.json", "table1.md", "table2.json", "table2.md"
+    ]  # fmt: skip
+    rows, table = read(folder, 1)
+    assert list(rows) == ["threshold", "dae", "ours"] and list(read(folder, 2)[0]) == ["cdpm-adagn", "ours"]
+    assert table["missing"] == []
+    for chain in ("raw", "postprocessed"):
+        parts = [cells["dae", seed] if chain == "raw" else cells["dae", seed][chain] for seed in (0, 1)]
+        for name in (
+            "auprc",
+            "ideal_dice",
+            "foreground_auprc",
+            "foreground_ideal_dice",
+            "per_slice_dice",
+            "slice_auroc",
+        ):
+            values = [part[name] for part in parts]
+            assert rows["dae"][chain][name]["mean"] == pytest.approx(np.mean(values))
+            assert rows["dae"][chain][name]["std"] == pytest.approx(np.std(values, ddof=1))
+        per_patient = rows["dae"][chain]["per_patient_dice"]
+        means = np.mean([part["per_patient_dice"]["values"] for part in parts], axis=0)
+        assert per_patient["mean"] == pytest.approx(means.mean())
+        assert means.min() <= per_patient["interval"][0] < per_patient["interval"][1] <= means.max()
+    assert rows["dae"]["raw"] != rows["dae"]["postprocessed"]
+
+
+def test_ours_is_compared_with_every_other_method_on_the_same_patients(finished):
+    folder, _ = finished
+    write_tables(folder, METHODS)
+    for number, others in ((1, ("threshold", "dae")), (2, ("cdpm-adagn",))):
+        rows, _ = read(folder, number)
+        assert rows["ours"]["raw"]["ours_minus_this"] is None
+        for method in others:
+            for chain in ("raw", "postprocessed"):
+                expected = difference(folder, chain, method, (0, 1))
+                assert rows[method][chain]["ours_minus_this"] == expected
+    raw = {method: row["raw"] for method, row in read(folder, 1)[0].items()}
+    expected = raw["ours"]["auprc"]["mean"] - raw["dae"]["auprc"]["mean"]
+    assert raw["dae"]["ours_minus_this"]["difference"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_markdown_says_what_the_json_says(finished):
+    folder, cells = finished
+    write_tables(folder, METHODS)
+    rows, _ = read(folder, 1)
+    for section, chain in (("Maps as they are", "raw"), ("Post-processed maps", "postprocessed")):
+        shown = markdown_rows(folder, 1, section)
+        assert list(shown) == ["THRESHOLD", "DAE (*)", "OURS"]
+        for name, method in zip(shown, ("threshold", "dae", "ours"), strict=True):
+            auprc, per_patient = rows[method][chain]["auprc"], rows[method][chain]["per_patient_dice"]
+            assert shown[name]["AUPRC"] == f"{100 * auprc['mean']:.1f} ± {100 * auprc['std']:.1f}"
+            low, high = per_patient["interval"]
+            found = shown[name]["Dice per patient, validation's threshold [95 %]"]
+            assert found == f"{100 * per_patient['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        assert [shown[name]["seeds"] for name in shown] == ["2", "2", "2"]
+        assert [shown[name]["network evaluations"] for name in shown] == ["1", "1", "3"]
+        assert shown["THRESHOLD"]["trained on"] == "not trained"
+        difference = rows["dae"][chain]["ours_minus_this"]
+        low, high = (100 * limit for limit in difference["interval"])
+        expected = f"{100 * difference['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        assert shown["DAE (*)"]["ours - this, AUPRC [95 %]"] == expected
+        assert shown["OURS"]["ours - this, AUPRC [95 %]"] == "-"
+
+
+def test_remarks_name_convergence_protocol_seeds_commits_and_extras(finished):
+    folder, cells = finished
+    write_tables(folder, METHODS)
+    text = (folder / "table1.md").read_text()
+    assert "- (*) Not converged" in text
+    assert "- OURS: 12.50 % of the foreground is saturated in the clean image" in text
+    assert "- Missing: nothing." in text
+    assert "- Seeds: THRESHOLD 0, 1; DAE 0, 1; OURS 0, 1." in text and "- Commits: abc123." in text
+    for name in ("resolution", "pixels", "ideal_threshold", "postprocessed"):
+        assert f"- {name}: {cells['ours', 0]['protocol'][name]}" in text
+    assert markdown_rows(folder, 1, "Slice AUROC of other scores of a slice")["OURS"]["position"] == "70.0 ± 0.0"
+    facts = {"minutes a seed": "1.5", "images seen": "1,200"}
+    facts |= {"settings of inference, a seed after the other": "L 0.5; L 0.5"}
+    shown = markdown_rows(folder, 1, "Training and settings")
+    assert shown == {name: {"method": name, **facts} for name in ("DAE (*)", "OURS")}
+    # Everything in the second table has converged.
+    assert "(*)" not in (folder / "table2.md").read_text()
+
+
+def test_an_unfinished_benchmark_gives_the_rows_that_are_there(tmp_path):
+    write_cell(tmp_path, "dae", 0, 0.3)
+    write_cell(tmp_path, "dae", 1, 0.3)
+    write_cell(tmp_path, "ours", 0, 0.5)
+    write_cell(tmp_path, "threshold-t1", 0, 0.2, trained_on="not trained")
+    write_tables(tmp_path, METHODS, seeds=(0, 1))
+    rows, table = read(tmp_path, 1)
+    assert list(rows) == ["threshold-t1", "dae", "ours"]
+    assert table["missing"] == ["threshold (no cell)", "threshold-t1 seed 1", "ours seed 1"]
+    # Compared on the seeds that both have.
+    assert rows["dae"]["raw"]["ours_minus_this"] == difference(tmp_path, "raw", "dae", (0,))
+    assert rows["threshold-t1"]["raw"]["ours_minus_this"]["difference"] > 0
+    assert "- Missing: threshold (no cell); threshold-t1 seed 1; ours seed 1." in (tmp_path / "table1.md").read_text()
+    assert list(read(tmp_path, 2)[0]) == ["ours"]
+
+
+def test_seeds_may_have_test_sets_of_their_own(tmp_path):
+    cells = {}
+    for seed, patients in ((0, PATIENTS), (1, 2)):
+        for method, signal in (("dae", 0.3), ("ours", 0.6)):
+            cells[method, seed] = write_cell(tmp_path, method, seed, signal, patients=patients)
+    write_cell(tmp_path, "threshold", 1, 0.1, patients=2)
+    write_tables(tmp_path, METHODS)
+    rows, table = read(tmp_path, 1)
+    assert [(found["n_patients"], found["seeds"]) for found in table["test_sets"]] == [(4, [0]), (2, [1])]
+    # Patients p0 and p1 were tested twice, p2 once, and p3 has no lesion.
+    first, second = (cells["dae", seed]["per_patient_dice"]["values"] for seed in (0, 1))
+    expected = np.mean([(first[0] + second[0]) / 2, (first[1] + second[1]) / 2, first[2]])
+    assert rows["dae"]["raw"]["per_patient_dice"]["mean"] == pytest.approx(expected)
+    assert rows["threshold"]["raw"]["ours_minus_this"]["seeds"] == [1]
+    assert rows["dae"]["raw"]["ours_minus_this"]["seeds"] == [0, 1]
+    text = (tmp_path / "table1.md").read_text()
+    assert "Test set of seeds 1: 6 slices of 2 patients" in text and "test sets of their own" in text
+
+
+def test_one_seed_shows_no_deviation(tmp_path):
+    cell = write_cell(tmp_path, "dae", 0, 0.3)
+    write_tables(tmp_path)
+    assert markdown_rows(tmp_path, 1, "Maps as they are")["DAE"]["AUPRC"] == f"{100 * cell['auprc']:.1f}"
+    assert "test sets of their own" not in (tmp_path / "table1.md").read_text()
+
+
+def test_without_ours_nothing_is_compared(tmp_path):
+    write_cell(tmp_path, "dae", 0, 0.3)
+    write_tables(tmp_path, METHODS)
+    rows, table = read(tmp_path, 1)
+    assert rows["dae"]["raw"]["ours_minus_this"] is None
+    assert markdown_rows(tmp_path, 1, "Maps as they are")["DAE"]["ours - this, AUPRC [95 %]"] == "-"
+    assert read(tmp_path, 2)[1]["missing"] == ["cdpm-adagn (no cell)", "ours (no cell)"]
+
+
+def test_settings_that_cost_differently_show_as_a_range(tmp_path):
+    write_cell(tmp_path, "dae", 0, 0.3, network_evaluations_per_slice=45)
+    write_cell(tmp_path, "dae", 1, 0.3, network_evaluations_per_slice=15)
+    write_tables(tmp_path, METHODS)
+    assert markdown_rows(tmp_path, 1, "Maps as they are")["DAE"]["network evaluations"] == "15 to 45"
+
+
+def test_wrong_cells_are_named(tmp_path):
+    with pytest.raises(InputError, match="no results of a benchmark"):
+        collect_cells(tmp_path)
+    write_cell(tmp_path, "dae", 0, 0.3)
+    write_cell(tmp_path, "ours", 0, 0.3, n_slices=5)
+    with pytest.raises(InputError, match="ours seed 0 and dae seed 0 differ in n_slices"):
+        collect_cells(tmp_path)
+    path = tmp_path / "cells" / "ours-seed0.json"
+    path.write_text('{"method": "ours"}')
+    with pytest.raises(InputError, match="ours-seed0.json: no seed"):
+        collect_cells(tmp_path)
+    path.write_text("{")
+    with pytest.raises(InputError, match="ours-seed0.json: not a JSON file"):
+        collect_cells(tmp_path)
