@@ -176,6 +176,8 @@ def run_benchmark(args: argparse.Namespace) -> int:
 def _seeds(args: argparse.Namespace) -> dict[int, str]:
     """The data set of each seed."""
     several = len(args.dataset) > 1
+    if args.seeds is not None and args.seeds < 1:
+        raise InputError(f"--seeds is {args.seeds}: it must be 1 or more")
     count = args.seeds or (len(args.dataset) if several else 3)
     if several and count != len(args.dataset):
         raise InputError(f"--seeds {count} with {len(args.dataset)} data sets: several data sets mean one a seed")

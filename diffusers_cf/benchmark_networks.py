@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 
-from diffusers_cf.baselines import NETWORKS, TrainableMethod, network_of_data
+from diffusers_cf.baselines import NETWORKS, CounterfactualDiffusion, TrainableMethod, network_of_data
 from diffusers_cf.baselines.training import MethodTraining
 from diffusers_cf.benchmark_presets import Preset
 from diffusers_cf.evaluation import write_result
@@ -46,7 +46,7 @@ class Networks:
             self._train(name, train, validation, seed, folder)
         if self._loaded[0] != folder:
             network = NETWORKS[name].cls.from_pretrained(folder).to(self.device).eval()
-            if hasattr(network, "network"):
+            if isinstance(network, CounterfactualDiffusion):
                 network.network.to(self.dtype)
             self._loaded = folder, network, json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         return self._loaded[1:]

@@ -1,7 +1,11 @@
 """`diffusers-cf benchmark` at preset smoke, on phantoms in BraTS layout: every row trains, maps and lands in its table."""
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +17,18 @@ from diffusers_cf.cli import main
 from diffusers_cf.data.phantom import make_patient, write_patient
 
 
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "reproduce_brats2021.sh"
 PATIENTS, SIZE = 5, 32
 MODALITIES = ["flair", "t1", "t1ce", "t2"]
 FIGURES = [f"figure{number}.png" for number in (1, 2, 3, 4)]
+
+
+def reproduce(stage, folder, *more):
+    """A stage of the script for BraTS 2021, on the patients and at the preset that a test can wait for."""
+    tools = str(Path(sys.executable).parent)
+    settings = {"BRATS": "brats", "WORK": ".", "PATIENTS_WANTED": "any", "SIZE": str(SIZE), "PRESET": "smoke"}
+    environment = os.environ | settings | {"PATH": tools + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    subprocess.run([SCRIPT, stage, *more], cwd=folder, env=environment, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +36,7 @@ def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     for index in range(PATIENTS):
         write_patient(make_patient(7, index), folder / "brats")
-    options = ["--source", "brats", "--input", str(folder / "brats"), "--size", str(SIZE)]
-    assert main(["prepare", *options, "--output", str(folder / "data")]) == 0
+    reproduce("prepare", folder)
     return folder / "data"
 
 
@@ -36,7 +48,7 @@ def run(dataset, output, *more):
 def results(dataset):
     """The folder of a run of everything, and the seconds that it took."""
     start = time.perf_counter()
-    assert run(dataset, dataset.parent / "results", "--seeds", "1") == 0
+    reproduce("benchmark", dataset.parent, "--seeds", "1")
     return dataset.parent / "results", time.perf_counter() - start
 
 
@@ -96,7 +108,7 @@ def test_rows_of_one_network_share_its_training(results):
     measured = cells(results[0])
     curves = {method: measured[f"{method}-seed1"]["curve"] for method in ROWS if f"{method}-seed1" in measured
               if row_of(method).network == "ours"}  # fmt: skip
-    assert len(curves) == 6 and len({json.dumps(curve) for curve in curves.values()}) == 1
+    assert len(curves) == 7 and len({json.dumps(curve) for curve in curves.values()}) == 1
 
 
 def test_what_is_finished_is_not_done_again(results, dataset):
@@ -114,12 +126,34 @@ def test_a_part_gives_a_table_of_what_is_there(dataset, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "part").glob("*.png")) == ["figure4.png"]
 
 
+def test_half_precision_at_inference(results, dataset, tmp_path):
+    methods = ["dae", "ours", "cdpm-classifier", "forward-map"]
+    options = ["--seeds", "1", "--dtype", "bfloat16", "--no_pictures", "--models", str(results[0] / "models")]
+    assert run(dataset, tmp_path / "half", "--methods", *methods, *options) == 0
+    half, full = cells(tmp_path / "half"), cells(results[0])
+    for name in half:
+        assert half[name]["foreground_auprc"] == pytest.approx(full[name]["foreground_auprc"], abs=0.02)
+
+
 def test_another_data_set_a_seed(dataset, tmp_path):
     assert run(dataset, tmp_path / "two", "--methods", "threshold-flair", "cam", "--no_pictures", "--seeds", "2") == 0
-    assert run(dataset, tmp_path / "sets", str(dataset), "--methods", "cam") == 2  # stray argument
     options = ["benchmark", "--dataset", str(dataset), str(dataset), "--preset", "smoke", "--methods", "threshold-t1"]
     assert main([*options, "--output", str(tmp_path / "splits"), "--no_pictures"]) == 0
     assert set(cells(tmp_path / "splits")) == {"threshold-t1-seed1", "threshold-t1-seed2"}
+
+
+@pytest.mark.parametrize(
+    "stage, settings, reason",
+    [
+        ("tables", {}, "tables: no such stage"),
+        ("prepare", {"BRATS": "elsewhere"}, "elsewhere: no such folder"),
+        ("prepare", {"PATIENTS_WANTED": "1251"}, "5 patients, BraTS 2021 has 1251"),
+    ],
+)
+def test_the_script_says_what_is_wrong(dataset, stage, settings, reason):
+    environment = os.environ | {"BRATS": "brats", "WORK": "elsewhere"} | settings
+    done = subprocess.run([SCRIPT, stage], cwd=dataset.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and reason in done.stderr and not (dataset.parent / "elsewhere").exists()
 
 
 @pytest.mark.parametrize(
@@ -128,7 +162,7 @@ def test_another_data_set_a_seed(dataset, tmp_path):
         (["--methods", "gan"], "there is no method gan"),
         (["--image_size", "24"], "--image_size is 24: it must be a power of two"),
         (["--train_seconds", "0"], "--train_seconds is 0.0: it must be above 0"),
-        (["--seeds", "0"], "--seeds"),
+        (["--seeds", "0"], "--seeds is 0: it must be 1 or more"),
         (["--methods", "threshold-pd"], "needs the modality pd"),
         (["--device", "tpu9"], "--device tpu9 can't be used"),
     ],
