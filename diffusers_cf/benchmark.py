@@ -166,7 +166,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
     for seed in seeds:
         for method in methods:
             benchmark.run_cell(method, data[seed], seed)
-            write_tables(output, methods, seeds)
+            write_tables(output, methods, list(seeds))
     seed = next(iter(seeds))
     write_figures(benchmark, data[seed], seed, pictures=not args.no_pictures)
     print(f"tables and figures -> {output}")

@@ -114,7 +114,7 @@ def write_figure2(benchmark, data: BenchmarkData, seed: int, cells: dict[str, di
     if maps:
         plot_method_maps(
             benchmark.output / "figure2.png", batch["images"].numpy(), batch["masks"].numpy(), maps,
-            percentile_scales(maps), "99.9th percentile", channel_name=data.modalities[0],
+            percentile_scales(maps), "99.9th percentile of the slices shown", channel_name=data.modalities[0],
         )  # fmt: skip
 
 

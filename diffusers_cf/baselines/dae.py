@@ -154,10 +154,6 @@ class DenoisingAutoencoder(TrainableMethod):
         yield "network", foreground_mse(self.network(noisy).float(), images, mask)
 
     @torch.no_grad()
-    def validation_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return next(self.losses(batch, 1.0))[1]
-
-    @torch.no_grad()
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         images = self.network_input(images)
         return residual_map(images, self.network(images))

@@ -80,8 +80,11 @@ class TrainableMethod(ModelMixin, ConfigMixin, AnomalyMethod):
 
     @torch.no_grad()
     def validation_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """A scalar that falls while the method learns, from a batch of validation slices as in `losses`."""
-        raise NotImplementedError
+        """A scalar that falls while the method learns, from a batch of validation slices as in `losses`.
+
+        Unless a method says otherwise it is the first loss of training's last step.
+        """
+        return next(self.losses(batch, 1.0))[1]
 
     def network_input(self, images: torch.Tensor) -> torch.Tensor:
         """Images `(N, C, H, W)` in input units, cut at 1 and resized to `(N, C, h, w)`, still in input units."""

@@ -131,10 +131,6 @@ class VariationalAutoencoder(TrainableMethod):
         yield "vae", negative_elbo(images, self.decode(code), mean, log_variance, self.config.kl_weight).mean()
 
     @torch.no_grad()
-    def validation_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return next(self.losses(batch, 1.0))[1]
-
-    @torch.no_grad()
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         images = self.network_input(images)
         with evaluation_mode(self):
