@@ -50,15 +50,15 @@ PRESETS = {
         figure_strengths=(0.25, 0.5),
         figure_slices=4,
     ),
-    # about an hour and a half a seed on 2 cores
+    # two to three hours a seed on 2 cores; small batches, since conditioning shows after some 1,500 steps
     "cpu": Preset(
         image_size=32,
         size="small",
-        budget=Budget(seconds=480, steps=6000, batch_size=32, mixed_precision="bf16"),
+        budget=Budget(seconds=900, steps=20_000, batch_size=16),
         grid=Grid(
             num_inference_steps=20,
-            guidance_scales=(1.5, 3.0, 6.0, 9.0, 12.0),
-            strengths=(0.25, 0.5, 0.75),
+            guidance_scales=(1.5, 3.0, 6.0, 9.0, 12.0, 16.0),
+            strengths=(0.2, 0.35, 0.5, 0.75),
             classifier_scales=(3.0, 10.0, 30.0, 100.0, 300.0),
         ),
         validation_slices=128,

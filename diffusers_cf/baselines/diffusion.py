@@ -49,7 +49,7 @@ class CounterfactualDiffusion(TrainableMethod):
         unet_size: str = "small",
         conditioning: str = "attention",
         class_names: tuple[str, ...] = ("healthy", "unhealthy"),
-        learning_rate: float = 2e-3,
+        learning_rate: float = 1.5e-3,
     ):
         super().__init__()
         encoder = None if conditioning == "unconditional" else class_token_encoder(unet_size, class_names)
@@ -61,7 +61,7 @@ class CounterfactualDiffusion(TrainableMethod):
         self.noise_scheduler = DDPMScheduler(beta_schedule="linear")
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"network": torch.optim.AdamW(self.network.parameters(), self.config.learning_rate)}
+        return {"network": torch.optim.AdamW(self.network.parameters(), self.config.learning_rate, fused=True)}
 
     def learning_rate_factor(self, progress: float) -> float:
         cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
@@ -122,7 +122,9 @@ class ClassifierGuidedDiffusion(CounterfactualDiffusion):
     has_classifier = True
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        classifier = torch.optim.AdamW(self.classifier.parameters(), self.config.learning_rate / 2, weight_decay=0.05)
+        classifier = torch.optim.AdamW(
+            self.classifier.parameters(), self.config.learning_rate / 2, weight_decay=0.05, fused=True
+        )
         return super().optimizers() | {"classifier": classifier}
 
     def losses(self, batch: dict[str, torch.Tensor], progress: float) -> Iterator[tuple[str, torch.Tensor]]:

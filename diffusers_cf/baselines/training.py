@@ -139,12 +139,13 @@ class MethodTraining:
         )
         self.validation_batches = self._validation_batches(validation, side)
         self.accelerator = Accelerator(mixed_precision=budget.mixed_precision, cpu=device == "cpu")
-        self.method.to(self.accelerator.device).train()
+        # convolutions are fastest this way on CPUs and GPUs alike
+        self.method.to(self.accelerator.device, memory_format=torch.channels_last).train()
         self.optimizers = {name: self.accelerator.prepare(o) for name, o in method.optimizers().items()}
         self.rates = {name: [g["lr"] for g in o.param_groups] for name, o in self.optimizers.items()}
         self.ema = None
         if method.averaged:
-            self.ema = EMAModel(method.parameters(), 0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+            self.ema = EMAModel(method.parameters(), 0.9999, use_ema_warmup=True, power=0.75, foreach=True)
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
         self.accelerator.register_for_checkpointing(method)
