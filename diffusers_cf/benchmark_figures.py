@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from diffusers_cf.baselines import row_of
-from diffusers_cf.benchmark_protocol import BenchmarkData, at_size
-from diffusers_cf.evaluation import write_result
+from diffusers_cf.benchmark_protocol import BenchmarkData
+from diffusers_cf.data.slices import batches_of
+from diffusers_cf.evaluation import maps_at_size, write_result
 from diffusers_cf.figures import (
     percentile_scales,
     plot_method_maps,
@@ -41,10 +42,9 @@ def write_figures(benchmark, data: BenchmarkData, seed: int, pictures: bool) -> 
         seed: of the networks that are shown.
         pictures: whether Fig. 1 and Fig. 2, which show slices, are wanted.
     """
-    cells = {cell["method"]: cell for cell in collect_cells(benchmark.output) if cell["seed"] == seed}
-    plot_quality_against_evaluations(
-        benchmark.output / "figure4.png", collect_cells(benchmark.output), "postprocessed"
-    )
+    measured = collect_cells(benchmark.output)
+    cells = {cell["method"]: cell for cell in measured if cell["seed"] == seed}
+    plot_quality_against_evaluations(benchmark.output / "figure4.png", measured, "postprocessed")
     if set(FIGURE3.values()) <= set(cells):
         write_figure3(benchmark, data, seed)
     if pictures and "ours" in cells:
@@ -55,8 +55,8 @@ def write_figures(benchmark, data: BenchmarkData, seed: int, pictures: bool) -> 
 
 def example_rows(data: BenchmarkData, count: int) -> list[int]:
     """For each of some patients, evenly spread over those with a lesion, the test slice with the largest one."""
-    batches = (data.test.collate(data.test.__getitems__([row])) for row in data.test_rows)
-    areas = np.array([int(batch["masks"].sum()) for batch in batches])
+    batches = batches_of(data.test, data.test_rows, data.batch_size)
+    areas = np.concatenate([batch["masks"].sum(dim=(1, 2)).numpy() for batch in batches])
     rows, patients = np.asarray(data.test_rows), data.test.patients[data.test_rows]
     best = {p: rows[patients == p][areas[patients == p].argmax()] for p in np.unique(patients[areas > 0])}
     return [int(best[list(best)[i]]) for i in evenly_spread(len(best), count)]
@@ -103,12 +103,11 @@ def write_figure2(benchmark, data: BenchmarkData, seed: int, cells: dict[str, di
     """Fig. 2: test slices of several patients and the maps of the methods that are measured, on one scale a method."""
     rows = example_rows(data, FIGURE2_ROWS)
     batch = data.test.collate(data.test.__getitems__(rows))
-    maps, titles = {}, {}
+    maps = {}
     for name in (method for method in FIGURE2 if method in cells):
         method, _ = benchmark.make_method(name, data, seed)
         method.settings = cells[name]["settings"]
-        titles[name] = row_of(name).title
-        maps[titles[name]] = np.concatenate(
+        maps[row_of(name).title] = np.concatenate(
             [_map_of_row(method, data, row, tuple(batch["masks"].shape[1:])) for row in rows]
         )
     if maps:
@@ -122,7 +121,7 @@ def _map_of_row(method, data: BenchmarkData, row: int, size: tuple[int, int]) ->
     """A slice's map `(1, H, W)`; a method that needs all slices of the patient gets them."""
     rows = np.flatnonzero(data.test.patients == data.test.patients[row]) if method.whole_patient else [row]
     images = data.test.collate(data.test.__getitems__([int(r) for r in rows]))["images"]
-    return at_size(method.anomaly_map(images)[list(rows).index(row)][None], size)
+    return maps_at_size(method.anomaly_map(images)[list(rows).index(row)][None], size)
 
 
 def write_figure3(benchmark, data: BenchmarkData, seed: int) -> None:

@@ -7,7 +7,7 @@ from diffusers_cf.baselines import AnomalyMethod
 from diffusers_cf.benchmark_presets import Preset
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation import evaluate
+from diffusers_cf.evaluation import evaluate, maps_at_size
 from diffusers_cf.pixel_counts import CHAINS, PixelCounts
 from diffusers_cf.postprocessing import foreground_mask, postprocess_maps
 from diffusers_cf.slice_scores import diffusion_classifier_scores, position_scores, relative_positions
@@ -72,20 +72,12 @@ def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
         images, masks = batch["images"].numpy(), batch["masks"].numpy()
         inside = foreground_mask(images)
         for index, maps in method.maps_of_candidates(batch["images"]):
-            maps = postprocess_maps(at_size(maps, masks.shape[1:]), images)
+            maps = postprocess_maps(maps_at_size(maps, masks.shape[1:]), images)
             counts[index].update(maps[inside], masks[inside])
     scores = [count.average_precision() for count in counts]
     method.settings = dict(method.candidates[int(np.argmax(scores))])
     tried = [{**settings, "auprc": score} for settings, score in zip(method.candidates, scores, strict=True)]
     return {"by": "AUPRC in the foreground of post-processed validation slices", "tried": tried}
-
-
-def at_size(maps: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Maps `(N, h, w)` as float32 `(N, H, W)`, bilinear as in `evaluate`."""
-    maps = maps.detach().to("cpu", torch.float32)
-    if tuple(maps.shape[1:]) != tuple(size):
-        maps = torch.nn.functional.interpolate(maps[:, None], size=size, mode="bilinear")[:, 0]
-    return maps.numpy()
 
 
 def measure(method: AnomalyMethod, data: BenchmarkData, counts_path=None) -> dict:

@@ -45,6 +45,14 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, samples: int = 10
     return [float(limit) for limit in np.percentile(np.concatenate(means), [2.5, 97.5])]
 
 
+def maps_at_size(maps: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Returns maps (N, h, w) on any device as float32 (N, H, W), bilinear where they are smaller than `size`."""
+    maps = maps.detach().to("cpu", torch.float32)
+    if tuple(maps.shape[1:]) != tuple(size):
+        maps = torch.nn.functional.interpolate(maps[:, None], size=size, mode="bilinear")[:, 0]
+    return maps.numpy()
+
+
 class _Patient:
     """All slices of one patient as arrays, with what every chain needs of them."""
 
@@ -73,9 +81,7 @@ class _Patient:
             raise ValueError(f"anomaly_map must return ({n}, <= {size[0]}, <= {size[1]}), not {tuple(maps.shape)}")
         if not maps.isfinite().all():
             raise InputError(f"patient {self.name}: the anomaly map holds NaN or infinite values")
-        if maps.shape[1:] != size:
-            maps = torch.nn.functional.interpolate(maps[:, None], size=size, mode="bilinear")[:, 0]
-        return maps.numpy()
+        return maps_at_size(maps, size)
 
 
 class _Chain:

@@ -110,8 +110,7 @@ def _counterfactual(scales: Sequence[float] | str, kind: str = "counterfactual",
 
     def make(trained: CounterfactualDiffusion, grid: Grid) -> CounterfactualMap:
         method = CounterfactualMap(trained, **options)
-        method.candidates = grid.settings(getattr(grid, scales) if isinstance(scales, str) else scales, kind)
-        method.settings = dict(method.candidates[0])
+        method.choose_among(grid.settings(getattr(grid, scales) if isinstance(scales, str) else scales, kind))
         return method
 
     return make
@@ -120,16 +119,14 @@ def _counterfactual(scales: Sequence[float] | str, kind: str = "counterfactual",
 def _forward(trained: CounterfactualDiffusion, grid: Grid) -> ForwardMap:
     method = ForwardMap(trained.pipeline())
     names = ("guidance_scale", "strength", "num_inference_steps")
-    method.candidates = [{name: c[name] for name in names} for c in grid.settings(grid.guidance_scales)]
-    method.settings = dict(method.candidates[0])
+    method.choose_among([{name: c[name] for name in names} for c in grid.settings(grid.guidance_scales)])
     return method
 
 
 def _restoration(trained: VariationalAutoencoder, grid: Grid) -> VAERestoration:
     method = VAERestoration(trained)
     if grid.restoration_steps:
-        method.candidates = [c | {"num_steps": grid.restoration_steps} for c in method.candidates]
-        method.settings = dict(method.candidates[0])
+        method.choose_among([c | {"num_steps": grid.restoration_steps} for c in method.candidates])
     return method
 
 

@@ -26,6 +26,10 @@ class AnomalyMethod:
     def __init__(self):
         self.settings = dict(self.candidates[0])
 
+    def choose_among(self, candidates: Sequence[dict]) -> None:
+        """Puts other `candidates` in the place of the method's own; the first one is in use until one is chosen."""
+        self.candidates, self.settings = candidates, dict(candidates[0])
+
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         """Maps `(N, h, w)`, higher = more lesion, of images `(N, C, H, W)` in input units."""
         raise NotImplementedError
