@@ -77,8 +77,10 @@ def write_figure1(benchmark, data: BenchmarkData, seed: int, settings: dict) -> 
 
     pipe.denoise(encodings[-1], None, settings["guidance_scale"], callback_on_step_end=keep, **walk)
     out = pipe(batch["images"], **settings)
-    chosen = evenly_spread(len(encodings) - 1, FIGURE1_IMAGES)
+    # Between the image and the latent; the same timesteps on the way there and back, where each came one step earlier.
+    chosen = evenly_spread(len(encodings) - 2, FIGURE1_IMAGES)
     times = pipe.inverse_scheduler.timesteps.tolist()
+    names = [f"t = {times[i]}" for i in chosen]
 
     def unit(latents: list[torch.Tensor]) -> np.ndarray:
         return ((torch.cat(latents) + 1) / 2).cpu().numpy()
@@ -86,15 +88,15 @@ def write_figure1(benchmark, data: BenchmarkData, seed: int, settings: dict) -> 
     plot_process(
         benchmark.output / "figure1.png",
         resize_images(batch["images"], pipe.image_size)[0].numpy(),
-        unit([encodings[i] for i in chosen]),
+        unit([encodings[i + 1] for i in chosen]),
         unit([encodings[-1]])[0],
-        unit([decodings[i] for i in chosen]),
+        unit([decodings[-2 - i] for i in reversed(chosen)]),
         resize_images(out.counterfactuals.cpu(), pipe.image_size)[0].numpy(),
         resize_images(out.heatmaps.cpu()[:, None], pipe.image_size)[0, 0].numpy(),
         resize_images(batch["masks"][:, None].float(), pipe.image_size)[0, 0].numpy() > 0.5,
         channel_name=data.modalities[0],
-        encoding_names=[f"t = {times[i - 1] if i else 0}" for i in chosen],
-        decoding_names=[f"t = {times[len(decodings) - 2 - i] if i < len(decodings) - 1 else 0}" for i in chosen],
+        encoding_names=names,
+        decoding_names=names[::-1],
         latent_name=f"latent, t = {times[len(encodings) - 2]}",
     )
 

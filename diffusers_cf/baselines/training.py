@@ -168,7 +168,7 @@ class MethodTraining:
         """Trains to the end of the budget or of progress; the method then holds its weights for inference."""
         self._resume()
         saved, clock = self.record.seconds, time.perf_counter()
-        with tqdm(total=100, desc=type(self.method).__name__, unit="%", leave=False) as bar:
+        with tqdm(total=100, desc=type(self.method).__name__, unit="%", miniters=1, leave=False) as bar:
             for batch in self._batches() if self.record.converged is None else ():
                 self._step(batch)
                 self.record.seconds += time.perf_counter() - clock
