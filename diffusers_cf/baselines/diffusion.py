@@ -112,11 +112,22 @@ class HealthyDiffusion(CounterfactualDiffusion):
     trained_on = "healthy"
 
 
+def classifier_timesteps(timesteps: torch.Tensor, progress: float) -> torch.Tensor:
+    """Timesteps `(N,)` scaled by 0 in the first quarter of a training, rising to 1 at its last quarter.
+
+    Args:
+        timesteps: drawn from the whole range, integers `(N,)`.
+        progress: share of the training that is done.
+    """
+    return (timesteps * min(max(2 * progress - 0.5, 0.0), 1.0)).long()
+
+
 class ClassifierGuidedDiffusion(CounterfactualDiffusion):
     """CDPM with classifier guidance (method id `cdpm-classifier`; Wolleb et al. 2022).
 
-    An unconditional U-Net on all slices (`conditioning="unconditional"`), and a classifier on the same noisy images,
-    trained side by side.
+    An unconditional U-Net on all slices (`conditioning="unconditional"`), and a classifier on noisy images, trained side
+    by side. The classifier begins on clean images and its noise grows ([`classifier_timesteps`]): from full noise at
+    once, a short training ends at the odds of a slice's position.
     """
 
     has_classifier = True
@@ -129,8 +140,9 @@ class ClassifierGuidedDiffusion(CounterfactualDiffusion):
 
     def losses(self, batch: dict[str, torch.Tensor], progress: float) -> Iterator[tuple[str, torch.Tensor]]:
         yield from super().losses(batch, progress)
-        noisy = self.noise_scheduler.add_noise(batch["images"], batch["noise"], batch["timesteps"])
-        logits = self.classifier(noisy, batch["timesteps"]).float()
+        timesteps = classifier_timesteps(batch["timesteps"], progress)
+        noisy = self.noise_scheduler.add_noise(batch["images"], batch["noise"], timesteps)
+        logits = self.classifier(noisy, timesteps).float()
         yield "classifier", torch.nn.functional.cross_entropy(logits, batch["labels"])
 
     def _pipeline(self, scheduler, inverse) -> CounterfactualDDIMPipeline:

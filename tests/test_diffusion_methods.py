@@ -1,0 +1,56 @@
+"""Rows of the tables that are diffusion models: what differs in training, and that each finds the trivial phantom."""
+
+import pytest
+import torch
+from trivial_phantom import train_briefly, trivial_auprc, trivial_batch
+
+from diffusers_cf.baselines import ROWS, Grid, make_baseline, network_of_data, row_of
+from diffusers_cf.baselines.diffusion import classifier_timesteps
+
+
+GRID = Grid(num_inference_steps=20, guidance_scales=(3.0,), strengths=(0.4,), classifier_scales=(30.0,))
+
+
+def trained_row(row: str, steps: int):
+    """A row of the tables whose network saw `steps` batches of the trivial phantom."""
+    torch.manual_seed(0)
+    network = network_of_data(ROWS[row].network, "small", 1, 16, ("healthy", "unhealthy"))
+    return row_of(row).make(train_briefly(network, steps), GRID)
+
+
+@pytest.mark.parametrize("row", ["ours", "cdpm-adagn-guided", "cdpm-healthy", "cdpm-classifier"])
+def test_it_finds_the_square_of_the_trivial_phantom(row):
+    auprc, prevalence = trivial_auprc(trained_row(row, 100))
+    assert auprc > 5 * prevalence
+
+
+@pytest.mark.parametrize("method", ["threshold", "threshold-flair"])
+def test_thresholds_find_it_without_training(method):
+    auprc, prevalence = trivial_auprc(make_baseline(method, ["flair"]))
+    assert auprc > 5 * prevalence
+
+
+def test_the_noise_of_the_classifiers_images_grows():
+    timesteps = torch.tensor([0, 10, 400, 999])
+    for progress, expected in (
+        (0.0, [0, 0, 0, 0]),
+        (0.25, [0, 0, 0, 0]),
+        (0.5, [0, 5, 200, 499]),
+        (0.75, [0, 10, 400, 999]),
+        (1.0, [0, 10, 400, 999]),
+    ):
+        assert classifier_timesteps(timesteps, progress).tolist() == expected
+
+
+def test_the_classifier_is_told_how_noisy_its_images_are():
+    """At the middle of training it gets x_t at half of t, together with half of t."""
+    torch.manual_seed(0)
+    network = network_of_data("cdpm-classifier", "small", 1, 16, ("healthy", "unhealthy"))
+    batch, seen = trivial_batch(4, 0, "all"), {}
+    network.classifier.register_forward_pre_hook(lambda _, given: seen.update(sample=given[0], timestep=given[1]))
+    dict(network.losses(batch, 0.5))
+    half = batch["timesteps"] // 2
+    assert torch.equal(seen["timestep"], half)
+    alphas = network.noise_scheduler.alphas_cumprod[half].view(-1, 1, 1, 1)
+    expected = alphas.sqrt() * batch["images"] + (1 - alphas).sqrt() * batch["noise"]
+    torch.testing.assert_close(seen["sample"], expected)
