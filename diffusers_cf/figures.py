@@ -144,12 +144,17 @@ def plot_process(
     names = [f"heatmap\n(0 to {unit:.2g})", "counterfactual", *_filled(decoding_names, len(decodings))[::-1]]
     for axis, name in zip(bottom, names, strict=True):
         axis.set_xlabel(name, **FONT, labelpad=3)
+    _draw_flow(figure, top, bottom, end)
+    return _saved(figure, path)
+
+
+def _draw_flow(figure: "Figure", top: list, bottom: list, end: "Axes") -> None:
+    """Arrows of Fig. 1, and the names of both loops in the gap between their rows."""
     for left, right in zip(top[1:], [*top[2:], end], strict=True):
         _arrow(figure, left, right, BLUE)
     for left, right in zip(bottom, [*bottom[1:], end], strict=True):
         _arrow(figure, right, left, VERMILLION if left is not bottom[0] else BLACK)
     _arrow(figure, top[1], bottom[0], BLACK)
-    # Both loops named in the gap between them, above what belongs to the second.
     middle = (top[2].get_position().x0 + top[-1].get_position().x1) / 2
     gap = bottom[0].get_position().y1, top[0].get_position().y0
     for share, text, color in (
@@ -158,7 +163,6 @@ def plot_process(
     ):
         y = gap[0] + share * (gap[1] - gap[0])
         figure.text(middle, y, text, color=color, ha="center", va="center", **FONT)
-    return _saved(figure, path)
 
 
 def _process_axes(steps: int) -> tuple["Figure", list, list, "Axes"]:
