@@ -23,7 +23,7 @@ from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler
 from diffusers_cf.arguments import run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.hub import create_model_repository, push_model
-from diffusers_cf.losses import drop_condition, noise_prediction_loss
+from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
 from diffusers_cf.models import (
     ClassTokenEncoder,
     ConditionalNoisePredictor,
@@ -276,7 +276,7 @@ def train(run: Run, step: int) -> None:
     with tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, desc="step") as bar:
         progress = Progress(accelerator, bar, step, args.gradient_accumulation_steps, run.global_batch)
         for batch in batches(run, step):
-            progress.add(train_on_batch(run, noise_scheduler, batch))
+            progress.add(train_on_batch(run, noise_scheduler, batch, step / args.max_train_steps))
             if not accelerator.sync_gradients:
                 continue
             run.lr_scheduler.step()
@@ -323,14 +323,17 @@ def batches(run: Run, step: int):
         yield {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
 
 
-def train_on_batch(run: Run, noise_scheduler: DDPMScheduler, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def train_on_batch(
+    run: Run, noise_scheduler: DDPMScheduler, batch: dict[str, torch.Tensor], progress: float
+) -> torch.Tensor:
     """One accumulation step of Eq. 1, and of the optimiser where the last one is due; the loss."""
     args, accelerator, encoder = run.args, run.accelerator, run.network.class_encoder
     null_id = encoder.null_id if encoder else 0
+    timesteps = rising_timesteps(batch["timesteps"], progress, args.first_timesteps)
     with accelerator.accumulate(run.model):
         class_ids = drop_condition(batch["labels"], null_id, args.guidance_dropout_prob, batch["uniform"])
         loss = noise_prediction_loss(
-            run.model, noise_scheduler, batch["images"], class_ids, batch["noise"], batch["timesteps"], args.snr_gamma
+            run.model, noise_scheduler, batch["images"], class_ids, batch["noise"], timesteps, args.snr_gamma
         )
         accelerator.backward(loss)
         if accelerator.sync_gradients:

@@ -67,3 +67,21 @@ def drop_condition(class_ids: torch.Tensor, null_id: int, probability: float, un
         uniform (`torch.Tensor`): one draw from U[0, 1) for each sample, `(N,)`.
     """
     return torch.where(uniform < probability, torch.full_like(class_ids, null_id), class_ids)
+
+
+def rising_timesteps(timesteps: torch.Tensor, progress: float, first: float) -> torch.Tensor:
+    """A curriculum of noise: timesteps from the lowest `first` of the range, later from the whole of it.
+
+    A lesion shows at low noise, and there a short training learns what the classes mean; the range stays as it is for
+    a quarter of the training and then grows evenly, to the whole at three quarters.
+
+    Args:
+        timesteps (`torch.Tensor`): drawn from the whole range [0, T), integers `(N,)`.
+        progress (`float`): share of the training that is done.
+        first (`float`): share of the range to begin with; 1 leaves the timesteps as they are.
+
+    Returns:
+        `torch.Tensor`: the timesteps, scaled by `first` to 1 and rounded down, integers `(N,)`.
+    """
+    risen = min(max(2 * progress - 0.5, 0.0), 1.0)
+    return (timesteps * (first + (1 - first) * risen)).long()

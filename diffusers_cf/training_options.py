@@ -36,6 +36,8 @@ def parse_args(args: list[str] | None = None) -> Namespace:
             parser.error(f"--{name} is {value}: it must be {least} or more")
     if not 0 <= args.guidance_dropout_prob <= 1:
         parser.error(f"--guidance_dropout_prob is {args.guidance_dropout_prob}: it must lie in [0, 1]")
+    if not 0 < args.first_timesteps <= 1:
+        parser.error(f"--first_timesteps is {args.first_timesteps}: it must lie in (0, 1]")
     if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
         parser.error(f"--resolution is {args.resolution}: it must be a multiple of 8")
     steps = SETTINGS["num_inference_steps"]
@@ -56,6 +58,10 @@ def _add_model_options(add) -> None:
     add("--augment", action="store_true", help="small rotations, scales, shifts and gains")
     add("--guidance_dropout_prob", type=float, default=0.35, help="share of images whose condition is dropped")
     add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual")
+    add(
+        "--first_timesteps", type=float, default=1.0, metavar="SHARE",
+        help="begin with the lowest SHARE of the timesteps and let it rise to all; 0.2 learns the classes sooner (1: off)",
+    )  # fmt: skip
     add("--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon")
     add("--ddpm_num_steps", type=int, default=1000)
     add("--ddpm_beta_schedule", default="linear", choices=["linear", "scaled_linear", "squaredcos_cap_v2"])

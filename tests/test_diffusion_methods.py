@@ -5,7 +5,6 @@ import torch
 from trivial_phantom import train_briefly, trivial_auprc, trivial_batch
 
 from diffusers_cf.baselines import ROWS, Grid, make_baseline, network_of_data, row_of
-from diffusers_cf.baselines.diffusion import classifier_timesteps
 
 
 GRID = Grid(num_inference_steps=20, guidance_scales=(3.0,), strengths=(0.4,), classifier_scales=(30.0,))
@@ -30,18 +29,6 @@ def test_thresholds_find_it_without_training(method):
     assert auprc > 5 * prevalence
 
 
-def test_the_noise_of_the_classifiers_images_grows():
-    timesteps = torch.tensor([0, 10, 400, 999])
-    for progress, expected in (
-        (0.0, [0, 0, 0, 0]),
-        (0.25, [0, 0, 0, 0]),
-        (0.5, [0, 5, 200, 499]),
-        (0.75, [0, 10, 400, 999]),
-        (1.0, [0, 10, 400, 999]),
-    ):
-        assert classifier_timesteps(timesteps, progress).tolist() == expected
-
-
 def test_the_classifier_is_told_how_noisy_its_images_are():
     """At the middle of training it gets x_t at half of t, together with half of t."""
     torch.manual_seed(0)
@@ -54,3 +41,14 @@ def test_the_classifier_is_told_how_noisy_its_images_are():
     alphas = network.noise_scheduler.alphas_cumprod[half].view(-1, 1, 1, 1)
     expected = alphas.sqrt() * batch["images"] + (1 - alphas).sqrt() * batch["noise"]
     torch.testing.assert_close(seen["sample"], expected)
+
+
+def test_the_network_begins_with_low_timesteps_and_is_validated_on_all():
+    torch.manual_seed(0)
+    network = network_of_data("ours", "small", 1, 16, ("healthy", "unhealthy"))
+    batch, seen = trivial_batch(4, 0, "all"), []
+    network.network.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    dict(network.losses(batch, 0.0))
+    network.validation_loss(batch)
+    assert seen[0].max() < 200 and torch.equal(seen[0], (batch["timesteps"] * 0.2).long())
+    assert torch.equal(seen[1], batch["timesteps"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_cf import DynamicDDIMScheduler, drop_condition, noise_prediction_loss
-from diffusers_cf.losses import min_snr_weight, training_target
+from diffusers_cf.losses import min_snr_weight, rising_timesteps, training_target
 
 
 # One image of two pixels and one noise level: alpha-bar 0.64, so x_t = 0.8 x_0 + 0.6 eps = (1.1, 0.4).
@@ -127,3 +127,20 @@ def test_dropping_never_and_always():
     assert drop_condition(classes, 2, 0.0, uniform).tolist() == [0, 1, 1]
     assert drop_condition(classes, 2, 1.0, uniform).tolist() == [2, 2, 2]
     assert drop_condition(classes, 2, 0.5, uniform).dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "progress, first, expected",
+    [
+        (0.0, 0.0, [0, 0, 0, 0]),
+        (0.0, 0.2, [0, 2, 80, 199]),
+        (0.25, 0.2, [0, 2, 80, 199]),
+        (0.5, 0.2, [0, 6, 240, 599]),
+        (0.75, 0.2, [0, 10, 400, 999]),
+        (1.0, 0.2, [0, 10, 400, 999]),
+        (0.0, 1.0, [0, 10, 400, 999]),
+    ],
+)
+def test_timesteps_begin_low_and_rise_to_all(progress, first, expected):
+    risen = rising_timesteps(torch.tensor([0, 10, 400, 999]), progress, first)
+    assert risen.dtype == torch.int64 and risen.tolist() == expected

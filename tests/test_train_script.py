@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from training_data import write_training_set
 
+import train_counterfactual
 from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.arguments import run_command
 from diffusers_cf.losses import noise_prediction_loss
@@ -225,6 +226,20 @@ def test_resuming_restores_the_random_state(data, tmp_path, monkeypatch):
     assert_same_weights(resumed, whole)
 
 
+def test_the_first_steps_see_the_lowest_timesteps(data, tmp_path, monkeypatch):
+    """8 steps from a tenth of the timesteps: below 100 for a quarter of them, then rising to all."""
+    seen = []
+
+    def loss(model, scheduler, images, class_ids, noise, timesteps, snr_gamma):
+        seen.append(int(timesteps.max()))
+        return noise_prediction_loss(model, scheduler, images, class_ids, noise, timesteps, snr_gamma)
+
+    monkeypatch.setattr(train_counterfactual, "noise_prediction_loss", loss)
+    run = set_up_run(data, tmp_path / "model", first_timesteps=0.1, max_train_steps=8, train_batch_size=16)
+    train_counterfactual.train(run, 0)
+    assert max(seen[:3]) < 100 and 100 < seen[4] < 550 and max(seen[6:]) > 550
+
+
 @pytest.mark.parametrize("conditioning", ["attention", "adagn", "unconditional"])
 def test_every_trained_weight_gets_a_gradient(conditioning, data):
     # several processes wait for each of them
@@ -324,6 +339,7 @@ def test_errors_leave_with_exit_code_2_and_one_line(tmp_path):
         ({"seed": -1}, "--seed is -1: it must be 0 or more"),
         ({"learning_rate": "nan"}, "--learning_rate is nan: it must be 0 or more"),
         ({"resolution": 12}, "--resolution is 12: it must be a multiple of 8"),
+        ({"first_timesteps": 0.0}, "--first_timesteps is 0.0: it must lie in (0, 1]"),
         ({"guidance_dropout_prob": 1.5}, "--guidance_dropout_prob is 1.5: it must lie in [0, 1]"),
         ({"ddpm_num_steps": 50, "validation_steps": 5}, "--ddpm_num_steps is 50: validation needs a multiple of 20"),
         ({"lr_scheduler": "steep"}, "--lr_scheduler: invalid choice: 'steep'"),

@@ -34,7 +34,7 @@ class Network:
     paper: dict
 
 
-PAPER_UNET = {"unet_size": "paper", "learning_rate": 1e-4}
+PAPER_UNET = {"unet_size": "paper", "learning_rate": 1e-4, "first_timesteps": 1.0}
 UNCONDITIONAL = {"conditioning": "unconditional"}
 NETWORKS = {
     "fanogan": Network(

@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 
 from diffusers_cf.baselines.classifier_guidance import ClassifierGuidedDDIMPipeline, NoisyClassifier
 from diffusers_cf.baselines.method import AnomalyMethod, TrainableMethod
-from diffusers_cf.losses import drop_condition, noise_prediction_loss
+from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
 from diffusers_cf.models import ConditionalNoisePredictor, class_token_encoder, counterfactual_unet
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
@@ -35,6 +35,8 @@ class CounterfactualDiffusion(TrainableMethod):
         conditioning (`str`): `attention`, `adagn` or `unconditional`.
         class_names (`list[str]`): healthy first.
         learning_rate (`float`): the highest; it rises over the first 3 % and falls as a cosine.
+        first_timesteps (`float`): share of the timesteps that training begins with, 1 for the paper's uniform ones; see
+            [`losses.rising_timesteps`].
     """
 
     trained_on = "all"
@@ -50,6 +52,7 @@ class CounterfactualDiffusion(TrainableMethod):
         conditioning: str = "attention",
         class_names: tuple[str, ...] = ("healthy", "unhealthy"),
         learning_rate: float = 1.5e-3,
+        first_timesteps: float = 0.2,
     ):
         super().__init__()
         encoder = None if conditioning == "unconditional" else class_token_encoder(unet_size, class_names)
@@ -68,11 +71,11 @@ class CounterfactualDiffusion(TrainableMethod):
         return min(1.0, (progress + 1e-3) / WARM_UP) * cosine
 
     def losses(self, batch: dict[str, torch.Tensor], progress: float) -> Iterator[tuple[str, torch.Tensor]]:
-        class_ids = batch["labels"]
-        encoder = self.network.class_encoder
+        class_ids, encoder = batch["labels"], self.network.class_encoder
         if encoder is not None:
             class_ids = drop_condition(class_ids, encoder.null_id, GUIDANCE_DROPOUT, batch["uniform"])
-        yield "network", self._noise_loss(batch, class_ids)
+        timesteps = rising_timesteps(batch["timesteps"], progress, self.config.first_timesteps)
+        yield "network", self._noise_loss(batch | {"timesteps": timesteps}, class_ids)
 
     def _noise_loss(self, batch: dict[str, torch.Tensor], class_ids: torch.Tensor) -> torch.Tensor:
         return noise_prediction_loss(
@@ -112,21 +115,11 @@ class HealthyDiffusion(CounterfactualDiffusion):
     trained_on = "healthy"
 
 
-def classifier_timesteps(timesteps: torch.Tensor, progress: float) -> torch.Tensor:
-    """Timesteps `(N,)` scaled by 0 in the first quarter of a training, rising to 1 at its last quarter.
-
-    Args:
-        timesteps: drawn from the whole range, integers `(N,)`.
-        progress: share of the training that is done.
-    """
-    return (timesteps * min(max(2 * progress - 0.5, 0.0), 1.0)).long()
-
-
 class ClassifierGuidedDiffusion(CounterfactualDiffusion):
     """CDPM with classifier guidance (method id `cdpm-classifier`; Wolleb et al. 2022).
 
     An unconditional U-Net on all slices (`conditioning="unconditional"`), and a classifier on noisy images, trained side
-    by side. The classifier begins on clean images and its noise grows ([`classifier_timesteps`]): from full noise at
+    by side. The classifier begins on clean images and its noise grows ([`losses.rising_timesteps`]): from full noise at
     once, a short training ends at the odds of a slice's position.
     """
 
@@ -140,7 +133,7 @@ class ClassifierGuidedDiffusion(CounterfactualDiffusion):
 
     def losses(self, batch: dict[str, torch.Tensor], progress: float) -> Iterator[tuple[str, torch.Tensor]]:
         yield from super().losses(batch, progress)
-        timesteps = classifier_timesteps(batch["timesteps"], progress)
+        timesteps = rising_timesteps(batch["timesteps"], progress, first=0.0)
         noisy = self.noise_scheduler.add_noise(batch["images"], batch["noise"], timesteps)
         logits = self.classifier(noisy, timesteps).float()
         yield "classifier", torch.nn.functional.cross_entropy(logits, batch["labels"])
