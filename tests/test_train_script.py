@@ -329,30 +329,6 @@ def test_errors_leave_with_exit_code_2_and_one_line(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"max_train_steps": 0}, "--max_train_steps is 0: it must be 1 or more"),
-        ({"num_train_epochs": 0}, "--num_train_epochs is 0: it must be 1 or more"),
-        ({"logging_steps": 0}, "--logging_steps is 0: it must be 1 or more"),
-        ({"checkpoints_total_limit": 0}, "--checkpoints_total_limit is 0: it must be 1 or more"),
-        ({"seed": -1}, "--seed is -1: it must be 0 or more"),
-        ({"learning_rate": "nan"}, "--learning_rate is nan: it must be 0 or more"),
-        ({"resolution": 12}, "--resolution is 12: it must be a multiple of 8"),
-        ({"first_timesteps": 0.0}, "--first_timesteps is 0.0: it must lie in (0, 1]"),
-        ({"guidance_dropout_prob": 1.5}, "--guidance_dropout_prob is 1.5: it must lie in [0, 1]"),
-        ({"ddpm_num_steps": 50, "validation_steps": 5}, "--ddpm_num_steps is 50: validation needs a multiple of 20"),
-        ({"lr_scheduler": "steep"}, "--lr_scheduler: invalid choice: 'steep'"),
-        ({"report_to": "paper"}, "--report_to: invalid choice: 'paper'"),
-    ],
-)
-def test_wrong_options(changes, words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse_args(options("data", "out", **changes))
-    assert stopped.value.code == 2
-    assert words in capsys.readouterr().err.splitlines()[-1]
-
-
 WRONG_INPUTS = {
     "no data set": ({}, "{tmp}/missing is no finished slice data set: preprocessing.json is missing"),
     "output is a file": ({"output_dir": "{tmp}/file"}, "{tmp}/file: the output folder can't be made (File exists)"),
