@@ -4,6 +4,10 @@ import torch
 from diffusers.training_utils import compute_snr
 
 
+# Share of a training after which `rising_timesteps` draws from all of them.
+ALL_TIMESTEPS_FROM = 0.75
+
+
 def noise_prediction_loss(
     model, scheduler, images: torch.Tensor, class_ids: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
     snr_gamma: float | None = None,
@@ -83,5 +87,5 @@ def rising_timesteps(timesteps: torch.Tensor, progress: float, first: float) -> 
     Returns:
         `torch.Tensor`: the timesteps, scaled by `first` to 1 and rounded down, integers `(N,)`.
     """
-    risen = min(max(2 * progress - 0.5, 0.0), 1.0)
+    risen = min(max(2 * (progress - ALL_TIMESTEPS_FROM) + 1, 0.0), 1.0)
     return (timesteps * (first + (1 - first) * risen)).long()

@@ -121,6 +121,10 @@ def test_a_flat_curve_ends_the_training(splits, tmp_path):
     method.may_stop_early = False
     _, record = train(splits, tmp_path / "long", method)
     assert record.converged is True and len(record.curve) == training.CHECKS
+    method = Line(target=0.0)
+    method.comparable_from = 0.5  # six checks don't count
+    _, record = train(splits, tmp_path / "easier_first", method)
+    assert record.converged is True and len(record.curve) == 6 + training.FLAT_CHECKS + 1
 
 
 def test_what_has_not_converged_says_so(splits, tmp_path):
@@ -139,7 +143,10 @@ def test_what_has_not_converged_says_so(splits, tmp_path):
     ],
 )
 def test_when_a_curve_is_flat(losses, flat):
-    assert TrainingRecord(curve=[[0, 0, loss] for loss in losses]).is_flat() is flat
+    curve = [[0, 0, loss] for loss in losses]
+    assert TrainingRecord(curve=curve).is_flat() is flat
+    # the same after six checks of an easier task
+    assert TrainingRecord(curve=[[0, 0, 0.1]] * 6 + curve).is_flat(comparable_from=0.5) is flat
 
 
 @pytest.mark.parametrize("cls", [Line, Averaged])

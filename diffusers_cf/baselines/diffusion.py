@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 
 from diffusers_cf.baselines.classifier_guidance import ClassifierGuidedDDIMPipeline, NoisyClassifier
 from diffusers_cf.baselines.method import AnomalyMethod, TrainableMethod
-from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
+from diffusers_cf.losses import ALL_TIMESTEPS_FROM, drop_condition, noise_prediction_loss, rising_timesteps
 from diffusers_cf.models import ConditionalNoisePredictor, class_token_encoder, counterfactual_unet
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
@@ -41,6 +41,8 @@ class CounterfactualDiffusion(TrainableMethod):
 
     trained_on = "all"
     averaged = True
+    may_stop_early = False  # the last gain comes when the learning rate falls to 0
+    comparable_from = ALL_TIMESTEPS_FROM  # until then most timesteps of the validation loss were never trained
     has_classifier = False
 
     @register_to_config

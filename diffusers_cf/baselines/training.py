@@ -1,6 +1,7 @@
 """The one training loop of all methods of the tables: a time budget, a validation curve, checkpoints, averaged weights."""
 
 import json
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -69,9 +70,9 @@ class TrainingRecord:
     converged: bool | None = None
     curve: list[list[float]] = field(default_factory=list)
 
-    def is_flat(self) -> bool:
-        """Whether the last checks brought nothing better than the ones before."""
-        losses = [loss for _, _, loss in self.curve]
+    def is_flat(self, comparable_from: float = 0.0) -> bool:
+        """Whether the last checks brought nothing better than the ones before, back to this share of the training."""
+        losses = [loss for _, _, loss in self.curve[math.ceil(CHECKS * comparable_from) :]]
         before, last = losses[:-FLAT_CHECKS], losses[-FLAT_CHECKS:]
         return bool(before) and min(last) >= min(before) * (1 - LEAST_GAIN)
 
@@ -222,10 +223,9 @@ class MethodTraining:
             ]
             self.method.train()
         self.record.curve.append([self.record.images_seen, round(self.record.seconds, 1), float(np.mean(losses))])
-        if self.method.may_stop_early and self.record.is_flat():
-            self.record.converged = True
-        elif self.progress >= 1:
-            self.record.converged = self.record.is_flat()
+        flat = self.record.is_flat(self.method.comparable_from)
+        if self.progress >= 1 or (flat and self.method.may_stop_early):
+            self.record.converged = flat
 
     def _save(self) -> None:
         facts = self.facts | {"record": asdict(self.record)}
