@@ -20,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
-from diffusers_cf.arguments import run_command
+from diffusers_cf.arguments import make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.hub import create_model_repository, push_model
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
@@ -51,10 +51,7 @@ def open_output_folder(args) -> Path:
         InputError: it can't be made, or holds another run's checkpoints, which `latest` would mix with this one's.
     """
     output = Path(args.output_dir)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{output}: the output folder can't be made ({error.strerror})") from None
+    make_folder(output)
     finished = finished_checkpoints(output)
     if finished and not args.resume_from_checkpoint:
         raise InputError(

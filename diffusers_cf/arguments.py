@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from diffusers_cf.errors import InputError
 
@@ -21,6 +22,18 @@ def _with_underscores(argument: str) -> str:
         return argument
     name, equals, value = argument[2:].partition("=")
     return "--" + name.replace("-", "_") + equals + value
+
+
+def make_folder(path: str | Path) -> None:
+    """Makes an output folder, at a command's start: finding out at its end would be late.
+
+    Raises:
+        InputError: it can't be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: the output folder can't be made ({error.strerror})") from None
 
 
 def run_command(command: Callable[[], int | None]) -> int:

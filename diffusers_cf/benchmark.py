@@ -1,12 +1,13 @@
 """`diffusers-cf benchmark`: trains and measures every method under one protocol and writes tables and figures."""
 
 import argparse
-import json
+import math
 import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from diffusers_cf.arguments import make_folder
 from diffusers_cf.baselines import (
     NETWORKS,
     ROWS,
@@ -14,18 +15,23 @@ from diffusers_cf.baselines import (
     row_of,
 )
 from diffusers_cf.benchmark_figures import write_figures
-from diffusers_cf.benchmark_networks import Networks
+from diffusers_cf.benchmark_networks import Networks, check_sizes
 from diffusers_cf.benchmark_presets import PRESETS, Preset
-from diffusers_cf.benchmark_protocol import BenchmarkData, choose_settings, measure, saturated_share, slice_scores
+from diffusers_cf.benchmark_protocol import (
+    KIND,
+    BenchmarkData,
+    as_json,
+    choose_settings,
+    measure,
+    saturated_share,
+    slice_scores,
+)
 from diffusers_cf.bootstrap import bootstraps_of_file
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import write_result
 from diffusers_cf.inference_options import DTYPES, add_device_arguments, check_device_arguments
 from diffusers_cf.provenance import command_line, package_commit
-from diffusers_cf.tables import write_tables
-
-
-FACTS_FILE = "benchmark.json"
+from diffusers_cf.tables import collect_cells, write_tables
 
 
 class Benchmark:
@@ -34,10 +40,36 @@ class Benchmark:
     Args:
         output: folder of tables and figures; `cells/` in it holds a JSON a row and seed.
         networks: the trained ones.
+        preset_name: what its preset is called.
     """
 
-    def __init__(self, output: Path, networks: Networks):
+    def __init__(self, output: Path, networks: Networks, preset_name: str):
         self.output, self.networks, self.preset = output, networks, networks.preset
+        dtype = str(networks.dtype).removeprefix("torch.")
+        self.facts = as_json({"preset": preset_name, **asdict(self.preset), "dtype": dtype})
+
+    def check_cells(self, data: dict[int, BenchmarkData]) -> None:
+        """Cells of another preset or of other slices must not end up in one table with these.
+
+        Args:
+            data: of each seed.
+
+        Raises:
+            InputError: there are such cells, or one can't be read.
+        """
+        if not any((self.output / "cells").glob("*.json")):
+            return
+        first = next(iter(data.values()))
+        for cell in collect_cells(self.output):
+            kept = cell.get("benchmark", {})
+            of_data = kept.get("data", {})
+            different = [name for name, value in self.facts.items() if kept.get(name) != value]
+            different += [name for name in KIND if of_data.get(name) != first.facts[name]]
+            if cell["seed"] in data and of_data != data[cell["seed"]].facts:
+                different.append(f"slices for seed {cell['seed']}")
+            if different:
+                other = ", ".join(different)
+                raise InputError(f"{self.output} holds a benchmark with other {other}: choose another --output")
 
     def run_cell(self, method: str, data: BenchmarkData, seed: int) -> None:
         """Measures a row for a seed and writes `cells/METHOD-seedS.json`, unless it is there."""
@@ -47,7 +79,7 @@ class Benchmark:
         row, start = row_of(method), time.perf_counter()
         made, record = self.make_method(method, data, seed)
         choice = choose_settings(made, data)
-        with tempfile.TemporaryDirectory(dir=self.output) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             counts = Path(folder) / "cell.counts.npz"
             cell = measure(made, data, counts)
             bootstrap = bootstraps_of_file(counts)
@@ -61,6 +93,7 @@ class Benchmark:
         cell |= record | {"choice": choice, "bootstrap": bootstrap, **self._beside(method, made, data, seed)}
         cell |= {
             "dataset": data.folder,
+            "benchmark": self.facts | {"data": data.facts},
             "command": command_line(),
             "commit": package_commit(),
             "device": self.networks.device,
@@ -78,7 +111,8 @@ class Benchmark:
         if method == "ours":
             beside["slice_scores"] = slice_scores(made.pipe, data, seed)
         if method in ("ours", "ours-clipped", "ours-unclipped"):
-            beside["saturated_share"] = saturated_share(made.pipe, data, made.settings)
+            grid = self.preset.grid
+            beside["saturated_share"] = saturated_share(made.pipe, data, max(grid.strengths), grid.num_inference_steps)
         return beside
 
     def make_method(self, method: str, data: BenchmarkData, seed: int) -> tuple[AnomalyMethod, dict]:
@@ -86,10 +120,10 @@ class Benchmark:
         row = row_of(method)
         if row.network is None:
             return row.make(data.modalities, self.preset.grid), {"trained_on": "not trained", "converged": None}
-        network, record = self.networks.get(row.network, data.train, data.validation, seed)
+        network, record = self.networks.get(row.network, data, seed)
         names = ("trained_on", "converged", "images_seen", "parameters", "curve")
-        facts = {name: record[name] for name in names} | {"train_seconds": record["seconds"]}
-        return row.make(network, self.preset.grid), facts
+        facts = {"train_seconds": record["seconds"], "trained_commit": record["commit"]}
+        return row.make(network, self.preset.grid), {name: record[name] for name in names} | facts
 
 
 def _parts(cell: dict):
@@ -138,8 +172,8 @@ def preset_of(args: argparse.Namespace) -> Preset:
             raise InputError(f"--image_size is {args.image_size}: it must be a power of two, 16 or more")
         preset = replace(preset, image_size=args.image_size)
     if args.train_seconds is not None:
-        if args.train_seconds <= 0:
-            raise InputError(f"--train_seconds is {args.train_seconds}: it must be above 0")
+        if not 0 < args.train_seconds < math.inf:
+            raise InputError(f"--train_seconds is {args.train_seconds}: it must be above 0 and finite")
         preset = replace(preset, budget=replace(preset.budget, seconds=args.train_seconds))
     return replace(preset, budget=replace(preset.budget, augment=preset.budget.augment or args.augment))
 
@@ -150,32 +184,52 @@ def run_benchmark(args: argparse.Namespace) -> int:
     Raises:
         InputError: data set, methods or options can't be used, or the output holds another benchmark's cells.
     """
+    package_commit()  # of the code that runs, whatever is committed meanwhile
     check_device_arguments(args)
     preset = preset_of(args)
-    seeds = _seeds(args)
-    data = {seed: BenchmarkData(folder, preset, args.batch_size) for seed, folder in seeds.items()}
-    first = next(iter(data.values()))
-    methods = args.methods or all_methods(first.modalities)
-    for method in methods:
-        if row_of(method).network is None:
-            row_of(method).make(first.modalities, preset.grid)
+    data = _data_of_seeds(args, preset)
+    methods = _methods(args, preset, next(iter(data.values())))
     output = Path(args.output)
-    _claim(output, args, preset, first)
     models = Path(args.models) if args.models else output / "models"
-    benchmark = Benchmark(output, Networks(models, preset, args.device, DTYPES[args.dtype]))
-    for seed in seeds:
+    benchmark = Benchmark(output, Networks(models, preset, args.device, DTYPES[args.dtype]), args.preset)
+    benchmark.check_cells(data)
+    make_folder(output)
+    for seed in data:
         for method in methods:
             benchmark.run_cell(method, data[seed], seed)
-            write_tables(output, methods, list(seeds))
-    seed = next(iter(seeds))
-    write_figures(benchmark, data[seed], seed, pictures=not args.no_pictures)
+            write_tables(output, methods, list(data))
+    write_figures(benchmark, data, pictures=not args.no_pictures)
     print(f"tables and figures -> {output}")
     return 0
+
+
+def _methods(args: argparse.Namespace, preset: Preset, data: BenchmarkData) -> list[str]:
+    """The ids wanted, after a look whether each can be made for this data."""
+    methods = list(dict.fromkeys(method.lower() for method in args.methods or all_methods(data.modalities)))
+    rows = [row_of(method) for method in methods]
+    for row in rows:
+        if row.network is None:
+            row.make(data.modalities, preset.grid)
+    check_sizes(sorted({row.network for row in rows if row.network}), preset, data.channels)
+    return methods
+
+
+def _data_of_seeds(args: argparse.Namespace, preset: Preset) -> dict[int, BenchmarkData]:
+    """The slices of each seed; several data sets must be splits of one kind of data."""
+    seeds = _seeds(args)
+    made = {folder: BenchmarkData(folder, preset, args.batch_size) for folder in dict.fromkeys(seeds.values())}
+    first, *others = made.values()
+    for other in others:
+        if different := [name for name in KIND if other.facts[name] != first.facts[name]]:
+            raise InputError(f"{first.folder} and {other.folder} differ in {', '.join(different)}")
+    return {seed: made[folder] for seed, folder in seeds.items()}
 
 
 def _seeds(args: argparse.Namespace) -> dict[int, str]:
     """The data set of each seed."""
     several = len(args.dataset) > 1
+    if args.first_seed < 0:
+        raise InputError(f"--first_seed is {args.first_seed}: it must be 0 or more")
     if args.seeds is not None and args.seeds < 1:
         raise InputError(f"--seeds is {args.seeds}: it must be 1 or more")
     count = args.seeds or (len(args.dataset) if several else 3)
@@ -183,18 +237,3 @@ def _seeds(args: argparse.Namespace) -> dict[int, str]:
         raise InputError(f"--seeds {count} with {len(args.dataset)} data sets: several data sets mean one a seed")
     numbers = range(args.first_seed, args.first_seed + count)
     return dict(zip(numbers, args.dataset if several else args.dataset * count, strict=True))
-
-
-def _claim(output: Path, args: argparse.Namespace, preset: Preset, data: BenchmarkData) -> None:
-    """Writes RESULTS/benchmark.json; cells of another preset or data set must not end up in one table with these."""
-    known = ("source", "size", "modalities", "class_names")
-    facts = {"preset": args.preset, **asdict(preset), "data": {k: data.train.preprocessing.get(k) for k in known}}
-    facts = json.loads(json.dumps(facts))
-    path = output / FACTS_FILE
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in facts if kept.get(name) != facts[name]]
-        if different:
-            raise InputError(f"{output} holds a benchmark with other {', '.join(different)}: choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    write_result(facts, path)

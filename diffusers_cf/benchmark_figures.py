@@ -33,18 +33,30 @@ FIGURE3 = {"implicit": "ours", "classifier": "cdpm-classifier"}
 FIGURE1_IMAGES = 5
 
 
-def write_figures(benchmark, data: BenchmarkData, seed: int, pictures: bool) -> None:
-    """Writes figure1.png to figure4.png, as far as their rows are measured.
+def write_figures(benchmark, data: dict[int, BenchmarkData], pictures: bool) -> None:
+    """Writes figure4.png of all seeds and figure1.png to figure3.png of the first, as far as their rows are measured.
+
+    Fig. 1 to 3 load networks; they train none, and are left alone where the first seed's are not at hand.
 
     Args:
-        benchmark: a `Benchmark`; its networks of the seed are loaded.
-        data: the seed's slices.
-        seed: of the networks that are shown.
+        benchmark: a `Benchmark`.
+        data: the slices of each seed of this run.
         pictures: whether Fig. 1 and Fig. 2, which show slices, are wanted.
     """
     measured = collect_cells(benchmark.output)
-    cells = {cell["method"]: cell for cell in measured if cell["seed"] == seed}
     plot_quality_against_evaluations(benchmark.output / "figure4.png", measured, "postprocessed")
+    seed = min(cell["seed"] for cell in measured)
+    cells = {cell["method"]: cell for cell in measured if cell["seed"] == seed and _can_be_made(benchmark, cell)}
+    if seed in data:
+        _write_figures_of_seed(benchmark, data[seed], seed, cells, pictures)
+
+
+def _can_be_made(benchmark, cell: dict) -> bool:
+    network = row_of(cell["method"]).network
+    return network is None or benchmark.networks.is_trained(network, cell["seed"])
+
+
+def _write_figures_of_seed(benchmark, data: BenchmarkData, seed: int, cells: dict[str, dict], pictures: bool) -> None:
     if set(FIGURE3.values()) <= set(cells):
         write_figure3(benchmark, data, seed)
     if pictures and "ours" in cells:
@@ -129,9 +141,11 @@ def _map_of_row(method, data: BenchmarkData, row: int, size: tuple[int, int]) ->
 def write_figure3(benchmark, data: BenchmarkData, seed: int) -> None:
     """Fig. 3: ideal Dice on validation slices over strength and scale for both kinds of guidance; points are kept."""
     path, preset = benchmark.output / "figure3.json", benchmark.preset
-    points = json.loads(path.read_text(encoding="utf-8"))["points"] if path.is_file() else []
+    facts = {"seed": seed, "benchmark": benchmark.facts | {"data": data.facts}}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    points = kept["points"] if all(kept.get(name) == value for name, value in facts.items()) else []
     if not points:
-        rows = data.validation_rows[:: max(1, len(data.validation_rows) // preset.figure_slices)]
+        rows = [data.validation_rows[i] for i in evenly_spread(len(data.validation_rows), preset.figure_slices)]
         for guidance, name in FIGURE3.items():
             pipe = benchmark.make_method(name, data, seed)[0].pipe
             found = sweep(
@@ -139,6 +153,6 @@ def write_figure3(benchmark, data: BenchmarkData, seed: int) -> None:
                 preset.grid.num_inference_steps, data.batch_size,
             )  # fmt: skip
             points += [asdict(point) | {"guidance": guidance} for point in found]
-        facts = {"command": command_line(), "commit": package_commit(), "seed": seed, "n_slices": len(rows)}
+        facts |= {"command": command_line(), "commit": package_commit(), "n_slices": len(rows)}
         write_result(facts | {"points": points}, path)
     plot_strengths(benchmark.output / "figure3.png", points)

@@ -11,11 +11,32 @@ from accelerate.utils import set_seed
 from diffusers_cf.baselines import NETWORKS, CounterfactualDiffusion, TrainableMethod, network_of_data
 from diffusers_cf.baselines.training import MethodTraining
 from diffusers_cf.benchmark_presets import Preset
+from diffusers_cf.benchmark_protocol import BenchmarkData, as_json
+from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import write_result
 from diffusers_cf.provenance import package_commit
 
 
 RECORD_FILE = "training.json"
+
+
+def preset_facts(preset: Preset) -> dict:
+    """What of a preset decides what a network learns."""
+    return {"image_size": preset.image_size, "size": preset.size, "budget": asdict(preset.budget)}
+
+
+def check_sizes(names: list[str], preset: Preset, channels: int) -> None:
+    """Builds networks of `NETWORKS` without memory for their weights.
+
+    Raises:
+        InputError: one can't be built for images of these channels at the preset's size.
+    """
+    for name in names:
+        try:
+            with torch.device("meta"):
+                network_of_data(name, preset.size, channels, preset.image_size, ("healthy", "unhealthy"))
+        except ValueError as error:
+            raise InputError(f"--image_size {preset.image_size} does not suit {name}: {error}") from None
 
 
 class Networks:
@@ -32,32 +53,50 @@ class Networks:
         self.folder, self.preset, self.device, self.dtype = Path(folder), preset, device, dtype
         self._loaded: tuple = (None, None, None)
 
-    def get(self, name: str, train, validation, seed: int) -> tuple[TrainableMethod, dict]:
+    def is_trained(self, name: str, seed: int) -> bool:
+        """Whether there is something to load."""
+        return (self.folder / f"{name}-seed{seed}" / RECORD_FILE).is_file()
+
+    def get(self, name: str, data: BenchmarkData, seed: int) -> tuple[TrainableMethod, dict]:
         """A network of `NETWORKS` ready for inference, and its training record.
 
         Args:
             name: key of `NETWORKS`.
-            train: `SliceDataset` to train on, where it must be.
-            validation: `SliceDataset` of the validation curve.
+            data: whose training slices it learns from, where it must.
             seed: of the training.
+
+        Raises:
+            InputError: there is one, but of other slices, another size or another budget.
         """
         folder = self.folder / f"{name}-seed{seed}"
-        if not (folder / RECORD_FILE).is_file():
-            self._train(name, train, validation, seed, folder)
+        facts = as_json({"data": data.facts, **preset_facts(self.preset)})
+        if not self.is_trained(name, seed):
+            self._train(name, data, seed, folder, facts)
         if self._loaded[0] != folder:
+            _remove_checkpoints(folder)
             network = NETWORKS[name].cls.from_pretrained(folder).to(self.device).eval()
             if isinstance(network, CounterfactualDiffusion):
                 network.network.to(self.dtype)
             self._loaded = folder, network, json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        return self._loaded[1:]
+        _, network, record = self._loaded
+        if different := [key for key in facts if record.get(key) != facts[key]]:
+            raise InputError(f"{folder} was trained with other {', '.join(different)}: choose another --models")
+        return network, record
 
-    def _train(self, name: str, train, validation, seed: int, folder: Path) -> None:
+    def _train(self, name: str, data: BenchmarkData, seed: int, folder: Path, facts: dict) -> None:
         set_seed(seed)
         size, side = self.preset.size, self.preset.image_size
-        network = network_of_data(name, size, train.preprocessing["channels"], side, train.class_names)
-        training = MethodTraining(network, train, validation, folder, self.preset.budget, seed, self.device)
+        network = network_of_data(name, size, data.channels, side, data.train.class_names)
+        training = MethodTraining(
+            network, data.train, data.validation, folder, self.preset.budget, seed, self.device, facts
+        )
         record = asdict(training.run()) | {"trained_on": network.trained_on, "parameters": network.num_parameters()}
         network.save_pretrained(folder)
-        write_result(record | {"budget": asdict(self.preset.budget), "commit": package_commit()}, folder / RECORD_FILE)
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        write_result(record | facts | {"commit": package_commit()}, folder / RECORD_FILE)
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Those of a finished training, and what a killed process left half-written."""
+    for pattern in ("checkpoint-*", ".checkpoint-*.tmp"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)

@@ -1,5 +1,8 @@
 """The protocol that every row of the tables goes through: the same slices, the same choices, the same measures."""
 
+import hashlib
+import json
+
 import numpy as np
 import torch
 
@@ -18,6 +21,15 @@ from diffusers_cf.trajectories import encode_trajectory
 CLASSIFIER_TIMESTEPS = (100, 200, 300, 400, 500, 600)
 
 
+# Facts of a data set that its splits share, so that several of them may stand in one table.
+KIND = ("source", "size", "modalities", "class_names", "field_mm", "percentile")
+
+
+def as_json(facts: dict) -> dict:
+    """The facts as they come back from a JSON file: lists in the place of tuples."""
+    return json.loads(json.dumps(facts))
+
+
 class BenchmarkData:
     """The slices of one seed: the same for every method.
 
@@ -29,9 +41,11 @@ class BenchmarkData:
     Attributes:
         train, validation, test: its splits.
         validation_rows, test_rows: the slices of them that are used, evenly spread.
+        facts: what tells these slices from others, wherever they lie.
 
     Raises:
-        InputError: it has no masks, or a split without healthy or without unhealthy slices.
+        InputError: it has no masks, its slices are smaller than the networks' input, or a split lacks healthy slices,
+            unhealthy ones, or pixels of a lesion.
     """
 
     def __init__(self, folder: str, preset: Preset, batch_size: int = 32):
@@ -46,13 +60,36 @@ class BenchmarkData:
             sick = dataset.labels[list(chosen)] != 0
             if sick.all() or not sick.any():
                 raise InputError(f"{folder}: the split {dataset.split} needs healthy and unhealthy slices")
+        side = self.train.preprocessing["size"]
+        if side < preset.image_size:
+            raise InputError(f"{folder} has slices of {side} px, less than the networks' {preset.image_size}")
+        self._check_masks(self.validation, self.validation_rows)
+        self._check_masks(self.test, self.test_rows)
+        known = self.train.preprocessing
+        splits = {dataset.split: _fingerprint(dataset) for dataset in (self.train, self.validation, self.test)}
+        self.facts = as_json({**{name: known.get(name) for name in KIND}, "seed": known.get("seed"), **splits})
         self.modalities = self.train.preprocessing["modalities"]
         self.channels = self.train.preprocessing["channels"]
+
+    def _check_masks(self, dataset: SliceDataset, rows) -> None:
+        sick = [row for row in rows if dataset.labels[row] != 0]
+        if not any(batch["masks"].any() for batch in batches_of(dataset, sick, self.batch_size)):
+            raise InputError(
+                f"{self.folder}: no lesion in the masks of the split {dataset.split}, though labels say so"
+            )
 
     def healthy_validation_batches(self):
         """Batches of images `(N, C, H, W)` of the healthy among the validation slices."""
         healthy = [row for row in self.validation_rows if self.validation.labels[row] == 0]
         return (batch["images"] for batch in batches_of(self.validation, healthy, self.batch_size))
+
+
+def _fingerprint(dataset: SliceDataset) -> str:
+    """SHA-256 of the patients, slices and labels of a split."""
+    digest = hashlib.sha256()
+    for values in (dataset.patients, dataset.slices, dataset.labels):
+        digest.update("\n".join(map(str, values)).encode() + b"\n\n")
+    return digest.hexdigest()
 
 
 def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
@@ -114,9 +151,12 @@ def slice_scores(pipe, data: BenchmarkData, seed: int) -> dict[str, float]:
     }
 
 
-def saturated_share(pipe, data: BenchmarkData, settings: dict) -> float:
-    """Share of the foreground where the last step of encoding predicts a clean image at the limits of [-1, 1] or beyond."""
-    walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
+def saturated_share(pipe, data: BenchmarkData, strength: float, num_inference_steps: int) -> float:
+    """Share of the foreground where the last step of encoding predicts a clean image at the limits of [-1, 1] or beyond.
+
+    Rows compare at one strength, whatever each has chosen for itself.
+    """
+    walk = {"strength": strength, "num_inference_steps": num_inference_steps}
     saturated = pixels = 0
     for batch in batches_of(data.validation, data.validation_rows, data.batch_size):
         image, *_, nearer, _ = encode_trajectory(pipe, batch["images"], **walk)

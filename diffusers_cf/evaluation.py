@@ -54,19 +54,21 @@ def maps_at_size(maps: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 class _Patient:
-    """All slices of one patient as arrays, with what every chain needs of them."""
+    """The wanted slices of one patient as arrays, with what every chain needs of them."""
 
     def __init__(self, dataset, name: str, rows: np.ndarray):
         batch = dataset.collate(dataset.__getitems__([int(row) for row in rows]))
-        self.name = name
+        self.dataset, self.name, self.rows = dataset, name, rows
         self.images = np.asarray(batch["images"], dtype=np.float32)
         self.masks, self.labels, self.slices = (np.asarray(batch[key]) for key in ("masks", "labels", "slices"))
         self.foreground = foreground_mask(self.images)
 
     def maps(self, anomaly_map: Callable, batch_size: int | None, progress: tqdm) -> tuple[np.ndarray, float]:
         """Returns the maps (S, H, W) at the masks' size and the seconds that the method took."""
+        if batch_size is None:
+            return self._maps_of_whole_patient(anomaly_map, progress)
         seconds, maps = 0.0, []
-        for images in torch.from_numpy(self.images).split(batch_size or len(self.images)):
+        for images in torch.from_numpy(self.images).split(batch_size):
             start = time.perf_counter()
             # The copy to the CPU waits for an accelerator, so it belongs to the time measured.
             batch = torch.as_tensor(anomaly_map(images)).detach().to("cpu", torch.float32)
@@ -74,6 +76,15 @@ class _Patient:
             maps.append(self._at_mask_size(batch, len(images)))
             progress.update(len(images))
         return np.concatenate(maps), seconds
+
+    def _maps_of_whole_patient(self, anomaly_map: Callable, progress: tqdm) -> tuple[np.ndarray, float]:
+        everything = _rows_by_patient(self.dataset, np.flatnonzero(np.asarray(self.dataset.patients) == self.name))
+        whole = _Patient(self.dataset, self.name, everything[self.name])
+        with tqdm(disable=True) as hidden:
+            maps, seconds = whole.maps(anomaly_map, len(whole.rows), hidden)
+        progress.update(len(self.rows))
+        wanted = np.searchsorted(whole.slices, self.slices)
+        return maps[wanted], seconds * len(wanted) / len(maps)
 
     def _at_mask_size(self, maps: torch.Tensor, n: int) -> np.ndarray:
         size = self.masks.shape[1:]
@@ -183,7 +194,8 @@ def evaluate(
         anomaly_map: images float32 (N, C, H, W) -> (N, h, w), higher = more lesion, any range. A map smaller than the
             masks is upsampled bilinearly.
         dataset: A `SliceDataset` with masks.
-        batch_size: Slices a call, all of one patient; None = all slices of a patient in one call.
+        batch_size: Slices a call, all of one patient; None = all that the split has of a patient in one call, those
+            not in `indices` among them: for methods that look at the whole scan.
         threshold: Where `map >= threshold` is lesion for Dice per patient, chosen beforehand on other patients; one for
             both chains, or one for each (`raw`, `postprocessed`). None = the ideal one of this very split, an upper
             bound.

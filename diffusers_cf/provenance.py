@@ -1,5 +1,6 @@
 """Where a result comes from: the command that made it, and the commit of the package."""
 
+import functools
 import shlex
 import subprocess
 import sys
@@ -8,8 +9,12 @@ from pathlib import Path
 import diffusers_cf
 
 
+@functools.cache
 def package_commit() -> str:
-    """Returns `git describe` of the checkout that the package runs from, else the package's version."""
+    """Returns `git describe` of the checkout that the package runs from, else the package's version.
+
+    Asked once a process: a commit made meanwhile is not the code that runs.
+    """
     root = Path(diffusers_cf.__file__).resolve().parent.parent
     version = f"diffusers_cf {diffusers_cf.__version__}"
     if not (root / ".git").exists():

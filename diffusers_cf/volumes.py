@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffusers_cf.arguments import make_folder
 from diffusers_cf.data.geometry import FIELD_MM, PERCENTILE, check_geometry
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.errors import InputError
@@ -272,10 +273,7 @@ def run_segment(args: argparse.Namespace) -> int:
     pipe = open_pipeline(args.model, args.device, args.dtype)
     settings = {name: getattr(args, name) for name in SETTINGS}
     segmentation_facts(pipe, args.model, **settings)
-    try:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{args.output}: the folder can't be made ({error.strerror})") from None
+    make_folder(args.output)
     options = {"model": args.model, "batch_size": args.batch_size, "overwrite": args.overwrite}
     failures = []
     for folder in args.patients:

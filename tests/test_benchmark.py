@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusers_cf.baselines import NETWORKS, ROWS, row_of
+from diffusers_cf.baselines import NETWORKS, ROWS, row_of, training
+from diffusers_cf.baselines.training import MethodTraining
 from diffusers_cf.benchmark import all_methods
 from diffusers_cf.benchmark_presets import PRESETS
 from diffusers_cf.cli import main
 from diffusers_cf.data.phantom import make_patient, write_patient
+from diffusers_cf.data.slices import SliceDataset
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "reproduce_brats2021.sh"
@@ -87,7 +90,8 @@ def test_a_cell_says_where_it_comes_from_and_what_was_chosen(results):
     assert tried == candidates
     best = max(cell["choice"]["tried"], key=lambda point: point["auprc"])
     assert cell["settings"] == {k: v for k, v in best.items() if k != "auprc"}
-    assert cell["commit"] and cell["command"] and cell["seed"] == 1 and cell["trained_on"] == "all"
+    assert cell["commit"] == cell["trained_commit"] and cell["command"] and cell["seed"] == 1
+    assert cell["trained_on"] == "all" and cell["benchmark"]["preset"] == "smoke"
     assert cell["converged"] in (True, False) and cell["images_seen"] == 8 * PRESETS["smoke"].budget.steps
     assert set(cell["slice_scores"]) == {"position", "diffusion_classifier"} and 0 <= cell["saturated_share"] <= 1
 
@@ -161,7 +165,10 @@ def test_the_script_says_what_is_wrong(dataset, stage, settings, reason):
     [
         (["--methods", "gan"], "there is no method gan"),
         (["--image_size", "24"], "--image_size is 24: it must be a power of two"),
+        (["--image_size", "64"], "has slices of 32 px, less than the networks' 64"),
         (["--train_seconds", "0"], "--train_seconds is 0.0: it must be above 0"),
+        (["--train_seconds", "nan"], "--train_seconds is nan: it must be above 0"),
+        (["--first_seed", "-1"], "--first_seed is -1: it must be 0 or more"),
         (["--seeds", "0"], "--seeds is 0: it must be 1 or more"),
         (["--methods", "threshold-pd"], "needs the modality pd"),
         (["--device", "tpu9"], "--device tpu9 can't be used"),
@@ -176,6 +183,84 @@ def test_wrong_options_end_in_one_line_before_anything_is_written(dataset, tmp_p
 def test_cells_of_another_benchmark_are_not_mixed_in(results, dataset, capsys):
     assert run(dataset, results[0], "--image_size", "32", "--methods", "vae") == 2
     assert "holds a benchmark with other image_size" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def other_dataset(dataset):
+    """Other patients in the same layout."""
+    for index in range(5, 10):
+        write_patient(make_patient(7, index), dataset.parent / "others")
+    tools = ["--source", "brats", "--input", str(dataset.parent / "others"), "--size", str(SIZE)]
+    assert main(["prepare", *tools, "--output", str(dataset.parent / "other_data")]) == 0
+    return dataset.parent / "other_data"
+
+
+def test_nothing_is_taken_over_from_other_patients(results, dataset, other_dataset, tmp_path, capsys):
+    """A network may have learned from what are test patients here; a cell may be of what were other test slices."""
+    assert run(other_dataset, results[0], "--methods", "threshold-t1", "--seeds", "1") == 2
+    assert "holds a benchmark with other slices for seed 1: choose another --output" in capsys.readouterr().err
+    models = ["--models", str(results[0] / "models")]
+    assert run(other_dataset, tmp_path / "out", "--methods", "cam", "--seeds", "1", *models) == 2
+    assert "cam-seed1 was trained with other data: choose another --models" in capsys.readouterr().err
+    assert run(dataset, tmp_path / "slow", "--methods", "cam", "--seeds", "1", "--train_seconds", "9", *models) == 2
+    assert "cam-seed1 was trained with other budget: choose another --models" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_checkpoint_of_other_patients_is_not_gone_on_from(dataset, other_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SECONDS_PER_CHECKPOINT", -1)
+    step = MethodTraining._step
+    monkeypatch.setattr(
+        MethodTraining, "_step", lambda self, batch: step(self, batch) if not self.record.steps else 1 / 0
+    )
+    options = ["--methods", "cam", "--seeds", "1", "--models", str(tmp_path / "models")]
+    with pytest.raises(ZeroDivisionError):
+        run(dataset, tmp_path / "first", *options)
+    assert len(list((tmp_path / "models" / "cam-seed1").glob("checkpoint-*"))) == 1
+    assert run(other_dataset, tmp_path / "second", *options) == 2
+
+
+def test_data_sets_of_one_table_are_of_one_kind(dataset, tmp_path, capsys):
+    other = shutil.copytree(dataset, tmp_path / "copy")
+    facts = json.loads((other / "preprocessing.json").read_text())
+    (other / "preprocessing.json").write_text(json.dumps(facts | {"source": "folder"}))
+    assert main(["benchmark", "--dataset", str(dataset), str(other), "--preset", "smoke", "--output", "out"]) == 2
+    assert "differ in source" in capsys.readouterr().err
+
+
+def test_figures_train_nothing(results, dataset, tmp_path):
+    """The networks of these cells lie elsewhere now."""
+    folder = tmp_path / "results"
+    shutil.copytree(results[0] / "cells", folder / "cells")
+    assert run(dataset, folder, "--methods", "threshold-t1", "--seeds", "1") == 0
+    assert not (folder / "models").exists()
+    assert {path.name for path in folder.glob("*.png")} == {"figure2.png", "figure4.png"}  # thresholds need no network
+
+
+def test_an_old_figure_3_is_drawn_anew(results, dataset, tmp_path):
+    folder = shutil.copytree(results[0], tmp_path / "results")
+    kept = json.loads((folder / "figure3.json").read_text())
+    (folder / "figure3.json").write_text(json.dumps(kept | {"seed": 5, "points": []}))
+    assert run(dataset, folder, "--methods", "threshold-t1", "--seeds", "1", "--no_pictures") == 0
+    again = json.loads((folder / "figure3.json").read_text())
+    assert again["seed"] == 1 and [p["ideal_dice"] for p in again["points"]] == [
+        p["ideal_dice"] for p in kept["points"]
+    ]
+
+
+def test_masks_without_a_lesion_can_not_be_measured(dataset, tmp_path, monkeypatch, capsys):
+    collate = SliceDataset.collate
+    monkeypatch.setattr(
+        SliceDataset, "collate", lambda self, rows: (b := collate(self, rows)) | {"masks": b["masks"] * 0}
+    )
+    assert run(dataset, tmp_path / "out", "--methods", "threshold-t1") == 2
+    assert "no lesion in the masks of the split validation" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_is_named(dataset, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert run(dataset, tmp_path / "out", "--methods", "threshold-t1") == 2
+    assert "out: the output folder can't be made" in capsys.readouterr().err
 
 
 def test_a_damaged_cell_is_named(results, dataset, tmp_path, capsys):

@@ -52,7 +52,10 @@ def test_the_network_begins_with_low_timesteps_and_is_validated_on_all():
     network.validation_loss(batch)
     assert seen[0].max() < 200 and torch.equal(seen[0], (batch["timesteps"] * 0.2).long())
     assert torch.equal(seen[1], batch["timesteps"])
-    # so the validation loss rises meanwhile, and must not end the training
-    assert not network.may_stop_early
+    # so the validation loss rises meanwhile, and says nothing until all timesteps are trained
     dict(network.losses(batch, network.comparable_from))
     assert torch.equal(seen[2], batch["timesteps"])
+    dict(network.losses(batch, network.comparable_from - 0.01))
+    assert not torch.equal(seen[3], batch["timesteps"])
+    network.register_to_config(first_timesteps=1.0)
+    assert network.comparable_from == 0

@@ -290,6 +290,30 @@ def test_bootstrap_interval_is_that_of_a_mean():
     assert bootstrap_interval([0.5]) is None
 
 
+def test_a_method_of_whole_patients_sees_the_slices_that_are_not_measured_too():
+    data = FakeDataset().shuffled()
+    chosen = np.arange(0, len(data), 2)
+
+    def share_of_the_scan(images):
+        """What only the whole scan tells: how bright a pixel is beside the scan's mean."""
+        return images[:, 1] / images[:, 1].mean()
+
+    seen = []
+
+    def spied(images):
+        seen.append(len(images))
+        return share_of_the_scan(images)
+
+    result = evaluate(spied, data, indices=chosen, batch_size=None, postprocess=False, progress=False)
+    assert sorted(seen) == [4, 5, 6] and result["n_slices"] == len(chosen)
+    scores = np.zeros(data.masks.shape, np.float32)
+    for name in np.unique(data.patients):
+        rows = data.patients == name
+        scores[rows] = share_of_the_scan(torch.from_numpy(data.images[rows]))
+    expected = average_precision_score(data.masks[chosen].ravel(), scores[chosen].ravel())
+    assert result["auprc"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_result_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "RESULT.json"
     write_result({"auprc": 0.25}, path)

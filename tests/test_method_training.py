@@ -113,18 +113,15 @@ def test_the_budget_of_seconds(splits, tmp_path, monkeypatch):
     assert record.seconds == pytest.approx(6.0) and record.steps == 12  # half a second a step, checks not counted
 
 
-def test_a_flat_curve_ends_the_training(splits, tmp_path):
+def test_a_flat_curve_at_the_end_is_marked_and_never_cuts_the_time(splits, tmp_path):
     method = Line(target=0.0)  # begins at its target: nothing gets better
     _, record = train(splits, tmp_path, method)
-    assert record.converged is True and len(record.curve) == training.FLAT_CHECKS + 1
-    method = Line(target=0.0)
-    method.may_stop_early = False
-    _, record = train(splits, tmp_path / "long", method)
     assert record.converged is True and len(record.curve) == training.CHECKS
     method = Line(target=0.0)
-    method.comparable_from = 0.5  # six checks don't count
-    _, record = train(splits, tmp_path / "easier_first", method)
-    assert record.converged is True and len(record.curve) == 6 + training.FLAT_CHECKS + 1
+    method.comparable_from = 0.8  # the last two checks alone: nothing to compare them with
+    assert train(splits, tmp_path / "late", method)[1].converged is False
+    method.comparable_from = 0.75
+    assert train(splits, tmp_path / "enough", method)[1].converged is True
 
 
 def test_what_has_not_converged_says_so(splits, tmp_path):
@@ -135,9 +132,9 @@ def test_what_has_not_converged_says_so(splits, tmp_path):
     "losses, flat",
     [
         ([5, 4, 3, 2, 1], False),
-        ([5, 4, 4, 4, 4], False),  # no check before the last four was as good
+        ([5, 5, 5, 4, 4], False),  # no check before the last two was as good
         ([4, 5, 5, 5, 5], True),
-        ([4, 3.99, 3.99, 3.99, 3.99], True),  # 0.25 % is no gain
+        ([4, 5, 5, 3.99, 3.99], True),  # 0.25 % is no gain
         ([4, 5, 5, 5, 3.9], False),
         ([1, 1], False),
     ],

@@ -259,7 +259,7 @@ def test_bad_options_are_one_line_and_exit_code_2(model, patient, tmp_path, caps
 def test_an_output_that_is_a_file(model, patient, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert run(patient, "--model", model, "--output", tmp_path / "out") == 2
-    assert "out: the folder can't be made (File exists)" in capsys.readouterr().err
+    assert "out: the output folder can't be made (File exists)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

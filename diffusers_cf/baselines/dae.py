@@ -120,7 +120,6 @@ class DenoisingAutoencoder(TrainableMethod):
     """
 
     max_grad_norm = 0.5
-    may_stop_early = False  # the last gain comes when the learning rate falls to 0
 
     @register_to_config
     def __init__(

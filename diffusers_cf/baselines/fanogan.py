@@ -31,7 +31,8 @@ class FAnoGAN(TrainableMethod):
     Args:
         num_channels: channels of the images.
         image_size: side of the network's images in pixels, a power of two, at least 8.
-        block_out_channels: widths from the finest level to the coarsest; the first `log2(image_size) - 1` are used.
+        block_out_channels: widths from the finest level to the coarsest; the first `log2(image_size) - 1` are used,
+            the last one again for further levels.
         latent_dim: width of z, at most the number of values of an image.
         critic_steps: steps of the critic for each one of the generator.
         penalty_weight: lambda, the weight of the gradient penalty.
@@ -45,8 +46,7 @@ class FAnoGAN(TrainableMethod):
     """
 
     max_grad_norm = None
-    # stage 1 has no curve that says when to stop, and the penalty's second derivatives want float32
-    may_stop_early = False
+    # the penalty's second derivatives want float32
     mixed_precision = False
 
     @register_to_config
@@ -67,17 +67,21 @@ class FAnoGAN(TrainableMethod):
         if image_size < 2 * _COARSEST or image_size & (image_size - 1):
             raise ValueError(f"image_size is {image_size}: it must be a power of two, at least {2 * _COARSEST}")
         levels = (image_size // _COARSEST).bit_length()
-        if len(block_out_channels) < levels:
-            raise ValueError(f"block_out_channels has {len(block_out_channels)} widths: it must have {levels}")
         if latent_dim > num_channels * image_size**2:
             raise ValueError(f"latent_dim is {latent_dim}: it must be at most {num_channels * image_size**2}")
-        channels = tuple(block_out_channels[:levels])
+        further = levels - len(block_out_channels)
+        channels = (*block_out_channels[:levels], *block_out_channels[-1:] * further)
         width = channels[-1] * _COARSEST**2
         self.generator = image_generator(latent_dim, channels, num_channels)
         self.critic = nn.Sequential(feature_extractor(num_channels, channels, batch_norm=False), nn.Linear(width, 1))
         self.encoder = nn.Sequential(
             feature_extractor(num_channels, channels, batch_norm=True), nn.Linear(width, latent_dim), nn.Tanh()
         )
+
+    @property
+    def comparable_from(self) -> float:
+        """The validation loss is the encoder's, which stage 2 alone trains."""
+        return self.config.encoder_from
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Adam for critic and generator, RMSprop for the encoder, as in the authors' code."""

@@ -49,7 +49,6 @@ class TrainableMethod(ModelMixin, ConfigMixin, AnomalyMethod):
     Attributes:
         trained_on: `healthy`, or `all` slices (with their labels).
         averaged: whether inference uses the moving average of the weights.
-        may_stop_early: whether a flat validation curve means that nothing more will come.
         comparable_from: share of the training after which validation losses measure one and the same task.
         mixed_precision: whether its losses may be computed in bfloat16.
         max_grad_norm: gradients of an optimiser's step are clipped to this norm; None for no clipping.
@@ -58,7 +57,6 @@ class TrainableMethod(ModelMixin, ConfigMixin, AnomalyMethod):
     trained_on = "healthy"
     averaged = False
     max_grad_norm: float | None = 1.0
-    may_stop_early = True
     comparable_from = 0.0
     mixed_precision = True
 

@@ -27,7 +27,7 @@ from diffusers_cf.training import (
 
 
 CHECKS = 12  # of the validation loss, evenly over the budget
-FLAT_CHECKS = 4  # no better one among so many: converged
+FLAT_CHECKS = 2  # the last ones; no better one among them: converged
 LEAST_GAIN = 0.005  # relative; what counts as better
 SECONDS_PER_CHECKPOINT = 120
 VALIDATION_SLICES = 128
@@ -60,7 +60,7 @@ class TrainingRecord:
 
     Attributes:
         steps, images_seen, seconds: done so far; `seconds` without validation and checkpoints.
-        converged: whether the validation loss had stopped falling; None while training.
+        converged: whether the validation loss had stopped falling at the end; None while training.
         curve: `[images seen, seconds, validation loss]` of each check.
     """
 
@@ -130,9 +130,13 @@ class MethodTraining:
         budget: how long.
         seed: of weights, order, noise.
         device: `cpu`, `cuda`, ..
+        facts: what a checkpoint must agree in to be gone on from, beside seed, slices and batch size; values as in JSON.
     """
 
-    def __init__(self, method, train, validation, folder: Path, budget: Budget, seed: int, device: str = "cpu"):
+    def __init__(
+        self, method, train, validation, folder: Path, budget: Budget, seed: int, device: str = "cpu",
+        facts: dict | None = None,
+    ):  # fmt: skip
         self.method, self.folder, self.budget, self.seed = method, Path(folder), budget, seed
         side = method.config.image_size
         self.slices = TrainingSlices(
@@ -151,7 +155,7 @@ class MethodTraining:
             self.accelerator.register_for_checkpointing(self.ema)
         self.accelerator.register_for_checkpointing(method)
         self.record = TrainingRecord()
-        self.facts = {"seed": seed, "slices": self.slices.num_slices, "batch_size": budget.batch_size}
+        self.facts = {"seed": seed, "slices": self.slices.num_slices, "batch_size": budget.batch_size, **(facts or {})}
 
     def _validation_batches(self, validation, side: int) -> list[dict]:
         slices = TrainingSlices(slices_of(validation, self.method.trained_on), 0, (side, side))
@@ -213,7 +217,7 @@ class MethodTraining:
         )
 
     def _check(self) -> None:
-        """Adds the validation loss to the curve and ends the training where it is flat or the budget used up."""
+        """Adds the validation loss to the curve ; at the end it says whether the training had converged."""
         check_weights(list(self.method.parameters()), self.record.steps)
         with averaged_weights(self.method, self.ema) if self.ema else nullcontext():
             self.method.eval()
@@ -223,9 +227,8 @@ class MethodTraining:
             ]
             self.method.train()
         self.record.curve.append([self.record.images_seen, round(self.record.seconds, 1), float(np.mean(losses))])
-        flat = self.record.is_flat(self.method.comparable_from)
-        if self.progress >= 1 or (flat and self.method.may_stop_early):
-            self.record.converged = flat
+        if self.progress >= 1:
+            self.record.converged = self.record.is_flat(self.method.comparable_from)
 
     def _save(self) -> None:
         facts = self.facts | {"record": asdict(self.record)}
