@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffusers_cf.figure_labels import label_points
 from diffusers_cf.plots import GREY, draw_contour
 
 
@@ -20,10 +21,9 @@ if TYPE_CHECKING:
 PAGE, COLUMN = 7.0, 3.4
 DOTS_PER_INCH = 200
 FONT = {"fontsize": 7}
-BLUE, VERMILLION, SKY, BLACK, INK = "#0072B2", "#D55E00", "#56B4E9", "#000000", "#555555"
+BLUE, VERMILLION, SKY, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
 MARKERS = "osD^vPX*<>hp"
 HEAT = "inferno"
-NEAR = 6  # points between a marker and its name, if there is room
 
 
 def percentile_scales(maps: Mapping[str, np.ndarray], percentile: float = 99.9) -> dict[str, float]:
@@ -185,23 +185,29 @@ def _process_axes(steps: int) -> tuple["Figure", list, list, "Axes"]:
     return figure, top, bottom, axes(columns - 1, (upper + lower) / 2)
 
 
-def robustness(points: Sequence[Mapping], measure: str = "ideal_dice") -> dict[str, dict[str, float]]:
+def robustness(points: Sequence[Mapping], measure: str = "ideal_dice") -> dict[str, dict[str, float | None]]:
     """How little each guidance depends on its settings: the spread of Dice over the grid of scale and strength (Fig. 3).
+
+    A guidance that is equally weak everywhere has a small spread, too: read it beside `best` and as share of `mean`.
 
     Args:
         points: With `guidance`, `guidance_scale`, `strength` and the measure, one for each setting.
         measure: Key of what is spread.
 
     Returns:
-        For each guidance `std` (over the grid, n in the denominator), `range` (largest minus smallest), `best`, `n`.
+        For each guidance `std` (over the grid, n in the denominator), `range` (largest minus smallest), `best`,
+        `mean`, `relative_std` (std / mean, None for a mean of 0) and `n`, the number of settings.
     """
     spread = {}
     for guidance in dict.fromkeys(point["guidance"] for point in points):
         values = np.array([point[measure] for point in points if point["guidance"] == guidance])
+        std, mean = float(values.std()), float(values.mean())
         spread[guidance] = {
-            "std": float(values.std()),
+            "std": std,
             "range": float(np.ptp(values)),
             "best": float(values.max()),
+            "mean": mean,
+            "relative_std": std / mean if mean else None,
             "n": len(values),
         }
     return spread
@@ -218,21 +224,38 @@ def plot_strengths(
         measure: Key of what is drawn.
         measure_name: Its name.
     """
-    figure = _figure(COLUMN, 3.6)
+    figure = _figure(COLUMN, 3.9)
     axis = figure.subplots()
     spread = robustness(points, measure)
     places = ("outside lower left", "outside lower right")
     for guidance, color, style, place in zip(spread, (BLUE, VERMILLION), ("-", "--"), places, strict=False):
         lines = _strength_curves(axis, [p for p in points if p["guidance"] == guidance], measure, color, style)
-        found = spread[guidance]
-        title = f"{guidance} guidance, {found['n']} settings:\nstd {found['std']:.3f}, max - min {found['range']:.3f}"
         look = {"fontsize": 6, "title_fontsize": 6, "frameon": False, "handlelength": 3.5}
+        title = _spread_in_words(guidance, spread[guidance])
         figure.legend(handles=lines, loc=place, title=title, alignment="left", **look)
+    figure.suptitle(_wrapped(_robustness_in_words(spread, measure_name), 70), fontsize=6)
     axis.set_xlabel("strength L", **FONT)
     axis.set_ylabel(measure_name, **FONT)
     axis.tick_params(labelsize=6)
     axis.grid(alpha=0.3, linewidth=0.5)
     return _saved(figure, path)
+
+
+def _spread_in_words(guidance: str, found: Mapping) -> str:
+    share = "" if found["relative_std"] is None else f" = {100 * found['relative_std']:.0f} % of the mean"
+    level = f"best {found['best']:.3f}, mean {found['mean']:.3f}"
+    spread = f"std {found['std']:.3f}{share}\nmax - min {found['range']:.3f}"
+    return f"{guidance} guidance, {found['n']} settings:\n{level}\n{spread}"
+
+
+def _robustness_in_words(spread: Mapping[str, Mapping], measure_name: str) -> str:
+    """What Fig. 3 says above its axes: which guidance is best, which spreads least for its mean, and the caveat."""
+    relative = {name: found["relative_std"] for name, found in spread.items() if found["relative_std"] is not None}
+    words = f"A small spread is robustness only where {measure_name} is high, too."
+    if len(relative) < 2:
+        return words
+    best = max(spread, key=lambda name: spread[name]["best"])
+    return f"Best {measure_name}: {best}. Least std / mean: {min(relative, key=relative.get)}.\n{words}"
 
 
 def _strength_curves(axis, points: Sequence[Mapping], measure: str, color: str, style: str) -> list:
@@ -283,66 +306,8 @@ def plot_quality_against_evaluations(
     axis.set_ylabel("AUPRC" if chain == "raw" else "AUPRC, post-processed", **FONT)
     axis.tick_params(labelsize=6)
     axis.grid(alpha=0.3, linewidth=0.5)
-    _label_points(figure, axis, labels)
+    label_points(figure, axis, labels)
     return _saved(figure, path)
-
-
-def _label_points(figure: "Figure", axis, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Writes each name beside its point: over no point or name, within the axes, nearer to its own than to others."""
-    figure.draw_without_rendering()
-    frame = axis.get_window_extent()
-    points = [axis.transData.transform((x, y)) for x, y, _ in labels]
-    taken = [_around(point, figure.dpi) for point in points]
-    for own, (x, y, name) in enumerate(labels):
-        text = axis.annotate(
-            name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=6.5,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": INK, "shrinkA": 0, "shrinkB": 2},
-        )  # fmt: skip
-        faults = {}
-        for shift, alignment in _places():
-            text.set(position=shift, ha=alignment, va="center")
-            box = _text_box(text)
-            outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
-            nearest = int(np.argmin([_distance(box, point) for point in points]))
-            # Far off, the line tells whose name it is.
-            ambiguous = nearest != own and np.hypot(*shift) < 15
-            faults[shift, alignment] = 10 * outside + 2 * sum(map(box.overlaps, taken)) + ambiguous
-        shift, alignment = min(faults, key=faults.get)
-        text.set(position=shift, ha=alignment)
-        text.arrow_patch.set_visible(np.hypot(*shift) > NEAR)
-        taken.append(_text_box(text))
-
-
-def _distance(box, point: np.ndarray) -> float:
-    """From a point to the nearest one of a box."""
-    return float(np.hypot(*(point - np.clip(point, box.min, box.max))))
-
-
-def _text_box(text):
-    """The text's own box, without its line to the point, in pixels."""
-    from matplotlib.text import Text
-
-    text.update_positions(text.get_figure().canvas.get_renderer())
-    return Text.get_window_extent(text)
-
-
-def _places():
-    """Offsets in points and alignments to try for a name, near ones first."""
-    for distance in (NEAR, 12, 20, 30, 42, 56, 72):
-        yield (distance, 0), "left"
-        yield (-distance, 0), "right"
-        for vertical in (distance, -distance):
-            yield (0, vertical), "center"
-            yield (0.7 * distance, vertical), "left"
-            yield (-0.7 * distance, vertical), "right"
-
-
-def _around(point: np.ndarray, dots_per_inch: float):
-    """A marker's box in pixels."""
-    from matplotlib.transforms import Bbox
-
-    half = 4 / 72 * dots_per_inch
-    return Bbox([point - half, point + half])
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -1,7 +1,7 @@
 """The sweep over guidance scale, strength and map on validation slices (Fig. 3), and the settings it recommends."""
 
 import argparse
-import json
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +11,10 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_cf import loading, saving
+from diffusers_cf.arguments import make_folder
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation import write_result
 from diffusers_cf.heatmaps import MAPS
 from diffusers_cf.images import resize_images
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
@@ -26,7 +28,7 @@ from diffusers_cf.trajectories import heatmaps_of_settings
 
 # The paper's axis of Fig. 3 begins at 0.4; on small networks and real FLAIR slices the best strengths lie below.
 GUIDANCE_SCALES = (1.5, 2.5, 3.0)
-STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass
@@ -110,26 +112,43 @@ def sweep(
 
     Returns:
         A point for each combination, strengths outermost.
+
+    Raises:
+        InputError: a map holds NaN or infinite values; the message names its setting.
     """
-    points = {}
-    for strength in sorted(strengths):
-        for scale in guidance_scales:
-            for kind in maps:
-                setting = dict(
-                    guidance_scale=scale, strength=strength, num_inference_steps=num_inference_steps, map=kind
-                )
-                points[strength, scale, kind] = (
-                    SweepPoint(**setting, network_evaluations=pipe.network_evaluations(**setting)),
-                    _Scores(),
-                )
+    points = settings_of_sweep(pipe, guidance_scales, strengths, maps, num_inference_steps)
+    scores = {key: _Scores() for key in points}
     with tqdm(total=len(indices), desc="Sweep", unit="slice") as bar:
         for batch in batches_of(dataset, indices, batch_size):
             for key, heat in heatmaps_of_settings(
                 pipe, batch["images"], strengths, guidance_scales, maps, num_inference_steps
             ):
-                points[key][1].add(heat, batch)
+                if not np.isfinite(heat).all():
+                    raise InputError(f"{_in_words(points[key])}: the map holds NaN or infinite values")
+                scores[key].add(heat, batch)
             bar.update(len(batch["labels"]))
-    return [scores.fill(point) for point, scores in points.values()]
+    return [scores[key].fill(point) for key, point in points.items()]
+
+
+def settings_of_sweep(
+    pipe: CounterfactualDDIMPipeline,
+    guidance_scales: Sequence[float],
+    strengths: Sequence[float],
+    maps: Sequence[str],
+    num_inference_steps: int,
+) -> dict[tuple[float, float, str], SweepPoint]:
+    """Every combination by strength, scale and map, strengths outermost, without scores; arguments as in [`sweep`]."""
+    points = {}
+    for key in itertools.product(sorted(strengths), guidance_scales, maps):
+        setting = dict(zip(("strength", "guidance_scale", "map"), key, strict=True))
+        setting["num_inference_steps"] = num_inference_steps
+        points[key] = SweepPoint(**setting, network_evaluations=pipe.network_evaluations(**setting))
+    return points
+
+
+def _in_words(point: SweepPoint) -> str:
+    names = ("guidance_scale", "strength", "num_inference_steps", "map")
+    return ", ".join(f"{name} {getattr(point, name)}" for name in names)
 
 
 def learn_signs(
@@ -183,8 +202,9 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", required=True, help="slice data set with masks")
     add("--output", required=True, metavar="RESULTS", help="folder for sweep.json and sweep.png")
     add("--split", default="validation", choices=("train", "validation", "test"))
-    add("--guidance_scales", type=float, nargs="+", default=list(GUIDANCE_SCALES))
-    add("--strengths", type=float, nargs="+", default=list(STRENGTHS))
+    scales, strengths = (" ".join(map(str, values)) for values in (GUIDANCE_SCALES, STRENGTHS))
+    add("--guidance_scales", type=float, nargs="+", default=list(GUIDANCE_SCALES), help=f"w, default: {scales}")
+    add("--strengths", type=float, nargs="+", default=list(STRENGTHS), help=f"L, default: {strengths}")
     add("--maps", nargs="+", choices=MAPS, default=list(MAPS))
     add("--num_inference_steps", type=int, default=100)
     add("--max_slices", type=int, default=256, help="evenly spread over the split (256, the paper's number)")
@@ -199,36 +219,59 @@ def run_sweep(args: argparse.Namespace) -> int:
     Raises:
         InputError: model, data set or options can't be used.
     """
-    check_device_arguments(args)
+    _check_options(args)
     dataset = SliceDataset(args.dataset, args.split)
     if not dataset.has_masks or not len(dataset):
         raise InputError(f"{args.dataset}: the split {args.split} has no slices with lesion masks to measure on")
-    if not all(0 < strength <= 1 for strength in args.strengths):
-        raise InputError(f"--strengths {args.strengths}: each must lie in (0, 1]")
-    pipe = open_pipeline(args.model, args.device, args.dtype)
     indices = evenly_spread(len(dataset), args.max_slices)
+    _check_slices(dataset, indices, args)
+    pipe = open_pipeline(args.model, args.device, args.dtype)
+    grid = (args.guidance_scales, args.strengths, args.maps, args.num_inference_steps)
     try:
         pipe.scheduler.set_timesteps(args.num_inference_steps)
+        # A sweep takes hours: whether any setting can be recommended is known before.
+        best_point(list(settings_of_sweep(pipe, *grid).values()), args.max_evaluations)
+        make_folder(args.output)
         if "signed" in args.maps:
             pipe.preprocessing = pipe.preprocessing | {"signs": _signs_for_sweep(args, pipe, dataset, indices)}
-        points = sweep(
-            pipe, dataset, indices, args.guidance_scales, args.strengths, args.maps, args.num_inference_steps,
-            args.batch_size,
-        )  # fmt: skip
+        points = sweep(pipe, dataset, indices, *grid, args.batch_size)
     except ValueError as error:
         raise InputError(str(error)) from None
     best = best_point(points, args.max_evaluations)
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     facts = {"command": command_line(), "commit": package_commit(), "split": args.split, "n_slices": len(indices)}
     document = facts | {"best": asdict(best), "points": [asdict(point) for point in points]}
-    (output / "sweep.json").write_text(json.dumps(document, indent=2) + "\n")
+    write_result(document, output / "sweep.json")
     plot_sweep(output / "sweep.png", points)
     print(f"best: {asdict(best)}")
     if args.store:
         kept = {"signs": pipe.preprocessing["signs"]} if "signed" in args.maps else {}
         store_settings(args.model, best, facts, kept | {"evaluation_size": dataset.preprocessing["size"]})
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    check_device_arguments(args)
+    if args.max_slices < 1:
+        raise InputError(f"--max_slices must be at least 1, not {args.max_slices}")
+    if not all(0 < strength <= 1 for strength in args.strengths):
+        raise InputError(f"--strengths {args.strengths}: each must lie in (0, 1]")
+    if args.store:
+        _check_model_folder(args.model)
+
+
+def _check_slices(dataset: SliceDataset, indices: Sequence[int], args: argparse.Namespace) -> None:
+    """Raises `InputError` for slices that tell no setting from another: of one class, or without lesion pixels.
+
+    A lesion counts in the foreground, because the best setting is chosen by AUPRC there.
+    """
+    chosen = f"{args.dataset}: the {len(indices)} slices chosen of the split {args.split}"
+    sick = np.asarray(dataset.labels)[indices] != 0
+    if sick.all() or not sick.any():
+        raise InputError(f"{chosen} are all {'unhealthy' if sick.all() else 'healthy'}: a sweep needs both")
+    batches = batches_of(dataset, indices, args.batch_size)
+    if not any((batch["masks"].numpy()[foreground_mask(batch["images"].numpy())] != 0).any() for batch in batches):
+        raise InputError(f"{chosen} have no lesion pixel in their foreground")
 
 
 def _signs_for_sweep(args: argparse.Namespace, pipe, dataset, indices: Sequence[int]) -> list[int]:
@@ -250,11 +293,15 @@ def store_settings(folder: str, best: SweepPoint, facts: dict, more: dict) -> No
     Raises:
         InputError: the model is not a folder.
     """
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder}: settings can be stored in a model folder only")
+    _check_model_folder(folder)
     names = ("guidance_scale", "strength", "num_inference_steps", "map", "threshold")
     settings = {name: getattr(best, name) for name in names} | {"postprocess": True}
     chosen = facts | {"postprocessed_auprc": best.postprocessed_auprc, "ideal_dice": best.postprocessed_ideal_dice}
     known = loading.read_preprocessing(folder)
     stored = {"settings": settings, "settings_chosen_by": chosen} | more
     saving.write_preprocessing(folder, known | stored)
+
+
+def _check_model_folder(folder: str) -> None:
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: settings can be stored in a model folder only")

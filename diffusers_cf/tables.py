@@ -4,7 +4,7 @@ The paper's own figures do not stand in them: its data are others, and so is its
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from diffusers_cf.bootstrap import AuprcBootstrap, mean_of_runs
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import bootstrap_interval
 from diffusers_cf.pixel_counts import CHAINS, renamed_when_whole
+from diffusers_cf.tables_markdown import table_markdown
 
 
 TITLES = {1: "Table 1: methods", 2: "Table 2: what each part of the method adds"}
@@ -68,15 +69,16 @@ def _cell_name(cell: dict) -> str:
 def write_tables(
     folder: str | Path,
     methods: Sequence[str] = (),
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] = (),
     ours: str = "ours",
 ) -> list[Path]:
     """Writes table1.json, table1.md, table2.json and table2.md into `folder` from the cells that are there.
 
     Args:
         folder: RESULTS of a benchmark that may be unfinished.
-        methods: Ids of the methods that shall be measured; those without a cell are named as missing.
-        seeds: The seeds that each method shall have; those found with any method if None.
+        methods: Ids of methods that shall be measured beside all of `ROWS`, such as thresholds of modalities; those
+            without a cell are named as missing.
+        seeds: Seeds that each method shall have beside those found with any method.
         ours: The method that every other one is compared with.
 
     Returns:
@@ -86,7 +88,8 @@ def write_tables(
         InputError: As `collect_cells`, or the patients of two cells differ.
     """
     cells = collect_cells(folder)
-    seeds = sorted({cell["seed"] for cell in cells} if seeds is None else seeds)
+    seeds = sorted({cell["seed"] for cell in cells} | set(seeds))
+    planned = {*methods, *_methods_for(cells)}
     by_method: dict[str, list[dict]] = {}
     for cell in cells:
         by_method.setdefault(cell["method"], []).append(cell)
@@ -101,14 +104,21 @@ def write_tables(
     }
     written = []
     for number, title in TITLES.items():
-        order = _methods_of_table(number, methods, by_method)
+        order = _methods_of_table(number, planned, by_method)
         rows = [_row(by_method[method], bootstraps, ours) for method in order if method in by_method]
         table = {"title": title, "ours": ours, "rows": rows, "missing": _missing(order, by_method, seeds), **facts}
         written += _write_table(table, Path(folder, f"table{number}.json"))
     return written
 
 
-def _methods_of_table(number: int, planned: Sequence[str], by_method: Mapping[str, list[dict]]) -> list[str]:
+def _methods_for(cells: Sequence[dict]) -> list[str]:
+    """Returns the methods of `ROWS` that these data allow, but for thresholds of modalities: those must be planned."""
+    modalities = [cell.get("benchmark", {}).get("data", {}).get("modalities") for cell in cells]
+    without_flair = any(names and "flair" not in names for names in modalities)
+    return [m for m in ROWS if "<" not in m and not (m == "threshold" and without_flair)]
+
+
+def _methods_of_table(number: int, planned: Iterable[str], by_method: Mapping[str, list[dict]]) -> list[str]:
     """Returns the methods planned for a table or with a cell for it, in the order of `ROWS`."""
     order = list(ROWS)
 
@@ -203,8 +213,11 @@ def _chain(cells: Sequence[dict], chain: str) -> dict:
     names = sorted({patient for dice in patients for patient in dice})
     means = [float(np.mean([dice[patient] for dice in patients if patient in dice])) for patient in names]
     thresholds = [part["per_patient_dice"].get("threshold") for part in parts]
-    mean = float(np.mean(means)) if means else None
-    values["per_patient_dice"] = {"mean": mean, "interval": bootstrap_interval(means), "thresholds": thresholds}
+    values["per_patient_dice"] = summary([part["per_patient_dice"]["mean"] for part in parts]) | {
+        "mean": float(np.mean(means)) if means else None,
+        "interval": bootstrap_interval(means),
+        "thresholds": thresholds,
+    }
     return values
 
 
@@ -234,140 +247,3 @@ def _protocol(cells: Sequence[dict]) -> dict[str, list[str]]:
     """Returns each point of the protocol with all the wordings that the cells have."""
     names = dict.fromkeys(name for cell in cells for name in cell["protocol"])
     return {name: list(dict.fromkeys(c["protocol"][name] for c in cells if name in c["protocol"])) for name in names}
-
-
-# Markdown
-
-COLUMNS = {
-    "auprc": "AUPRC",
-    "ideal_dice": "ideal Dice",
-    "foreground_auprc": "foreground AUPRC",
-    "foreground_ideal_dice": "foreground ideal Dice",
-    "per_patient_dice": "Dice per patient, validation's threshold [95 %]",
-    "per_slice_dice": "Dice per lesion slice",
-    "slice_auroc": "slice AUROC",
-}
-REMARKS = (
-    "AUPRC, Dice and AUROC in percent: mean ± standard deviation over seeds (n - 1 in the denominator; none for one seed).",
-    "Ideal Dice: the threshold is chosen on the test masks, an upper bound.",
-    "Dice per patient: mean over patients with a lesion, their Dice averaged over seeds; at a threshold fixed beforehand.",
-)
-
-
-def table_markdown(table: dict) -> str:
-    """Returns a table of `write_tables` as Markdown, raw and post-processed maps one below the other."""
-    lines = [f"# {table['title']}", ""]
-    for found in table["test_sets"]:
-        share = "not defined" if found["prevalence"] is None else f"{100 * found['prevalence']:.2f} %"
-        size = f"{found['n_slices']} slices of {found['n_patients']} patients"
-        lines += [
-            f"Test set of seeds {', '.join(map(str, found['seeds']))}: {size}, share of lesion pixels {share}.",
-            "",
-        ]
-    for chain, name in zip(CHAINS, ("Maps as they are", "Post-processed maps"), strict=True):
-        rows = [row for row in table["rows"] if chain in row]
-        if rows:
-            lines += [f"## {name}", "", *_markdown_rows(rows, chain), ""]
-    lines += _cost_lines(table["rows"]) + _slice_score_lines(table["rows"])
-    lines += ["## Remarks", "", *(f"- {remark}" for remark in _remarks(table)), ""]
-    lines += ["## Protocol", ""]
-    # Each cell's own interval is not shown: the table makes one over all seeds.
-    protocol = {name: words for name, words in table["protocol"].items() if name != "interval"}
-    lines += [f"- {name}: {' / '.join(words)}" for name, words in protocol.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _markdown_rows(rows: Sequence[dict], chain: str) -> list[str]:
-    header = ["method", "seeds", *COLUMNS.values(), "network evaluations", "s a slice", "trained on"]
-    header.append("ours - this, AUPRC [95 %]")
-    lines = ["| " + " | ".join(header) + " |", "|---" * 2 + "|---:" * (len(COLUMNS) + 2) + "|---|---:|"]
-    for row in rows:
-        values = row[chain]
-        cells = [_marked(row), str(len(row["seeds"]))]
-        cells += [_percent(values[name]) for name in COLUMNS]
-        cells += [_evaluations(row), _seconds(row["seconds_per_slice"]["mean"]), row["trained_on"]]
-        difference = values["ours_minus_this"] or {"difference": None, "interval": None}
-        shown = {"mean": difference["difference"], "interval": difference["interval"]}
-        lines.append("| " + " | ".join([*cells, _percent(shown, "+.1f")]) + " |")
-    return lines
-
-
-def _marked(row: dict) -> str:
-    return row["row"] + (" (*)" if False in row["converged"] else "")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
-
-
-def _percent(value: dict, form: str = ".1f") -> str:
-    """Returns a mean in percent, with its standard deviation or else its interval."""
-    if value["mean"] is None:
-        return "-"
-    text = f"{100 * value['mean']:{form}}"
-    if value.get("std") is not None:
-        return f"{text} ± {100 * value['std']:.1f}"
-    interval = value.get("interval") if "values" not in value else None
-    return text + (f" [{100 * interval[0]:{form}}, {100 * interval[1]:{form}}]" if interval else "")
-
-
-def _evaluations(row: dict) -> str:
-    values = sorted({value for value in row["network_evaluations_per_slice"]["values"] if value is not None})
-    return " to ".join(f"{value:g}" for value in dict.fromkeys([values[0], values[-1]])) if values else "-"
-
-
-def _cost_lines(rows: Sequence[dict]) -> list[str]:
-    trained = [row for row in rows if row["train_seconds"]["mean"]]
-    if not trained:
-        return []
-    head = "| method | minutes a seed | images seen | settings of inference, a seed after the other |"
-    lines = ["## Training and settings", "", head, "|---|---:|---:|---|"]
-    for row in trained:
-        images, settings = _number(row["images_seen"]["mean"], ",.0f"), "; ".join(map(_settings, row["settings"]))
-        lines.append(f"| {_marked(row)} | {row['train_seconds']['mean'] / 60:.1f} | {images} | {settings} |")
-    return [*lines, ""]
-
-
-def _settings(settings: dict | None) -> str:
-    short = {"guidance_scale": "w", "strength": "L", "num_inference_steps": "steps"}
-    return ", ".join(f"{short.get(name, name)} {value}" for name, value in (settings or {}).items()) or "-"
-
-
-def _slice_score_lines(rows: Sequence[dict]) -> list[str]:
-    names = sorted({name for row in rows for name in row["slice_scores"]})
-    if not names:
-        return []
-    header = ["## Slice AUROC of other scores of a slice", "", "| method | " + " | ".join(names) + " |"]
-    lines = [*header, "|---" + "|---:" * len(names) + "|"]
-    for row in (row for row in rows if row["slice_scores"]):
-        scores = [row["slice_scores"].get(name, {"mean": None}) for name in names]
-        lines.append(f"| {row['row']} | " + " | ".join(map(_percent, scores)) + " |")
-    return [*lines, ""]
-
-
-def _remarks(table: dict) -> list[str]:
-    rows, bootstrap = table["rows"], table["bootstrap"]
-    draws = f"({bootstrap['samples']} draws, seed {bootstrap['seed']})"
-    remarks = [
-        *REMARKS,
-        f"[95 %] of a difference of AUPRC: paired bootstrap over patients {draws}, averaged over the seeds that both have: "
-        "it holds no spread between trainings.",
-    ]
-    if len(table["test_sets"]) > 1:
-        remarks.append("Seeds have test sets of their own: the deviation over seeds holds the spread between them.")
-    if any(False in row["converged"] for row in rows):
-        remarks.append("(*) Not converged: the validation loss of at least one seed still fell when training ended.")
-    remarks += [
-        f"{row['row']}: {100 * row['saturated_share']['mean']:.2f} % of the foreground is saturated in the clean image"
-        " that the last step of encoding predicts."
-        for row in rows
-        if row["saturated_share"]["mean"] is not None
-    ]
-    remarks.append("Missing: " + ("; ".join(table["missing"]) or "nothing") + ".")
-    seeds = "; ".join(f"{row['row']} {', '.join(map(str, row['seeds']))}" for row in rows)
-    commits = sorted({commit for row in rows for commit in row["commit"] if commit})
-    return [*remarks, f"Seeds: {seeds or 'none'}.", f"Commits: {', '.join(commits) or 'not known'}."]

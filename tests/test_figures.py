@@ -133,8 +133,21 @@ POINTS = points("implicit", (1.5, 3.0), (0.5, 0.6, 0.7, 0.5, 0.6, 0.7)) + points
 def test_robustness_is_the_spread_over_the_grid():
     spread = robustness(POINTS)
     assert list(spread) == ["implicit", "classifier"]
-    assert spread["implicit"] == pytest.approx({"std": np.sqrt(0.02 / 3), "range": 0.2, "best": 0.7, "n": 6})
-    assert spread["classifier"] == pytest.approx({"std": np.sqrt(0.08), "range": 0.6, "best": 0.8, "n": 3})
+    std = np.sqrt(0.02 / 3)
+    expected = {"std": std, "range": 0.2, "best": 0.7, "mean": 0.6, "relative_std": std / 0.6, "n": 6}
+    assert spread["implicit"] == pytest.approx(expected)
+    std = np.sqrt(0.08)
+    expected = {"std": std, "range": 0.6, "best": 0.8, "mean": 0.4, "relative_std": std / 0.4, "n": 3}
+    assert spread["classifier"] == pytest.approx(expected)
+
+
+def test_a_guidance_that_finds_nothing_has_no_relative_spread(tmp_path):
+    nothing = points("classifier", (10.0,), (0.0, 0.0, 0.0))
+    assert robustness(nothing)["classifier"]["relative_std"] is None
+    figure = plot_strengths(tmp_path / "f.png", POINTS[:6] + nothing)
+    assert "std 0.000\nmax - min 0.000" in figure.legends[1].get_title().get_text()
+    # Its spread of 0 must not pass for robustness.
+    assert "classifier" not in figure.get_suptitle()
 
 
 def test_strengths_has_a_curve_for_each_guidance_and_scale(tmp_path):
@@ -148,9 +161,40 @@ def test_strengths_has_a_curve_for_each_guidance_and_scale(tmp_path):
     assert curves[0].get_marker() != curves[1].get_marker()
     legends = {legend.get_title().get_text(): [t.get_text() for t in legend.get_texts()] for legend in figure.legends}
     assert legends == {
-        "implicit guidance, 6 settings:\nstd 0.082, max - min 0.200": ["scale 1.5", "scale 3"],
-        "classifier guidance, 3 settings:\nstd 0.283, max - min 0.600": ["scale 10"],
+        "implicit guidance, 6 settings:\nbest 0.700, mean 0.600\nstd 0.082 = 14 % of the mean\nmax - min 0.200": [
+            "scale 1.5",
+            "scale 3",
+        ],
+        "classifier guidance, 3 settings:\nbest 0.800, mean 0.400\nstd 0.283 = 71 % of the mean\nmax - min 0.600": [
+            "scale 10"
+        ],
     }
+
+
+def test_strengths_says_in_words_that_a_small_spread_alone_is_no_robustness(tmp_path):
+    """The classifier's std is the smaller one, but of a tenth of the Dice."""
+    weak = points("classifier", (10.0,), (0.01, 0.07, 0.1))
+    spread = robustness(POINTS[:6] + weak)
+    assert spread["classifier"]["std"] < spread["implicit"]["std"]
+    caveat = "A small spread is robustness only where ideal Dice is high, too."
+    words = plot_strengths(tmp_path / "f.png", POINTS[:6] + weak).get_suptitle()
+    assert words == f"Best ideal Dice: implicit. Least std / mean: implicit.\n{caveat}"
+    words = plot_strengths(tmp_path / "f.png", POINTS).get_suptitle()
+    assert words == f"Best ideal Dice: classifier. Least std / mean: implicit.\n{caveat}"
+    assert plot_strengths(tmp_path / "f.png", POINTS[:6]).get_suptitle() == caveat
+
+
+def test_words_of_strengths_lie_within_the_picture_and_not_on_each_other(tmp_path):
+    figure = plot_strengths(tmp_path / "f.png", POINTS)
+    axis, renderer = figure.axes[0], figure.canvas.get_renderer()
+    parts = [axis.get_tightbbox(renderer), figure._suptitle.get_window_extent(renderer)]
+    parts += [legend.get_window_extent(renderer) for legend in figure.legends]
+    for part in parts:
+        assert figure.bbox.x0 <= part.x0 and part.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= part.y0 and part.y1 <= figure.bbox.y1
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(parts, 2))
+    # No line of it is broken.
+    assert len(figure.get_suptitle().splitlines()) == 2
 
 
 def test_strengths_shows_one_guidance_while_the_other_is_missing(tmp_path):

@@ -51,6 +51,19 @@ def test_a_point_is_what_calls_of_the_pipeline_score(pipe, map):
     assert points[-1].unhealthy_mean == pytest.approx(maps[sick].mean(), rel=1e-3)
 
 
+def test_a_map_that_is_not_finite_is_named_by_its_setting(pipe, monkeypatch):
+    denoise = pipe.denoise
+
+    def broken(latents, target, guidance_scale, *more, **walk):
+        decoded = denoise(latents, target, guidance_scale, *more, **walk)
+        return decoded * float("nan") if (guidance_scale, walk["strength"]) == (2.0, 0.4) else decoded
+
+    monkeypatch.setattr(pipe, "denoise", broken)
+    setting = "guidance_scale 2.0, strength 0.4, num_inference_steps 10, map counterfactual"
+    with pytest.raises(InputError, match=f"^{setting}: the map holds NaN or infinite values$"):
+        sweep(pipe, Slices(), range(6), [1.5, 2.0], [0.2, 0.4], ["counterfactual"], 10, batch_size=4)
+
+
 def test_signs_come_from_labels(pipe, monkeypatch):
     """The counterfactual darkens channel 0 and brightens channel 1 of slices that are labelled 1."""
     slices = Slices()

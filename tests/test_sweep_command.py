@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from training_data import write_training_set
+from training_data import CLASSES, made_patient, write_training_set
 
-from diffusers_cf.cli import main
-from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.cli import build_parser, main
+from diffusers_cf.data.slices import SliceDataset, slices_to_table, write_tables
 from diffusers_cf.provenance import command_line
 
 
@@ -25,6 +27,13 @@ def files(make_pipeline, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     write_training_set(tmp_path / "slices")
     return tmp_path
+
+
+@pytest.fixture
+def no_sweep(monkeypatch):
+    """Fails the test if the sweep, or what comes before it and takes long, begins."""
+    for name in ("sweep", "learn_signs"):
+        monkeypatch.setattr(f"diffusers_cf.sweep.{name}", lambda *_, **__: pytest.fail("it begins"))
 
 
 def sweep(files, *options):
@@ -63,13 +72,56 @@ def test_a_sweep_without_store_leaves_the_model_as_it_is(files):
         (["--device", "abacus"], "abacus"),
         (["--model", "nowhere/missing"], "missing"),
         (["--max_evaluations", "1"], "at most 1"),
+        (["--max_slices", "0"], "--max_slices must be at least 1, not 0"),
+        (["--max_slices", "-3"], "--max_slices must be at least 1, not -3"),
+        (["--max_slices", "1"], "the 1 slices chosen of the split validation are all healthy"),
+        (["--model", "user/name", "--store"], "user/name: settings can be stored in a model folder only"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(files, options, reason, capsys):
+def test_bad_input_is_one_line_and_writes_nothing(files, options, reason, no_sweep, capsys):
     assert sweep(files, *options) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and reason in error
-    assert not (files / "out" / "sweep.json").exists()
+    assert not (files / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_sweep(files, no_sweep, capsys):
+    (files / "file").write_text("mine")
+    assert sweep(files, "--output", str(files / "file")) == 2
+    assert f"error: {files / 'file'}: the output folder can't be made" in capsys.readouterr().err
+    assert (files / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "labels, lesion, reason",
+    [
+        ([0, 0, 0, 0, 0, 1, 1, 1], None, "have no lesion pixel in their foreground"),
+        # In the corner, outside the disc.
+        ([0, 0, 0, 0, 0, 1, 1, 1], (0, 0), "have no lesion pixel in their foreground"),
+        ([0] * 8, (8, 8), "are all healthy"),
+        ([1] * 8, (8, 8), "are all unhealthy"),
+    ],
+)
+def test_slices_that_tell_no_setting_from_another_are_refused(files, labels, lesion, reason, no_sweep, capsys):
+    masks = np.zeros((8, 16, 16), dtype=np.uint8)
+    if lesion:
+        masks[5:, lesion[0], lesion[1]] = 1
+    patient = replace(made_patient(2, 2, True, 16), labels=np.array(labels), masks=masks)
+    path = files / "slices" / "data" / "validation-00000-of-00001.parquet"
+    write_tables(path, [slices_to_table(patient, CLASSES)], CLASSES)
+    before = (files / "model" / "preprocessing.json").read_bytes()
+    assert sweep(files, "--store") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"slices: the 6 slices chosen of the split validation {reason}" in errors[0]
+    assert (files / "model" / "preprocessing.json").read_bytes() == before and not (files / "out").exists()
+
+
+def test_strengths_begin_at_the_first_of_figure_3_and_help_says_so(capsys):
+    arguments = ["sweep", "--model", "m", "--dataset", "d", "--output", "o"]
+    assert build_parser("sweep").parse_args(arguments).strengths == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    with pytest.raises(SystemExit, match="0"):
+        main(["sweep", "--help"])
+    assert "default: 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_data_set_without_masks_is_refused(files, capsys):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from diffusers_cf import InputError
+from diffusers_cf.baselines import ROWS
+from diffusers_cf.benchmark_protocol import CLASSIFIER_TIMESTEPS
 from diffusers_cf.bootstrap import AuprcBootstrap, bootstraps_of_file, mean_of_runs
 from diffusers_cf.evaluation import evaluate, write_result
 from diffusers_cf.tables import collect_cells, summary, write_tables
@@ -81,6 +83,15 @@ def read(folder, number):
     return {row["method"]: row for row in table["rows"]}, table
 
 
+def without_a_cell(number, *measured):
+    """What a table lacks where these methods have every cell and nothing else was planned."""
+    return [
+        f"{method} (no cell)"
+        for method, row in ROWS.items()
+        if number in row.tables and "<" not in method and method not in measured
+    ]
+
+
 def markdown_rows(folder, number, section):
     """The cells of each row of a section of the Markdown, by its first column."""
     text = (folder / f"table{number}.md").read_text()
@@ -126,7 +137,6 @@ def test_a_table_holds_the_cells_in_the_order_given(finished):
     ]  # fmt: skip
     rows, table = read(folder, 1)
     assert list(rows) == ["threshold", "dae", "ours"] and list(read(folder, 2)[0]) == ["cdpm-adagn", "ours"]
-    assert table["missing"] == []
     for chain in ("raw", "postprocessed"):
         parts = [cells["dae", seed] if chain == "raw" else cells["dae", seed][chain] for seed in (0, 1)]
         for name in (
@@ -143,6 +153,8 @@ def test_a_table_holds_the_cells_in_the_order_given(finished):
         per_patient = rows["dae"][chain]["per_patient_dice"]
         means = np.mean([part["per_patient_dice"]["values"] for part in parts], axis=0)
         assert per_patient["mean"] == pytest.approx(means.mean())
+        assert per_patient["values"] == [part["per_patient_dice"]["mean"] for part in parts]
+        assert per_patient["std"] == pytest.approx(np.std(per_patient["values"], ddof=1)) and per_patient["std"] > 0
         assert means.min() <= per_patient["interval"][0] < per_patient["interval"][1] <= means.max()
     assert rows["dae"]["raw"] != rows["dae"]["postprocessed"]
 
@@ -170,11 +182,15 @@ def test_markdown_says_what_the_json_says(finished):
         shown = markdown_rows(folder, 1, section)
         assert list(shown) == ["THRESHOLD", "DAE (*)", "OURS"]
         for name, method in zip(shown, ("threshold", "dae", "ours"), strict=True):
-            auprc, per_patient = rows[method][chain]["auprc"], rows[method][chain]["per_patient_dice"]
-            assert shown[name]["AUPRC"] == f"{100 * auprc['mean']:.1f} ± {100 * auprc['std']:.1f}"
-            low, high = per_patient["interval"]
-            found = shown[name]["Dice per patient, validation's threshold [95 %]"]
-            assert found == f"{100 * per_patient['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            dice = "Dice per patient, validation's threshold [95 %]"
+            for column, measure in (("AUPRC [95 %]", "auprc"), (dice, "per_patient_dice")):
+                found = rows[method][chain][measure]
+                mean, std, low, high = (100 * value for value in (found["mean"], found["std"], *found["interval"]))
+                assert shown[name][column] == f"{mean:.1f} ± {std:.1f} [{low:.1f}, {high:.1f}]"
+            # The others have no interval.
+            found = rows[method][chain]["foreground_auprc"]
+            expected = f"{100 * found['mean']:.1f} ± {100 * found['std']:.1f}"
+            assert shown[name]["foreground AUPRC"] == expected
         assert [shown[name]["seeds"] for name in shown] == ["2", "2", "2"]
         assert [shown[name]["network evaluations"] for name in shown] == ["1", "1", "3"]
         assert shown["THRESHOLD"]["trained on"] == "not trained"
@@ -189,19 +205,83 @@ def test_remarks_name_convergence_protocol_seeds_commits_and_extras(finished):
     folder, cells = finished
     write_tables(folder, METHODS)
     text = (folder / "table1.md").read_text()
-    assert "- (*) Not converged" in text
+    assert (
+        "- (*) Not shown to have converged: the validation loss of at least one seed still fell at the end of its "
+        in text
+    )
+    assert "training, or the training left too few comparable checks to tell." in text
+    assert "- [95 %] of AUPRC: 50 draws, seed 0; of a difference of AUPRC: the same draws for both" in text
     assert "- OURS: 12.50 % of the foreground is saturated in the clean image" in text
-    assert "- Missing: nothing." in text
     assert "- Seeds: THRESHOLD 0, 1; DAE 0, 1; OURS 0, 1." in text and "- Commits: abc123." in text
     for name in ("resolution", "pixels", "ideal_threshold", "postprocessed"):
         assert f"- {name}: {cells['ours', 0]['protocol'][name]}" in text
-    assert markdown_rows(folder, 1, "Slice AUROC of other scores of a slice")["OURS"]["position"] == "70.0 ± 0.0"
     facts = {"minutes a seed": "1.5", "images seen": "1,200"}
     facts |= {"settings of inference, a seed after the other": "L 0.5; L 0.5"}
     shown = markdown_rows(folder, 1, "Training and settings")
     assert shown == {name: {"method": name, **facts} for name in ("DAE (*)", "OURS")}
     # Everything in the second table has converged.
     assert "(*)" not in (folder / "table2.md").read_text()
+
+
+def test_other_scores_of_a_slice_say_what_they_cost(tmp_path):
+    scores = {"position": 0.7, "diffusion_classifier": 0.9, "another": 0.8}
+    write_cell(tmp_path, "ours", 0, 0.5, slice_scores=scores)
+    write_cell(tmp_path, "ours", 1, 0.5, slice_scores=scores)
+    write_tables(tmp_path)
+    shown = markdown_rows(tmp_path, 1, "Slice AUROC of other scores of a slice")
+    assert list(shown) == ["OURS", "network evaluations a slice"] and len(CLASSIFIER_TIMESTEPS) == 6
+    assert shown["OURS"] | {"method": ""} == {
+        "method": "", "another": "80.0 ± 0.0", "diffusion_classifier": "90.0 ± 0.0", "position": "70.0 ± 0.0"
+    }  # fmt: skip
+    assert shown["network evaluations a slice"] | {"method": ""} == {
+        "method": "", "another": "-", "diffusion_classifier": "12 (6 timesteps x 2 conditions)", "position": "0"
+    }  # fmt: skip
+
+
+def test_a_remark_says_what_settings_were_chosen_on(tmp_path):
+    by = "AUPRC in the foreground of post-processed validation slices"
+    write_cell(tmp_path, "ours", 0, 0.5, choice={"by": by})
+    write_cell(tmp_path, "cam", 0, 0.5, choice={"by": "nothing to choose"})
+    common = (
+        "- Settings of inference were chosen on the post-processed maps of validation slices and serve both tables, "
+    )
+    common += "maps as they are and post-processed"
+    write_tables(tmp_path)
+    assert f"{common}.\n" in (tmp_path / "table1.md").read_text()
+    rule = "the method's own rule on healthy validation slices"
+    write_cell(tmp_path, "dae", 0, 0.5, choice={"by": rule})
+    write_tables(tmp_path)
+    assert f"{common}; DAE: by {rule}.\n" in (tmp_path / "table1.md").read_text()
+
+
+def test_every_row_of_a_table_is_missing_until_it_has_all_seeds_of_the_folder(tmp_path):
+    for method, row in ROWS.items():
+        if "<" not in method:
+            write_cell(tmp_path, method, 0, 0.3, tables=list(row.tables))
+    write_tables(tmp_path, ["threshold-t1"], seeds=(0,))
+    assert read(tmp_path, 1)[1]["missing"] == ["threshold-t1 (no cell)"] and read(tmp_path, 2)[1]["missing"] == []
+    assert "- Missing: nothing." in (tmp_path / "table2.md").read_text()
+    # A later command that asks for one method and another seed alone.
+    write_cell(tmp_path, "dae", 1, 0.3)
+    write_tables(tmp_path, ["dae"], seeds=(1,))
+    for number in (1, 2):
+        wanted = [m for m, row in ROWS.items() if number in row.tables and "<" not in m and m != "dae"]
+        assert read(tmp_path, number)[1]["missing"] == [f"{method} seed 1" for method in wanted]
+    # And one that waits for a seed that no method has yet.
+    write_tables(tmp_path, ["dae"], seeds=(0, 1, 2))
+    assert "dae seed 2" in read(tmp_path, 1)[1]["missing"] and "ours seed 2" in read(tmp_path, 2)[1]["missing"]
+    # And one that asks for what is there: the rest is as far off as before.
+    write_tables(tmp_path, ["dae"], seeds=(0,))
+    assert "fanogan seed 1; vae seed 1;" in (tmp_path / "table1.md").read_text()
+
+
+def test_equalised_flair_is_not_missing_where_there_is_no_flair(tmp_path):
+    write_cell(tmp_path, "ours", 0, 0.3, benchmark={"data": {"modalities": ["t1", "t2"]}})
+    write_tables(tmp_path)
+    assert read(tmp_path, 1)[1]["missing"] == without_a_cell(1, "ours", "threshold")
+    write_cell(tmp_path, "ours", 0, 0.3, benchmark={"data": {"modalities": ["t1", "flair"]}})
+    write_tables(tmp_path)
+    assert read(tmp_path, 1)[1]["missing"] == without_a_cell(1, "ours")
 
 
 def test_an_unfinished_benchmark_gives_the_rows_that_are_there(tmp_path):
@@ -212,11 +292,14 @@ def test_an_unfinished_benchmark_gives_the_rows_that_are_there(tmp_path):
     write_tables(tmp_path, METHODS, seeds=(0, 1))
     rows, table = read(tmp_path, 1)
     assert list(rows) == ["threshold-t1", "dae", "ours"]
-    assert table["missing"] == ["threshold (no cell)", "threshold-t1 seed 1", "ours seed 1"]
+    never = ["fanogan", "vae", "vae-restoration", "cdpm-healthy", "cdpm-classifier"]
+    missing = ["threshold (no cell)", "threshold-t1 seed 1", *(f"{method} (no cell)" for method in never)]
+    missing += ["ours seed 1", "forward-map (no cell)", "cam (no cell)"]
+    assert table["missing"] == missing
     # Compared on the seeds that both have.
     assert rows["dae"]["raw"]["ours_minus_this"] == difference(tmp_path, "raw", "dae", (0,))
     assert rows["threshold-t1"]["raw"]["ours_minus_this"]["difference"] > 0
-    assert "- Missing: threshold (no cell); threshold-t1 seed 1; ours seed 1." in (tmp_path / "table1.md").read_text()
+    assert f"- Missing: {'; '.join(missing)}." in (tmp_path / "table1.md").read_text()
     assert list(read(tmp_path, 2)[0]) == ["ours"]
 
 
@@ -242,7 +325,14 @@ def test_seeds_may_have_test_sets_of_their_own(tmp_path):
 def test_one_seed_shows_no_deviation(tmp_path):
     cell = write_cell(tmp_path, "dae", 0, 0.3)
     write_tables(tmp_path)
-    assert markdown_rows(tmp_path, 1, "Maps as they are")["DAE"]["AUPRC"] == f"{100 * cell['auprc']:.1f}"
+    shown = markdown_rows(tmp_path, 1, "Maps as they are")["DAE"]
+    low, high = (100 * limit for limit in read(tmp_path, 1)[0]["dae"]["raw"]["auprc"]["interval"])
+    assert low < high and shown["AUPRC [95 %]"] == f"{100 * cell['auprc']:.1f} [{low:.1f}, {high:.1f}]"
+    assert shown["foreground AUPRC"] == f"{100 * cell['foreground_auprc']:.1f}"
+    dice = cell["per_patient_dice"]
+    low, high = (100 * limit for limit in dice["interval"])
+    expected = f"{100 * dice['mean']:.1f} [{low:.1f}, {high:.1f}]"
+    assert shown["Dice per patient, validation's threshold [95 %]"] == expected
     assert "test sets of their own" not in (tmp_path / "table1.md").read_text()
 
 
@@ -252,7 +342,7 @@ def test_without_ours_nothing_is_compared(tmp_path):
     rows, table = read(tmp_path, 1)
     assert rows["dae"]["raw"]["ours_minus_this"] is None
     assert markdown_rows(tmp_path, 1, "Maps as they are")["DAE"]["ours - this, AUPRC [95 %]"] == "-"
-    assert read(tmp_path, 2)[1]["missing"] == ["cdpm-adagn (no cell)", "ours (no cell)"]
+    assert read(tmp_path, 2)[1]["missing"] == without_a_cell(2)
 
 
 def test_settings_that_cost_differently_show_as_a_range(tmp_path):
