@@ -37,6 +37,9 @@ def check_device_arguments(args: argparse.Namespace) -> None:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA says so by an AssertionError
         raise InputError(f"--device {args.device} can't be used ({str(error).splitlines()[0]})") from None
+    device = torch.device(args.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Accelerate trains on the current one
 
 
 def open_pipeline(model: str, device: str = "cpu", dtype: str = "float32") -> CounterfactualDDIMPipeline:

@@ -1,12 +1,15 @@
 """The command line: exit codes, spelling of options, and that bad input ends in one line."""
 
+import argparse
 import json
 
 import pytest
+import torch
 
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.cli import COMMANDS, main
 from diffusers_cf.errors import InputError
+from diffusers_cf.inference_options import check_device_arguments
 
 
 def test_options_may_be_written_with_either_dash():
@@ -68,3 +71,13 @@ def test_the_demo_finds_a_lesion(tmp_path, capsys):
     patient = tmp_path / "segmentation" / "phantom-s1-0000"
     assert {"heatmap.nii.gz", "mask.nii.gz", "preview.png", "report.json"} <= {p.name for p in patient.iterdir()}
     assert "AUPRC" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])])
+def test_a_numbered_gpu_becomes_the_current_one(device, current, monkeypatch):
+    # Accelerate trains on the current GPU, whatever the command line says
+    found = []
+    monkeypatch.setattr("diffusers_cf.inference_options.torch.zeros", lambda *_, device: None)
+    monkeypatch.setattr("diffusers_cf.inference_options.torch.cuda.set_device", found.append)
+    check_device_arguments(argparse.Namespace(device=device, batch_size=1))
+    assert found == current
