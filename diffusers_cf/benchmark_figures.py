@@ -24,8 +24,11 @@ from diffusers_cf.tables import collect_cells
 from diffusers_cf.trajectories import encode_trajectory
 
 
-# Fig. 2's columns, left to right.
-FIGURE2 = ("ours", "cdpm-classifier", "cdpm-healthy", "dae", "vae", "cam", "threshold")
+# Fig. 2's columns, left to right: every method of Table 1 but the single modalities, which show what the input shows.
+FIGURE2 = (
+    "threshold", "fanogan", "vae", "vae-restoration", "dae", "cdpm-healthy", "cdpm-classifier", "ours", "forward-map",
+    "cam",
+)  # fmt: skip
 FIGURE2_ROWS = 5
 # Fig. 3 of the paper; `guidance` is how its legend calls it.
 FIGURE3_SCALES = (1.5, 2.5, 3.0)

@@ -76,6 +76,7 @@ def plot_method_maps(
             raise ValueError(f"the scale of {name} must be positive, not {scales[name]}")
     rows, columns = len(images), 2 + len(maps)
     side = min(1.3, (PAGE - 0.3) / columns)
+    small = 6 if side > 0.7 else 5
     figure = _figure(columns * side + 0.3, rows * side + 0.95)
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -89,9 +90,9 @@ def plot_method_maps(
             row[0].set_ylabel(row_names[i], **FONT)
         _hide_ticks(row)
     for axis, name in zip(axes[0], (f"input\n({channel_name})", "ground\ntruth", *maps), strict=True):
-        axis.set_title(_wrapped(name, 13), fontsize=6.5)
+        axis.set_title(_wrapped(name, 13), fontsize=small)
     for axis, name in zip(axes[-1, 2:], maps, strict=True):
-        axis.set_xlabel(f"1 = {scales[name]:.2g}", fontsize=6)
+        axis.set_xlabel(f"1 = {scales[name]:.2g}", fontsize=small)
     bar = figure.colorbar(heat, ax=axes, location="bottom", shrink=0.6, aspect=45, extend="max")
     bar.set_label(f"map / {scale_name}\n(one number a method, below its column)", **FONT)
     bar.ax.tick_params(labelsize=6)
