@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt)
-TEST_SECONDS ?= 2700
+TEST_SECONDS ?= 2400
 PYTEST_FLAGS ?=
 
 python := $(VENV)/bin/python

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from diffusers_cf.arguments import ArgumentParser, run_command
+from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset, batches_of
+from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import write_result
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.provenance import command_line, package_commit
@@ -55,8 +56,16 @@ def each_alone(pipe, images: torch.Tensor, steps: int) -> dict[tuple[float, floa
 def main(args) -> None:
     """Both ways in turn, as often as asked; how far their maps are apart."""
     check_device_arguments(args)
+    for name in ("repeats", "max_slices"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
     dataset = SliceDataset(args.dataset, "validation")
+    if not len(dataset):
+        raise InputError(f"{args.dataset}: the split validation is empty")
     pipe = open_pipeline(args.model, args.device, args.dtype)
+    if pipe.unet.config.in_channels != dataset.preprocessing["channels"]:
+        raise InputError(f"{args.model} is for {pipe.unet.config.in_channels} channels, {args.dataset} has others")
+    make_folder(Path(args.output).parent)
     rows = evenly_spread(len(dataset), args.max_slices)
     batches = [batch["images"] for batch in batches_of(dataset, rows, args.batch_size)]
     counter, runs, worst = Counter(pipe.unet), [], 0.0

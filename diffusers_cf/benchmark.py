@@ -22,9 +22,10 @@ from diffusers_cf.benchmark_protocol import (
     BenchmarkData,
     as_json,
     choose_settings,
+    diffusion_classifier_auroc,
     measure,
+    position_auroc,
     saturated_share,
-    slice_scores,
 )
 from diffusers_cf.bootstrap import bootstraps_of_file
 from diffusers_cf.errors import InputError
@@ -106,10 +107,10 @@ class Benchmark:
         )
 
     def _beside(self, method: str, made: AnomalyMethod, data: BenchmarkData, seed: int) -> dict:
-        """What is reported for some rows alone."""
-        beside = {}
+        """What stands beside the scores of a map."""
+        beside = {"slice_scores": {"position": position_auroc(data)}}
         if method == "ours":
-            beside["slice_scores"] = slice_scores(made.pipe, data, seed)
+            beside["slice_scores"]["diffusion_classifier"] = diffusion_classifier_auroc(made.pipe, data, seed)
         if method in ("ours", "ours-clipped", "ours-unclipped"):
             grid = self.preset.grid
             beside["saturated_share"] = saturated_share(made.pipe, data, max(grid.strengths), grid.num_inference_steps)
@@ -151,7 +152,12 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--models", metavar="FOLDER", help="where trained networks are kept, default: RESULTS/models")
     add("--methods", nargs="+", metavar="ID", help=f"default: all of {', '.join(ROWS)}")
     add("--seeds", type=int, help="default: 3, or one a data set")
-    add("--first_seed", type=int, default=1, help="to add later seeds to a folder that holds earlier ones")
+    add(
+        "--first_seed",
+        type=int,
+        default=1,
+        help="to add later seeds to a folder that holds earlier ones, default: %(default)s",
+    )
     add("--preset", choices=PRESETS, default="cpu", help="default: %(default)s")
     add("--image_size", type=int, help="side of every network's input; default: the preset's")
     add("--train_seconds", type=float, help="training time of each network; default: the preset's")
@@ -194,6 +200,8 @@ def run_benchmark(args: argparse.Namespace) -> int:
     benchmark = Benchmark(output, Networks(models, preset, args.device, DTYPES[args.dtype]), args.preset)
     benchmark.check_cells(data)
     make_folder(output)
+    if any(row_of(method).network for method in methods):
+        make_folder(models)
     for seed in data:
         for method in methods:
             benchmark.run_cell(method, data[seed], seed)

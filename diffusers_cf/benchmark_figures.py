@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from diffusers_cf.baselines import row_of
+from diffusers_cf.baselines import ROWS, row_of
 from diffusers_cf.benchmark_protocol import BenchmarkData
 from diffusers_cf.data.slices import batches_of
 from diffusers_cf.evaluation import maps_at_size, write_result
@@ -19,16 +20,13 @@ from diffusers_cf.figures import (
 )
 from diffusers_cf.images import resize_images
 from diffusers_cf.provenance import command_line, package_commit
-from diffusers_cf.sweep import evenly_spread, sweep
+from diffusers_cf.sweep import evenly_spread, has_lesion, sweep
 from diffusers_cf.tables import collect_cells
 from diffusers_cf.trajectories import encode_trajectory
 
 
 # Fig. 2's columns, left to right: every method of Table 1 but the single modalities, which show what the input shows.
-FIGURE2 = (
-    "threshold", "fanogan", "vae", "vae-restoration", "dae", "cdpm-healthy", "cdpm-classifier", "ours", "forward-map",
-    "cam",
-)  # fmt: skip
+FIGURE2 = [name for name, row in ROWS.items() if 1 in row.tables and "<" not in name]
 FIGURE2_ROWS = 5
 # Fig. 3 of the paper; `guidance` is how its legend calls it.
 FIGURE3_SCALES = (1.5, 2.5, 3.0)
@@ -145,10 +143,11 @@ def write_figure3(benchmark, data: BenchmarkData, seed: int) -> None:
     """Fig. 3: ideal Dice on validation slices over strength and scale for both kinds of guidance; points are kept."""
     path, preset = benchmark.output / "figure3.json", benchmark.preset
     facts = {"seed": seed, "benchmark": benchmark.facts | {"data": data.facts}}
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    points = kept["points"] if all(kept.get(name) == value for name, value in facts.items()) else []
+    points = _kept_points(path, facts)
     if not points:
         rows = [data.validation_rows[i] for i in evenly_spread(len(data.validation_rows), preset.figure_slices)]
+        if not has_lesion(data.validation, rows, data.batch_size):
+            rows = data.validation_rows
         for guidance, name in FIGURE3.items():
             pipe = benchmark.make_method(name, data, seed)[0].pipe
             found = sweep(
@@ -159,3 +158,12 @@ def write_figure3(benchmark, data: BenchmarkData, seed: int) -> None:
         facts |= {"command": command_line(), "commit": package_commit(), "n_slices": len(rows)}
         write_result(facts | {"points": points}, path)
     plot_strengths(benchmark.output / "figure3.png", points)
+
+
+def _kept_points(path: Path, facts: dict) -> list[dict]:
+    """The points of an earlier run that agrees in these facts; none where there is none, or its file is damaged."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return []
+    return kept["points"] if all(kept.get(name) == value for name, value in facts.items()) else []

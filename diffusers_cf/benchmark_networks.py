@@ -77,7 +77,7 @@ class Networks:
             network = NETWORKS[name].cls.from_pretrained(folder).to(self.device).eval()
             if isinstance(network, CounterfactualDiffusion):
                 network.network.to(self.dtype)
-            self._loaded = folder, network, json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+            self._loaded = folder, network, _record(folder / RECORD_FILE)
         _, network, record = self._loaded
         if different := [key for key in facts if record.get(key) != facts[key]]:
             raise InputError(f"{folder} was trained with other {', '.join(different)}: choose another --models")
@@ -95,8 +95,15 @@ class Networks:
         write_result(record | facts | {"commit": package_commit()}, folder / RECORD_FILE)
 
 
+def _record(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}): remove its folder to train again") from None
+
+
 def _remove_checkpoints(folder: Path) -> None:
     """Those of a finished training, and what a killed process left half-written."""
-    for pattern in ("checkpoint-*", ".checkpoint-*.tmp"):
+    for pattern in ("checkpoint-*", ".checkpoint-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)

@@ -14,7 +14,7 @@ from diffusers_cf.evaluation import evaluate, maps_at_size
 from diffusers_cf.pixel_counts import CHAINS, PixelCounts
 from diffusers_cf.postprocessing import foreground_mask, postprocess_maps
 from diffusers_cf.slice_scores import diffusion_classifier_scores, position_scores, relative_positions
-from diffusers_cf.sweep import evenly_spread
+from diffusers_cf.sweep import evenly_spread, has_lesion
 from diffusers_cf.trajectories import encode_trajectory
 
 
@@ -73,9 +73,9 @@ class BenchmarkData:
 
     def _check_masks(self, dataset: SliceDataset, rows) -> None:
         sick = [row for row in rows if dataset.labels[row] != 0]
-        if not any(batch["masks"].any() for batch in batches_of(dataset, sick, self.batch_size)):
+        if not has_lesion(dataset, sick, self.batch_size):
             raise InputError(
-                f"{self.folder}: no lesion in the masks of the split {dataset.split}, though labels say so"
+                f"{self.folder}: no lesion in the foreground of the split {dataset.split}, though labels say so"
             )
 
     def healthy_validation_batches(self):
@@ -96,7 +96,10 @@ def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
     """Sets the method's `settings` to the best of its candidates on validation slices; returns what was tried.
 
     The best has the highest AUPRC of the post-processed map in the foreground. A method with a rule of its own, which
-    needs no masks, has `choose`.
+    needs no masks, has `choose`. A candidate whose maps are not finite is out.
+
+    Raises:
+        InputError: all of them are.
     """
     if hasattr(method, "choose"):
         choice = method.choose(data.healthy_validation_batches())
@@ -104,15 +107,20 @@ def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
         return {"by": "the method's own rule on healthy validation slices", **choice}
     if len(method.candidates) == 1:
         return {"by": "nothing to choose"}
-    counts = [PixelCounts() for _ in method.candidates]
+    counts: list[PixelCounts | None] = [PixelCounts() for _ in method.candidates]
     for batch in batches_of(data.validation, data.validation_rows, data.batch_size):
         images, masks = batch["images"].numpy(), batch["masks"].numpy()
         inside = foreground_mask(images)
         for index, maps in method.maps_of_candidates(batch["images"]):
-            maps = postprocess_maps(maps_at_size(maps, masks.shape[1:]), images)
-            counts[index].update(maps[inside], masks[inside])
-    scores = [count.average_precision() for count in counts]
-    method.settings = dict(method.candidates[int(np.argmax(scores))])
+            if not torch.isfinite(maps).all():
+                counts[index] = None
+            if counts[index] is not None:
+                maps = postprocess_maps(maps_at_size(maps, masks.shape[1:]), images)
+                counts[index].update(maps[inside], masks[inside])
+    scores = [None if count is None else count.average_precision() for count in counts]
+    if not any(scores):
+        raise InputError(f"{type(method).__name__}: the maps of every setting hold NaN or infinite values")
+    method.settings = dict(method.candidates[int(np.argmax([score or 0 for score in scores]))])
     tried = [{**settings, "auprc": score} for settings, score in zip(method.candidates, scores, strict=True)]
     return {"by": "AUPRC in the foreground of post-processed validation slices", "tried": tried}
 
@@ -134,21 +142,25 @@ def measure(method: AnomalyMethod, data: BenchmarkData, counts_path=None) -> dic
     return result | {"validation": {chain: {k: part[k] for k in kept} for chain, part in parts.items()}}
 
 
-def slice_scores(pipe, data: BenchmarkData, seed: int) -> dict[str, float]:
-    """AUROC of telling healthy from unhealthy test slices without a map: by position alone, by diffusion classifier."""
-    from sklearn.metrics import roc_auc_score
-
+def position_auroc(data: BenchmarkData) -> float:
+    """AUROC of telling healthy from unhealthy test slices by their position alone."""
     train, test = (relative_positions(split.patients, split.slices) for split in (data.train, data.test))
-    sick = data.test.labels[data.test_rows] != 0
-    by_position = position_scores(data.train.labels != 0, train, test[data.test_rows])
+    return _slice_auroc(data, position_scores(data.train.labels != 0, train, test[data.test_rows]))
+
+
+def diffusion_classifier_auroc(pipe, data: BenchmarkData, seed: int) -> float:
+    """The same by which condition predicts the noise better."""
     batches = batches_of(data.test, data.test_rows, data.batch_size)
-    by_noise = [
+    scores = [
         diffusion_classifier_scores(pipe, batch["images"], CLASSIFIER_TIMESTEPS, seed).cpu() for batch in batches
     ]
-    return {
-        "position": float(roc_auc_score(sick, by_position)),
-        "diffusion_classifier": float(roc_auc_score(sick, torch.cat(by_noise).numpy())),
-    }
+    return _slice_auroc(data, torch.cat(scores).numpy())
+
+
+def _slice_auroc(data: BenchmarkData, scores: np.ndarray) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(data.test.labels[data.test_rows] != 0, scores))
 
 
 def saturated_share(pipe, data: BenchmarkData, strength: float, num_inference_steps: int) -> float:

@@ -17,7 +17,9 @@ def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int = 16) 
     """Adds where and how the network computes: `--device`, `--dtype`, `--batch_size`."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network, default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the diffusion network in use, default: %(default)s"
+    )
     parser.add_argument("--batch_size", type=int, default=batch_size, help="slices at a time, default: %(default)s")
 
 

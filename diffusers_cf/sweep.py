@@ -195,6 +195,12 @@ def evenly_spread(count: int, limit: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int)).tolist()
 
 
+def has_lesion(dataset: SliceDataset, indices: Sequence[int], batch_size: int = 32) -> bool:
+    """Whether the masks of these rows have a lesion pixel in the foreground, where settings are compared."""
+    batches = batches_of(dataset, indices, batch_size)
+    return any((batch["masks"].numpy()[foreground_mask(batch["images"].numpy())] != 0).any() for batch in batches)
+
+
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `diffusers-cf sweep`."""
     add = parser.add_argument
@@ -269,8 +275,7 @@ def _check_slices(dataset: SliceDataset, indices: Sequence[int], args: argparse.
     sick = np.asarray(dataset.labels)[indices] != 0
     if sick.all() or not sick.any():
         raise InputError(f"{chosen} are all {'unhealthy' if sick.all() else 'healthy'}: a sweep needs both")
-    batches = batches_of(dataset, indices, args.batch_size)
-    if not any((batch["masks"].numpy()[foreground_mask(batch["images"].numpy())] != 0).any() for batch in batches):
+    if not has_lesion(dataset, indices, args.batch_size):
         raise InputError(f"{chosen} have no lesion pixel in their foreground")
 
 

@@ -166,3 +166,13 @@ def test_sweep_cost_script_counts_network_evaluations(files):
         assert run["one_encoding"]["evaluations_per_slice"] == 9 + sum(3 * 2 * k for k in steps)
         assert all(cost["seconds_per_slice"] > 0 for cost in run.values())
     assert document["largest_difference_of_maps"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"), [("repeats", "--repeats must be at least 1"), ("max_slices", "--max_slices must be")]
+)
+def test_sweep_cost_script_refuses_what_gives_nothing(files, option, reason):
+    script = ROOT / "benchmarks" / "sweep_cost.py"
+    paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "none" / "cost.json"]
+    done = subprocess.run([sys.executable, script, *paths, f"--{option}", "0"], capture_output=True, text=True)
+    assert done.returncode == 2 and reason in done.stderr and not (files / "none").exists()
