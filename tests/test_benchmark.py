@@ -270,7 +270,8 @@ def test_figures_train_nothing(results, dataset, tmp_path):
 def test_an_old_figure_3_is_drawn_anew(results, dataset, tmp_path):
     folder = shutil.copytree(results[0], tmp_path / "results")
     kept = json.loads((folder / "figure3.json").read_text())
-    (folder / "figure3.json").write_text(json.dumps(kept | {"seed": 5, "points": []}))
+    other = [point | {"ideal_dice": 0.123} for point in kept["points"]]
+    (folder / "figure3.json").write_text(json.dumps(kept | {"seed": 5, "points": other}))
     assert run(dataset, folder, "--methods", "threshold-t1", "--seeds", "1", "--no_pictures") == 0
     again = json.loads((folder / "figure3.json").read_text())
     assert again["seed"] == 1 and [p["ideal_dice"] for p in again["points"]] == [
@@ -318,6 +319,17 @@ def test_a_damaged_training_record_is_named(results, dataset, tmp_path, capsys):
     options = ["--methods", "cam", "--seeds", "1", "--models", str(models)]
     assert run(dataset, tmp_path / "results", *options) == 2
     assert "training.json: damaged" in capsys.readouterr().err
+
+
+def test_what_a_killed_training_left_behind_is_removed(results, dataset, tmp_path):
+    model = shutil.copytree(results[0] / "models" / "cam-seed1", tmp_path / "models" / "cam-seed1")
+    for name in ("checkpoint-5", ".checkpoint-5.old", ".checkpoint-6.tmp"):
+        (model / name).mkdir()
+    options = ["--methods", "cam", "--seeds", "1", "--models", str(model.parent), "--no_pictures"]
+    assert run(dataset, tmp_path / "results", *options) == 0
+    assert {path.name for path in model.iterdir()} == {
+        path.name for path in (results[0] / "models" / "cam-seed1").iterdir()
+    }
 
 
 def test_settings_whose_maps_are_not_finite_are_not_chosen(results, dataset):
