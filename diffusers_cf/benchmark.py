@@ -8,12 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from diffusers_cf.arguments import make_folder
-from diffusers_cf.baselines import (
-    NETWORKS,
-    ROWS,
-    AnomalyMethod,
-    row_of,
-)
+from diffusers_cf.baselines import NETWORKS, ROWS, AnomalyMethod, Grid, row_of
 from diffusers_cf.benchmark_figures import write_figures
 from diffusers_cf.benchmark_networks import Networks, check_sizes
 from diffusers_cf.benchmark_presets import PRESETS, Preset
@@ -33,6 +28,9 @@ from diffusers_cf.evaluation import write_result
 from diffusers_cf.inference_options import DTYPES, add_device_arguments, check_device_arguments
 from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.tables import collect_cells, write_tables
+
+
+TRAIN_TIMESTEPS = 1000  # of every diffusion model in `NETWORKS`
 
 
 class Benchmark:
@@ -161,6 +159,8 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", choices=PRESETS, default="cpu", help="default: %(default)s")
     add("--image_size", type=int, help="side of every network's input; default: the preset's")
     add("--train_seconds", type=float, help="training time of each network; default: the preset's")
+    add("--num_inference_steps", type=int, help="full grid of the diffusion methods; default: the preset's")
+    add("--strengths", type=float, nargs="+", help="values of L to choose from; default: the preset's")
     add("--augment", action="store_true", help="small rotations, scales, shifts and gains, for small data sets")
     add(
         "--no_pictures",
@@ -181,7 +181,24 @@ def preset_of(args: argparse.Namespace) -> Preset:
         if not 0 < args.train_seconds < math.inf:
             raise InputError(f"--train_seconds is {args.train_seconds}: it must be above 0 and finite")
         preset = replace(preset, budget=replace(preset.budget, seconds=args.train_seconds))
+    preset = replace(preset, grid=_grid_of(args, preset))
     return replace(preset, budget=replace(preset.budget, augment=preset.budget.augment or args.augment))
+
+
+def _grid_of(args: argparse.Namespace, preset: Preset) -> Grid:
+    grid, steps, strengths = preset.grid, args.num_inference_steps, args.strengths
+    if steps is not None:
+        if steps < 1 or TRAIN_TIMESTEPS % steps:
+            raise InputError(f"--num_inference_steps is {steps}: it must divide {TRAIN_TIMESTEPS}")
+        grid = replace(grid, num_inference_steps=steps)
+    if strengths is not None:
+        grid = replace(grid, strengths=tuple(sorted(set(strengths))))
+    for strength in (*grid.strengths, *preset.figure_strengths):
+        if not 0 < strength <= 1 or round(strength * grid.num_inference_steps) < 1:
+            raise InputError(
+                f"the strength {strength} must lie in (0, 1] and be a step or more of {grid.num_inference_steps}"
+            )
+    return grid
 
 
 def run_benchmark(args: argparse.Namespace) -> int:
