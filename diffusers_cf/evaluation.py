@@ -228,11 +228,7 @@ def evaluate(
         bar = stack.enter_context(tqdm(total=n_slices, unit="slice", disable=not progress))
         for name in rows:
             patient = _Patient(dataset, name, rows[name])
-            maps, patient_seconds = patient.maps(anomaly_map, batch_size, bar)
-            seconds += patient_seconds
-            write_counts({f"{name}/slices": patient.slices, f"{name}/labels": patient.labels})
-            for chain in chains:
-                write_counts(chain.add(patient, maps))
+            seconds += _measure_patient(patient, anomaly_map, batch_size, chains, write_counts, bar)
         if threshold is None:
             for chain in chains:
                 chain.add_ideal_dice(list(rows))
@@ -246,6 +242,18 @@ def evaluate(
         "seconds_per_slice": seconds / n_slices,
         "protocol": _protocol(patient.masks.shape[1:], threshold, postprocess, seed),
     }
+
+
+def _measure_patient(
+    patient: _Patient, anomaly_map: Callable, batch_size: int | None, chains: Sequence[_Chain], write_counts: Callable,
+    progress: tqdm,
+) -> float:  # fmt: skip
+    """Adds one patient to every chain and to the file of counts; returns the seconds that its maps took."""
+    maps, seconds = patient.maps(anomaly_map, batch_size, progress)
+    write_counts({f"{patient.name}/slices": patient.slices, f"{patient.name}/labels": patient.labels})
+    for chain in chains:
+        write_counts(chain.add(patient, maps))
+    return seconds
 
 
 def _rows_by_patient(dataset, indices: Sequence[int] | None) -> dict[str, np.ndarray]:

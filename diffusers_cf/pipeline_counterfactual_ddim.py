@@ -11,20 +11,11 @@ from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 
 from diffusers_cf import loading, saving
-from diffusers_cf.heatmaps import MAPS, heatmap
+from diffusers_cf.heatmaps import heatmap
 from diffusers_cf.images import resize_images
 from diffusers_cf.models import ClassTokenEncoder, predict_noise
 from diffusers_cf.schedulers import check_mirrored
-
-
-# Sec. 4 and the authors' code; a model folder that recommends others has them in preprocessing.json.
-PAPER_SETTINGS = {
-    "guidance_scale": 3.0,
-    "strength": 0.75,
-    "num_inference_steps": 100,
-    "map": "counterfactual",
-    "threshold": None,
-}
+from diffusers_cf.settings import settings_in_use
 
 
 @dataclass
@@ -146,18 +137,7 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         Args:
             **given: any of `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; checked.
         """
-        unknown = set(given) - set(PAPER_SETTINGS)
-        if unknown:
-            raise ValueError(f"setting {unknown.pop()!r} is unknown: it must be one of {', '.join(PAPER_SETTINGS)}")
-        settings = PAPER_SETTINGS | {k: v for k, v in self.preprocessing.get("settings", {}).items() if v is not None}
-        settings = {k: settings[k] for k in PAPER_SETTINGS} | {k: v for k, v in given.items() if v is not None}
-        if settings["map"] not in MAPS:
-            raise ValueError(f"map is {settings['map']!r}: it must be one of {', '.join(MAPS)}")
-        if not 0 <= settings["strength"] <= 1:
-            raise ValueError(f"strength is {settings['strength']}: it must lie in [0, 1]")
-        if not (np.isfinite(settings["guidance_scale"]) and settings["guidance_scale"] >= 0):
-            raise ValueError(f"guidance_scale is {settings['guidance_scale']}: it must be 0 or more")
-        return settings
+        return settings_in_use(self.preprocessing.get("settings", {}), given)
 
     def network_evaluations(self, **settings) -> int:
         """Network evaluations for one image: K to encode, K or 2K to decode, K more for a reconstruction."""
@@ -290,6 +270,13 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         first = self.class_encoder.config.class_names[0]
         return self.encode_classes(first if target is None else target, batch_size)
 
+    def _targets_of(self, target: str | Sequence[str] | None, kept: Sequence[bool]) -> str | list[str] | None:
+        """Targets of the images that are kept, after a check of those of all images."""
+        self._encode_target(target, len(kept))
+        if target is None or isinstance(target, str):
+            return target
+        return [name for name, keep in zip(target, kept, strict=True) if keep]
+
     def _guided_prediction(self, target, guidance_scale: float, batch_size: int) -> Callable:
         """`(x, t) -> eps`: one batched network call for both branches, one branch where the scale is 0 or 1."""
         null = self.encode_classes(None, batch_size)
@@ -304,11 +291,9 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         )
 
     def _after_step(self, callback, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        return (
-            latents
-            if callback is None
-            else callback(self, step, timestep, {"latents": latents}).pop("latents", latents)
-        )
+        if callback is None:
+            return latents
+        return callback(self, step, timestep, {"latents": latents}).pop("latents", latents)
 
     @torch.no_grad()
     def __call__(
@@ -365,26 +350,16 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         )
         images = images.to(self._execution_device, torch.float32)
         filled = (images > 0).flatten(1).any(dim=1)
-        self._encode_target(target, len(images))
-        if isinstance(target, Sequence) and not isinstance(target, str):
-            target = [name for name, keep in zip(target, filled.tolist(), strict=True) if keep]
+        target = self._targets_of(target, filled.tolist())
 
-        # 2. Encode, decode, compare: at the network's size, of the n images with content.
+        # 2. Encode, decode, compare; back to the input's size the change is resampled, never the image.
         size = tuple(images.shape[-2:])
         latents = images.new_zeros(len(images), images.shape[1], *self.image_size)
         heatmaps, counterfactuals = images.new_zeros(len(images), *size), images.clone()
         if filled.any():
-            walk = {k: settings[k] for k in ("strength", "num_inference_steps")}
-            walk["callback_on_step_end"] = callback_on_step_end
-            latents[filled] = self.invert(images[filled], **walk)
-            decoded = self.denoise(latents[filled], target, settings["guidance_scale"], generator=generator, **walk)
-            reference = (self.prepare_images(images[filled]) + 1) / 2  # (n, C, h, w)
-            change = decoded - reference
-            if settings["map"] != "counterfactual":
-                reference = self.denoise(latents[filled], guidance_scale=0, generator=generator, **walk)
-
-            # 3. Back to the input's size: the map is resampled, never the image.
-            heat = heatmap(settings["map"], reference, decoded, self.preprocessing.get("signs"))  # (n, h, w)
+            latents[filled], change, heat = self._encode_decode_compare(
+                images[filled], target, settings, generator, callback_on_step_end
+            )
             heatmaps[filled] = resize_images(heat[:, None], size)[:, 0]
             counterfactuals[filled] += resize_images(change, size)
         self.maybe_free_model_hooks()
@@ -392,6 +367,17 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         fields = (heatmaps, counterfactuals, latents)
         fields = tuple(field.cpu().numpy() for field in fields) if output_type == "np" else fields
         return CounterfactualOutput(*fields) if return_dict else fields
+
+    def _encode_decode_compare(self, images, target, settings: dict, generator, callback) -> tuple[torch.Tensor, ...]:
+        """Algorithm 1 at the network's size: latents and change, each `(n, C, h, w)`, and heatmaps `(n, h, w)`."""
+        walk = {k: settings[k] for k in ("strength", "num_inference_steps")} | {"callback_on_step_end": callback}
+        latents = self.invert(images, **walk)
+        decoded = self.denoise(latents, target, settings["guidance_scale"], generator=generator, **walk)
+        reference = (self.prepare_images(images) + 1) / 2
+        change = decoded - reference
+        if settings["map"] != "counterfactual":
+            reference = self.denoise(latents, guidance_scale=0, generator=generator, **walk)
+        return latents, change, heatmap(settings["map"], reference, decoded, self.preprocessing.get("signs"))
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         """Heatmaps `(N, H, W)` of images `(N, C, H, W)` with the recommended settings: the contract of every method."""

@@ -47,20 +47,17 @@ def plot_slices(
     figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(images) + 0.5), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for i, row in enumerate(axes):
-        row[0].imshow(images[i, channel], **GREY)
+        for axis in row:
+            axis.imshow(images[i, channel], **GREY)
+            axis.set(xticks=[], yticks=[])
         row[1].imshow(counterfactuals[i, channel], **GREY)
-        row[2].imshow(images[i, channel], **GREY)
         heat = row[2].imshow(heatmaps[i], cmap="inferno", vmin=0, vmax=heat_maximum, alpha=0.8)
         if masks is not None:
-            row[3].imshow(images[i, channel], **GREY)
             if references is not None:
                 draw_contour(row[3], references[i], "lime")
             draw_contour(row[3], masks[i], "red")
         if row_names:
             row[0].set_ylabel(row_names[i], fontsize=8)
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
     for axis, column in zip(axes[0], columns, strict=True):
         axis.set_title(column, fontsize=9)
     figure.colorbar(heat, ax=axes, shrink=min(1, 2 / len(images)), label="heatmap: change / p99")
