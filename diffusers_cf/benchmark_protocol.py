@@ -174,7 +174,7 @@ def saturated_share(pipe, data: BenchmarkData, strength: float, num_inference_st
         image, *_, nearer, _ = encode_trajectory(pipe, batch["images"], **walk)
         timestep = pipe.inverse_scheduler.timesteps[round(walk["num_inference_steps"] * walk["strength"]) - 1]
         noise = pipe.predict_noise(nearer, timestep, pipe.encode_classes(None, len(nearer)))
-        predicted = pipe.inverse_scheduler.step(noise, timestep, nearer).pred_original_sample
+        predicted = pipe.inverse_scheduler.predict_original(noise, timestep, nearer)
         inside = (image > -1).any(dim=1, keepdim=True).expand_as(predicted)
         saturated += int((predicted[inside].abs() >= 1 - 1e-5).sum())
         pixels += int(inside.sum())

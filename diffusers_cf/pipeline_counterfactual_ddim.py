@@ -213,10 +213,11 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         timesteps = self._timesteps(settings["strength"], settings["num_inference_steps"])
         null = self.encode_classes(None, len(latents))
         refinements = self.inverse_scheduler.config.get("num_fixed_point_iterations", 0)
+        told = getattr(self.inverse_scheduler, "network_timestep", lambda timestep: timestep)
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 nearer = latents
-                latents = self.inverse_scheduler.step(self.predict_noise(nearer, t, null), t, nearer).prev_sample
+                latents = self.inverse_scheduler.step(self.predict_noise(nearer, told(t), null), t, nearer).prev_sample
                 for _ in range(refinements):
                     noise = self.predict_noise(latents, t, null)
                     latents = self.inverse_scheduler.refine(noise, t, nearer, latents)

@@ -1,5 +1,7 @@
 """Dynamic normalisation (Sec. 3.4) and the pair of DDIM schedulers (Eq. 2) that apply it while encoding and decoding."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, SchedulerMixin
@@ -91,6 +93,16 @@ def check_mirrored(scheduler: SchedulerMixin, inverse_scheduler: SchedulerMixin)
         )
 
 
+class _Step(NamedTuple):
+    """What a step of second order remembers of the one before: where it began, with what, and how long it was."""
+
+    sample: torch.Tensor
+    epsilon: torch.Tensor
+    start: torch.Tensor
+    length: torch.Tensor
+    is_first: bool
+
+
 class _DynamicDDIM:
     """What the two directions share: Eq. 2 with its two noise levels, and the normalisation of its clean image."""
 
@@ -111,12 +123,35 @@ class _DynamicDDIM:
             raise ValueError(
                 f"dynamic_thresholding_ratio is {self.config.dynamic_thresholding_ratio}: it must lie in (0, 1]"
             )
+        if config.solver_order not in (1, 2):
+            raise ValueError(f"solver_order is {config.solver_order}: it must be 1 or 2")
 
-    def _grid(self, num_inference_steps: int) -> np.ndarray:
+    def _begin(self, num_inference_steps: int, falling: bool, device: str | torch.device | None) -> None:
         config = self.config
-        return mirrored_timesteps(
+        grid = mirrored_timesteps(
             config.num_train_timesteps, num_inference_steps, config.timestep_spacing, config.steps_offset
         )
+        self.timesteps = torch.from_numpy(grid[::-1].copy() if falling else grid).to(device)
+        self.num_inference_steps = num_inference_steps
+        self._last = None
+
+    def _second_order(self, sample: torch.Tensor, epsilon: torch.Tensor, start: torch.Tensor, end: torch.Tensor):
+        """Sample at `start` and epsilon for the step to `end`, from what the step before has seen.
+
+        DDIM is Euler's method for d(x / sqrt(abar)) = epsilon d(rho) with rho = sqrt(1 / abar - 1) (Song et al. 2021,
+        Eq. 14). Extrapolated linearly to the middle of the step, epsilon makes it the Adams-Bashforth method of second
+        order. The first step, which has nothing to extrapolate from, is walked again with the mean of both ends' epsilon
+        once the second one is known. Steps from and to the clean image stay of first order: they are far shorter.
+        """
+        length, last = (1 / end - 1).sqrt() - (1 / start - 1).sqrt(), self._last
+        if start == 1 or length == 0:
+            return sample, epsilon
+        if last and last.is_first:
+            sample, _ = self._move((last.epsilon + epsilon) / 2, last.sample, last.start, start)
+        self._last = _Step(sample, epsilon, start, length, is_first=last is None)
+        if last is None or end == 1:
+            return sample, epsilon
+        return sample, epsilon + length / (2 * last.length) * (epsilon - last.epsilon)
 
     def _levels(self, timestep: int, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cumulative alphas `(at timestep, one step nearer to the image)`; `clean` is the one of the image itself."""
@@ -145,9 +180,11 @@ class _DynamicDDIM:
             return x0.clamp(-config.clip_sample_range, config.clip_sample_range)
         return x0
 
-    def _normalized_prediction(self, model_output, sample, alpha: torch.Tensor, nearer: torch.Tensor):
-        """`(dn(x0_hat), epsilon)` with epsilon re-derived from `dn(x0_hat)`, or raw as Algorithm 1 prints it."""
-        x0, epsilon = self._predict(model_output, sample, alpha)
+    def _normalized(self, x0, epsilon, sample, alpha: torch.Tensor, nearer: torch.Tensor):
+        """`(dn(x0_hat), epsilon)` with epsilon re-derived from `dn(x0_hat)`, or raw as Algorithm 1 prints it.
+
+        `alpha` is the level of the sample, `nearer` the step's level that is nearer to the image.
+        """
         # In the one step that begins or ends at the clean image no noise can absorb what dn takes from x0: it would
         # cut the peaks of the image itself and darken the rest, and the map would be a threshold in disguise.
         if nearer == 1 and not self.config.threshold_clean_sample:
@@ -156,6 +193,20 @@ class _DynamicDDIM:
         if self.config.use_clipped_model_output and alpha < 1:
             epsilon = (sample - alpha.sqrt() * x0) / (1 - alpha).sqrt()
         return x0, epsilon
+
+    def _move(self, epsilon: torch.Tensor, sample: torch.Tensor, start: torch.Tensor, end: torch.Tensor, x0=None):
+        """`(x at level end, dn(x0_hat))` from x at level `start`: Eq. 2 with the normalisation of Sec. 3.4."""
+        x0 = (sample - (1 - start).sqrt() * epsilon) / start.sqrt() if x0 is None else x0
+        x0, epsilon = self._normalized(x0, epsilon, sample, start, torch.maximum(start, end))
+        return _to_level(x0, epsilon, end), x0
+
+    def _step(self, model_output: torch.Tensor, sample: torch.Tensor, start, end, return_dict: bool):
+        output, working = _working_precision(model_output, sample)
+        x0, epsilon = self._predict(output, working, start)
+        if self.config.solver_order == 2:
+            x0, (working, epsilon) = None, self._second_order(working, epsilon, start, end)
+        reached, x0 = (tensor.to(sample.dtype) for tensor in self._move(epsilon, working, start, end, x0))
+        return DDIMSchedulerOutput(prev_sample=reached, pred_original_sample=x0) if return_dict else (reached, x0)
 
 
 def _to_level(x0: torch.Tensor, epsilon: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -191,6 +242,7 @@ class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
             keeps the raw epsilon as Algorithm 1 prints it.
         timestep_spacing (`str`): `leading` or `trailing`.
         rescale_betas_zero_snr (`bool`): as in `DDIMScheduler`.
+        solver_order (`int`): 1, DDIM as in the paper; 2, Adams-Bashforth of second order at the same cost.
     """
 
     @register_to_config
@@ -213,13 +265,13 @@ class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
         use_clipped_model_output: bool = True,
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
+        solver_order: int = 1,
     ):
         self._build(DDIMScheduler)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Sets the falling grid of timesteps; see [`mirrored_timesteps`] for what is refused."""
-        self.timesteps = torch.from_numpy(self._grid(num_inference_steps)[::-1].copy()).to(device)
-        self.num_inference_steps = num_inference_steps
+        self._begin(num_inference_steps, True, device)
 
     def step(
         self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, return_dict: bool = True
@@ -232,13 +284,8 @@ class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
             sample (`torch.Tensor`): x at `timestep`, `(N, C, H, W)`.
             return_dict (`bool`): an output with `prev_sample` and `pred_original_sample`, or a tuple of the two.
         """
-        output, working = _working_precision(model_output, sample)
         alpha, nearer = self._levels(timestep, self.final_alpha_cumprod)
-        x0, epsilon = self._normalized_prediction(output, working, alpha, nearer)
-        prev_sample = _to_level(x0, epsilon, nearer).to(sample.dtype)
-        if not return_dict:
-            return prev_sample, x0.to(sample.dtype)
-        return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0.to(sample.dtype))
+        return self._step(model_output, sample, alpha, nearer, return_dict)
 
 
 class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerMixin):
@@ -253,7 +300,8 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
             clip_sample (`bool`), set_alpha_to_one (`bool`), steps_offset (`int`), prediction_type (`str`),
             thresholding (`bool`), dynamic_thresholding_ratio (`float`), threshold_per_channel (`bool`),
             threshold_clean_sample (`bool`), clip_sample_range (`float`), use_clipped_model_output (`bool`),
-            timestep_spacing (`str`), rescale_betas_zero_snr (`bool`): as in [`DynamicDDIMScheduler`].
+            timestep_spacing (`str`), rescale_betas_zero_snr (`bool`), solver_order (`int`): as in
+            [`DynamicDDIMScheduler`]; the order of one direction does not bind the other.
         num_fixed_point_iterations (`int`): further network calls in each step that [`refine`] uses to make the step
             the exact inverse of decoding.
     """
@@ -278,16 +326,27 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
         use_clipped_model_output: bool = True,
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
+        solver_order: int = 1,
         num_fixed_point_iterations: int = 0,
     ):
         self._build(DDIMInverseScheduler)
         if num_fixed_point_iterations < 0:
             raise ValueError(f"num_fixed_point_iterations is {num_fixed_point_iterations}: it must be 0 or more")
+        if num_fixed_point_iterations and solver_order != 1:
+            raise ValueError("num_fixed_point_iterations refine steps of solver_order=1, not of another order")
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Sets the rising grid of timesteps; see [`mirrored_timesteps`] for what is refused."""
-        self.timesteps = torch.from_numpy(self._grid(num_inference_steps)).to(device)
-        self.num_inference_steps = num_inference_steps
+        self._begin(num_inference_steps, False, device)
+
+    def network_timestep(self, timestep: int) -> int:
+        """What the network is told in the step that reaches `timestep`.
+
+        With `solver_order=1` it is `timestep`, as in decoding. With 2 it is the level of the sample itself, without
+        which no method is of second order; the clean image counts as the first level.
+        """
+        nearer = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
+        return nearer if self.config.solver_order == 2 and nearer >= 0 else int(timestep)
 
     def step(
         self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, return_dict: bool = True
@@ -300,13 +359,14 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
             sample (`torch.Tensor`): x one stride nearer to the image, `(N, C, H, W)`.
             return_dict (`bool`): an output with `prev_sample` (x at `timestep`) and `pred_original_sample`, or a tuple.
         """
-        output, working = _working_precision(model_output, sample)
         alpha, nearer = self._levels(timestep, self.initial_alpha_cumprod)
-        x0, epsilon = self._normalized_prediction(output, working, nearer, nearer)
-        noisier = _to_level(x0, epsilon, alpha).to(sample.dtype)
-        if not return_dict:
-            return noisier, x0.to(sample.dtype)
-        return DDIMSchedulerOutput(prev_sample=noisier, pred_original_sample=x0.to(sample.dtype))
+        return self._step(model_output, sample, nearer, alpha, return_dict)
+
+    def predict_original(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor) -> torch.Tensor:
+        """`dn(x0_hat)` by this output alone, arguments as in [`step`]; the scheduler stays as it is."""
+        output, working = _working_precision(model_output, sample)
+        _, nearer = self._levels(timestep, self.initial_alpha_cumprod)
+        return self._normalized(*self._predict(output, working, nearer), working, nearer, nearer)[0].to(sample.dtype)
 
     def refine(
         self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, estimate: torch.Tensor
@@ -325,6 +385,6 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
         """
         output, working, current = _working_precision(model_output, sample, estimate)
         alpha, nearer = self._levels(timestep, self.initial_alpha_cumprod)
-        _, epsilon = self._normalized_prediction(output, current, alpha, nearer)
+        _, epsilon = self._normalized(*self._predict(output, current, alpha), current, alpha, nearer)
         x0 = (working - (1 - nearer).sqrt() * epsilon) / nearer.sqrt()
         return _to_level(x0, epsilon, alpha).to(sample.dtype)

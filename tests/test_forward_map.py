@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, ModelMixin
+from diffusers import DDIMInverseScheduler, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from trivial_phantom import train_briefly, trivial_auprc
 
@@ -90,6 +90,25 @@ def test_the_map_of_an_untrained_network_step_by_step(pipe, images):
     expected = total / 4 * (images > 0).any(dim=1)
     assert expected.max() > 1e-3
     torch.testing.assert_close(method.anomaly_map(images), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_walk_of_second_order_is_the_encoding_of_second_order(pipe, images, record_calls):
+    pipe.inverse_scheduler = DynamicDDIMInverseScheduler(solver_order=2)
+    calls, method = record_calls(pipe), ForwardMap(pipe)
+    pipe.invert(images, 0.4, 10)
+    encoding = list(calls)
+    calls.clear()
+    method.settings = {"guidance_scale": 3.0, "strength": 0.4, "num_inference_steps": 10}
+    method.anomaly_map(images)
+    assert [call.timestep for call in calls] == [call.timestep for call in encoding] == [0, 0, 100, 200]
+    for call, encoded in zip(calls, encoding, strict=True):
+        torch.testing.assert_close(call.sample, encoded.sample.repeat(2, 1, 1, 1), rtol=0, atol=1e-5)
+
+
+def test_a_stock_inverse_scheduler_is_refused(pipe):
+    pipe.inverse_scheduler = DDIMInverseScheduler()
+    with pytest.raises(ValueError, match="inverse_scheduler is DDIMInverseScheduler"):
+        ForwardMap(pipe)
 
 
 def test_the_walk_is_the_encoding_with_both_conditions_in_one_batch(pipe, images, record_calls):

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
+from gaussian_data import ALPHAS, STD, exact_epsilon, noise
 
 from diffusers_cf import DynamicDDIMInverseScheduler, DynamicDDIMScheduler, dynamic_normalize
 
@@ -20,23 +21,11 @@ PAIRS = {
 OURS = [name for name in PAIRS if name.startswith("dynamic")]
 BOTH = (DynamicDDIMScheduler, DynamicDDIMInverseScheduler)
 STRENGTHS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-STD = 0.2  # the data lie well inside [-1, 1], where normalisation changes nothing
-ALPHAS = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)  # the noise schedule, written out
-
-
-def noise(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def pair(name, **options):
     forward, inverse, base = PAIRS[name]
     return forward(**base, **options), inverse(**base, **options)
-
-
-def exact_epsilon(sample, timestep):
-    """The best prediction of the noise in a sample of N(0, STD^2) data at a timestep."""
-    alpha = ALPHAS[int(timestep)].to(sample.dtype)
-    return (1 - alpha).sqrt() * sample / (alpha * STD**2 + 1 - alpha)
 
 
 @functools.cache
@@ -362,9 +351,12 @@ CHANGED = {
 
 @pytest.mark.parametrize("scheduler_class", BOTH)
 def test_every_argument_survives_saving(scheduler_class, tmp_path):
-    options = CHANGED | ({"num_fixed_point_iterations": 2} if scheduler_class is DynamicDDIMInverseScheduler else {})
+    rises = scheduler_class is DynamicDDIMInverseScheduler
+    # the two that exclude each other
+    options = CHANGED | ({"num_fixed_point_iterations": 2} if rises else {"solver_order": 2})
     default = scheduler_class()
-    assert {k for k in default.config if not k.startswith("_") and k != "trained_betas"} == set(options)
+    arguments = {k for k in default.config if not k.startswith("_")} - {"trained_betas"}
+    assert arguments == set(options) | {"solver_order"}
     assert all(default.config[k] != value for k, value in options.items())
     scheduler_class(**options).save_pretrained(tmp_path)
     loaded = scheduler_class.from_pretrained(tmp_path)

@@ -16,10 +16,11 @@ class ForwardMap(AnomalyMethod):
     idea is AnoFPDM's (Che et al. 2025), which compares with the image itself, and chooses weights and end by itself.
 
     Args:
-        pipe ([`CounterfactualDDIMPipeline`]): a trained conditional pipeline; the first class is the target.
+        pipe ([`CounterfactualDDIMPipeline`]): a trained conditional pipeline with a [`DynamicDDIMInverseScheduler`]; the
+            first class is the target.
 
     Raises:
-        ValueError: the pipeline has no class encoder.
+        ValueError: the pipeline has no class encoder, or a stock inverse scheduler.
     """
 
     # The guided difference is proportional to the scale but for normalisation, so few scales tell all.
@@ -32,6 +33,9 @@ class ForwardMap(AnomalyMethod):
     def __init__(self, pipe: CounterfactualDDIMPipeline):
         if pipe.class_encoder is None:
             raise ValueError("pipe has no class_encoder: a forward map compares conditions")
+        if not hasattr(pipe.inverse_scheduler, "predict_original"):
+            name = type(pipe.inverse_scheduler).__name__
+            raise ValueError(f"inverse_scheduler is {name}: a forward map needs DynamicDDIMInverseScheduler")
         super().__init__()
         self.pipe = pipe
 
@@ -79,17 +83,16 @@ class ForwardMap(AnomalyMethod):
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
         for t in scheduler.timesteps[:steps]:
             with torch.no_grad():
-                null, target = self._predict_both(latents, t)
-                encoded = scheduler.step(null, t, latents)
-                changes = {}
+                null, target = self._predict_both(latents, scheduler.network_timestep(t))
+                clean, changes = scheduler.predict_original(null, t, latents), {}
                 for scale in scales:
-                    guided = scheduler.step(implicit_guidance(null, target, scale), t, latents).pred_original_sample
+                    guided = scheduler.predict_original(implicit_guidance(null, target, scale), t, latents)
                     # the network's range [-1, 1] is twice as wide as the input's
-                    changes[scale] = (encoded.pred_original_sample - guided).abs().mean(dim=1) / 2
-                latents = encoded.prev_sample
+                    changes[scale] = (clean - guided).abs().mean(dim=1) / 2
+                latents = scheduler.step(null, t, latents).prev_sample
             yield changes
 
-    def _predict_both(self, sample: torch.Tensor, timestep: torch.Tensor) -> Sequence[torch.Tensor]:
+    def _predict_both(self, sample: torch.Tensor, timestep: int) -> Sequence[torch.Tensor]:
         """Noise predicted under null and target, each `(N, C, h, w)`, in one batch."""
         encoder, count = self.pipe.class_encoder, len(sample)
         condition = self.pipe.encode_classes([None] * count + [encoder.config.class_names[0]] * count, 2 * count)

@@ -1,0 +1,111 @@
+"""Steps of second order: their order on a flow that is known exactly, and their arithmetic."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from gaussian_data import ALPHAS, STD, exact_epsilon, noise
+
+from diffusers_cf import DynamicDDIMInverseScheduler, DynamicDDIMScheduler, dynamic_normalize
+
+
+BOTH = (DynamicDDIMScheduler, DynamicDDIMInverseScheduler)
+
+
+def flow_error(scheduler_class, order, steps, strength=0.5):
+    """Mean |x - exact| at the end of a walk between levels 0 and L, on the flow x_t ~ sqrt(variance of x_t)."""
+    scheduler = scheduler_class(solver_order=order, thresholding=False)
+    scheduler.set_timesteps(steps)
+    grid = scheduler.timesteps.sort().values[: round(steps * strength)].tolist()
+    exact = {t: (ALPHAS[t] * STD**2 + 1 - ALPHAS[t]).sqrt() * noise(2, 2, 16, 16, dtype=torch.float64) for t in grid}
+    rises = scheduler_class is DynamicDDIMInverseScheduler
+    x = exact[grid[0] if rises else grid[-1]]
+    for t in grid[1:] if rises else grid[:0:-1]:
+        told = scheduler.network_timestep(t) if rises else t
+        x = scheduler.step(exact_epsilon(x, told), t, x).prev_sample
+    return (x - exact[grid[-1] if rises else grid[0]]).abs().mean().item()
+
+
+@pytest.mark.parametrize("scheduler_class", BOTH)
+@pytest.mark.parametrize("order", [1, 2])
+def test_error_falls_with_the_power_of_the_step_size_that_is_the_order(scheduler_class, order):
+    coarse, fine, finest = (flow_error(scheduler_class, order, steps) for steps in (100, 200, 500))
+    assert 0.8 * 2**order < coarse / fine < 1.25 * 2**order
+    assert 0.8 * 2.5**order < fine / finest < 1.25 * 2.5**order
+
+
+@pytest.mark.parametrize("scheduler_class", BOTH)
+def test_second_order_is_nearer_to_the_flow_at_the_same_cost(scheduler_class):
+    assert flow_error(scheduler_class, 2, 50) < flow_error(scheduler_class, 1, 50) / 3
+
+
+def test_steps_of_second_order_written_out():
+    """From the clean image one of first order, then one that is walked again by the trapezoidal rule, then two more."""
+    inverse = DynamicDDIMInverseScheduler(solver_order=2, thresholding=False)
+    inverse.set_timesteps(20)
+    timesteps, slopes = (0, 50, 100, 150), [noise(1, 1, 4, 4, seed=i) for i in range(4)]
+    image = x = STD * noise(1, 1, 4, 4, seed=9)
+    for t, slope in zip(timesteps, slopes, strict=True):
+        x = inverse.step(slope, t, x).prev_sample
+    rho = [0.0, *((1 / ALPHAS[t] - 1).sqrt().item() for t in timesteps)]
+    lengths = [after - before for before, after in pairwise(rho)]
+    first = lengths[0] * slopes[0] + lengths[1] * (slopes[1] + slopes[2]) / 2
+    middles = [slopes[i] + lengths[i] / lengths[i - 1] / 2 * (slopes[i] - slopes[i - 1]) for i in (2, 3)]
+    expected = image + first + lengths[2] * middles[0] + lengths[3] * middles[1]
+    torch.testing.assert_close(x / ALPHAS[150].sqrt().float(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_step_to_the_clean_image_is_of_first_order():
+    scheduler, x = DynamicDDIMScheduler(solver_order=2), noise(1, 1, 8, 8)
+    scheduler.set_timesteps(20)
+    for t in (100, 50):
+        x = scheduler.step(noise(1, 1, 8, 8, seed=t), t, x).prev_sample
+    expected = (x - (1 - ALPHAS[0]).sqrt() * noise(1, 1, 8, 8, seed=7)) / ALPHAS[0].sqrt()
+    reached = scheduler.step(noise(1, 1, 8, 8, seed=7), 0, x).prev_sample
+    torch.testing.assert_close(reached, expected.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_new_walk_of_second_order_forgets_the_last_one():
+    inverse = DynamicDDIMInverseScheduler(solver_order=2)
+    walks = []
+    for _ in range(2):
+        inverse.set_timesteps(20)
+        walks.append(inverse.step(noise(1, 1, 4, 4), 50, noise(1, 1, 4, 4, seed=1)).prev_sample)
+    assert torch.equal(*walks)
+
+
+def test_the_network_is_told_the_level_of_its_sample_where_the_order_is_two():
+    for order, told in ((1, [0, 50, 100]), (2, [0, 0, 50])):
+        inverse = DynamicDDIMInverseScheduler(solver_order=order)
+        inverse.set_timesteps(20)
+        assert [inverse.network_timestep(t) for t in inverse.timesteps[:3]] == told
+
+
+def test_a_look_at_the_clean_image_leaves_a_walk_as_it_is():
+    inverse, x, output = DynamicDDIMInverseScheduler(solver_order=2), noise(1, 2, 8, 8), noise(1, 2, 8, 8, seed=1)
+    inverse.set_timesteps(20)
+    inverse.step(output, 50, x)
+    seen = inverse.predict_original(2 * output, 100, x)
+    reached = inverse.step(2 * output, 100, x).prev_sample
+    inverse.set_timesteps(20)
+    inverse.step(output, 50, x)
+    assert torch.equal(inverse.step(2 * output, 100, x).prev_sample, reached)
+    alpha = ALPHAS[50]
+    expected = dynamic_normalize((x - (1 - alpha).sqrt() * 2 * output) / alpha.sqrt())
+    torch.testing.assert_close(seen, expected.float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler_class", BOTH)
+def test_orders_that_do_not_exist_are_refused(scheduler_class):
+    with pytest.raises(ValueError, match="solver_order is 3"):
+        scheduler_class(solver_order=3)
+    with pytest.raises(ValueError, match="num_fixed_point_iterations"):
+        DynamicDDIMInverseScheduler(solver_order=2, num_fixed_point_iterations=1)
+
+
+def test_the_order_survives_saving(tmp_path):
+    DynamicDDIMInverseScheduler(solver_order=2).save_pretrained(tmp_path)
+    assert DynamicDDIMInverseScheduler.from_pretrained(tmp_path).config.solver_order == 2
+    assert (
+        DynamicDDIMInverseScheduler.from_config(DynamicDDIMScheduler(solver_order=2).config).config.solver_order == 2
+    )
