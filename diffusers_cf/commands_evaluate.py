@@ -103,7 +103,7 @@ def _load_model(args: argparse.Namespace, dataset: SliceDataset) -> dict:
     if pipe.unet.config.in_channels != dataset.preprocessing["channels"]:
         channels = pipe.unet.config.in_channels
         raise InputError(f"{args.model} takes {channels} channels, not the {dataset.preprocessing['channels']} given")
-    names = ("guidance_scale", "strength", "num_inference_steps", "map", "threshold")
+    names = ("settings", "guidance_scale", "strength", "num_inference_steps", "map", "threshold")
     try:
         settings = pipe.resolve_settings(**{name: getattr(args, name) for name in names})
         pipe.scheduler.set_timesteps(settings["num_inference_steps"])
@@ -120,7 +120,7 @@ def _load_model(args: argparse.Namespace, dataset: SliceDataset) -> dict:
 
 def _load_baseline(args: argparse.Namespace, dataset: SliceDataset) -> dict:
     """Returns a baseline's keyword arguments for `evaluate`, and `settings`."""
-    for name in ("guidance_scale", "strength", "num_inference_steps", "map"):
+    for name in ("settings", "guidance_scale", "strength", "num_inference_steps", "map"):
         if getattr(args, name) is not None:
             raise InputError(f"--{name} is a setting of models, not of --method {args.method}")
     method = make_baseline(args.method, dataset.preprocessing["modalities"])

@@ -8,6 +8,7 @@ import torch
 from diffusers_cf.errors import InputError
 from diffusers_cf.heatmaps import MAPS
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+from diffusers_cf.settings import NAMES
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,6 +26,9 @@ def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int = 16) 
 
 def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the settings that a model recommends and a command may replace, all but the threshold."""
+    parser.add_argument(
+        "--settings", choices=NAMES, help="where settings come from that are not given: the model, or the paper"
+    )
     parser.add_argument("--guidance_scale", type=float, help="this and the next three: what the model recommends")
     parser.add_argument("--strength", type=float)
     parser.add_argument("--num_inference_steps", type=int)

@@ -131,13 +131,14 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         """Height and width at which the network works, in pixels."""
         return tuple(np.broadcast_to(self.unet.config.sample_size, 2).tolist())
 
-    def resolve_settings(self, **given) -> dict:
+    def resolve_settings(self, settings: str | None = None, **given) -> dict:
         """Settings with each None replaced by what the model recommends, else by the paper's.
 
         Args:
+            settings: `paper` for the authors' in the place of what the model recommends.
             **given: any of `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; checked.
         """
-        return settings_in_use(self.preprocessing.get("settings", {}), given)
+        return settings_in_use(self.preprocessing, given, settings)
 
     def network_evaluations(self, **settings) -> int:
         """Network evaluations for one image: K to encode, K or 2K to decode, K more for a reconstruction."""
@@ -309,6 +310,7 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         output_type: str = "pt",
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
+        settings: str | None = None,
     ) -> CounterfactualOutput | tuple:
         r"""Algorithm 1: encode with the null condition, decode towards the target, compare.
 
@@ -328,6 +330,7 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
             return_dict (`bool`): [`CounterfactualOutput`], or the tuple of its fields.
             callback_on_step_end (`Callable`, *optional*): `(pipe, step, timestep, {"latents"}) -> dict`, called after
                 each step of encoding and of decoding.
+            settings (`str`, *optional*): `paper`, what isn't given is the paper's, whatever the model recommends.
 
         Raises:
             ValueError: for an argument outside its range, or schedulers that don't mirror each other.
@@ -347,7 +350,11 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         images = torch.as_tensor(images)
         self.check_inputs(images)
         settings = self.resolve_settings(
-            guidance_scale=guidance_scale, strength=strength, num_inference_steps=num_inference_steps, map=map
+            settings,
+            guidance_scale=guidance_scale,
+            strength=strength,
+            num_inference_steps=num_inference_steps,
+            map=map,
         )
         images = images.to(self._execution_device, torch.float32)
         filled = (images > 0).flatten(1).any(dim=1)

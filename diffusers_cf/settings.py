@@ -17,21 +17,30 @@ PAPER_SETTINGS = {
 }
 
 
-def settings_in_use(recommended: Mapping, given: Mapping) -> dict:
-    """Every setting of [`PAPER_SETTINGS`], checked; None stands for "not set" in both arguments.
+NAMES = ("recommended", "paper")
+
+
+def settings_in_use(facts: Mapping, given: Mapping, name: str | None = None) -> dict:
+    """Every setting of [`PAPER_SETTINGS`], checked; None stands for "not set" everywhere.
 
     Args:
-        recommended: by a model, from its preprocessing.json; what is unknown here is left out.
-        given: by the caller.
+        facts: a model's preprocessing.json: its `settings` are recommended (those unknown here are left out), its
+            `paper_threshold` belongs to the paper's.
+        given: by the caller; comes first.
+        name: where the others come from: `recommended`, the default, or `paper`.
 
     Raises:
-        ValueError: a setting is unknown or out of its range.
+        ValueError: a setting or the name is unknown, or a setting out of its range.
     """
     unknown = set(given) - set(PAPER_SETTINGS)
     if unknown:
         raise ValueError(f"setting {unknown.pop()!r} is unknown: it must be one of {', '.join(PAPER_SETTINGS)}")
-    known = {k: v for k, v in recommended.items() if k in PAPER_SETTINGS and v is not None}
-    settings = PAPER_SETTINGS | known | {k: v for k, v in given.items() if v is not None}
+    if name not in (None, *NAMES):
+        raise ValueError(f"settings is {name!r}: it must be one of {', '.join(NAMES)}")
+    chosen = {"threshold": facts.get("paper_threshold")} if name == "paper" else facts.get("settings", {})
+    settings = dict(PAPER_SETTINGS)
+    for source in (chosen, given):
+        settings |= {k: v for k, v in source.items() if k in PAPER_SETTINGS and v is not None}
     if settings["map"] not in MAPS:
         raise ValueError(f"map is {settings['map']!r}: it must be one of {', '.join(MAPS)}")
     if not 0 <= settings["strength"] <= 1:

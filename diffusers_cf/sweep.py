@@ -23,6 +23,7 @@ from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.plots import plot_sweep
 from diffusers_cf.postprocessing import foreground_mask, postprocess_maps
 from diffusers_cf.provenance import command_line, package_commit
+from diffusers_cf.settings import NAMES, PAPER_SETTINGS
 from diffusers_cf.trajectories import heatmaps_of_settings
 
 
@@ -216,7 +217,8 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_slices", type=int, default=256, help="evenly spread over the split (256, the paper's number)")
     add("--max_evaluations", type=int, help="recommend a setting of at most so many network evaluations a slice")
     add_device_arguments(parser, batch_size=32)
-    add("--store", action="store_true", help="write the best setting into the model folder as its recommendation")
+    add("--store", nargs="?", const="recommended", choices=NAMES, help="write the best setting into the model folder as "
+        "its recommendation; with `paper` the threshold for the paper's setting, the only one of the sweep")  # fmt: skip
 
 
 def run_sweep(args: argparse.Namespace) -> int:
@@ -252,7 +254,9 @@ def run_sweep(args: argparse.Namespace) -> int:
     print(f"best: {asdict(best)}")
     if args.store:
         kept = {"signs": pipe.preprocessing["signs"]} if "signed" in args.maps else {}
-        store_settings(args.model, best, facts, kept | {"evaluation_size": dataset.preprocessing["size"]})
+        kept["evaluation_size"] = dataset.preprocessing["size"]
+        store = store_settings if args.store == "recommended" else store_paper_threshold
+        store(args.model, best, facts, kept)
     return 0
 
 
@@ -264,6 +268,12 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--strengths {args.strengths}: each must lie in (0, 1]")
     if args.store:
         _check_model_folder(args.model)
+    swept = [args.guidance_scales, args.strengths, args.num_inference_steps, args.maps]
+    names = ("guidance_scale", "strength", "num_inference_steps", "map")
+    scale, strength, steps, kind = (PAPER_SETTINGS[name] for name in names)
+    if args.store == "paper" and swept != [[scale], [strength], steps, [kind]]:
+        options = "--guidance_scales 3 --strengths 0.75 --maps counterfactual --num_inference_steps 100"
+        raise InputError(f"--store paper needs a sweep of the paper's setting alone: {options}")
 
 
 def _check_slices(dataset: SliceDataset, indices: Sequence[int], args: argparse.Namespace) -> None:
@@ -305,6 +315,13 @@ def store_settings(folder: str, best: SweepPoint, facts: dict, more: dict) -> No
     known = loading.read_preprocessing(folder)
     stored = {"settings": settings, "settings_chosen_by": chosen} | more
     saving.write_preprocessing(folder, known | stored)
+
+
+def store_paper_threshold(folder: str, point: SweepPoint, facts: dict, more: dict) -> None:
+    """Writes the threshold of the paper's setting into the model folder's preprocessing.json, and what chose it."""
+    _check_model_folder(folder)
+    stored = {"paper_threshold": point.threshold, "paper_threshold_chosen_by": facts}
+    saving.write_preprocessing(folder, loading.read_preprocessing(folder) | stored | more)
 
 
 def _check_model_folder(folder: str) -> None:

@@ -42,7 +42,7 @@ from diffusers_cf.segment import (
 )
 
 
-SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "map", "threshold")
+SETTINGS = ("settings", "guidance_scale", "strength", "num_inference_steps", "map", "threshold")
 REPORT = "report.json"
 # Pixels along a side of the slices on which thresholds are chosen, as `prepare` cuts them unless told otherwise.
 EVALUATION_SIZE = 128
@@ -84,7 +84,7 @@ def segment_patient(
         overwrite: Replace what was made with another model, settings or scans.
         progress: Whether to show a progress bar.
         **settings: `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; None = what the model
-            recommends.
+            recommends, or with `settings="paper"` the paper's.
 
     Returns:
         The content of report.json. `dice` (of the mask) and `auprc` (of the heatmap) over all voxels where a seg file

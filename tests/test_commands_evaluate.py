@@ -115,12 +115,23 @@ def test_settings_of_the_command_line_win(dataset, model, tmp_path):
     assert result["per_patient_dice"]["threshold"] == 0.5
 
 
+def test_the_papers_settings_by_name(dataset, model, tmp_path):
+    output = tmp_path / "RESULT.json"
+    options = ["--settings", "paper", "--num_inference_steps", 20, "--max_patients", 1]
+    assert run("--model", model, "--dataset", dataset, "--output", output, *options) == 0
+    result = json.loads(output.read_text())
+    expected = {"guidance_scale": 3.0, "strength": 0.75, "num_inference_steps": 20, "map": "counterfactual"}
+    assert result["settings"] == expected | {"threshold": None}
+    assert result["network_evaluations_per_slice"] == 45
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--method", "thresh"], "there is no method thresh"),
         (["--method", "threshold-t2"], "needs the modality t2, but the images hold flair, t1"),
         (["--method", "threshold", "--strength", "0.5"], "--strength is a setting of models"),
+        (["--method", "threshold", "--settings", "paper"], "--settings is a setting of models"),
         (["--method", "threshold", "--split", "train"], "has no slices in its split train"),
         (["--method", "threshold", "--batch_size", "0"], "--batch_size must be at least 1, not 0"),
         (["--method", "threshold", "--output", "RESULT.txt"], "the output must be a file RESULT.json"),

@@ -239,6 +239,17 @@ def test_bad_arguments_are_refused(pipe, images, options, message):
         pipe(images, **SHORT | options)
 
 
+def test_the_papers_settings_by_name(pipe, images, record_calls):
+    pipe.preprocessing = {"settings": {"strength": 0.1, "num_inference_steps": 10}}
+    calls = record_calls(pipe)
+    named = pipe(images, settings="paper", num_inference_steps=20).heatmaps
+    assert len(calls) == 2 * 15
+    assert torch.equal(named, pipe(images, None, 3.0, 0.75, 20, "counterfactual").heatmaps)
+    assert pipe.network_evaluations(settings="paper") == 225
+    with pytest.raises(ValueError, match="settings is 'papers': it must be one of recommended, paper"):
+        pipe(images, settings="papers")
+
+
 def test_settings_come_from_the_call_else_the_model_else_the_paper(pipe, record_calls, images):
     paper = {"guidance_scale": 3.0, "strength": 0.75, "num_inference_steps": 100, "map": "counterfactual"}
     assert pipe.resolve_settings() == paper | {"threshold": None}
@@ -249,6 +260,10 @@ def test_settings_come_from_the_call_else_the_model_else_the_paper(pipe, record_
     given = {"guidance_scale": 0, "strength": 0.0, "num_inference_steps": 20, "map": "counterfactual"}
     assert pipe.resolve_settings(**given) == given | {"threshold": 0.1}
     assert pipe.resolve_settings(**dict.fromkeys(given)) == pipe.resolve_settings()
+    pipe.preprocessing |= {"paper_threshold": 0.3}
+    assert pipe.resolve_settings(settings="paper") == paper | {"threshold": 0.3}
+    assert pipe.resolve_settings(settings="paper", **given) == given | {"threshold": 0.3}
+    assert pipe.resolve_settings(settings="recommended") == pipe.resolve_settings()
     calls = record_calls(pipe)
     heatmaps = pipe.anomaly_map(images)
     assert [(call.timestep, len(call.sample)) for call in calls] == [

@@ -11,6 +11,7 @@ import pytest
 import torch
 from training_data import CLASSES, made_patient, write_training_set
 
+from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.cli import build_parser, main
 from diffusers_cf.data.slices import SliceDataset, slices_to_table, write_tables
 from diffusers_cf.provenance import command_line
@@ -54,6 +55,29 @@ def test_the_best_point_of_the_file_is_what_the_model_recommends(files):
         assert facts["settings"][name] == best[name]
     assert len(facts["signs"]) == 2 and facts["evaluation_size"] == 16
     assert facts["settings_chosen_by"]["command"] == document["command"]
+
+
+PAPER = ("--guidance_scales", 3, "--strengths", 0.75, "--maps", "counterfactual", "--num_inference_steps", 100)
+
+
+def test_the_threshold_of_the_papers_setting_is_stored_beside_the_recommended_ones(files):
+    assert sweep(files, "--store") == 0
+    assert sweep(files, *PAPER, "--store", "paper") == 0
+    document = json.loads((files / "out" / "sweep.json").read_text())
+    found = document["best"]
+    pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
+    paper = pipe.resolve_settings(settings="paper")
+    assert paper == {name: found[name] for name in paper} and paper["threshold"] > 0
+    assert pipe.resolve_settings()["num_inference_steps"] == 10
+    assert pipe.preprocessing["paper_threshold_chosen_by"]["command"] == document["command"]
+
+
+@pytest.mark.parametrize("option", PAPER[::2])
+def test_the_threshold_of_another_setting_is_not_stored_as_the_papers(option, files, no_sweep, capsys):
+    other = list(PAPER)
+    other[PAPER.index(option) + 1] = {"--maps": "reconstruction", "--num_inference_steps": 10}.get(option, 0.5)
+    assert sweep(files, *other, "--store", "paper") == 2
+    assert "--store paper needs a sweep of the paper's setting alone" in capsys.readouterr().err
 
 
 def test_a_sweep_without_store_leaves_the_model_as_it_is(files):

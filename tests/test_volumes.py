@@ -62,6 +62,16 @@ def test_zero_steps_give_the_scan_and_no_lesion(pipe, patient, tmp_path):
     assert report["lesion_volume_ml"] == 0 and report["network_evaluations_per_slice"] == 0
 
 
+def test_the_papers_settings_by_name(model, patient, tmp_path, capsys):
+    options = ["--model", model, "--output", tmp_path / "out", "--settings", "paper", "--strength", 0]
+    assert run(patient, *options) == 2  # the model's threshold belongs to its own settings
+    assert "recommends no threshold for the mask: give one by --threshold" in capsys.readouterr().err
+    assert run(patient, *options, "--threshold", 0.5) == 0
+    report = json.loads((tmp_path / "out" / "P_01" / "report.json").read_text())
+    paper = {"guidance_scale": 3.0, "num_inference_steps": 100, "map": "counterfactual"}
+    assert report["settings"] == paper | {"strength": 0.0, "threshold": 0.5}
+
+
 def test_the_heatmap_is_that_of_the_pipeline(patient, tmp_path):
     pipe = make_pipe(field_mm=220.0, percentile=90.0, evaluation_size=64)
     segment_patient(pipe, patient, tmp_path / "out", progress=False)
