@@ -1,6 +1,7 @@
 """`diffusers-cf evaluate`: measures a model folder or a baseline on a split and writes RESULT.json."""
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,14 @@ from diffusers_cf.evaluation import evaluate, write_result
 from diffusers_cf.inference_options import (
     add_device_arguments,
     add_settings_arguments,
+    add_shard_argument,
     check_device_arguments,
     open_pipeline,
+    take_device,
 )
-from diffusers_cf.provenance import command_line, package_commit
+from diffusers_cf.measuring import begin_parts
+from diffusers_cf.processes import share_of_work
+from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +43,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max_patients", type=int, help="only the first patients in alphabetical order")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, default: %(default)s")
+    add_shard_argument(parser, "puts the result together")
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -46,6 +52,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     Raises:
         InputError: Model, data set, options or output can't be used.
     """
+    share = share_of_work(args.shard)
+    take_device(args, share)
     check_device_arguments(args)
     if args.max_patients is not None and args.max_patients < 1:
         raise InputError(f"--max_patients must be at least 1, not {args.max_patients}")
@@ -56,29 +64,39 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if not len(dataset):
         raise InputError(f"{args.dataset} has no slices in its split {args.split}")
     method = _load_model(args, dataset) if args.model else _load_baseline(args, dataset)
-    settings = method.pop("settings")
+    settings, fingerprint = method.pop("settings"), method.pop("fingerprint")
+    facts = _facts(args, dataset, settings)
+    parts = output.with_suffix(".parts")
+    begin_parts(parts, facts | {"fingerprint": fingerprint})
     result = evaluate(
         dataset=dataset,
         threshold=settings["threshold"],
         indices=_rows_of_first_patients(dataset.patients, args.max_patients),
         counts_path=output.with_suffix(".counts.npz"),
         seed=args.seed,
+        parts=parts,
+        share=share,
         **method,
     )
-    facts = {
+    if result is not None:
+        write_result({**result, **facts, "command": command_line(), "commit": package_commit()}, output)
+        shutil.rmtree(parts)
+        print(_summary(result, output))
+    elif share.is_shard:
+        print(f"shard {args.shard} is measured; the same command without --shard puts all together -> {output}")
+    return 0
+
+
+def _facts(args: argparse.Namespace, dataset: SliceDataset, settings: dict) -> dict:
+    return {
         "model" if args.model else "method": args.model or args.method,
         "settings": settings,
         "dataset": {"folder": args.dataset, "split": args.split, **dataset.preprocessing},
         "max_patients": args.max_patients,
         "seed": args.seed,
-        "command": command_line(),
-        "commit": package_commit(),
         "device": args.device,
         "dtype": args.dtype,
     }
-    write_result({**result, **facts}, output)
-    print(_summary(result, output))
-    return 0
 
 
 def _output_file(path: str) -> Path:
@@ -115,6 +133,7 @@ def _load_model(args: argparse.Namespace, dataset: SliceDataset) -> dict:
         "batch_size": args.batch_size,
         "network_evaluations_per_slice": pipe.network_evaluations(**call),
         "settings": settings,
+        "fingerprint": model_fingerprint(pipe),
     }
 
 
@@ -133,6 +152,7 @@ def _load_baseline(args: argparse.Namespace, dataset: SliceDataset) -> dict:
         "batch_size": None if method.whole_patient else args.batch_size,
         "network_evaluations_per_slice": method.network_evaluations_per_slice,
         "settings": {"threshold": args.threshold},
+        "fingerprint": None,
     }
 
 

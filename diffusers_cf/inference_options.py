@@ -8,6 +8,7 @@ import torch
 from diffusers_cf.errors import InputError
 from diffusers_cf.heatmaps import MAPS
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+from diffusers_cf.processes import Share
 from diffusers_cf.settings import NAMES
 
 
@@ -33,6 +34,20 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strength", type=float)
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--map", choices=MAPS)
+
+
+def add_shard_argument(parser: argparse.ArgumentParser, last: str) -> None:
+    """Adds `--shard`; `last` is what the command does without it, once all shards are done."""
+    text = (
+        f"the i-th of n equal parts of the work, for machines without a launcher; without it the same command {last}"
+    )
+    parser.add_argument("--shard", metavar="i/n", help=text)
+
+
+def take_device(args: argparse.Namespace, share: Share) -> None:
+    """Gives each process that a launcher started on a machine a GPU of its own, unless `--device` names one."""
+    if share.launched and args.device == "cuda":
+        args.device = f"cuda:{share.local_index % torch.cuda.device_count()}"
 
 
 def check_device_arguments(args: argparse.Namespace) -> None:

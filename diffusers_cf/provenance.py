@@ -1,10 +1,14 @@
-"""Where a result comes from: the command that made it, and the commit of the package."""
+"""Where a result comes from: the command that made it, the commit of the package, the model."""
 
 import functools
+import hashlib
+import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 import diffusers_cf
 
@@ -30,3 +34,16 @@ def command_line() -> str:
     """Returns the command that runs, as one would type it again."""
     program = Path(sys.argv[0])
     return shlex.join([{"cli.py": "diffusers-cf"}.get(program.name, program.name), *sys.argv[1:]])
+
+
+def model_fingerprint(pipe) -> str:
+    """SHA-256 over class, configuration and weights of every component, as they are in memory."""
+    digest = hashlib.sha256()
+    for name, component in sorted(pipe.components.items()):
+        config = {key: value for key, value in getattr(component, "config", {}).items() if not key.startswith("_")}
+        description = [name, type(component).__name__, config]
+        digest.update(json.dumps(description, sort_keys=True, default=str).encode())
+        for key, tensor in component.state_dict().items() if isinstance(component, torch.nn.Module) else ():
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,7 +1,6 @@
 """`diffusers-cf segment`: patient folders to heatmap, mask and counterfactual as NIfTI, in the scan's own geometry."""
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -12,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from diffusers_cf.arguments import make_folder
 from diffusers_cf.data.geometry import FIELD_MM, PERCENTILE, check_geometry
@@ -22,12 +20,16 @@ from diffusers_cf.evaluation import dice
 from diffusers_cf.inference_options import (
     add_device_arguments,
     add_settings_arguments,
+    add_shard_argument,
     check_device_arguments,
     open_pipeline,
+    take_device,
 )
 from diffusers_cf.loading import sha256_of
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.pixel_counts import PixelCounts
+from diffusers_cf.processes import share_of_work
+from diffusers_cf.provenance import model_fingerprint
 from diffusers_cf.segment import (
     PatientVolumes,
     SliceMaps,
@@ -165,19 +167,6 @@ def segmentation_facts(pipe: CounterfactualDDIMPipeline, model: str = "", **sett
     }
 
 
-def model_fingerprint(pipe: CounterfactualDDIMPipeline) -> str:
-    """SHA-256 over class, configuration and weights of every component, as they are in memory."""
-    digest = hashlib.sha256()
-    for name, component in sorted(pipe.components.items()):
-        config = {key: value for key, value in getattr(component, "config", {}).items() if not key.startswith("_")}
-        description = [name, type(component).__name__, config]
-        digest.update(json.dumps(description, sort_keys=True, default=str).encode())
-        for key, tensor in component.state_dict().items() if isinstance(component, torch.nn.Module) else ():
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _scan_sha256(path: Path) -> str:
     try:
         return sha256_of(path)
@@ -258,10 +247,11 @@ def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threshold", type=float, help="heat from which on a voxel is lesion; a change of 1 = 99th percentile")
     add_device_arguments(parser)
     add("--overwrite", action="store_true", help="replace patients finished with another model or other settings")
+    add_shard_argument(parser, "does what shards have left")
 
 
 def run_segment(args: argparse.Namespace) -> int:
-    """Segments every patient, printing a line for each; one that fails does not stop the others.
+    """Segments every patient of this process, printing a line for each; one that fails does not stop the others.
 
     Returns:
         0, or 2 if a patient failed: stderr then ends in one line for each of them.
@@ -269,14 +259,17 @@ def run_segment(args: argparse.Namespace) -> int:
     Raises:
         InputError: Model, options or output can't be used, or two patients have the same name.
     """
+    share = share_of_work(args.shard)
+    take_device(args, share)
     _check_arguments(args)
     pipe = open_pipeline(args.model, args.device, args.dtype)
     settings = {name: getattr(args, name) for name in SETTINGS}
     segmentation_facts(pipe, args.model, **settings)
     make_folder(args.output)
     options = {"model": args.model, "batch_size": args.batch_size, "overwrite": args.overwrite}
+    options["progress"] = share.is_main or share.is_shard
     failures = []
-    for folder in args.patients:
+    for folder in share.of(args.patients):
         target = Path(args.output) / patient_name(folder)
         skip = target.exists() and not args.overwrite
         try:
@@ -288,7 +281,8 @@ def run_segment(args: argparse.Namespace) -> int:
         print(
             f"{target.name}: {report['lesion_volume_ml']:.1f} ml above the threshold, {state} -> {target}", flush=True
         )
-    for failure in failures:
+    failures = share.gather(failures)
+    for failure in failures if share.is_main or share.is_shard else ():
         print(f"error: {' '.join(failure.split())}", file=sys.stderr)
     return 2 if failures else 0
 

@@ -3,42 +3,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from evaluation_data import MODALITIES, SIZE, write_dataset
 
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.baselines import make_baseline
 from diffusers_cf.commands_evaluate import add_evaluate_arguments, run_evaluate
-from diffusers_cf.data.slices import PatientSlices, SliceDataset, slices_to_table, write_tables
+from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.evaluation import evaluate
 from diffusers_cf.models import class_token_encoder, counterfactual_unet
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.provenance import package_commit
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
-
-
-SIZE, MODALITIES = 32, ["flair", "t1"]
-
-
-def write_dataset(folder, has_masks=True, patients=3):
-    """A slice data set of discs with a bright square in FLAIR, all in the split `test`."""
-    rng, facts = np.random.default_rng(0), {"dtype": "float16", "scale": 1}
-    y, x = np.mgrid[:SIZE, :SIZE] - 15.5
-    tables = []
-    for i in range(patients):
-        images = (x**2 + y**2 < 196) * rng.uniform(0.2, 0.8, (4, 2, SIZE, SIZE)).astype(np.float32)
-        masks = np.zeros((4, SIZE, SIZE), dtype=np.uint8)
-        masks[:2, 10:17, 12:19] = 1
-        images[:, 0] += 0.3 * masks
-        labels, slices = np.array([1, 1, 0, 0]), np.arange(4)
-        found = PatientSlices(f"p{i}", images, labels, slices, masks if has_masks else None)
-        tables.append(slices_to_table(found, ("healthy", "unhealthy"), **facts))
-    (folder / "data").mkdir(parents=True)
-    write_tables(folder / "data" / "test-00000-of-00001.parquet", tables, ("healthy", "unhealthy"))
-    empty = {"patients": 0, "slices": 0, "unhealthy": 0}
-    facts |= {"version": 1, "source": "arrays", "seed": 3, "size": SIZE, "channels": 2, "modalities": MODALITIES}
-    facts |= {"class_names": ["healthy", "unhealthy"], "has_masks": has_masks}
-    facts["splits"] = {"train": empty, "validation": empty, "test": {"patients": patients, "slices": 4 * patients}}
-    (folder / "preprocessing.json").write_text(json.dumps(facts))
-    return folder
 
 
 @pytest.fixture(scope="module")

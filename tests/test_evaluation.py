@@ -3,59 +3,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from evaluation_data import FakeDataset
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import bootstrap_interval, dice, evaluate, read_counts, write_result
 from diffusers_cf.postprocessing import postprocess_maps, remove_small_components
-
-
-SIZE = 24
-
-
-class FakeDataset:
-    """The interface of `SliceDataset` over arrays: discs of noise, some with a square lesion in the second channel."""
-
-    has_masks = True
-
-    def __init__(self, slices_of_patients=(5, 4, 6), seed=0, size=SIZE):
-        rng = np.random.default_rng(seed)
-        n = sum(slices_of_patients)
-        y, x = np.mgrid[:size, :size] - (size - 1) / 2
-        radius = rng.uniform(0.3, 0.48, (n, 1, 1, 1)) * size
-        self.images = ((x**2 + y**2 < radius**2) * rng.uniform(0.2, 0.8, (n, 2, size, size))).astype(np.float32)
-        self.masks = np.zeros((n, size, size), dtype=np.uint8)
-        for i in range(0, n, 2):
-            row, column = rng.integers(5, size - 11, 2)
-            self.masks[i, row : row + 6, column : column + 6] = 1
-        self.images[:, 1] += 0.3 * self.masks
-        self.masks[::2, 0, :4] = 1  # lesion pixels in the background, as at the edge of a scan
-        self.labels = self.masks.any((1, 2)).astype(np.int64)
-        names = [f"patient_{chr(97 + i)}" for i in range(len(slices_of_patients))]
-        self.patients = np.repeat(names, slices_of_patients)
-        self.slices = np.concatenate([np.arange(k) + 10 for k in slices_of_patients])
-
-    def shuffled(self, seed=1):
-        order = np.random.default_rng(seed).permutation(len(self))
-        for name in ("images", "masks", "labels", "patients", "slices"):
-            setattr(self, name, getattr(self, name)[order])
-        return self
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitems__(self, indices):
-        assert all(type(index) is int for index in indices)
-        return indices
-
-    def collate(self, rows):
-        return {
-            "images": torch.from_numpy(self.images[rows]),
-            "masks": torch.from_numpy(self.masks[rows]),
-            "labels": torch.from_numpy(self.labels[rows]),
-            "patients": [str(name) for name in self.patients[rows]],
-            "slices": torch.from_numpy(self.slices[rows]),
-        }
 
 
 def second_channel(images):
@@ -239,7 +192,7 @@ def test_without_any_lesion_measures_are_none_and_the_result_is_valid_json(tmp_p
 
 def test_a_constant_map_scores_the_prevalence():
     dataset = FakeDataset()
-    result = evaluate(lambda images: torch.zeros(len(images), SIZE, SIZE), dataset, progress=False)
+    result = evaluate(lambda images: torch.zeros(len(images), 24, 24), dataset, progress=False)
     for part in (result, result["postprocessed"]):
         assert part["auprc"] == pytest.approx((dataset.masks > 0).mean())
         assert part["slice_auroc"] == 0.5

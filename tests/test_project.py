@@ -24,7 +24,9 @@ ALLOWED = {
     **{module: {"errors"} for module in BOTTOM},
     # What evaluation is made of: one chain of post-processing for every method, and the counting that it sums up.
     "pixel_counts": set(),
-    "evaluation": {"errors", "pixel_counts", "postprocessing"},
+    "measuring": {"errors", "pixel_counts", "postprocessing"},
+    "processes": {"errors"},
+    "evaluation": {"errors", "measuring", "pixel_counts", "processes"},
     "images": set(),
     "heatmaps": set(),
     "settings": {"heatmaps"},

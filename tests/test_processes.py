@@ -1,0 +1,188 @@
+"""Several processes and shards: an even split, the same result as one, and nothing measured twice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_files import write_brats
+from evaluation_data import FakeDataset, write_dataset
+from segmentation_files import make_pipe
+
+from diffusers_cf.cli import main
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation import evaluate, read_counts
+from diffusers_cf.processes import Share, share_of_work
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("set") / "dataset", patients=5)
+
+
+class Counting:
+    """A map that counts its calls, and stops the run at one of them."""
+
+    def __init__(self, stop_at=None):
+        self.calls, self.stop_at = 0, stop_at
+
+    def __call__(self, images):
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        return images[:, 1]
+
+
+def without_time(result):
+    return {key: value for key, value in result.items() if key not in ("seconds_per_slice", "command")}
+
+
+def run(*arguments):
+    return main(["evaluate", *(str(argument) for argument in arguments)])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("sizes", [None, [155, 1, 140, 20, 155, 90, 30, 77, 12]])
+def test_parts_are_disjoint_complete_and_even(count, sizes):
+    items = list("abcdefghi")
+    parts = [Share(index, count).of(items, sizes) for index in range(count)]
+    assert sorted(item for part in parts for item in part) == items
+    assert all(part == sorted(part) for part in parts)
+    loads = [sum(1 if sizes is None else sizes[items.index(item)] for item in part) for part in parts]
+    assert max(loads) - min(loads) <= (1 if sizes is None else max(sizes))
+    if count == 2 and sizes:
+        assert max(loads) / sum(loads) < 0.51
+
+
+@pytest.mark.parametrize("shard", ["0/4", "5/4", "4", "a/b", "1/0", "1/2/3", "-1/4"])
+def test_what_is_no_shard_is_refused(shard):
+    with pytest.raises(InputError, match=f"--shard {shard}: it must be i/n"):
+        share_of_work(shard)
+
+
+def test_a_launcher_and_a_shard_exclude_each_other(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="a launcher splits the work by itself"):
+        share_of_work("1/2")
+
+
+def test_without_launcher_or_shard_the_work_is_whole(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    share = share_of_work(None)
+    assert share == Share() and share.is_main and not share.is_shard and share.gather([1]) == [1]
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4, {"raw": 0.5, "postprocessed": 0.3}])
+def test_shards_add_up_to_the_result_of_one_process(threshold, tmp_path):
+    data, options = FakeDataset().shuffled(), {"threshold": threshold, "progress": False}
+    counts = [tmp_path / f"{name}.counts.npz" for name in ("one", "several")]
+    expected = evaluate(Counting(), data, counts_path=counts[0], **options)
+    calls = []
+    for index in range(2):
+        maps = Counting()
+        assert evaluate(maps, data, parts=tmp_path / "parts", share=Share(index, 2), **options) is None
+        calls.append(maps.calls)
+    assert sorted(calls) == [1, 2]
+    last = Counting()
+    found = evaluate(last, data, parts=tmp_path / "parts", counts_path=counts[1], **options)
+    assert last.calls == 0 and without_time(found) == without_time(expected)
+    for (name, one), (other, several) in zip(*map(read_counts, counts), strict=True):
+        assert name == other and np.array_equal(one["raw/slice_scores"], several["raw/slice_scores"])
+
+
+def test_a_stopped_run_goes_on_with_the_patients_that_are_missing(tmp_path):
+    data = FakeDataset()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Counting(stop_at=3), data, parts=tmp_path / "parts", progress=False)
+    rest = Counting()
+    found = evaluate(rest, data, parts=tmp_path / "parts", progress=False)
+    assert rest.calls == 1
+    assert without_time(found) == without_time(evaluate(Counting(), data, progress=False))
+
+
+def test_several_processes_need_one_folder():
+    with pytest.raises(ValueError, match="several processes need one folder"):
+        evaluate(Counting(), FakeDataset(), share=Share(0, 2), progress=False)
+
+
+def test_shards_from_the_command_line(dataset, tmp_path, capsys):
+    options = ["--method", "threshold-flair", "--dataset", dataset, "--output"]
+    assert run(*options, tmp_path / "one.json") == 0
+    for shard in ("1/2", "2/2"):
+        assert run(*options, tmp_path / "several.json", "--shard", shard) == 0
+        assert f"shard {shard} is measured" in capsys.readouterr().out
+        assert not (tmp_path / "several.json").exists()
+    measured = sorted(path.stat().st_mtime_ns for path in (tmp_path / "several.parts").glob("*.npz"))
+    assert len(measured) == 5
+    assert run(*options, tmp_path / "several.json") == 0
+    one, several = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "several"))
+    assert without_time(one) == without_time(several)
+    names = {"one.json", "one.counts.npz", "several.json", "several.counts.npz"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_parts_of_another_run_are_not_taken(dataset, tmp_path, capsys):
+    options = ["--dataset", dataset, "--output", tmp_path / "RESULT.json"]
+    assert run("--method", "threshold-flair", *options, "--shard", "1/2") == 0
+    assert run("--method", "threshold-t1", *options) == 2
+    error = capsys.readouterr().err
+    assert "RESULT.parts: holds patients measured with other method: remove it to begin anew" in error
+    (tmp_path / "RESULT.parts" / "facts.json").write_text("{")
+    assert run("--method", "threshold-flair", *options) == 2
+    assert not (tmp_path / "RESULT.json").exists()
+
+
+def launch(*arguments):
+    """Runs `diffusers-cf` in two processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command = [str(part) for part in (*torchrun, "diffusers_cf.cli", *arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_of_a_launcher_evaluate(dataset, tmp_path):
+    options = ["--method", "threshold-flair", "--dataset", dataset, "--output"]
+    done = launch("evaluate", *options, tmp_path / "two.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("20 slices of 5 patients") == 1
+    assert run(*options, tmp_path / "one.json") == 0
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert without_time(one) == without_time(two)
+    assert not (tmp_path / "two.parts").exists()
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("patients")
+    return [write_brats(folder / "data", f"P_0{i}", "LPS") for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "model"
+    make_pipe().save_pretrained(folder)
+    return folder
+
+
+def test_shards_segment_each_patient_once(patients, model, tmp_path, capsys):
+    command = ["segment", *patients, "--model", model, "--output", tmp_path / "out"]
+    found = []
+    for shard in ("1/2", "2/2"):
+        assert main([str(part) for part in [*command, "--shard", shard]]) == 0
+        found.append([line.split(":")[0] for line in capsys.readouterr().out.splitlines()])
+    assert found == [["P_00", "P_02"], ["P_01"]]
+    assert main([str(part) for part in command]) == 0
+    assert capsys.readouterr().out.count("finished before, skipped") == 3
+
+
+def test_two_processes_of_a_launcher_segment_and_one_patient_fails(patients, model, tmp_path):
+    empty = tmp_path / "P_bad"
+    empty.mkdir()
+    done = launch("segment", empty, *patients, "--model", model, "--output", tmp_path / "out")
+    assert done.returncode != 0
+    assert sum(line.startswith("error: ") and "P_bad" in line for line in done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["P_00", "P_01", "P_02"]
