@@ -1,6 +1,7 @@
 """`diffusers-cf benchmark`: trains and measures every method under one protocol and writes tables and figures."""
 
 import argparse
+import itertools
 import math
 import tempfile
 import time
@@ -25,12 +26,20 @@ from diffusers_cf.benchmark_protocol import (
 from diffusers_cf.bootstrap import bootstraps_of_file
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import write_result
-from diffusers_cf.inference_options import DTYPES, add_device_arguments, check_device_arguments
+from diffusers_cf.inference_options import (
+    DTYPES,
+    add_device_arguments,
+    add_shard_argument,
+    check_device_arguments,
+    take_device,
+)
+from diffusers_cf.processes import Share, share_of_work
 from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.tables import collect_cells, write_tables
 
 
 TRAIN_TIMESTEPS = 1000  # of every diffusion model in `NETWORKS`
+ROWS_A_TRAINING = 4  # how many rows take about as long to measure as a network takes to train
 
 
 class Benchmark:
@@ -168,6 +177,7 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
         help="no figure that shows slices (Fig. 1 and 2): data that may not be shown",
     )
     add_device_arguments(parser, batch_size=32)
+    add_shard_argument(parser, "writes tables and figures")
 
 
 def preset_of(args: argparse.Namespace) -> Preset:
@@ -204,10 +214,14 @@ def _grid_of(args: argparse.Namespace, preset: Preset) -> Grid:
 def run_benchmark(args: argparse.Namespace) -> int:
     """Runs what is missing of the benchmark, seed by seed, and writes the tables after each cell, the figures at the end.
 
+    Several processes share the networks, with the rows that each of them serves; tables then come at the end, too.
+
     Raises:
         InputError: data set, methods or options can't be used, or the output holds another benchmark's cells.
     """
     package_commit()  # of the code that runs, whatever is committed meanwhile
+    share = share_of_work(args.shard)
+    take_device(args, share)
     check_device_arguments(args)
     preset = preset_of(args)
     data = _data_of_seeds(args, preset)
@@ -219,13 +233,27 @@ def run_benchmark(args: argparse.Namespace) -> int:
     make_folder(output)
     if any(row_of(method).network for method in methods):
         make_folder(models)
-    for seed in data:
-        for method in methods:
-            benchmark.run_cell(method, data[seed], seed)
+    for seed, method in _cells_of_share(methods, list(data), share):
+        benchmark.run_cell(method, data[seed], seed)
+        if share.count == 1:
             write_tables(output, methods, list(data))
-    write_figures(benchmark, data, pictures=not args.no_pictures)
-    print(f"tables and figures -> {output}")
+    share.wait()
+    if share.is_shard:
+        print(f"shard {args.shard} is measured; the same command without --shard writes tables and figures")
+    elif share.is_main:
+        write_tables(output, methods, list(data))
+        write_figures(benchmark, data, pictures=not args.no_pictures)
+        print(f"tables and figures -> {output}")
     return 0
+
+
+def _cells_of_share(methods: list[str], seeds: list[int], share: Share) -> list[tuple[int, str]]:
+    """The cells of this process, seed by seed; rows of one network stay together, and a training weighs most."""
+    groups: dict[tuple, list] = {}
+    for seed, method in itertools.product(seeds, methods):
+        groups.setdefault((seed, row_of(method).network), []).append((seed, method))
+    sizes = [len(cells) + ROWS_A_TRAINING * (network is not None) for (_, network), cells in groups.items()]
+    return [cell for cells in share.of(list(groups.values()), sizes) for cell in cells]
 
 
 def _methods(args: argparse.Namespace, preset: Preset, data: BenchmarkData) -> list[str]:
