@@ -81,7 +81,7 @@ def write_figure1(benchmark, data: BenchmarkData, seed: int, settings: dict) -> 
     pipe, row = method.pipe, example_rows(data, FIGURE2_ROWS)[0]
     batch = data.test.collate(data.test.__getitems__([row]))
     walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
-    encodings = encode_trajectory(pipe, batch["images"], **walk)
+    encodings = encode_trajectory(pipe, pipe.prepare_images(batch["images"]), **walk)
     decodings = []
 
     def keep(_, step, timestep, tensors):

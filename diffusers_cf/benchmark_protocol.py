@@ -171,7 +171,7 @@ def saturated_share(pipe, data: BenchmarkData, strength: float, num_inference_st
     walk = {"strength": strength, "num_inference_steps": num_inference_steps}
     saturated = pixels = 0
     for batch in batches_of(data.validation, data.validation_rows, data.batch_size):
-        image, *_, nearer, _ = encode_trajectory(pipe, batch["images"], **walk)
+        image, *_, nearer, _ = encode_trajectory(pipe, pipe.prepare_images(batch["images"]), **walk)
         timestep = pipe.inverse_scheduler.timesteps[round(walk["num_inference_steps"] * walk["strength"]) - 1]
         noise = pipe.predict_noise(nearer, timestep, pipe.encode_classes(None, len(nearer)))
         predicted = pipe.inverse_scheduler.predict_original(noise, timestep, nearer)

@@ -1,7 +1,14 @@
-"""Slices at another size, the same way wherever it is done."""
+"""Slices at another size, and the windows of them that hold what is worth computing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+
+
+MARGIN = 2  # pixels of background that a window keeps around the foreground
+LEAST_SIDE = 16  # pixels; a smaller window would leave a U-Net nothing to look at on its coarsest level
 
 
 def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -11,3 +18,81 @@ def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if size[0] < images.shape[-2]:
         return functional.interpolate(images, size, mode="area")
     return functional.interpolate(images, size, mode="bilinear", align_corners=False)
+
+
+def check_images(images: torch.Tensor, channels: int, size: tuple[int, int]) -> None:
+    """Raises ValueError unless images are finite floats `(N, channels, H, W)` of the aspect of `size`, none negative."""
+    height, width = size
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"images has shape {tuple(images.shape)}: it must be (N, {channels}, H, W)")
+    if not images.is_floating_point():
+        raise ValueError(f"images is {images.dtype}: it must be floating, intensity / 99th percentile")
+    if images.shape[2] * width != images.shape[3] * height:
+        raise ValueError(f"images has shape {tuple(images.shape)}: its sides must be as {height} to {width}")
+    if images.numel() and not (torch.isfinite(images).all() and images.min() >= 0):
+        raise ValueError("images holds NaN, infinite or negative values: it must be 0 outside, positive inside")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Images of a batch whose foreground fits into windows of one size.
+
+    Attributes:
+        index: which images, by position in the batch.
+        corners: upper left pixel of each one's window.
+        size: height and width of all the windows.
+    """
+
+    index: list[int]
+    corners: list[tuple[int, int]]
+    size: tuple[int, int]
+
+    def cut(self, images: torch.Tensor) -> torch.Tensor:
+        """The windows `(n, .., *size)` of these images of a batch `(N, .., H, W)`."""
+        return torch.stack(list(self._views(images)))
+
+    def paste(self, images: torch.Tensor, windows: torch.Tensor) -> None:
+        """Puts windows `(n, .., *size)` into their places in a batch `(N, .., H, W)`."""
+        for view, window in zip(self._views(images), windows, strict=True):
+            view.copy_(window)
+
+    def _views(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
+        height, width = self.size
+        for number, (top, left) in zip(self.index, self.corners, strict=True):
+            yield images[number, ..., top : top + height, left : left + width]
+
+
+def foreground_windows(inside: torch.Tensor, multiple: int) -> list[Windows]:
+    """Windows around the foreground of each image, one group for each size; empty images are in none.
+
+    A window depends on its own image alone, so the batch that an image comes in changes nothing.
+
+    Args:
+        inside: bool `(N, H, W)`, the foreground.
+        multiple: sides are a multiple of it, or the image's own.
+    """
+    rows, columns = (inside.any(dim=axis).cpu() for axis in (2, 1))
+    groups: dict[tuple[int, int], tuple[list, list]] = {}
+    for number in range(len(inside)):
+        if rows[number].any():
+            (top, height), (left, width) = _span(rows[number], multiple), _span(columns[number], multiple)
+            index, corners = groups.setdefault((height, width), ([], []))
+            index.append(number)
+            corners.append((top, left))
+    return [Windows(index, corners, size) for size, (index, corners) in groups.items()]
+
+
+def whole_windows(inside: torch.Tensor) -> list[Windows]:
+    """All of each image that isn't empty, as one group; argument as in [`foreground_windows`]."""
+    index = inside.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+    return [Windows(index, [(0, 0)] * len(index), tuple(inside.shape[1:]))] if index else []
+
+
+def _span(filled: torch.Tensor, multiple: int) -> tuple[int, int]:
+    """First pixel and length of a window around the pixels that are filled, `(side,)`."""
+    side, found = len(filled), filled.nonzero()[:, 0]
+    first, last = int(found[0]) - MARGIN, int(found[-1]) + MARGIN
+    length = max(LEAST_SIDE, -(-(last - first + 1) // multiple) * multiple)
+    if length >= side:
+        return 0, side
+    return max(0, min(side - length, (first + last + 1 - length) // 2)), length

@@ -29,7 +29,7 @@ from .errors import InputError
 
 logger = logging.getLogger(__name__)
 
-SWITCH = "clip_input"  # the one entry of model_index.json that is no component
+SWITCHES = ("clip_input", "crop_background")  # the entries of model_index.json that are no components
 MODEL_INDEX = "model_index.json"
 PREPROCESSING = "preprocessing.json"
 
@@ -233,9 +233,10 @@ def check_model_folder(
 def _read_components(index_file: Path, allowed: Mapping[str, Iterable]) -> dict[str, tuple[str, str]]:
     """The components of model_index.json, each known by name and class."""
     named = {name: value for name, value in _read_object(index_file).items() if not name.startswith("_")}
-    switch = named.pop(SWITCH, True)
-    if not isinstance(switch, bool):
-        raise InputError(f"{index_file}: {SWITCH!r} is {json.dumps(switch)[:100]}, it must be true or false")
+    for name in SWITCHES:
+        switch = named.pop(name, True)
+        if not isinstance(switch, bool):
+            raise InputError(f"{index_file}: {name!r} is {json.dumps(switch)[:100]}, it must be true or false")
     for name, value in (dict.fromkeys(allowed, [None, None]) | named).items():
         if name not in allowed:
             raise InputError(f"{index_file}: foreign component {name!r}, refused: known are {', '.join(allowed)}")

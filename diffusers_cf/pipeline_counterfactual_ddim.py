@@ -12,7 +12,7 @@ from diffusers.utils import BaseOutput
 
 from diffusers_cf import loading, saving
 from diffusers_cf.heatmaps import heatmap
-from diffusers_cf.images import resize_images
+from diffusers_cf.images import Windows, check_images, foreground_windows, resize_images, whole_windows
 from diffusers_cf.models import ClassTokenEncoder, predict_noise
 from diffusers_cf.schedulers import check_mirrored
 from diffusers_cf.settings import settings_in_use
@@ -59,6 +59,8 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         clip_input (`bool`): cut the input at its 99th percentile before encoding, and compare with that. The authors
             don't; then dynamic normalisation holds x0 at 1 while the noise that is left takes up the peaks, divided by
             almost nothing, and latents leave the network's range just where lesions are bright.
+        crop_background (`bool`): compute each image in a window around its foreground, about half of a brain slice; the
+            quantile of dynamic normalisation then is that of the window. False computes all of it, as the paper does.
     """
 
     model_cpu_offload_seq = "class_encoder->unet"
@@ -72,12 +74,13 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         inverse_scheduler: SchedulerMixin,
         clip_input: bool = True,
+        crop_background: bool = True,
     ):
         super().__init__()
         self.register_modules(
             unet=unet, class_encoder=class_encoder, scheduler=scheduler, inverse_scheduler=inverse_scheduler
         )
-        self.register_to_config(clip_input=clip_input)
+        self.register_to_config(clip_input=clip_input, crop_background=crop_background)
         self._preprocessing = None
 
     @property
@@ -150,15 +153,7 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
 
     def check_inputs(self, images: torch.Tensor) -> None:
         """Raises ValueError unless images are finite floats `(N, C, H, W)` of the network's channels and aspect."""
-        channels, (height, width) = self.unet.config.in_channels, self.image_size
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"images has shape {tuple(images.shape)}: it must be (N, {channels}, H, W)")
-        if not images.is_floating_point():
-            raise ValueError(f"images is {images.dtype}: it must be floating, intensity / 99th percentile")
-        if images.shape[2] * width != images.shape[3] * height:
-            raise ValueError(f"images has shape {tuple(images.shape)}: its sides must be as {height} to {width}")
-        if images.numel() and not (torch.isfinite(images).all() and images.min() >= 0):
-            raise ValueError("images holds NaN, infinite or negative values: it must be 0 outside, positive inside")
+        check_images(images, self.unet.config.in_channels, self.image_size)
 
     def encode_classes(self, names: str | None | Sequence[str], batch_size: int) -> tuple | None:
         """Condition `(tokens, vector)` of class names, one for all or one for each sample; None is the null symbol."""
@@ -176,6 +171,14 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         images = images.to(self._execution_device, torch.float32)
         images = images.clamp(max=1) if self.config.clip_input else images
         return resize_images(images, self.image_size) * 2 - 1
+
+    def windows(self, prepared: torch.Tensor) -> list[Windows]:
+        """Where the network has something to do in what `prepare_images` made, `(N, C, h, w)`."""
+        inside = (prepared > -1).any(dim=1)
+        if not self.config.crop_background:
+            return whole_windows(inside)
+        halvings = len(self.unet.config.get("block_out_channels", (1,))) - 1
+        return foreground_windows(inside, 2**halvings)
 
     def _timesteps(self, strength: float, num_inference_steps: int) -> torch.Tensor:
         """The K rising timesteps that encoding walks; decoding walks their mirror image."""
@@ -210,7 +213,11 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         """
         settings = self.resolve_settings(strength=strength, num_inference_steps=num_inference_steps)
         self.check_inputs(images)
-        latents = self.prepare_images(images)  # (N, C, h, w)
+        return self.encode(self.prepare_images(images), settings, callback_on_step_end)
+
+    @torch.no_grad()
+    def encode(self, latents: torch.Tensor, settings: dict, callback_on_step_end: Callable | None = None):
+        """[`invert`] of what `prepare_images` made, or of windows of it, `(N, C, h, w)`; `settings` are resolved."""
         timesteps = self._timesteps(settings["strength"], settings["num_inference_steps"])
         null = self.encode_classes(None, len(latents))
         refinements = self.inverse_scheduler.config.get("num_fixed_point_iterations", 0)
@@ -272,12 +279,10 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         first = self.class_encoder.config.class_names[0]
         return self.encode_classes(first if target is None else target, batch_size)
 
-    def _targets_of(self, target: str | Sequence[str] | None, kept: Sequence[bool]) -> str | list[str] | None:
-        """Targets of the images that are kept, after a check of those of all images."""
-        self._encode_target(target, len(kept))
-        if target is None or isinstance(target, str):
-            return target
-        return [name for name, keep in zip(target, kept, strict=True) if keep]
+    def _targets_of(self, target: str | Sequence[str] | None, batch_size: int) -> list[str] | None:
+        """The target of each image, checked; None for the default one."""
+        self._encode_target(target, batch_size)
+        return [target] * batch_size if isinstance(target, str) else target and list(target)
 
     def _guided_prediction(self, target, guidance_scale: float, batch_size: int) -> Callable:
         """`(x, t) -> eps`: one batched network call for both branches, one branch where the scale is 0 or 1."""
@@ -349,39 +354,37 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
             raise ValueError(f"output_type is {output_type!r}: it must be one of pt, np")
         images = torch.as_tensor(images)
         self.check_inputs(images)
-        settings = self.resolve_settings(
-            settings,
-            guidance_scale=guidance_scale,
-            strength=strength,
-            num_inference_steps=num_inference_steps,
-            map=map,
-        )
+        given = {"guidance_scale": guidance_scale, "strength": strength, "num_inference_steps": num_inference_steps}
+        settings = self.resolve_settings(settings, **given, map=map)
         images = images.to(self._execution_device, torch.float32)
-        filled = (images > 0).flatten(1).any(dim=1)
-        target = self._targets_of(target, filled.tolist())
+        target = self._targets_of(target, len(images))
 
         # 2. Encode, decode, compare; back to the input's size the change is resampled, never the image.
+        prepared = self.prepare_images(images)  # (N, C, h, w)
+        latents, changes = torch.zeros_like(prepared), torch.zeros_like(prepared)
+        heat = torch.zeros_like(prepared[:, 0])
+        for group in self.windows(prepared):
+            chosen = target and [target[number] for number in group.index]
+            found = self._encode_decode_compare(group.cut(prepared), chosen, settings, generator, callback_on_step_end)
+            for whole, windows in zip((latents, changes, heat), found, strict=True):
+                group.paste(whole, windows)
         size = tuple(images.shape[-2:])
-        latents = images.new_zeros(len(images), images.shape[1], *self.image_size)
-        heatmaps, counterfactuals = images.new_zeros(len(images), *size), images.clone()
-        if filled.any():
-            latents[filled], change, heat = self._encode_decode_compare(
-                images[filled], target, settings, generator, callback_on_step_end
-            )
-            heatmaps[filled] = resize_images(heat[:, None], size)[:, 0]
-            counterfactuals[filled] += resize_images(change, size)
+        heatmaps = resize_images(heat[:, None], size)[:, 0]
+        counterfactuals = images + resize_images(changes, size)
         self.maybe_free_model_hooks()
 
         fields = (heatmaps, counterfactuals, latents)
         fields = tuple(field.cpu().numpy() for field in fields) if output_type == "np" else fields
         return CounterfactualOutput(*fields) if return_dict else fields
 
-    def _encode_decode_compare(self, images, target, settings: dict, generator, callback) -> tuple[torch.Tensor, ...]:
+    def _encode_decode_compare(
+        self, prepared, target, settings: dict, generator, callback
+    ) -> tuple[torch.Tensor, ...]:
         """Algorithm 1 at the network's size: latents and change, each `(n, C, h, w)`, and heatmaps `(n, h, w)`."""
         walk = {k: settings[k] for k in ("strength", "num_inference_steps")} | {"callback_on_step_end": callback}
-        latents = self.invert(images, **walk)
+        latents = self.encode(prepared, settings, callback)
         decoded = self.denoise(latents, target, settings["guidance_scale"], generator=generator, **walk)
-        reference = (self.prepare_images(images) + 1) / 2
+        reference = (prepared + 1) / 2
         change = decoded - reference
         if settings["map"] != "counterfactual":
             reference = self.denoise(latents, guidance_scale=0, generator=generator, **walk)

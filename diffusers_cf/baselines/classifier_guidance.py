@@ -105,7 +105,8 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
         inverse_scheduler ([`SchedulerMixin`]): for encoding, its mirror image.
         classifier ([`NoisyClassifier`]): logits of `(x_t, t)`, one for each class.
         class_names (`Sequence[str]`): names of the logits; the first one is the default target.
-        clip_input (`bool`): as in [`CounterfactualDDIMPipeline`].
+        clip_input (`bool`), crop_background (`bool`): as in [`CounterfactualDDIMPipeline`]; a classifier judges whole
+            images.
         class_encoder (`None`, *optional*): must stay None; a part of the pipeline that this one extends.
 
     Raises:
@@ -122,13 +123,14 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
         classifier: NoisyClassifier,
         class_names: Sequence[str] = ("healthy", "unhealthy"),
         clip_input: bool = True,
+        crop_background: bool = False,
         class_encoder: None = None,
     ):
         if class_encoder is not None:
             raise ValueError("class_encoder is given: it must be None, the classifier is what knows the classes")
         if scheduler.config.prediction_type != "epsilon":
             raise ValueError(f"prediction_type is {scheduler.config.prediction_type!r}: it must be 'epsilon'")
-        super().__init__(unet, None, scheduler, inverse_scheduler, clip_input)
+        super().__init__(unet, None, scheduler, inverse_scheduler, clip_input, crop_background)
         self.register_modules(classifier=classifier)
         self.register_to_config(class_names=list(class_names))
 

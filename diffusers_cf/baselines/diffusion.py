@@ -108,7 +108,8 @@ class CounterfactualDiffusion(TrainableMethod):
         return pipe
 
     def _pipeline(self, scheduler, inverse) -> CounterfactualDDIMPipeline:
-        return CounterfactualDDIMPipeline(self.network.unet, self.network.class_encoder, scheduler, inverse)
+        parts = (self.network.unet, self.network.class_encoder, scheduler, inverse)
+        return CounterfactualDDIMPipeline(*parts, crop_background=False)  # the paper's computation
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         return CounterfactualMap(self).anomaly_map(images)

@@ -1,0 +1,115 @@
+"""Windows around the foreground: what they hold, and that computing in them is Algorithm 1 of each window."""
+
+import pytest
+import torch
+
+from diffusers_cf.images import LEAST_SIDE, MARGIN, foreground_windows, whole_windows
+from diffusers_cf.trajectories import heatmaps_of_settings
+
+
+SIDE = 48
+SHORT = {"guidance_scale": 3.0, "strength": 0.3, "num_inference_steps": 10}
+# rows and columns of the foreground of each image; the third has none, the last two differ in place alone
+BOXES = [(0, 48, 0, 48), (10, 30, 5, 33), None, (20, 21, 46, 48), (30, 40, 30, 38), (3, 13, 2, 10)]
+
+
+@pytest.fixture
+def images():
+    """Images `(6, 2, 48, 48)` in [0, 1]."""
+    images = torch.zeros(len(BOXES), 2, SIDE, SIDE)
+    values = 0.1 + 0.9 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    for image, filled, box in zip(images, values, BOXES, strict=True):
+        if box:
+            top, bottom, left, right = box
+            image[:, top:bottom, left:right] = filled[:, top:bottom, left:right]
+    return images
+
+
+@pytest.fixture
+def large(pipe):
+    """A pipeline whose network works at 48 x 48."""
+    pipe.unet.register_to_config(sample_size=SIDE)
+    pipe.inverse_scheduler.set_timesteps(10)
+    return pipe
+
+
+@pytest.mark.parametrize("multiple", [2, 8, 16])
+def test_a_window_holds_the_foreground_and_a_margin(images, multiple):
+    groups = foreground_windows((images > 0).any(dim=1), multiple)
+    assert sorted(number for group in groups for number in group.index) == [0, 1, 3, 4, 5]
+    for group in groups:
+        height, width = group.size
+        assert all(side == SIDE or (side % multiple == 0 and LEAST_SIDE <= side < SIDE) for side in group.size)
+        for number, (y, x) in zip(group.index, group.corners, strict=True):
+            top, bottom, left, right = BOXES[number]
+            assert 0 <= y <= max(0, top - MARGIN) and min(SIDE, bottom + MARGIN) <= y + height <= SIDE
+            assert 0 <= x <= max(0, left - MARGIN) and min(SIDE, right + MARGIN) <= x + width <= SIDE
+
+
+def test_windows_are_as_small_as_their_foreground_allows(images):
+    sizes = {n: g.size for g in foreground_windows((images > 0).any(dim=1), 8) for n in g.index}
+    assert sizes == {0: (48, 48), 1: (24, 32), 3: (16, 16), 4: (16, 16), 5: (16, 16)}
+
+
+def test_what_is_cut_comes_back_to_its_place(images):
+    numbered, copy = torch.rand(6, 2, SIDE, SIDE) + 1, torch.zeros(6, 2, SIDE, SIDE)
+    for group in foreground_windows((images > 0).any(dim=1), 8):
+        group.paste(copy, group.cut(numbered))
+    assert torch.equal(copy[images > 0], numbered[images > 0])
+    assert ((copy == numbered) | (copy == 0)).all() and not copy[2].any()
+
+
+def test_without_cropping_one_group_holds_what_is_not_empty(images):
+    (group,) = whole_windows((images > 0).any(dim=1))
+    assert group.index == [0, 1, 3, 4, 5] and group.size == (SIDE, SIDE)
+    assert torch.equal(group.cut(images), images[group.index])
+    assert whole_windows(torch.zeros(2, 4, 4, dtype=torch.bool)) == []
+
+
+def test_the_network_computes_windows_alone(large, images, record_calls):
+    calls = record_calls(large)
+    out = large(images, **SHORT)
+    assert {tuple(call.sample.shape[-2:]) for call in calls} == {(48, 48), (24, 32), (16, 16)}
+    outside = torch.ones_like(images[:, 0], dtype=torch.bool)
+    for group in large.windows(2 * images - 1):
+        group.paste(outside, torch.zeros(len(group.index), *group.size, dtype=torch.bool))
+    assert not out.heatmaps[outside].any() and out.heatmaps[~outside].any()
+    assert torch.equal(out.counterfactuals[:, 0][outside], images[:, 0][outside])
+    large.register_to_config(crop_background=False)
+    calls.clear()
+    large(images, **SHORT)
+    assert {tuple(call.sample.shape) for call in calls} == {(5, 2, 48, 48), (10, 2, 48, 48)}
+
+
+def test_a_window_is_what_the_whole_would_be_of_a_picture_so_small(large, images):
+    cropped = large(images[1:2], **SHORT)
+    (group,) = large.windows(2 * images[1:2] - 1)
+    (top, left), (height, width) = group.corners[0], group.size
+    large.register_to_config(crop_background=False)
+    large.unet.register_to_config(sample_size=(height, width))
+    alone = large(group.cut(images[1:2]), **SHORT)
+    part = (slice(None), slice(top, top + height), slice(left, left + width))
+    torch.testing.assert_close(cropped.heatmaps[part], alone.heatmaps, rtol=0, atol=1e-5)
+    torch.testing.assert_close(group.cut(cropped.counterfactuals), alone.counterfactuals, rtol=0, atol=1e-5)
+    torch.testing.assert_close(group.cut(cropped.latents), alone.latents, rtol=0, atol=1e-4)
+
+
+def test_the_batch_that_an_image_comes_in_changes_nothing(large, images):
+    together = large(images, target=["healthy", "unhealthy"] * 3, **SHORT)
+    for number, target in enumerate(["healthy", "unhealthy"] * 3):
+        alone = large(images[number : number + 1], target=target, **SHORT)
+        torch.testing.assert_close(together.heatmaps[number], alone.heatmaps[0], rtol=0, atol=1e-5)
+
+
+def test_a_sweep_crops_as_a_call_does(large, images):
+    kinds = ["counterfactual", "reconstruction"]
+    for (strength, scale, kind), heat in heatmaps_of_settings(large, images, [0.1, 0.3], [1.0, 3.0], kinds, 10):
+        single = large(images, None, scale, strength, 10, kind).heatmaps
+        torch.testing.assert_close(torch.from_numpy(heat), single, rtol=0, atol=1e-5)
+
+
+def test_cropping_is_kept_in_the_model_folder(large, tmp_path):
+    assert large.config.crop_background
+    large.register_to_config(crop_background=False)
+    large.save_pretrained(tmp_path)
+    assert not type(large).from_pretrained(tmp_path).config.crop_background
