@@ -176,7 +176,7 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="no figure that shows slices (Fig. 1 and 2): data that may not be shown",
     )
-    add_device_arguments(parser, batch_size=32)
+    add_device_arguments(parser, batch_size=32, dtype="float32")
     add_shard_argument(parser, "writes tables and figures")
 
 

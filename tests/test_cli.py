@@ -8,8 +8,9 @@ import torch
 
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.cli import COMMANDS, main
+from diffusers_cf.demo import SHIPPED_MODEL
 from diffusers_cf.errors import InputError
-from diffusers_cf.inference_options import check_device_arguments
+from diffusers_cf.inference_options import check_device_arguments, open_pipeline
 
 
 def test_options_may_be_written_with_either_dash():
@@ -79,5 +80,29 @@ def test_a_numbered_gpu_becomes_the_current_one(device, current, monkeypatch):
     found = []
     monkeypatch.setattr("diffusers_cf.inference_options.torch.zeros", lambda *_, device: None)
     monkeypatch.setattr("diffusers_cf.inference_options.torch.cuda.set_device", found.append)
-    check_device_arguments(argparse.Namespace(device=device, batch_size=1))
+    check_device_arguments(argparse.Namespace(device=device, batch_size=1, dtype="auto"))
     assert found == current
+
+
+@pytest.mark.parametrize("features", [set(), {"_is_avx512_bf16_supported"}, {"_is_amx_tile_supported"}])
+def test_auto_is_bfloat16_where_the_processor_computes_in_it(monkeypatch, features):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in features)
+    for given, found in (("auto", "bfloat16" if features else "float32"), ("float32", "float32")):
+        args = argparse.Namespace(device="cpu", batch_size=1, dtype=given)
+        check_device_arguments(args)
+        assert args.dtype == found
+
+
+def test_a_processor_that_torch_tells_nothing_about_computes_in_float32(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name)
+    args = argparse.Namespace(device="cpu", batch_size=1, dtype="auto")
+    check_device_arguments(args)
+    assert args.dtype == "float32"
+
+
+def test_a_model_in_use_is_laid_out_for_convolutions():
+    pipe = open_pipeline(str(SHIPPED_MODEL), dtype="bfloat16")
+    weight = pipe.unet.conv_in.weight
+    assert weight.dtype == torch.bfloat16 and weight.is_contiguous(memory_format=torch.channels_last)

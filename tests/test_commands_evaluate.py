@@ -60,7 +60,8 @@ def test_a_baseline_from_the_command_line(dataset, tmp_path, capsys):
 
 def test_a_model_with_its_recommended_settings(dataset, model, tmp_path):
     output = tmp_path / "RESULT.json"
-    assert run("--model", model, "--dataset", dataset, "--output", output, "--batch-size", 3, "--max_patients", 2) == 0
+    options = ["--batch-size", 3, "--max_patients", 2, "--dtype", "float32"]
+    assert run("--model", model, "--dataset", dataset, "--output", output, *options) == 0
     result = json.loads(output.read_text())
     assert result["n_patients"] == 2 and result["n_slices"] == 8
     assert result["per_patient_dice"]["patients"] == ["p0", "p1"]

@@ -157,7 +157,7 @@ def test_a_data_set_without_masks_is_refused(files, capsys):
 def test_round_trip_script(files):
     """Its error of one setting is what the pipeline's two passes give."""
     script = ROOT / "benchmarks" / "round_trip.py"
-    options = ["--strengths", "0.5", "--num_inference_steps", "10", "--split", "validation"]
+    options = ["--strengths", "0.5", "--num_inference_steps", "10", "--split", "validation", "--dtype", "float32"]
     paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "round_trip.json"]
     subprocess.run([sys.executable, script, *paths, *options], check=True, capture_output=True)
     row = json.loads((files / "round_trip.json").read_text())["rows"][0]
