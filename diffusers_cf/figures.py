@@ -4,6 +4,7 @@ Sized for print: 7 inches are the width of a page with two columns, 3.4 that of 
 which tell apart without red and green; line style and marker say the same once more.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -308,6 +309,38 @@ def plot_quality_against_evaluations(
     axis.tick_params(labelsize=6)
     axis.grid(alpha=0.3, linewidth=0.5)
     label_points(figure, axis, labels)
+    return _saved(figure, path)
+
+
+def plot_frontier(path: str | Path, points: Sequence[Mapping], papers: Sequence[Mapping]) -> "Figure":
+    """Writes quality against passes for every solver and kind of map: the best AUPRC for at most so many passes.
+
+    Args:
+        path: The picture.
+        points: With `solver`, `map`, `network_evaluations` and `postprocessed_auprc`, one for each setting.
+        papers: Those of the paper's grid, marked one by one with their guidance scale.
+    """
+    figure = _figure(COLUMN, 3.0)
+    axis = figure.subplots()
+    colors = dict(zip(dict.fromkeys(p["map"] for p in points), (BLUE, VERMILLION, "#009E73"), strict=False))
+    styles = dict(zip(dict.fromkeys(p["solver"] for p in points), ("--", "-", ":"), strict=False))
+    for (kind, color), (solver, style) in itertools.product(colors.items(), styles.items()):
+        family = [p for p in points if (p["map"], p["solver"]) == (kind, solver)]
+        family.sort(key=lambda p: p["network_evaluations"])
+        best = np.maximum.accumulate([p["postprocessed_auprc"] for p in family])
+        if family:
+            costs, look = [p["network_evaluations"] for p in family], {"color": color, "linestyle": style}
+            axis.step(costs, best, where="post", linewidth=1, label=f"{kind}, {solver}", **look)
+    for point in papers:
+        place = point["network_evaluations"], point["postprocessed_auprc"]
+        axis.plot(*place, "*", color=BLACK, markersize=5)
+        axis.annotate(f"w = {point['guidance_scale']:g}", place, (3, 3), textcoords="offset points", fontsize=6)
+    axis.set_xscale("log")
+    axis.set_xlabel("network passes a slice (stars: the paper's L and steps)", **FONT)
+    axis.set_ylabel("best AUPRC, post-processed", **FONT)
+    axis.tick_params(labelsize=6, which="both")
+    axis.grid(alpha=0.3, linewidth=0.5)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=5.5, frameon=False, handlelength=3)
     return _saved(figure, path)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -118,12 +118,36 @@ def sweep(
         InputError: a map holds NaN or infinite values; the message names its setting.
     """
     points = settings_of_sweep(pipe, guidance_scales, strengths, maps, num_inference_steps)
+
+    def maps_of(images: torch.Tensor) -> Iterator[tuple[tuple, np.ndarray]]:
+        return heatmaps_of_settings(pipe, images, strengths, guidance_scales, maps, num_inference_steps)
+
+    return score_maps(maps_of, points, dataset, indices, batch_size)
+
+
+def score_maps(
+    maps_of: Callable[[torch.Tensor], Iterable[tuple[Hashable, np.ndarray]]],
+    points: Mapping[Hashable, SweepPoint],
+    dataset: SliceDataset,
+    indices: Sequence[int],
+    batch_size: int = 32,
+) -> list[SweepPoint]:
+    """Fills in the scores of settings whose maps are made together.
+
+    Args:
+        maps_of: images `(N, C, H, W)` -> `(key of a setting, maps (N, H, W))`, each setting once.
+        points: the settings by their keys.
+        dataset: a split with masks.
+        indices: rows of the split to use.
+        batch_size: slices at a time.
+
+    Raises:
+        InputError: a map holds NaN or infinite values; the message names its setting.
+    """
     scores = {key: _Scores() for key in points}
     with tqdm(total=len(indices), desc="Sweep", unit="slice") as bar:
         for batch in batches_of(dataset, indices, batch_size):
-            for key, heat in heatmaps_of_settings(
-                pipe, batch["images"], strengths, guidance_scales, maps, num_inference_steps
-            ):
+            for key, heat in maps_of(batch["images"]):
                 if not np.isfinite(heat).all():
                     raise InputError(f"{_in_words(points[key])}: the map holds NaN or infinite values")
                 scores[key].add(heat, batch)

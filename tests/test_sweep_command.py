@@ -200,3 +200,36 @@ def test_sweep_cost_script_refuses_what_gives_nothing(files, option, reason):
     paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "none" / "cost.json"]
     done = subprocess.run([sys.executable, script, *paths, f"--{option}", "0"], capture_output=True, text=True)
     assert done.returncode == 2 and reason in done.stderr and not (files / "none").exists()
+
+
+def test_frontier_script_goes_on_and_counts_passes(files, capsys):
+    """Points agree with single sweeps; a second run adds a grid and keeps what was measured."""
+    script = ROOT / "benchmarks" / "frontier.py"
+    options = ["--strengths", "0.2", "0.5", "--guidance_scales", "3", "--max_slices", "6", "--dtype", "float32"]
+    paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "frontier.json"]
+    command = [sys.executable, script, *paths, *options, "--num_inference_steps", "10"]
+    subprocess.run(command, check=True, capture_output=True)
+    first = json.loads((files / "frontier.json").read_text())["points"]
+    subprocess.run([*command, "20"], check=True, capture_output=True)
+    document = json.loads((files / "frontier.json").read_text())
+    points = document["points"]
+    # three solvers with two decoded maps each, a forward map for two of them, two strengths, two grids
+    assert points[: len(first)] == first and len(points) == 2 * len(first) == 2 * 2 * (3 * 2 + 2)
+    passes = {
+        (p["solver"], p["map"], p["num_inference_steps"], p["strength"]): p["network_evaluations"] for p in points
+    }
+    assert passes["first order", "counterfactual", 20, 0.5] == passes["second order", "counterfactual", 20, 0.5] == 30
+    assert passes["fixed point", "counterfactual", 20, 0.5] == passes["first order", "reconstruction", 20, 0.5] == 40
+    assert passes["second order", "forward", 10, 0.2] == 4
+    scores = {
+        p["solver"]: p["auprc"] for p in points if (p["map"], p["num_inference_steps"]) == ("counterfactual", 10)
+    }
+    assert len(set(scores.values())) == 3
+    assert sweep(files, "--guidance_scales", 3, "--maps", "counterfactual", "--dtype", "float32") == 0
+    single = json.loads((files / "out" / "sweep.json").read_text())["points"]
+    wanted = [p for p in first if (p["solver"], p["map"]) == ("first order", "counterfactual")]
+    assert [p["auprc"] for p in single] == pytest.approx([p["auprc"] for p in wanted])
+    assert document["best"]["network_evaluations"] <= 24
+    assert (files / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    other = subprocess.run([*command[:-1], "5", "--max_slices", "5"], capture_output=True, text=True)
+    assert other.returncode == 2 and "holds points of other n_slices" in other.stderr

@@ -1,0 +1,129 @@
+"""Quality of the map against network passes: steps, strength, guidance scale, kind of map and solver on validation slices."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
+from diffusers_cf.baselines.forward_map import ForwardMap
+from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation import write_result
+from diffusers_cf.figures import plot_frontier
+from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
+from diffusers_cf.measuring import maps_at_size
+from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
+from diffusers_cf.schedulers import DynamicDDIMInverseScheduler
+from diffusers_cf.settings import PAPER_SETTINGS
+from diffusers_cf.sweep import SweepPoint, evenly_spread, has_lesion, score_maps, sweep
+
+
+# How an image is encoded: options of the inverse scheduler.
+SOLVERS = {
+    "first order": {},
+    "second order": {"solver_order": 2},
+    "fixed point": {"num_fixed_point_iterations": 1},
+}
+MAPS = ("counterfactual", "reconstruction")
+LIMIT = 24  # passes a slice of the setting that is recommended
+
+
+def forward_points(pipe, dataset, rows, args, steps: int) -> list[SweepPoint]:
+    """Scores of the forward map for every strength and scale, from one walk."""
+    method = ForwardMap(pipe)
+    grid = [(strength, scale) for strength in args.strengths for scale in args.guidance_scales]
+    method.choose_among([dict(strength=L, guidance_scale=w, num_inference_steps=steps) for L, w in grid])
+    points = {
+        index: SweepPoint(**settings, map="forward", network_evaluations=2 * round(steps * settings["strength"]))
+        for index, settings in enumerate(method.candidates)
+    }
+
+    def maps_of(images: torch.Tensor) -> Iterator:
+        for index, maps in method.maps_of_candidates(images):
+            yield index, maps_at_size(maps, tuple(images.shape[-2:]))
+
+    return score_maps(maps_of, points, dataset, rows, args.batch_size)
+
+
+def points_of(pipe, dataset, rows, args, solver: str, steps: int) -> list[dict]:
+    """Every point of one solver and grid."""
+    options = {"solver_order": 1, "num_fixed_point_iterations": 0} | SOLVERS[solver]
+    pipe.register_modules(inverse_scheduler=DynamicDDIMInverseScheduler.from_config(pipe.scheduler.config, **options))
+    found = sweep(pipe, dataset, rows, args.guidance_scales, args.strengths, MAPS, steps, args.batch_size)
+    if "num_fixed_point_iterations" not in SOLVERS[solver]:  # the forward map knows no refinement
+        found += forward_points(pipe, dataset, rows, args, steps)
+    return [asdict(point) | {"solver": solver} for point in found]
+
+
+def best(points: list[dict], limit: float = float("inf")) -> dict | None:
+    """The point with the highest AUPRC after post-processing at no more than so many passes."""
+    allowed = [point for point in points if point["network_evaluations"] <= limit]
+    return max(allowed, key=lambda point: point["postprocessed_auprc"], default=None)
+
+
+def papers(points: list[dict]) -> list[dict]:
+    """Points of first order with the authors' strength, steps and map: their scale and others."""
+    fixed = {name: PAPER_SETTINGS[name] for name in ("strength", "num_inference_steps", "map")} | {
+        "solver": "first order"
+    }
+    return [point for point in points if all(point[name] == value for name, value in fixed.items())]
+
+
+def main(args) -> None:
+    """Measures what the output doesn't hold yet, and writes it after each grid."""
+    check_device_arguments(args)
+    dataset = SliceDataset(args.dataset, args.split)
+    rows = evenly_spread(len(dataset), args.max_slices) if len(dataset) else []
+    if not rows or not dataset.has_masks or not has_lesion(dataset, rows, args.batch_size):
+        raise InputError(f"{args.dataset}: the split {args.split} has no slices with lesion masks to measure on")
+    pipe = open_pipeline(args.model, args.device, args.dtype)
+    output = Path(args.output)
+    make_folder(output.parent)
+    facts = {
+        "model": model_fingerprint(pipe), "data": dataset.preprocessing, "split": args.split, "n_slices": len(rows),
+        "strengths": args.strengths, "guidance_scales": args.guidance_scales, "dtype": args.dtype,
+    }  # fmt: skip
+    points = _kept_points(output, json.loads(json.dumps(facts)))
+    done = {(point["solver"], point["num_inference_steps"]) for point in points}
+    for steps in sorted(args.num_inference_steps):
+        for solver in SOLVERS:
+            if (solver, steps) not in done:
+                points += points_of(pipe, dataset, rows, args, solver, steps)
+            chosen = {"best": best(points, LIMIT), "papers": papers(points)}
+            document = facts | chosen | {"command": command_line(), "commit": package_commit(), "points": points}
+            write_result(document, output)
+    plot_frontier(output.with_suffix(".png"), points, papers(points))
+    print(f"at most {LIMIT} passes: {best(points, LIMIT)}")
+    print(f"the paper's grid and strength: {best(papers(points))}")
+
+
+def _kept_points(output: Path, facts: dict) -> list[dict]:
+    """The points of an earlier run; refuses one of something else."""
+    if not output.exists():
+        return []
+    try:
+        kept = json.loads(output.read_text(encoding="utf-8"))
+        other = [name for name, value in facts.items() if kept.get(name) != value]
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{output}: can't be read ({error})") from None
+    if other:
+        raise InputError(f"{output}: holds points of other {', '.join(other)}: choose another --output")
+    return kept["points"]
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--output", required=True, metavar="RESULT.json", help="the figure goes beside it")
+    parser.add_argument("--split", default="validation", choices=("train", "validation", "test"))
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[5, 10, 20, 25, 40, 50, 100])
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.2, 0.35, 0.5, 0.75, 0.9])
+    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[3.0, 6.0, 12.0])
+    parser.add_argument("--max_slices", type=int, default=96)
+    add_device_arguments(parser, batch_size=32)
+    arguments = parser.parse_args()
+    raise SystemExit(run_command(lambda: main(arguments)))
