@@ -224,11 +224,12 @@ def test_frontier_script_goes_on_and_counts_passes(files, capsys):
     scores = {
         p["solver"]: p["auprc"] for p in points if (p["map"], p["num_inference_steps"]) == ("counterfactual", 10)
     }
-    assert len(set(scores.values())) == 3
     assert sweep(files, "--guidance_scales", 3, "--maps", "counterfactual", "--dtype", "float32") == 0
     single = json.loads((files / "out" / "sweep.json").read_text())["points"]
     wanted = [p for p in first if (p["solver"], p["map"]) == ("first order", "counterfactual")]
-    assert [p["auprc"] for p in single] == pytest.approx([p["auprc"] for p in wanted])
+    # not to the last digit: which pixels tie depends on how many threads the sums of a network are split over
+    assert [p["auprc"] for p in single] == pytest.approx([p["auprc"] for p in wanted], rel=2e-3)
+    assert len(set(scores.values())) == 3 and max(scores.values()) > 1.01 * min(scores.values())
     assert document["best"]["network_evaluations"] <= 24
     assert (files / "frontier.png").read_bytes().startswith(b"\x89PNG")
     other = subprocess.run([*command[:-1], "5", "--max_slices", "5"], capture_output=True, text=True)
