@@ -20,6 +20,25 @@ def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return functional.interpolate(images, size, mode="bilinear", align_corners=False)
 
 
+def network_images(images: torch.Tensor, size: tuple[int, int], clip: bool) -> torch.Tensor:
+    """Images `(N, C, H, W)` in input units as a network takes them: float32 `(N, C, *size)` in [-1, 1].
+
+    Args:
+        images: intensity / 99th percentile.
+        size: height and width at which the network works.
+        clip: cut what is above the 99th percentile.
+    """
+    images = images.float()
+    return resize_images(images.clamp(max=1) if clip else images, size) * 2 - 1
+
+
+def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """A tensor on a device; on its way to a GPU nobody waits for it."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def check_images(images: torch.Tensor, channels: int, size: tuple[int, int]) -> None:
     """Raises ValueError unless images are finite floats `(N, channels, H, W)` of the aspect of `size`, none negative."""
     height, width = size

@@ -11,8 +11,17 @@ from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 
 from diffusers_cf import loading, saving
+from diffusers_cf.guidance import implicit_guidance
 from diffusers_cf.heatmaps import heatmap
-from diffusers_cf.images import Windows, check_images, foreground_windows, resize_images, whole_windows
+from diffusers_cf.images import (
+    Windows,
+    check_images,
+    foreground_windows,
+    network_images,
+    resize_images,
+    to_device,
+    whole_windows,
+)
 from diffusers_cf.models import ClassTokenEncoder, predict_noise
 from diffusers_cf.schedulers import check_mirrored
 from diffusers_cf.settings import settings_in_use
@@ -34,14 +43,6 @@ class CounterfactualOutput(BaseOutput):
     heatmaps: torch.Tensor | np.ndarray
     counterfactuals: torch.Tensor | np.ndarray
     latents: torch.Tensor | np.ndarray
-
-
-def implicit_guidance(noise_null: torch.Tensor, noise_target: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """Implicit (classifier-free) guidance, Sec. 3.2: `w eps(x, c) + (1 - w) eps(x, null)`.
-
-    w is `guidance_scale` as everywhere in diffusers: 0 is unconditional, 1 conditional, above 1 guided.
-    """
-    return noise_null + guidance_scale * (noise_target - noise_null)
 
 
 class CounterfactualDDIMPipeline(DiffusionPipeline):
@@ -168,9 +169,7 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
 
     def prepare_images(self, images: torch.Tensor) -> torch.Tensor:
         """Images `(N, C, H, W)` in input units as the network's float32 `(N, C, h, w)` in [-1, 1]."""
-        images = images.to(self._execution_device, torch.float32)
-        images = images.clamp(max=1) if self.config.clip_input else images
-        return resize_images(images, self.image_size) * 2 - 1
+        return to_device(network_images(images, self.image_size, self.config.clip_input), self._execution_device)
 
     def windows(self, prepared: torch.Tensor) -> list[Windows]:
         """Where the network has something to do in what `prepare_images` made, `(N, C, h, w)`."""
@@ -181,14 +180,19 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         return foreground_windows(inside, 2**halvings)
 
     def _timesteps(self, strength: float, num_inference_steps: int) -> torch.Tensor:
-        """The K rising timesteps that encoding walks; decoding walks their mirror image."""
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        self.inverse_scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        """The K rising timesteps that encoding walks; decoding walks their mirror image.
+
+        They stay on the CPU, where schedulers read them: on an accelerator each step would wait for the one before.
+        """
+        self.scheduler.set_timesteps(num_inference_steps)
+        self.inverse_scheduler.set_timesteps(num_inference_steps)
         check_mirrored(self.scheduler, self.inverse_scheduler)
         return self.inverse_scheduler.timesteps[: round(num_inference_steps * strength)]
 
-    def predict_noise(self, sample: torch.Tensor, timestep: torch.Tensor, condition: tuple | None) -> torch.Tensor:
+    def predict_noise(self, sample: torch.Tensor, timestep: int, condition: tuple | None) -> torch.Tensor:
+        """epsilon_theta, float32 `(N, C, h, w)`, of a sample at one timestep; no waiting for an accelerator."""
         dtype = self.unet.dtype
+        timestep = torch.full((1,), int(timestep), device=sample.device)
         condition = condition and tuple(part.to(dtype) for part in condition)
         return predict_noise(self.unet, sample.to(dtype), timestep, condition).float()
 
@@ -356,14 +360,15 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         self.check_inputs(images)
         given = {"guidance_scale": guidance_scale, "strength": strength, "num_inference_steps": num_inference_steps}
         settings = self.resolve_settings(settings, **given, map=map)
-        images = images.to(self._execution_device, torch.float32)
         target = self._targets_of(target, len(images))
 
         # 2. Encode, decode, compare; back to the input's size the change is resampled, never the image.
-        prepared = self.prepare_images(images)  # (N, C, h, w)
+        prepared = network_images(images, self.image_size, self.config.clip_input)  # (N, C, h, w)
+        groups = self.windows(prepared)  # before the images travel: reading them back would wait for earlier ones
+        images, prepared = (to_device(part.float(), self._execution_device) for part in (images, prepared))
         latents, changes = torch.zeros_like(prepared), torch.zeros_like(prepared)
         heat = torch.zeros_like(prepared[:, 0])
-        for group in self.windows(prepared):
+        for group in groups:
             chosen = target and [target[number] for number in group.index]
             found = self._encode_decode_compare(group.cut(prepared), chosen, settings, generator, callback_on_step_end)
             for whole, windows in zip((latents, changes, heat), found, strict=True):

@@ -100,10 +100,10 @@ def diffusion_classifier_scores(
     scores = clean.new_zeros(count)
     for t in timesteps:
         noise = torch.randn(clean.shape[1:], generator=generator).to(clean).expand_as(clean)
-        t = torch.tensor(t, device=clean.device)
-        noisy = pipe.scheduler.add_noise(clean, noise, t.expand(count))
+        everywhere = torch.full((count,), t, device=clean.device)
+        noisy = pipe.scheduler.add_noise(clean, noise, everywhere)
         prediction = pipe.predict_noise(torch.cat([noisy, noisy]), t, condition)
-        target = training_target(pipe.scheduler, clean, noise, t.expand(count))
+        target = training_target(pipe.scheduler, clean, noise, everywhere)
         errors = [((part - target).pow(2) * inside).sum(dim=(1, 2, 3)) for part in prediction.chunk(2)]
         scores += (errors[0] - errors[1]) / len(timesteps)
     return scores

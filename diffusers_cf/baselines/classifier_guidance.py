@@ -159,7 +159,8 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
             return lambda sample, t: self.predict_noise(sample, t, None)
 
         def predict(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            gradient = log_probability_gradient(self.classifier, sample, t.expand(batch_size), class_ids)
+            timesteps = torch.full((batch_size,), int(t), device=sample.device)
+            gradient = log_probability_gradient(self.classifier, sample, timesteps, class_ids)
             noise_level = (1 - self.scheduler.alphas_cumprod[int(t)]).sqrt()
             return self.predict_noise(sample, t, None) - noise_level * guidance_scale * gradient
 

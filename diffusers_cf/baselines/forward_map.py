@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from diffusers_cf.baselines.method import AnomalyMethod, foreground
-from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline, implicit_guidance
+from diffusers_cf.guidance import implicit_guidance
+from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 
 
 class ForwardMap(AnomalyMethod):
@@ -80,7 +81,7 @@ class ForwardMap(AnomalyMethod):
     ) -> Iterator[dict[float, torch.Tensor]]:
         """Yields for each step of the encoding the change `(N, h, w)` in input units at each guidance scale."""
         scheduler = self.pipe.inverse_scheduler
-        scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        scheduler.set_timesteps(num_inference_steps)
         for t in scheduler.timesteps[:steps]:
             with torch.no_grad():
                 null, target = self._predict_both(latents, scheduler.network_timestep(t))
