@@ -128,7 +128,8 @@ def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
 def measure(method: AnomalyMethod, data: BenchmarkData, counts_path=None) -> dict:
     """RESULT.json of a method on the test slices, with the thresholds that are best on the validation slices."""
     common = {
-        "batch_size": None if method.whole_patient else data.batch_size,
+        "batch_size": data.batch_size,
+        "whole_patients": method.whole_patient,
         "network_evaluations_per_slice": method.network_evaluations_per_slice,
         "progress": False,
     }

@@ -71,6 +71,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     result = evaluate(
         dataset=dataset,
         threshold=settings["threshold"],
+        batch_size=args.batch_size,
+        device=args.device,
         indices=_rows_of_first_patients(dataset.patients, args.max_patients),
         counts_path=output.with_suffix(".counts.npz"),
         seed=args.seed,
@@ -130,7 +132,6 @@ def _load_model(args: argparse.Namespace, dataset: SliceDataset) -> dict:
     call = {name: value for name, value in settings.items() if name != "threshold"}
     return {
         "anomaly_map": lambda images: pipe(images, **call).heatmaps,
-        "batch_size": args.batch_size,
         "network_evaluations_per_slice": pipe.network_evaluations(**call),
         "settings": settings,
         "fingerprint": model_fingerprint(pipe),
@@ -149,7 +150,7 @@ def _load_baseline(args: argparse.Namespace, dataset: SliceDataset) -> dict:
 
     return {
         "anomaly_map": anomaly_map,
-        "batch_size": None if method.whole_patient else args.batch_size,
+        "whole_patients": method.whole_patient,
         "network_evaluations_per_slice": method.network_evaluations_per_slice,
         "settings": {"threshold": args.threshold},
         "fingerprint": None,

@@ -22,6 +22,7 @@ from diffusers_cf.measuring import (
     dice,
     dice_of_patient,
     maps_at_size,
+    maps_of_patients,
     measure_patient,
     read_part,
     rows_by_patient,
@@ -114,6 +115,8 @@ def evaluate(
     dataset,
     *,
     batch_size: int | None = 32,
+    whole_patients: bool = False,
+    device: str | torch.device = "cpu",
     threshold: float | dict[str, float] | None = None,
     postprocess: bool = True,
     indices: Sequence[int] | None = None,
@@ -133,8 +136,10 @@ def evaluate(
         anomaly_map: images float32 (N, C, H, W) -> (N, h, w), higher = more lesion, any range. A map smaller than the
             masks is upsampled bilinearly.
         dataset: A `SliceDataset` with masks.
-        batch_size: Slices a call, all of one patient; None = all that the split has of a patient in one call, those
-            not in `indices` among them: for methods that look at the whole scan.
+        batch_size: Slices a call, of several patients; None = as many as fit into memory ([`map_in_batches`]).
+        whole_patients: A call gets all slices that the split has of one patient instead, those not in `indices` among
+            them: for methods that look at the whole scan.
+        device: Where the method computes, for a `batch_size` of None.
         threshold: Where `map >= threshold` is lesion for Dice per patient, chosen beforehand on other patients; one for
             both chains, or one for each (`raw`, `postprocessed`). None = the ideal one of this very split, an upper
             bound.
@@ -168,13 +173,13 @@ def evaluate(
         mine = share.of(list(rows), [len(found) for found in rows.values()])
         sizes = [len(rows[name]) for name in mine]
         with tqdm(total=sum(sizes), unit="slice", disable=not (progress and (share.is_main or share.is_shard))) as bar:
-            for name in mine:
-                if paths[name].exists():
-                    bar.update(len(rows[name]))
-                    continue
-                patient = Patient(dataset, name, rows[name])
-                maps, seconds = patient.maps(anomaly_map, batch_size, bar)
-                write_part(paths[name], measure_patient(patient, maps, limits) | {"seconds": np.array(seconds)})
+            left = [name for name in mine if not paths[name].exists()]
+            bar.update(sum(sizes) - sum(len(rows[name]) for name in left))
+            patients = (Patient(dataset, name, rows[name]) for name in left)
+            call = (batch_size, whole_patients, device, bar)
+            for patient, maps, seconds in maps_of_patients(anomaly_map, patients, *call):
+                part = measure_patient(patient, maps, limits) | {"seconds": np.array(seconds)}
+                write_part(paths[patient.name], part)
         share.wait()
         if share.is_shard or not share.is_main:
             return None

@@ -15,13 +15,20 @@ from diffusers_cf.settings import NAMES
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int = 16, dtype: str = "auto") -> None:
+def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int | str = "auto", dtype: str = "auto") -> None:
     """Adds where and how the network computes: `--device`, `--dtype`, `--batch_size`; the last two with defaults."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="default: %(default)s")
     text = "of the diffusion network in use, auto: bfloat16 where the device computes in it, default: %(default)s"
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default=dtype, help=text)
-    parser.add_argument("--batch_size", type=int, default=batch_size, help="slices at a time, default: %(default)s")
+    text, kind = "slices at a time, default: %(default)s", int
+    if batch_size == "auto":
+        text, kind = text + ", 16 on a CPU, the largest that fits on a GPU", _batch_size
+    parser.add_argument("--batch_size", type=kind, default=batch_size, help=text)
+
+
+def _batch_size(text: str) -> int | None:
+    return None if text == "auto" else int(text)
 
 
 def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +66,7 @@ def computes_in_bfloat16(device: str) -> bool:
 
 def check_device_arguments(args: argparse.Namespace) -> None:
     """Settles `--dtype auto`; raises `InputError` for a device that this machine lacks or a batch size below 1."""
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise InputError(f"--batch_size must be at least 1, not {args.batch_size}")
     try:
         torch.zeros(1, device=args.device)

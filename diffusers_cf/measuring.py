@@ -2,14 +2,14 @@
 
 import json
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from diffusers_cf.batching import map_in_batches
 from diffusers_cf.errors import InputError
 from diffusers_cf.pixel_counts import PixelCounts, renamed_when_whole
 from diffusers_cf.postprocessing import foreground_mask, postprocess_maps, remove_small_components
@@ -51,36 +51,59 @@ class Patient:
         self.masks, self.labels, self.slices = (np.asarray(batch[key]) for key in ("masks", "labels", "slices"))
         self.foreground = foreground_mask(self.images)
 
-    def maps(self, anomaly_map: Callable, batch_size: int | None, progress: tqdm) -> tuple[np.ndarray, float]:
-        """Returns the maps (S, H, W) at the masks' size and the seconds that the method took."""
-        if batch_size is None:
-            return self._maps_of_whole_patient(anomaly_map, progress)
-        seconds, maps = 0.0, []
-        for images in torch.from_numpy(self.images).split(batch_size):
-            start = time.perf_counter()
-            # The copy to the CPU waits for an accelerator, so it belongs to the time measured.
-            batch = torch.as_tensor(anomaly_map(images)).detach().to("cpu", torch.float32)
-            seconds += time.perf_counter() - start
-            maps.append(self._at_mask_size(batch, len(images)))
-            progress.update(len(images))
-        return np.concatenate(maps), seconds
-
-    def _maps_of_whole_patient(self, anomaly_map: Callable, progress: tqdm) -> tuple[np.ndarray, float]:
+    def whole(self) -> "Patient":
+        """The same with all slices that the split has of it."""
         everything = rows_by_patient(self.dataset, np.flatnonzero(np.asarray(self.dataset.patients) == self.name))
-        whole = Patient(self.dataset, self.name, everything[self.name])
-        with tqdm(disable=True) as hidden:
-            maps, seconds = whole.maps(anomaly_map, len(whole.rows), hidden)
-        progress.update(len(self.rows))
-        wanted = np.searchsorted(whole.slices, self.slices)
-        return maps[wanted], seconds * len(wanted) / len(maps)
+        return Patient(self.dataset, self.name, everything[self.name])
 
-    def _at_mask_size(self, maps: torch.Tensor, n: int) -> np.ndarray:
-        size = self.masks.shape[1:]
+    def checked(self, maps: np.ndarray) -> np.ndarray:
+        """Maps (S, h, w) of a method at the masks' size.
+
+        Raises:
+            InputError: they hold NaN or infinite values.
+            ValueError: they have a wrong shape.
+        """
+        size, n = self.masks.shape[1:], len(self.masks)
         if maps.ndim != 3 or len(maps) != n or maps.shape[1] > size[0] or maps.shape[2] > size[1]:
-            raise ValueError(f"anomaly_map must return ({n}, <= {size[0]}, <= {size[1]}), not {tuple(maps.shape)}")
-        if not maps.isfinite().all():
+            raise ValueError(f"anomaly_map must return ({n}, <= {size[0]}, <= {size[1]}), not {maps.shape}")
+        if not np.isfinite(maps).all():
             raise InputError(f"patient {self.name}: the anomaly map holds NaN or infinite values")
-        return maps_at_size(maps, size)
+        return maps_at_size(torch.from_numpy(maps), size)
+
+
+def maps_of_patients(
+    anomaly_map: Callable,
+    patients: Iterable[Patient],
+    batch_size: int | None,
+    whole_patients: bool,
+    device: str,
+    progress: tqdm,
+) -> Iterator[tuple[Patient, np.ndarray, float]]:
+    """Yields each patient with its maps (S, H, W) at the masks' size and the seconds that the method took.
+
+    Args:
+        anomaly_map: as in [`evaluate`].
+        patients: read one by one when they are needed.
+        batch_size: slices a call, None = as many as fit.
+        whole_patients: a call gets all of one patient instead.
+        device: where the method computes.
+        progress: a bar of slices.
+    """
+
+    def function(images: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(anomaly_map(images))
+
+    if not whole_patients:
+        volumes = ((patient, patient.images) for patient in patients)
+        for patient, (maps,), seconds in map_in_batches(function, volumes, batch_size, device, progress):
+            yield patient, patient.checked(maps), seconds
+        return
+    for patient in patients:
+        whole = patient.whole()
+        ((_, (maps,), seconds),) = map_in_batches(function, [(patient, whole.images)], len(whole.rows), device)
+        wanted = np.searchsorted(whole.slices, patient.slices)
+        yield patient, whole.checked(maps)[wanted], seconds * len(wanted) / len(maps)
+        progress.update(len(wanted))
 
 
 def measure_patient(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from diffusers_cf.batching import map_in_batches
 from diffusers_cf.data.geometry import (
     display,
     foreground_percentile,
@@ -113,14 +114,14 @@ def read_volumes(patient: str, files: dict[str, Path]) -> PatientVolumes:
     return PatientVolumes(patient, np.stack([scan.data for scan in scans.values()]), seg, spacing_mm, originals)
 
 
-def map_slices(pipe, volumes: PatientVolumes, facts: dict, batch_size: int, progress: bool = True) -> SliceMaps:
+def map_slices(pipe, volumes: PatientVolumes, facts: dict, batch_size: int | None, progress: bool = True) -> SliceMaps:
     """Runs the pipeline on every axial slice from the first to the last one with content.
 
     Args:
         pipe: A `CounterfactualDDIMPipeline`.
         volumes: The patient.
         facts: As from `volumes.segmentation_facts`.
-        batch_size: Slices at a time; the outcome does not depend on it.
+        batch_size: Slices at a time, None = as many as fit; the outcome does not depend on it.
         progress: Whether to show a bar that counts slices.
 
     Raises:
@@ -130,18 +131,15 @@ def map_slices(pipe, volumes: PatientVolumes, facts: dict, batch_size: int, prog
     seg = volumes.seg
     found = slices_from_volume(volumes.patient, volumes.volume, seg, volumes.spacing_mm, **geometry)
     settings = {name: value for name, value in facts["settings"].items() if name != "threshold"}
-    maps = SliceMaps(found, np.empty_like(found.images[:, 0]), np.empty_like(found.images))
+
+    def call(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = pipe(images, **settings)
+        return out.heatmaps, out.counterfactuals
+
     with tqdm(total=len(found.images), desc=volumes.patient, unit="slice", disable=not progress) as bar:
-        for start in range(0, len(found.images), batch_size):
-            part = slice(start, start + batch_size)
-            try:
-                out = pipe(torch.from_numpy(found.images[part]), output_type="np", **settings)
-            except torch.cuda.OutOfMemoryError:
-                raise InputError(
-                    f"out of memory with --batch_size {batch_size}: try {max(1, batch_size // 2)}"
-                ) from None
-            maps.heatmaps[part], maps.changes[part] = out.heatmaps, out.counterfactuals - found.images[part]
-            bar.update(len(out.heatmaps))
+        patient = [(volumes.patient, found.images)]
+        ((_, (heatmaps, counterfactuals), _),) = map_in_batches(call, patient, batch_size, pipe.device, bar)
+    maps = SliceMaps(found, heatmaps, counterfactuals - found.images)
     if not (np.isfinite(maps.heatmaps).all() and np.isfinite(maps.changes).all()):
         raise InputError(f"{facts['model']}: the model yields NaN or infinite values on {volumes.patient}")
     return maps

@@ -33,8 +33,7 @@ class BrightnessPipeline(CounterfactualDDIMPipeline):
     factor = 0.5
 
     def __call__(self, images, output_type="pt", **settings):
-        fields = (images[:, 0].numpy(), (self.factor * images).numpy(), images.numpy())
-        return CounterfactualOutput(*fields)
+        return CounterfactualOutput(images[:, 0], self.factor * images, images)
 
 
 def write_cube(folder, flair_axes, t1_axes):

@@ -105,19 +105,20 @@ def test_small_components_are_removed_for_postprocessed_dice_only():
     assert result["postprocessed"]["per_patient_dice"]["values"] == pytest.approx([2 * lesion / (64 + lesion)])
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, None])
-def test_result_depends_neither_on_batches_nor_on_the_order_of_rows(batch_size):
+@pytest.mark.parametrize("how", [{"batch_size": 1}, {"batch_size": 4}, {"batch_size": None}, {"whole_patients": True}])
+def test_result_depends_neither_on_batches_nor_on_the_order_of_rows(how):
     expected = without_time(evaluate(second_channel, FakeDataset(), batch_size=64, progress=False))
-    shuffled = evaluate(second_channel, FakeDataset().shuffled(), batch_size=batch_size, progress=False)
+    shuffled = evaluate(second_channel, FakeDataset().shuffled(), **how, progress=False)
     assert without_time(shuffled) == expected
 
 
-@pytest.mark.parametrize(("batch_size", "calls"), [(4, [4, 1, 4, 4, 2]), (None, [5, 4, 6])])
-def test_a_call_holds_slices_of_one_patient(batch_size, calls):
+@pytest.mark.parametrize(
+    ("how", "calls"),
+    [({"batch_size": 4}, [4, 4, 4, 3]), ({"batch_size": None}, [15]), ({"whole_patients": True}, [5, 4, 6])],
+)
+def test_a_call_is_full_or_holds_one_whole_patient(how, calls):
     sizes = []
-    evaluate(
-        lambda images: sizes.append(len(images)) or images[:, 0], FakeDataset(), batch_size=batch_size, progress=False
-    )
+    evaluate(lambda images: sizes.append(len(images)) or images[:, 0], FakeDataset(), **how, progress=False)
     assert sizes == calls
 
 
@@ -137,7 +138,7 @@ def test_a_smaller_map_is_upsampled_and_nothing_else():
 
 @pytest.mark.parametrize("shape", [(1, 24, 24), (4, 48, 48), (4, 2, 24, 24), (4, 24)])
 def test_a_map_of_wrong_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=r"anomaly_map must return \(4, <= 24, <= 24\)"):
+    with pytest.raises(ValueError, match=r"anomaly_map must return \(4, <= 24, <= 24\)|4 slices became \(1, 24, 24\)"):
         evaluate(lambda images: torch.zeros(shape), FakeDataset((4,)), progress=False)
 
 
@@ -146,7 +147,7 @@ def test_nan_in_a_map_names_the_patient():
         return images[:, 0] * (float("nan") if len(images) == 4 else 1)
 
     with pytest.raises(InputError, match="patient_b: the anomaly map holds NaN"):
-        evaluate(broken, FakeDataset(), progress=False)
+        evaluate(broken, FakeDataset(), whole_patients=True, progress=False)
 
 
 def test_without_masks_or_slices_there_is_nothing_to_evaluate():
@@ -257,7 +258,7 @@ def test_a_method_of_whole_patients_sees_the_slices_that_are_not_measured_too():
         seen.append(len(images))
         return share_of_the_scan(images)
 
-    result = evaluate(spied, data, indices=chosen, batch_size=None, postprocess=False, progress=False)
+    result = evaluate(spied, data, indices=chosen, whole_patients=True, postprocess=False, progress=False)
     assert sorted(seen) == [4, 5, 6] and result["n_slices"] == len(chosen)
     scores = np.zeros(data.masks.shape, np.float32)
     for name in np.unique(data.patients):

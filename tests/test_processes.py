@@ -79,7 +79,7 @@ def test_without_launcher_or_shard_the_work_is_whole(monkeypatch):
 
 @pytest.mark.parametrize("threshold", [None, 0.4, {"raw": 0.5, "postprocessed": 0.3}])
 def test_shards_add_up_to_the_result_of_one_process(threshold, tmp_path):
-    data, options = FakeDataset().shuffled(), {"threshold": threshold, "progress": False}
+    data, options = FakeDataset().shuffled(), {"threshold": threshold, "batch_size": 1, "progress": False}
     counts = [tmp_path / f"{name}.counts.npz" for name in ("one", "several")]
     expected = evaluate(Counting(), data, counts_path=counts[0], **options)
     calls = []
@@ -87,7 +87,7 @@ def test_shards_add_up_to_the_result_of_one_process(threshold, tmp_path):
         maps = Counting()
         assert evaluate(maps, data, parts=tmp_path / "parts", share=Share(index, 2), **options) is None
         calls.append(maps.calls)
-    assert sorted(calls) == [1, 2]
+    assert sorted(calls) == [6, 9]  # patients of 5, 4 and 6 slices
     last = Counting()
     found = evaluate(last, data, parts=tmp_path / "parts", counts_path=counts[1], **options)
     assert last.calls == 0 and without_time(found) == without_time(expected)
@@ -96,13 +96,13 @@ def test_shards_add_up_to_the_result_of_one_process(threshold, tmp_path):
 
 
 def test_a_stopped_run_goes_on_with_the_patients_that_are_missing(tmp_path):
-    data = FakeDataset()
+    data, options = FakeDataset(), {"batch_size": 1, "progress": False}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Counting(stop_at=3), data, parts=tmp_path / "parts", progress=False)
+        evaluate(Counting(stop_at=11), data, parts=tmp_path / "parts", **options)
     rest = Counting()
-    found = evaluate(rest, data, parts=tmp_path / "parts", progress=False)
-    assert rest.calls == 1
-    assert without_time(found) == without_time(evaluate(Counting(), data, progress=False))
+    found = evaluate(rest, data, parts=tmp_path / "parts", **options)
+    assert rest.calls == 6  # of the last patient
+    assert without_time(found) == without_time(evaluate(Counting(), data, **options))
 
 
 def test_several_processes_need_one_folder():

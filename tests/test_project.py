@@ -24,15 +24,18 @@ ALLOWED = {
     **{module: {"errors"} for module in BOTTOM},
     # What evaluation is made of: one chain of post-processing for every method, and the counting that it sums up.
     "pixel_counts": set(),
-    "measuring": {"errors", "pixel_counts", "postprocessing"},
+    "batching": {"errors"},
+    "measuring": {"batching", "errors", "pixel_counts", "postprocessing"},
     "processes": {"errors"},
     "evaluation": {"errors", "measuring", "pixel_counts", "processes"},
+    "guidance": set(),
     "images": set(),
     "heatmaps": set(),
     "settings": {"heatmaps"},
     "saving": {"loading"},
     "pipeline_counterfactual_ddim": {
         "errors",
+        "guidance",
         "heatmaps",
         "images",
         "schedulers",
@@ -42,7 +45,7 @@ ALLOWED = {
         "saving",
     },
     "trajectories": {"heatmaps", "images"},
-    "baselines": {"errors", "images", "pipeline_counterfactual_ddim", "training", "trajectories", *BOTTOM},
+    "baselines": {"errors", "guidance", "images", "pipeline_counterfactual_ddim", "training", "trajectories", *BOTTOM},
 }
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home|Users)/")
 
