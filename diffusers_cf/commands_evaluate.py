@@ -12,6 +12,7 @@ from diffusers_cf.data import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import evaluate, write_result
 from diffusers_cf.inference_options import (
+    add_compile_argument,
     add_device_arguments,
     add_settings_arguments,
     add_shard_argument,
@@ -37,6 +38,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="RESULT.json", help="counts go to RESULT.counts.npz beside it"
     )
     add_device_arguments(parser)
+    add_compile_argument(parser)
     add_settings_arguments(parser)
     parser.add_argument(
         "--threshold", type=float, help="for Dice per patient; without one the split's ideal threshold"
@@ -115,7 +117,7 @@ def _output_file(path: str) -> Path:
 
 def _load_model(args: argparse.Namespace, dataset: SliceDataset) -> dict:
     """Returns a model's keyword arguments for `evaluate`, and `settings`."""
-    pipe = open_pipeline(args.model, args.device, args.dtype)
+    pipe = open_pipeline(args.model, args.device, args.dtype, args.compile)
     modalities = pipe.preprocessing.get("modalities", dataset.preprocessing["modalities"])
     if list(modalities) != list(dataset.preprocessing["modalities"]):
         given = ", ".join(dataset.preprocessing["modalities"])

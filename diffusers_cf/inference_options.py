@@ -27,6 +27,11 @@ def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int | str 
     parser.add_argument("--batch_size", type=kind, default=batch_size, help=text)
 
 
+def add_compile_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--compile`, which pays where a network computes for longer than it takes to compile."""
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network first, which takes minutes")
+
+
 def _batch_size(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
@@ -79,16 +84,17 @@ def check_device_arguments(args: argparse.Namespace) -> None:
         args.dtype = "bfloat16" if computes_in_bfloat16(args.device) else "float32"
 
 
-def open_pipeline(model: str, device: str = "cpu", dtype: str = "float32") -> CounterfactualDDIMPipeline:
-    """A model folder or Hub id as a pipeline without progress bars of its own.
+def open_pipeline(model: str, device: str = "cpu", dtype: str = "float32", compile: bool = False):
+    """A model folder or Hub id as a [`CounterfactualDDIMPipeline`] without progress bars of its own.
 
     Args:
         model (`str`): folder or Hub id.
         device (`str`): where to put it.
         dtype (`str`): a key of `DTYPES`.
+        compile (`bool`): whether to compile the network, now.
 
     Raises:
-        InputError: the model can't be loaded; the line names it and the reason.
+        InputError: the model can't be loaded, or not be compiled; the line names it and the reason.
     """
     # Several bars would hide the one that counts slices.
     diffusers.utils.logging.disable_progress_bar()
@@ -103,4 +109,25 @@ def open_pipeline(model: str, device: str = "cpu", dtype: str = "float32") -> Co
         diffusers.utils.logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)  # how convolutions are fastest on CPUs and GPUs alike
-    return pipe.to(device)
+    pipe.to(device)
+    if compile:
+        compile_network(pipe)
+    return pipe
+
+
+@torch.no_grad()
+def compile_network(pipe: CounterfactualDDIMPipeline) -> None:
+    """Compiles a pipeline's U-Net as one graph for every timestep, number and size of images.
+
+    Raises:
+        InputError: it can't be compiled here, for want of a compiler for example.
+    """
+    # A CPU's convolutions choose their layout by the size of an image, and each choice is a graph of its own.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    pipe.unet.compile(fullgraph=True, dynamic=True)
+    sample = torch.zeros(2, pipe.unet.config.in_channels, *pipe.image_size, device=pipe.device)
+    try:
+        pipe.predict_noise(sample, 0, pipe.encode_classes(None, len(sample)))
+    except Exception as error:  # compilers raise whatever they like
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--compile: the network can't be compiled on this machine ({reason})") from None

@@ -18,6 +18,7 @@ from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import dice
 from diffusers_cf.inference_options import (
+    add_compile_argument,
     add_device_arguments,
     add_settings_arguments,
     add_shard_argument,
@@ -246,6 +247,7 @@ def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings_arguments(parser)
     add("--threshold", type=float, help="heat from which on a voxel is lesion; a change of 1 = 99th percentile")
     add_device_arguments(parser)
+    add_compile_argument(parser)
     add("--overwrite", action="store_true", help="replace patients finished with another model or other settings")
     add_shard_argument(parser, "does what shards have left")
 
@@ -262,7 +264,7 @@ def run_segment(args: argparse.Namespace) -> int:
     share = share_of_work(args.shard)
     take_device(args, share)
     _check_arguments(args)
-    pipe = open_pipeline(args.model, args.device, args.dtype)
+    pipe = open_pipeline(args.model, args.device, args.dtype, args.compile)
     settings = {name: getattr(args, name) for name in SETTINGS}
     segmentation_facts(pipe, args.model, **settings)
     make_folder(args.output)
