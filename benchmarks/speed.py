@@ -1,0 +1,234 @@
+"""Inference side by side at equal weights: ours, the authors' way, and a plain diffusers loop, in turn in one run.
+
+python benchmarks/speed.py --dataset DATASET --output results/speed.json [--patient FOLDER]
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler
+from sweep_cost import Counter
+
+from diffusers_cf import (
+    CounterfactualDDIMPipeline,
+    DynamicDDIMInverseScheduler,
+    DynamicDDIMScheduler,
+    anomaly_heatmap,
+    class_token_encoder,
+    counterfactual_unet,
+    implicit_guidance,
+)
+from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
+from diffusers_cf.data.slices import SliceDataset, batches_of
+from diffusers_cf.demo import SHIPPED_MODEL
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation import write_result
+from diffusers_cf.images import network_images
+from diffusers_cf.inference_options import (
+    add_compile_argument,
+    add_device_arguments,
+    check_device_arguments,
+    open_pipeline,
+)
+from diffusers_cf.provenance import command_line, package_commit
+from diffusers_cf.settings import PAPER_SETTINGS
+from diffusers_cf.sweep import evenly_spread
+from diffusers_cf.volumes import segment_patient
+
+
+WAYS = ("ours", "authors", "plain")
+AUTHORS_BATCH = 32
+
+
+class AuthorsPipeline(CounterfactualDDIMPipeline):
+    """The authors' way: whole images in float32, and each branch of the guidance a call of its own."""
+
+    def _guided_prediction(self, target, guidance_scale: float, batch_size: int) -> Callable:
+        null, wanted = self.encode_classes(None, batch_size), self._encode_target(target, batch_size)
+        return lambda sample, t: implicit_guidance(
+            self.predict_noise(sample, t, null), self.predict_noise(sample, t, wanted), guidance_scale
+        )
+
+
+class PlainLoop:
+    """What a user of diffusers writes: stock schedulers, both branches in one batch, nothing else."""
+
+    def __init__(self, pipe: CounterfactualDDIMPipeline):
+        self.pipe, self.unet, self.encoder = pipe, pipe.unet, pipe.class_encoder
+        self.scheduler = DDIMScheduler(clip_sample=False)
+        self.inverse_scheduler = DDIMInverseScheduler(clip_sample=False)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        device, count = self.pipe.device, len(images)
+        image = network_images(images.to(device), self.pipe.image_size, clip=False)
+        ids = torch.tensor([self.encoder.null_id] * count + [0] * count, device=device)
+        tokens, vector = self.encoder(ids)
+        steps = PAPER_SETTINGS["num_inference_steps"]
+        walked = round(steps * PAPER_SETTINGS["strength"])
+        self.scheduler.set_timesteps(steps, device=device)
+        self.inverse_scheduler.set_timesteps(steps, device=device)
+        x = image
+        for t in self.inverse_scheduler.timesteps[:walked]:
+            noise = self.unet(x, t, encoder_hidden_states=tokens[:count], class_labels=vector[:count]).sample
+            x = self.inverse_scheduler.step(noise, t, x).prev_sample
+        for t in self.scheduler.timesteps[-walked:]:
+            noise = self.unet(torch.cat([x, x]), t, encoder_hidden_states=tokens, class_labels=vector).sample
+            null, target = noise.chunk(2)
+            x = self.scheduler.step(null + PAPER_SETTINGS["guidance_scale"] * (target - null), t, x).prev_sample
+        return anomaly_heatmap(image, x) / 2
+
+
+def load(args: argparse.Namespace, way: str) -> tuple[CounterfactualDDIMPipeline, Callable]:
+    """One of the three ways as the pipeline that holds its network, and a function of images."""
+    ours = way == "ours"
+    dtype = args.dtype if ours else "float32"
+    if args.unet_size:
+        pipe = _untrained(args, dtype)
+    else:
+        pipe = open_pipeline(args.model, args.device, dtype, args.compile and ours)
+    if ours:
+        return pipe, lambda images: pipe(images).heatmaps
+    pipe.unet.to(memory_format=torch.contiguous_format)
+    if way == "plain":
+        return pipe, PlainLoop(pipe)
+    facts, parts = pipe.preprocessing, dict(pipe.components)
+    scheduler = DynamicDDIMScheduler(threshold_clean_sample=True)
+    parts |= {"scheduler": scheduler, "inverse_scheduler": DynamicDDIMInverseScheduler.from_config(scheduler.config)}
+    pipe = AuthorsPipeline(**parts, clip_input=False, crop_background=False)
+    pipe.preprocessing = facts
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, lambda images: pipe(images, settings="paper").heatmaps
+
+
+def _untrained(args, dtype: str) -> CounterfactualDDIMPipeline:
+    """A network of a size that no shipped model has, with the shipped model's everything else."""
+    pipe = open_pipeline(args.model, args.device, dtype)
+    torch.manual_seed(0)
+    channels = pipe.unet.config.in_channels
+    pipe.unet = counterfactual_unet(args.unet_size, "attention", 64, channels).to(pipe.unet.device, pipe.unet.dtype)
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.class_encoder = class_token_encoder(args.unet_size).to(pipe.unet.device, pipe.unet.dtype)
+    return pipe
+
+
+def run_all(function: Callable, images: torch.Tensor, batch_size: int) -> float:
+    """Seconds for all images, maps on the CPU."""
+    start = time.perf_counter()
+    for part in images.split(batch_size):
+        function(part).cpu()
+    return time.perf_counter() - start
+
+
+def peak_memory(args: argparse.Namespace, way: str, images: torch.Tensor) -> float:
+    """Peak memory of a way in MiB: of the GPU, or of a process of its own where the CPU computes."""
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run_all(load(args, way)[1], images, batch_size(args, way))
+        return torch.cuda.max_memory_allocated() / 2**20
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak_of_this_process, args, way, images.numpy()).result()
+
+
+def _peak_of_this_process(args: argparse.Namespace, way: str, images) -> float:
+    torch.set_num_threads(args.threads)
+    run_all(load(args, way)[1], torch.from_numpy(images), batch_size(args, way))
+    # not getrusage, which begins with the peak of the process that started this one
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) / 2**10
+
+
+def batch_size(args: argparse.Namespace, way: str) -> int:
+    """Slices a call: the authors' 32 for their way and the plain loop."""
+    return args.batch_size if way == "ours" else AUTHORS_BATCH
+
+
+def in_turn(args: argparse.Namespace, images: torch.Tensor) -> dict[str, dict]:
+    """Every way once a round, after a round that doesn't count; seconds of each round and passes a slice."""
+    loaded = {way: load(args, way) for way in WAYS}
+    counters = {way: Counter(pipe.unet) for way, (pipe, _) in loaded.items()}
+    for way, (_, function) in loaded.items():
+        run_all(function, images[:2], batch_size(args, way))
+        counters[way].images = 0
+    rows = {way: {"seconds_per_slice": []} for way in WAYS}
+    for _ in range(args.rounds):
+        for way, (_, function) in loaded.items():
+            seconds = run_all(function, images, batch_size(args, way))
+            rows[way]["seconds_per_slice"].append(seconds / len(images))
+    for way, row in rows.items():
+        row["passes_per_slice"] = counters[way].images / len(images) / args.rounds
+        row["times_ours"] = ratio(row["seconds_per_slice"], rows["ours"]["seconds_per_slice"])
+        row["peak_memory_mib"] = peak_memory(args, way, images)
+    return rows
+
+
+def ratio(seconds: list[float], ours: list[float]) -> dict[str, float]:
+    """How many times ours, round by round: median, least and most."""
+    found = [one / other for one, other in zip(seconds, ours, strict=True)]
+    return {"median": statistics.median(found), "least": min(found), "most": max(found)}
+
+
+def whole_patient(args: argparse.Namespace, way: str) -> float:
+    """Seconds of `segment_patient`, reading and writing included; the model is loaded before."""
+    pipe, _ = load(args, way)
+    settings = {"settings": None if way == "ours" else "paper"}
+    with TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        segment_patient(pipe, args.patient, folder, batch_size=batch_size(args, way), progress=False, **settings)
+        return time.perf_counter() - start
+
+
+def main(args: argparse.Namespace) -> None:
+    """All ways on some slices of the test split, and with `--patient` ours and the authors' on a whole scan."""
+    check_device_arguments(args)
+    for name in ("rounds", "max_slices"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    dataset = SliceDataset(args.dataset, "test")
+    if not len(dataset):
+        raise InputError(f"{args.dataset}: the split test is empty")
+    make_folder(Path(args.output).parent)
+    args.threads = torch.get_num_threads()
+    rows = evenly_spread(len(dataset), args.max_slices)
+    images = torch.cat([batch["images"] for batch in batches_of(dataset, rows, 32)])
+    facts = {"command": command_line(), "commit": package_commit(), "torch": torch.__version__}
+    facts |= {"device": args.device, "dtype": args.dtype, "threads": args.threads, "n_slices": len(images)}
+    result = facts | {"ways": in_turn(args, images)}
+    if args.patient:
+        result["seconds_per_patient"] = {way: whole_patient(args, way) for way in ("ours", "authors")}
+    write_result(result, Path(args.output))
+    for way, row in result["ways"].items():
+        seconds, times = statistics.median(row["seconds_per_slice"]), row["times_ours"]
+        spread = f"{times['median']:.1f} [{times['least']:.1f}, {times['most']:.1f}] times ours"
+        print(
+            f"{way:8} {row['passes_per_slice']:6.1f} passes {seconds:8.3f} s a slice, {spread},"
+            f" {row['peak_memory_mib']:.0f} MiB"
+        )
+    for way, seconds in result.get("seconds_per_patient", {}).items():
+        print(f"{way:8} {seconds:8.1f} s for the whole patient")
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default=str(SHIPPED_MODEL), help="the shipped one")
+    add(
+        "--unet_size", choices=("small", "paper"), help="an untrained network of this size in the place of the model's"
+    )
+    add("--dataset", required=True, help="slices; those of the test split are used")
+    add("--patient", type=Path, metavar="FOLDER", help="scans to segment whole, too")
+    add("--output", required=True, metavar="RESULT.json")
+    add("--max_slices", type=int, default=32)
+    add("--rounds", type=int, default=3)
+    add_device_arguments(parser, batch_size=16)
+    add_compile_argument(parser)
+    arguments = parser.parse_args()
+    raise SystemExit(run_command(lambda: main(arguments)))

@@ -1,0 +1,188 @@
+"""Training side by side: the script's loop and a plain float32 diffusers loop, in turn in one run, and what they spend.
+
+python benchmarks/training_speed.py --dataset DATASET --output results/training_speed.json
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_counterfactual as script
+from diffusers_cf import class_token_encoder, counterfactual_unet
+from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
+from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation import write_result
+from diffusers_cf.models import UNET_SIZES, ConditionalNoisePredictor
+from diffusers_cf.provenance import command_line, package_commit
+from diffusers_cf.training_options import parse_args
+
+
+WAYS = ("ours", "plain")
+TOP = 5  # costs that a profile names
+MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices that the machine's rate is measured with
+
+
+def ours(args) -> Iterator[None]:
+    """A step of `train_counterfactual.py` each time."""
+    options = {
+        "dataset": args.dataset, "output_dir": args.folder, "unet_size": args.unet_size, "mixed_precision": "bf16",
+        "resolution": args.resolution, "train_batch_size": args.batch_size, "max_train_steps": 10**6,
+        "dataloader_num_workers": args.dataloader_num_workers,
+    }  # fmt: skip
+    given = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    parsed = parse_args(given + ["--random_flip"] + ["--compile"] * args.compile)
+    run = script.set_up(parsed, script.start_accelerator(parsed, Path(args.folder)), Path(args.folder))
+    noise_scheduler = DDPMScheduler()
+    for batch in script.batches(run, 0):
+        script.train_on_batch(run, noise_scheduler, batch, 1.0)
+        run.lr_scheduler.step()
+        run.ema.step(run.network.parameters())
+        yield
+
+
+def plain(args) -> Iterator[None]:
+    """A step of a loop as a user of diffusers writes it each time."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dataset = SliceDataset(args.dataset, "train")
+    unet = counterfactual_unet(args.unet_size, "attention", args.resolution, dataset.preprocessing["channels"])
+    model = ConditionalNoisePredictor(unet, class_token_encoder(args.unet_size)).train().to(device)
+    optimizer, scheduler = torch.optim.AdamW(model.parameters(), 1e-4), DDPMScheduler()
+    ema = EMAModel(model.parameters(), 0.9999, use_ema_warmup=True)
+    ema.to(device)
+
+    def collate(rows):
+        batch = dataset.collate(rows)
+        images = functional.interpolate(batch["images"].clamp(max=1), (args.resolution,) * 2, mode="bilinear")
+        return images * 2 - 1, batch["labels"]
+
+    workers = args.dataloader_num_workers
+    loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=collate, num_workers=workers)
+    while True:
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            noise, timesteps = torch.randn_like(images), torch.randint(0, 1000, labels.shape, device=device)
+            labels[torch.rand(labels.shape, device=device) < 0.35] = model.class_encoder.null_id
+            noisy = scheduler.add_noise(images, noise, timesteps)
+            functional.mse_loss(model(noisy, timesteps, labels), noise).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(model.parameters())
+            yield
+
+
+def seconds_of(steps: Iterator[None], count: int) -> float:
+    """Seconds of so many steps, work of a GPU included."""
+    start = time.perf_counter()
+    for _ in range(count):
+        next(steps)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def largest_costs(steps: Iterator[None]) -> list[dict]:
+    """The five operations that two steps spend most of their time in, with their shares."""
+    on_gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+        seconds_of(steps, 2)
+    spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, spent))
+    total = sum(getattr(event, spent) for event in events)
+    return [{"operation": event.key, "share": getattr(event, spent) / total} for event in events[:TOP]]
+
+
+def flops_an_image(args) -> float:
+    """Arithmetic of one training image, forwards and backwards, counted once by PyTorch."""
+    counter = FlopCounterMode(display=False)
+    model = ConditionalNoisePredictor(
+        counterfactual_unet(args.unet_size, "attention", args.resolution, 4), class_token_encoder(args.unet_size)
+    )
+    with counter:
+        sample = torch.randn(1, 4, args.resolution, args.resolution)
+        model(sample, torch.tensor([500]), torch.tensor([0])).sum().backward()
+    return float(counter.get_total_flops())
+
+
+def matrix_rate() -> float:
+    """Arithmetic a second of a bfloat16 matrix product on this machine, the best of ten."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    side = MATRIX[device]
+    one = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+
+    def products():
+        while True:
+            yield one @ one
+
+    work = products()
+    return 5 * 2 * side**3 / min(seconds_of(work, 5) for _ in range(10))
+
+
+def main(args) -> None:
+    """Both loops in turn, after steps that don't count; then what they spend their time on."""
+    for name in ("rounds", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    make_folder(Path(args.output).parent)
+    with TemporaryDirectory() as args.folder:
+        work = {"ours": ours(args), "plain": plain(args)}
+        rows = {way: {"warm_up_seconds": seconds_of(work[way], 3), "images_per_second": []} for way in WAYS}
+        for _ in range(args.rounds):
+            for way in WAYS:
+                images = args.steps * args.batch_size
+                rows[way]["images_per_second"].append(images / seconds_of(work[way], args.steps))
+        for way in WAYS:
+            rows[way]["largest_costs"] = largest_costs(work[way])
+    rates = {way: rows[way]["images_per_second"] for way in WAYS}
+    ratios = [one / other for one, other in zip(rates["ours"], rates["plain"], strict=True)]
+    flops, rate = flops_an_image(args), matrix_rate()
+    result = {
+        "command": command_line(), "commit": package_commit(), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(), "ways": rows,
+        "times_plain": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+        "flops_an_image": flops, "matrix_flops_per_second": rate,
+        "share_of_matrix_rate": flops * statistics.median(rates["ours"]) / rate,
+    }  # fmt: skip
+    write_result(result, args.output)
+    report(result)
+
+
+def report(result: dict) -> None:
+    """Prints the figures."""
+    for way, row in result["ways"].items():
+        costs = ", ".join(f"{cost['operation']} {cost['share']:.0%}" for cost in row["largest_costs"])
+        print(f"{way:6} {statistics.median(row['images_per_second']):8.1f} images a second; most in {costs}")
+        print(f"{'':6} first three steps {row['warm_up_seconds']:.1f} s")
+    times = result["times_plain"]
+    share = (
+        f"{result['share_of_matrix_rate']:.1%} of {result['matrix_flops_per_second'] / 1e12:.2f} TFLOP/s in bfloat16"
+    )
+    print(f"ours is {times['median']:.2f} [{times['least']:.2f}, {times['most']:.2f}] times the plain loop; {share}")
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--dataset", required=True, help="slice data set")
+    add("--output", required=True, metavar="RESULT.json")
+    add("--unet_size", choices=sorted(UNET_SIZES), default="small")
+    add("--resolution", type=int, default=64)
+    add("--batch_size", type=int, default=32)
+    add("--steps", type=int, default=5, help="of each loop a round")
+    add("--rounds", type=int, default=5)
+    add("--dataloader_num_workers", type=int, default=0)
+    add("--compile", action="store_true", help="torch.compile our network")
+    arguments = parser.parse_args()
+    raise SystemExit(run_command(lambda: main(arguments)))
