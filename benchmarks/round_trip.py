@@ -56,6 +56,6 @@ if __name__ == "__main__":
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[100])
     parser.add_argument("--max_slices", type=int, default=64)
-    add_device_arguments(parser)
+    add_device_arguments(parser, batch_size=16)
     arguments = parser.parse_args()
     raise SystemExit(run_command(lambda: main(arguments)))

@@ -97,6 +97,6 @@ if __name__ == "__main__":
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--max_slices", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    add_device_arguments(parser)
+    add_device_arguments(parser, batch_size=16)
     arguments = parser.parse_args()
     raise SystemExit(run_command(lambda: main(arguments)))
