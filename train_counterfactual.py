@@ -228,13 +228,15 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
         args.max_train_steps = args.num_train_epochs * math.ceil(slices.num_slices / global_batch)
     rate = args.learning_rate * (global_batch if args.scale_lr else 1)
     betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = torch.optim.AdamW(network.parameters(), rate, betas, args.adam_epsilon, args.adam_weight_decay)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), rate, betas, args.adam_epsilon, args.adam_weight_decay, fused=True
+    )
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     ema = EMAModel(
         network.parameters(), args.ema_max_decay, use_ema_warmup=True, inv_gamma=args.ema_inv_gamma,
-        power=args.ema_power,
+        power=args.ema_power, foreach=True,
     )  # fmt: skip
     ema.to(accelerator.device)
     model, optimizer = accelerator.prepare(network, optimizer)

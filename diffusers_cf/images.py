@@ -81,14 +81,14 @@ class Windows:
             yield images[number, ..., top : top + height, left : left + width]
 
 
-def foreground_windows(inside: torch.Tensor, multiple: int) -> list[Windows]:
+def foreground_windows(inside: torch.Tensor, multiple: int | None) -> list[Windows]:
     """Windows around the foreground of each image, one group for each size; empty images are in none.
 
     A window depends on its own image alone, so the batch that an image comes in changes nothing.
 
     Args:
         inside: bool `(N, H, W)`, the foreground.
-        multiple: sides are a multiple of it, or the image's own.
+        multiple: sides are a multiple of it, or the image's own; None = all of them the image's own.
     """
     rows, columns = (inside.any(dim=axis).cpu() for axis in (2, 1))
     groups: dict[tuple[int, int], tuple[list, list]] = {}
@@ -101,17 +101,13 @@ def foreground_windows(inside: torch.Tensor, multiple: int) -> list[Windows]:
     return [Windows(index, corners, size) for size, (index, corners) in groups.items()]
 
 
-def whole_windows(inside: torch.Tensor) -> list[Windows]:
-    """All of each image that isn't empty, as one group; argument as in [`foreground_windows`]."""
-    index = inside.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
-    return [Windows(index, [(0, 0)] * len(index), tuple(inside.shape[1:]))] if index else []
-
-
-def _span(filled: torch.Tensor, multiple: int) -> tuple[int, int]:
+def _span(filled: torch.Tensor, multiple: int | None) -> tuple[int, int]:
     """First pixel and length of a window around the pixels that are filled, `(side,)`."""
     side, found = len(filled), filled.nonzero()[:, 0]
+    if multiple is None:
+        return 0, side
     first, last = int(found[0]) - MARGIN, int(found[-1]) + MARGIN
-    length = max(LEAST_SIDE, -(-(last - first + 1) // multiple) * multiple)
+    length = -(-max(LEAST_SIDE, last - first + 1) // multiple) * multiple
     if length >= side:
         return 0, side
     return max(0, min(side - length, (first + last + 1 - length) // 2)), length

@@ -23,7 +23,7 @@ def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int | str 
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default=dtype, help=text)
     text, kind = "slices at a time, default: %(default)s", int
     if batch_size == "auto":
-        text, kind = text + ", 16 on a CPU, the largest that fits on a GPU", _batch_size
+        text, kind = text + ", 64 on a CPU, the largest that fits on a GPU", _batch_size
     parser.add_argument("--batch_size", type=kind, default=batch_size, help=text)
 
 

@@ -1,6 +1,7 @@
 """CounterfactualDDIMPipeline: Algorithm 1 of "What is Healthy?" (Sanchez et al. 2022), from image to heatmap."""
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,7 @@ from diffusers.utils import BaseOutput
 from diffusers_cf import loading, saving
 from diffusers_cf.guidance import implicit_guidance
 from diffusers_cf.heatmaps import heatmap
-from diffusers_cf.images import (
-    Windows,
-    check_images,
-    foreground_windows,
-    network_images,
-    resize_images,
-    to_device,
-    whole_windows,
-)
+from diffusers_cf.images import Windows, check_images, foreground_windows, network_images, resize_images, to_device
 from diffusers_cf.models import ClassTokenEncoder, predict_noise
 from diffusers_cf.schedulers import check_mirrored
 from diffusers_cf.settings import settings_in_use
@@ -173,11 +166,10 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
 
     def windows(self, prepared: torch.Tensor) -> list[Windows]:
         """Where the network has something to do in what `prepare_images` made, `(N, C, h, w)`."""
-        inside = (prepared > -1).any(dim=1)
-        if not self.config.crop_background:
-            return whole_windows(inside)
-        halvings = len(self.unet.config.get("block_out_channels", (1,))) - 1
-        return foreground_windows(inside, 2**halvings)
+        # Sides in quarters: each size is a call of its own, and calls with few images are slow.
+        halvings, quarter = len(self.unet.config.get("block_out_channels", (1,))) - 1, max(self.image_size) // 4 or 1
+        multiple = math.lcm(2**halvings, quarter) if self.config.crop_background else None
+        return foreground_windows((prepared > -1).any(dim=1), multiple)
 
     def _timesteps(self, strength: float, num_inference_steps: int) -> torch.Tensor:
         """The K rising timesteps that encoding walks; decoding walks their mirror image.

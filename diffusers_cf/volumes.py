@@ -83,7 +83,7 @@ def segment_patient(
         folder: Folder with one NIfTI file a modality (names end in the modality), and seg if there is one.
         output: Folder that gets a sub-folder named like `folder`.
         model: Name of the model for the report; the folder it was loaded from if empty.
-        batch_size: Slices at a time; None = 16 on a CPU, on an accelerator the largest that fits.
+        batch_size: Slices at a time; None = 64 on a CPU, on an accelerator the largest that fits.
         overwrite: Replace what was made with another model, settings or scans.
         progress: Whether to show a progress bar.
         **settings: `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; None = what the model

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_cf.images import LEAST_SIDE, MARGIN, foreground_windows, whole_windows
+from diffusers_cf.images import LEAST_SIDE, MARGIN, foreground_windows
 from diffusers_cf.trajectories import heatmaps_of_settings
 
 
@@ -60,16 +60,16 @@ def test_what_is_cut_comes_back_to_its_place(images):
 
 
 def test_without_cropping_one_group_holds_what_is_not_empty(images):
-    (group,) = whole_windows((images > 0).any(dim=1))
+    (group,) = foreground_windows((images > 0).any(dim=1), None)
     assert group.index == [0, 1, 3, 4, 5] and group.size == (SIDE, SIDE)
     assert torch.equal(group.cut(images), images[group.index])
-    assert whole_windows(torch.zeros(2, 4, 4, dtype=torch.bool)) == []
+    assert foreground_windows(torch.zeros(2, 4, 4, dtype=torch.bool), None) == []
 
 
 def test_the_network_computes_windows_alone(large, images, record_calls):
     calls = record_calls(large)
     out = large(images, **SHORT)
-    assert {tuple(call.sample.shape[-2:]) for call in calls} == {(48, 48), (24, 32), (16, 16)}
+    assert {tuple(call.sample.shape[-2:]) for call in calls} == {(48, 48), (24, 36), (24, 24)}  # quarters
     outside = torch.ones_like(images[:, 0], dtype=torch.bool)
     for group in large.windows(2 * images - 1):
         group.paste(outside, torch.zeros(len(group.index), *group.size, dtype=torch.bool))
