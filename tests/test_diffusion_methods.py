@@ -59,3 +59,26 @@ def test_the_network_begins_with_low_timesteps_and_is_validated_on_all():
     assert not torch.equal(seen[3], batch["timesteps"])
     network.register_to_config(first_timesteps=1.0)
     assert network.comparable_from == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "both", "encoding"),
+    [
+        ("cdpm-classifier", {"thresholding": False, "clip_sample": True}, {}),
+        ("cdpm-adagn-guided", {"thresholding": False, "clip_sample": True}, {}),
+        ("ours-clipped", {"thresholding": False, "clip_sample": True}, {}),
+        ("ours-unclipped", {"thresholding": False, "clip_sample": False}, {}),
+        ("ours", {"thresholding": True, "use_clipped_model_output": True}, {}),
+        ("ours-raw-epsilon", {"thresholding": True, "use_clipped_model_output": False}, {}),
+        ("ours-fixed-point", {"thresholding": True}, {"num_fixed_point_iterations": 3}),
+        ("ours-second-order", {"thresholding": True}, {"solver_order": 2}),
+    ],
+)
+def test_a_row_is_what_its_title_says(row, both, encoding):
+    network = network_of_data(ROWS[row].network, "small", 1, 16, ("healthy", "unhealthy"))
+    pipe = row_of(row).make(network, GRID).pipe
+    for scheduler in (pipe.scheduler, pipe.inverse_scheduler):
+        assert both.items() <= dict(scheduler.config).items()
+    expected = {"num_fixed_point_iterations": 0, "solver_order": 1} | encoding
+    assert expected.items() <= dict(pipe.inverse_scheduler.config).items() and pipe.scheduler.config.solver_order == 1
+    assert not pipe.config.crop_background

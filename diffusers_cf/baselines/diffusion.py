@@ -1,6 +1,6 @@
 """The diffusion models of both tables: one network each, trained on Eq. 1, and their maps by Algorithm 1."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from diffusers import DDPMScheduler
@@ -97,12 +97,15 @@ class CounterfactualDiffusion(TrainableMethod):
     def validation_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return self._noise_loss(batch, batch["labels"])
 
-    def pipeline(self, num_fixed_point_iterations: int = 0, **scheduler_options) -> CounterfactualDDIMPipeline:
-        """The pipeline around this network; options are those of [`DynamicDDIMScheduler`]."""
+    def pipeline(self, encoding: Mapping | None = None, **scheduler_options) -> CounterfactualDDIMPipeline:
+        """The pipeline around this network.
+
+        Args:
+            encoding: options of [`DynamicDDIMInverseScheduler`] alone.
+            **scheduler_options: of [`DynamicDDIMScheduler`], the same for both passes.
+        """
         scheduler = DynamicDDIMScheduler(**scheduler_options)
-        inverse = DynamicDDIMInverseScheduler.from_config(
-            scheduler.config, num_fixed_point_iterations=num_fixed_point_iterations
-        )
+        inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config, **(encoding or {}))
         pipe = self._pipeline(scheduler, inverse)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -154,13 +157,13 @@ class CounterfactualMap(AnomalyMethod):
 
     Args:
         trained: a [`CounterfactualDiffusion`] or a class below it.
-        num_fixed_point_iterations: of the encoding.
+        encoding: options of [`DynamicDDIMInverseScheduler`] alone.
         **scheduler_options: of [`DynamicDDIMScheduler`], the same for both passes.
     """
 
-    def __init__(self, trained: CounterfactualDiffusion, num_fixed_point_iterations: int = 0, **scheduler_options):
+    def __init__(self, trained: CounterfactualDiffusion, encoding: Mapping | None = None, **scheduler_options):
         super().__init__()
-        self.pipe = trained.pipeline(num_fixed_point_iterations, **scheduler_options)
+        self.pipe = trained.pipeline(encoding, **scheduler_options)
 
     def maps_of_candidates(self, images: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields `(index of a candidate, its maps (N, H, W))`; candidates that share a grid share one encoding."""
