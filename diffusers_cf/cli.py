@@ -11,7 +11,7 @@ from diffusers_cf.arguments import ArgumentParser, run_command
 # name -> (module that has add_NAME_arguments and run_NAME, what it does)
 COMMANDS = {
     "prepare": ("diffusers_cf.data.prepare", "scans, arrays, pictures or the phantom to a slice data set"),
-    "segment": ("diffusers_cf.volumes", "patient folders to heatmap, mask and counterfactual as NIfTI"),
+    "segment": ("diffusers_cf.commands_segment", "patients or cohorts to heatmap, mask and counterfactual as NIfTI"),
     "evaluate": ("diffusers_cf.commands_evaluate", "a model or method on a data set to RESULT.json"),
     "sweep": ("diffusers_cf.sweep", "guidance scale, strength and map on validation slices (Fig. 3)"),
     "benchmark": ("diffusers_cf.benchmark", "every method of the paper under one protocol to tables and figures"),

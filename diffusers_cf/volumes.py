@@ -1,35 +1,21 @@
-"""`diffusers-cf segment`: patient folders to heatmap, mask and counterfactual as NIfTI, in the scan's own geometry."""
+"""A patient's folder to heatmap, mask and counterfactual as NIfTI in the scan's own geometry, whole or not at all."""
 
-import argparse
 import json
 import os
 import re
 import shutil
-import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.arguments import make_folder
 from diffusers_cf.data.geometry import FIELD_MM, PERCENTILE, check_geometry
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import dice
-from diffusers_cf.inference_options import (
-    add_compile_argument,
-    add_device_arguments,
-    add_settings_arguments,
-    add_shard_argument,
-    check_device_arguments,
-    open_pipeline,
-    take_device,
-)
 from diffusers_cf.loading import sha256_of
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.pixel_counts import PixelCounts
-from diffusers_cf.processes import share_of_work
 from diffusers_cf.provenance import model_fingerprint
 from diffusers_cf.segment import (
     PatientVolumes,
@@ -45,7 +31,6 @@ from diffusers_cf.segment import (
 )
 
 
-SETTINGS = ("settings", "guidance_scale", "strength", "num_inference_steps", "map", "threshold")
 REPORT = "report.json"
 # Pixels along a side of the slices on which thresholds are chosen, as `prepare` cuts them unless told otherwise.
 EVALUATION_SIZE = 128
@@ -66,6 +51,7 @@ def segment_patient(
     output: str | Path,
     *,
     model: str = "",
+    patient: str = "",
     batch_size: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -81,8 +67,9 @@ def segment_patient(
     Args:
         pipe: The pipeline; `pipe.preprocessing` names its modalities.
         folder: Folder with one NIfTI file a modality (names end in the modality), and seg if there is one.
-        output: Folder that gets a sub-folder named like `folder`.
+        output: Folder that gets a sub-folder named like the patient.
         model: Name of the model for the report; the folder it was loaded from if empty.
+        patient: Its name; that of `folder` if empty.
         batch_size: Slices at a time; None = 64 on a CPU, on an accelerator the largest that fits.
         overwrite: Replace what was made with another model, settings or scans.
         progress: Whether to show a progress bar.
@@ -96,7 +83,7 @@ def segment_patient(
     Raises:
         InputError: Model, settings, scans or output can't be used; the message names file and reason.
     """
-    start, folder, patient = time.perf_counter(), Path(folder), patient_name(folder)
+    start, folder, patient = time.perf_counter(), Path(folder), patient or patient_name(folder)
     facts = segmentation_facts(pipe, model=model, **settings)
     target = Path(output) / check_patient_id(patient)
     files = patient_files(folder, facts["preprocessing"]["modalities"])
@@ -236,64 +223,3 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         os.replace(target, old)
     os.replace(temporary, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `diffusers-cf segment`."""
-    add = parser.add_argument
-    add("patients", nargs="+", metavar="PATIENT_DIR", help="folder with one NIfTI file a modality")
-    add("--model", required=True, help="folder or Hub id of a model")
-    add("--output", required=True, metavar="OUT", help="gets a folder for each patient")
-    add_settings_arguments(parser)
-    add("--threshold", type=float, help="heat from which on a voxel is lesion; a change of 1 = 99th percentile")
-    add_device_arguments(parser)
-    add_compile_argument(parser)
-    add("--overwrite", action="store_true", help="replace patients finished with another model or other settings")
-    add_shard_argument(parser, "does what shards have left")
-
-
-def run_segment(args: argparse.Namespace) -> int:
-    """Segments every patient of this process, printing a line for each; one that fails does not stop the others.
-
-    Returns:
-        0, or 2 if a patient failed: stderr then ends in one line for each of them.
-
-    Raises:
-        InputError: Model, options or output can't be used, or two patients have the same name.
-    """
-    share = share_of_work(args.shard)
-    take_device(args, share)
-    _check_arguments(args)
-    pipe = open_pipeline(args.model, args.device, args.dtype, args.compile)
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    segmentation_facts(pipe, args.model, **settings)
-    make_folder(args.output)
-    options = {"model": args.model, "batch_size": args.batch_size, "overwrite": args.overwrite}
-    options["progress"] = share.is_main or share.is_shard
-    failures = []
-    for folder in share.of(args.patients):
-        target = Path(args.output) / patient_name(folder)
-        skip = target.exists() and not args.overwrite
-        try:
-            report = segment_patient(pipe, folder, args.output, **options, **settings)
-        except InputError as error:
-            failures.append(str(error) if target.name in str(error) else f"{folder}: {error}")
-            continue
-        state = "finished before, skipped" if skip else f"{report['seconds']:.1f} s"
-        print(
-            f"{target.name}: {report['lesion_volume_ml']:.1f} ml above the threshold, {state} -> {target}", flush=True
-        )
-    failures = share.gather(failures)
-    for failure in failures if share.is_main or share.is_shard else ():
-        print(f"error: {' '.join(failure.split())}", file=sys.stderr)
-    return 2 if failures else 0
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
-    check_device_arguments(args)
-    names = Counter(patient_name(folder) for folder in args.patients)
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
-        raise InputError(
-            f"two patients are called {twice[0]}: both would be written to {Path(args.output) / twice[0]}"
-        )

@@ -9,9 +9,10 @@ from data_files import SPACING_MM, save, write_brats
 from segmentation_files import MODALITIES, SETTINGS, make_pipe, voxels
 
 from diffusers_cf.arguments import ArgumentParser, run_command
+from diffusers_cf.commands_segment import add_segment_arguments, run_segment
 from diffusers_cf.data.geometry import slices_from_volume, to_ras, volume_from_slices
 from diffusers_cf.errors import InputError
-from diffusers_cf.volumes import add_segment_arguments, run_segment, segment_patient, segmentation_facts
+from diffusers_cf.volumes import segment_patient, segmentation_facts
 
 
 FILES = ["counterfactual_flair.nii.gz", "counterfactual_t1.nii.gz", "heatmap.nii.gz", "mask.nii.gz"]
@@ -254,11 +255,14 @@ def test_doubtful_scans_are_segmented_with_a_warning(pipe, patient, tmp_path, ca
         (["--batch_size", "0"], "--batch_size must be at least 1, not 0"),
         (["--device", "nonsense"], "--device nonsense can't be used"),
         (["--model", "DATA"], "model_index.json: no such file"),
-        (["other/P_01/"], "two patients are called P_01"),
+        (["TWIN"], "two patients are called P_01"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(model, patient, tmp_path, capsys, options, message):
-    options = [str(patient) if option == "DATA" else option for option in options]
+    twin = tmp_path / "other" / "P_01"
+    shutil.copytree(patient, twin)
+    paths = {"DATA": str(patient), "TWIN": f"{twin}/"}
+    options = [paths.get(option, option) for option in options]
     options += [] if "--model" in options else ["--model", str(model)]
     assert run(patient, *options, "--output", tmp_path / "out") == 2
     lines = capsys.readouterr().err.splitlines()

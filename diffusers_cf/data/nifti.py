@@ -109,9 +109,15 @@ def canonical_modality(name: str) -> str:
 
 
 def nifti_suffix(name: str) -> str:
-    """What a file is by the last part of its name: `P_001-T1n.nii.gz` gives `t1n`; '' if it is no NIfTI file."""
-    match = re.fullmatch(r"(?:.*[_.-])?([^_.-]+)\.nii(?:\.gz)?", name, flags=re.IGNORECASE)
-    return match.group(1).lower() if match and not name.startswith(".") else ""
+    """What a file is by the last part of its name: `P_001-T1n.nii.gz` gives `t1n`; '' if it is no NIfTI file.
+
+    BIDS calls T1 with a contrast agent `sub-01_ce-NAME_T1w.nii.gz`: `t1ce`.
+    """
+    match = re.fullmatch(r"(?:(.*)[_.-])?([^_.-]+)\.nii(?:\.gz)?", name, flags=re.IGNORECASE)
+    if not match or name.startswith("."):
+        return ""
+    entities, suffix = (match.group(1) or "").lower(), match.group(2).lower()
+    return "t1ce" if suffix == "t1w" and re.search(r"(^|_)ce-", entities) else suffix
 
 
 def find_file(folder: str | Path, name: str) -> Path | None:
