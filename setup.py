@@ -41,7 +41,10 @@ setup(
     # the script lies beside the package; as a module it also reaches users of the wheel:
     # accelerate launch -m train_counterfactual
     py_modules=["train_counterfactual"],
-    package_data={"diffusers_cf": [f"pretrained/**/*.{kind}" for kind in ("json", "safetensors", "md", "png")]},
+    package_data={
+        "diffusers_cf": [f"pretrained/**/*.{kind}" for kind in ("json", "safetensors", "md", "png")]
+        + ["templates/*.html"]
+    },
     install_requires=[
         "torch",
         "diffusers>=0.38",
@@ -54,6 +57,7 @@ setup(
         "nibabel",
         "scikit-learn",
         "scipy",
+        "jinja2",
         "matplotlib",
         "pyarrow",
         "pillow",

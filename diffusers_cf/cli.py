@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": ("diffusers_cf.commands_evaluate", "a model or method on a data set to RESULT.json"),
     "sweep": ("diffusers_cf.sweep", "guidance scale, strength and map on validation slices (Fig. 3)"),
     "benchmark": ("diffusers_cf.benchmark", "every method of the paper under one protocol to tables and figures"),
+    "report": ("diffusers_cf.report", "what segment found, in one patient or a cohort, to one HTML page"),
     "demo": ("diffusers_cf.demo", "the shipped model on a phantom patient that it has never seen"),
 }
 
