@@ -42,8 +42,7 @@ setup(
     # accelerate launch -m train_counterfactual
     py_modules=["train_counterfactual"],
     package_data={
-        "diffusers_cf": [f"pretrained/**/*.{kind}" for kind in ("json", "safetensors", "md", "png")]
-        + ["templates/*.html"]
+        "diffusers_cf": [f"pretrained/**/*.{kind}" for kind in ("json", "safetensors", "md", "png")] + ["templates/*"]
     },
     install_requires=[
         "torch",

@@ -30,6 +30,7 @@ from diffusers_cf.models import (
     class_token_encoder,
     counterfactual_unet,
 )
+from diffusers_cf.provenance import package_commit
 from diffusers_cf.training import (
     PositionBatches,
     Progress,
@@ -40,7 +41,7 @@ from diffusers_cf.training import (
     finished_checkpoints,
     save_checkpoint,
 )
-from diffusers_cf.training_options import parse_args
+from diffusers_cf.training_options import command_of, parse_args
 from diffusers_cf.validation import Validation
 
 
@@ -202,7 +203,7 @@ def main(args: Namespace) -> None:
     if accelerator.is_main_process:
         run.save_model(output)
         if args.push_to_hub:
-            push_model(output, repository, args.hub_token)
+            push_model(output, repository, token=args.hub_token)
     accelerator.end_training()
 
 
@@ -220,12 +221,12 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     if network.class_encoder and len(slices.by_class) < len(dataset.class_names):
         missing = [name for i, name in enumerate(dataset.class_names) if i not in slices.labels]
         raise InputError(f"{args.dataset}: no slice to train on is labelled {', '.join(missing)}")
-    facts = {k: v for k, v in dataset.preprocessing.items() if k != "splits"} | {"size": side}
 
     # 2. Model, optimiser, schedule, average.
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.num_train_epochs:
         args.max_train_steps = args.num_train_epochs * math.ceil(slices.num_slices / global_batch)
+    facts = model_facts(args, dataset, side, global_batch)
     rate = args.learning_rate * (global_batch if args.scale_lr else 1)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(
@@ -245,6 +246,19 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     if args.compile:
         network.compile()
     return Run(args, accelerator, output, slices, network, model, optimizer, lr_scheduler, ema, facts, global_batch)
+
+
+def model_facts(args: Namespace, dataset: SliceDataset, side: int, global_batch: int) -> dict:
+    """preprocessing.json of the model: the data set's, at the network's size, and how it was trained."""
+    facts = {k: v for k, v in dataset.preprocessing.items() if k != "splits"} | {"size": side}
+    training = {
+        "command": command_of(args),
+        "commit": package_commit(),
+        "images": args.max_train_steps * global_batch,
+        "slices": len(dataset),
+        "patients": len(set(dataset.patients)),
+    }
+    return facts | {"training": training}
 
 
 def resume(run: Run) -> int:

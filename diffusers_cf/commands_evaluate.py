@@ -83,7 +83,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         **method,
     )
     if result is not None:
-        write_result({**result, **facts, "command": command_line(), "commit": package_commit()}, output)
+        made_by = {"model_sha256": fingerprint, "command": command_line(), "commit": package_commit()}
+        write_result({**result, **facts, **made_by}, output)
         shutil.rmtree(parts)
         print(_summary(result, output))
     elif share.is_shard:

@@ -1,12 +1,19 @@
-"""A trained model's way to the Hub; its repository is made before the training, not after it."""
+"""A model's way to the Hub: its repository, its card, and one commit that holds all of it."""
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import create_repo
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, create_repo
 from huggingface_hub.errors import HTTPError
 
+from diffusers_cf.cards import model_card
 from diffusers_cf.errors import InputError
-from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+from diffusers_cf.loading import CHECKSUMS, MODEL_INDEX, PREPROCESSING, SHARD_INDEX, WEIGHTS, check_model_folder
+
+
+# Arguments of `push_model` that `save_pretrained(.., push_to_hub=True)` hands on.
+OPTIONS = ("token", "private", "licence", "commit_message", "create_pr")
 
 
 def create_model_repository(name: str, token: str | None = None, private: bool | None = None) -> str:
@@ -31,17 +38,71 @@ def create_model_repository(name: str, token: str | None = None, private: bool |
         ) from None
 
 
-def push_model(folder: str | Path, repo_id: str, token: str | None = None) -> None:
-    """Pushes a model folder to its repository.
+def push_model(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    licence: str | None = None,
+    results: Sequence[Mapping] = (),
+    pictures: Sequence[str | Path] = (),
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Pushes a model folder, with a card made from its facts, as one commit; returns the commit's address.
+
+    What the Hub holds already isn't sent again, so that a push that was cut short goes on where it was. Weights of the
+    same variant that the folder doesn't have are deleted there.
+
+    Args:
+        folder (`str` or `Path`): a model folder.
+        repo_id (`str`): `name` or `user/name`; made where it doesn't exist.
+        token (`str`, *optional*): instead of the one that `hf auth login` stored.
+        private (`bool`, *optional*): who may read a new repository.
+        licence (`str`, *optional*): of the weights, by its id on the Hub.
+        results (`Sequence[Mapping]`): RESULT.json of `diffusers-cf evaluate`, for the card.
+        pictures (`Sequence[str | Path]`): for the card.
+        commit_message (`str`, *optional*): of the commit.
+        create_pr (`bool`): propose it as a pull request.
 
     Raises:
-        InputError: the Hub did not take it; the folder is whole as before.
+        InputError: the folder is not a whole model, or the Hub did not take it; the folder stays as it was.
     """
-    pipe = CounterfactualDDIMPipeline.from_pretrained(folder)
+    folder, pictures = Path(folder), [Path(picture) for picture in pictures]
+    variants = {match["variant"] for path in folder.glob("*/*") if (match := _weight(path.name))}
+    for variant in sorted(variants, key=str):
+        check_model_folder(folder, variant=variant)
+    repo_id = create_model_repository(repo_id, token, private)
+    card = model_card(folder, repo_id, licence, results, [picture.name for picture in pictures])
+    files = published_files(folder) | {picture.name: picture for picture in pictures}
     try:
-        pipe.push_to_hub(repo_id, token=token)
+        api = HfApi(token=token)
+        weights = {name: _weight(name.rpartition("/")[2]) for name in api.list_repo_files(repo_id)}
+        stale = [
+            name for name, match in weights.items() if match and match["variant"] in variants and name not in files
+        ]
+        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        operations.append(CommitOperationAdd("README.md", card.encode()))
+        operations += [CommitOperationDelete(name) for name in stale]
+        message = commit_message or "Upload CounterfactualDDIMPipeline"
+        return api.create_commit(repo_id, operations, commit_message=message, create_pr=create_pr).commit_url
     except (HTTPError, OSError, ValueError) as error:
         raise InputError(f"{folder}: is whole, but could not be pushed to {repo_id} ({_reason(error)})") from None
+
+
+def published_files(folder: Path) -> dict[str, Path]:
+    """The files of a model folder that a repository holds, by their names there: no code, no pickle, no training state."""
+    root = [folder / MODEL_INDEX, folder / PREPROCESSING]
+    root += [path for path in folder.iterdir() if CHECKSUMS.fullmatch(path.name)]
+    inner = [path for path in folder.glob("*/*") if path.suffix == ".json" or WEIGHTS.fullmatch(path.name)]
+    components = {path.parent for path in folder.glob("*/*config.json")}
+    files = [path for path in root if path.exists()] + [path for path in inner if path.parent in components]
+    return {path.relative_to(folder).as_posix(): path for path in sorted(files)}
+
+
+def _weight(name: str) -> re.Match | None:
+    return WEIGHTS.fullmatch(name) or SHARD_INDEX.fullmatch(name)
 
 
 def _reason(error: Exception) -> str:

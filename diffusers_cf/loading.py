@@ -52,7 +52,7 @@ ALLOWED_COMPONENTS: dict[str, tuple] = {
 # The names that diffusers gives to weights, and the only ones that it loads: plain, of a variant, in shards.
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_SHARD_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
+SHARD_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
 _CONFIGS = ("config.json", "scheduler_config.json")
 CHECKSUMS = re.compile(r"checksums(?:\.\w+)?\.json")
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -164,7 +164,7 @@ def _wanted_weights(
             continue
         found = {}
         for name in sorted(names[component]):
-            match = WEIGHTS.fullmatch(name) or _SHARD_INDEX.fullmatch(name)
+            match = WEIGHTS.fullmatch(name) or SHARD_INDEX.fullmatch(name)
             if match:
                 found.setdefault(match["variant"], []).append(name)
         wanted[component] = found.get(variant) or found.get(None) or []
@@ -222,7 +222,7 @@ def check_model_folder(
     for component, weights in _wanted_weights(folder, names, components, variant).items():
         for name in weights:
             path = _inside(folder, folder / component / name)
-            if _SHARD_INDEX.fullmatch(name):
+            if SHARD_INDEX.fullmatch(name):
                 _check_shard_index(path)
             else:
                 _check_weights(folder, path)

@@ -5,13 +5,14 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 
-from diffusers_cf import loading, saving
+from diffusers_cf import hub, loading, saving
 from diffusers_cf.guidance import implicit_guidance
 from diffusers_cf.heatmaps import heatmap
 from diffusers_cf.images import Windows, check_images, foreground_windows, network_images, resize_images, to_device
@@ -120,8 +121,14 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
         saving.forget_origin(save_directory)
         saving.write_checksums(save_directory)
         if push_to_hub:
-            kwargs.pop("max_shard_size", None)  # diffusers' push_to_hub doesn't take it
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
+            name = kwargs.get("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            hub.push_model(save_directory, name, **{k: v for k, v in kwargs.items() if k in hub.OPTIONS})
+
+    def push_to_hub(self, repo_id: str, variant: str | None = None, **options) -> str:
+        """Pushes the pipeline with a card made from facts; `options` are those of [`hub.push_model`], `token` and others."""
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant)
+            return hub.push_model(folder, repo_id, **options)
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -23,6 +23,13 @@ LEAST = {
 }  # fmt: skip
 
 
+# Options that say nothing about the model.
+OF_HERE = {
+    "dataset", "output_dir", "pretrained_model", "resume_from_checkpoint", "report_to", "logging_dir",
+    "tracker_project_name", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
+}  # fmt: skip
+
+
 def parse_args(args: list[str] | None = None) -> Namespace:
     """Options, named as in diffusers' example scripts."""
     parser = ArgumentParser(prog="train_counterfactual.py", description=DESCRIPTION)
@@ -44,6 +51,17 @@ def parse_args(args: list[str] | None = None) -> Namespace:
     if args.validation_steps and args.ddpm_num_steps % steps:
         parser.error(f"--ddpm_num_steps is {args.ddpm_num_steps}: validation needs a multiple of {steps}")
     return args
+
+
+def command_of(args: Namespace) -> str:
+    """The command of a run as others would type it: what differs from the defaults, without paths and names of here."""
+    defaults = vars(parse_args(["--dataset", "DATASET", "--output_dir", "MODEL"]))
+    words = ["accelerate launch train_counterfactual.py --dataset DATASET --output_dir MODEL"]
+    for name, value in vars(args).items():
+        if name in OF_HERE or value == defaults[name]:
+            continue
+        words.append(f"--{name}" if value is True else f"--{name} {value}")
+    return " ".join(words)
 
 
 def _add_model_options(add) -> None:

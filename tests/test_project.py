@@ -33,10 +33,13 @@ ALLOWED = {
     "heatmaps": set(),
     "settings": {"heatmaps"},
     "saving": {"loading"},
+    "cards": {"loading"},
+    "hub": {"cards", "errors", "loading"},
     "pipeline_counterfactual_ddim": {
         "errors",
         "guidance",
         "heatmaps",
+        "hub",
         "images",
         "schedulers",
         "settings",
