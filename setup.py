@@ -16,7 +16,7 @@ extras = {
     # 2.3 brought --session-timeout, by which `make test` keeps its time budget
     "test": ["pytest", "pytest-timeout>=2.3"],
 }
-extras["dev"] = ["ruff", *extras["phantom"], *extras["train"], *extras["test"]]
+extras["dev"] = ["ruff", *extras["phantom"], *extras["dicom"], *extras["train"], *extras["test"]]
 
 setup(
     name="diffusers_cf",

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffusers_cf.data.nifti import canonical_modality, nifti_suffix
+from diffusers_cf.dicom import is_series
 from diffusers_cf.errors import InputError
 
 
@@ -23,7 +24,7 @@ def find_patients(
 
     Args:
         folder: a cohort's or a patient's.
-        modalities: a folder with a file of any of them is a patient.
+        modalities: a folder with a NIfTI file of any of them, or a DICOM series called like one, is a patient.
         output: where results go; what lies in there is no patient.
 
     Raises:
@@ -50,7 +51,8 @@ def _folders_with_scans(folder: Path, wanted: set[str], skipped: Path | None, de
     names = {entry.name for entry in entries if not entry.is_dir()}
     if {"report.json", "heatmap.nii.gz"} <= names:  # what `segment` has written
         return
-    if any(canonical_modality(nifti_suffix(name)) in wanted for name in names):
+    series = (Path(entry.path) for entry in entries if canonical_modality(entry.name) in wanted)
+    if any(canonical_modality(nifti_suffix(name)) in wanted for name in names) or any(map(is_series, series)):
         yield folder
         return
     for entry in entries if depth else ():

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from diffusers_cf.arguments import make_folder
 from diffusers_cf.cohorts import find_patients
 from diffusers_cf.data.nifti import Scan, check_same_grid, find_file, read_nifti, to_canonical
+from diffusers_cf.dicom import find_series, read_series, series_sha256
 from diffusers_cf.errors import InputError
 from diffusers_cf.loading import sha256_of
 from diffusers_cf.pixel_counts import renamed_when_whole
@@ -141,10 +142,11 @@ def _background(folder: Path, facts: dict, scans: Path | None) -> tuple[Scan, st
     if scans is None:
         path = folder / f"counterfactual_{modality}.nii.gz"
         return to_canonical(read_nifti(path)), f"the counterfactual of {modality} (--scans shows the scan itself)"
-    path = find_file(scans, modality)
-    if path is None or sha256_of(path) != facts["inputs"][modality]:
+    path = find_file(scans, modality) or find_series(scans, modality)
+    is_folder = path is not None and path.is_dir()
+    if path is None or (series_sha256 if is_folder else sha256_of)(path) != facts["inputs"][modality]:
         raise InputError(f"{scans}: its {modality} is not the one that was segmented as {facts['patient']}")
-    return to_canonical(read_nifti(path)), modality
+    return to_canonical((read_series if is_folder else read_nifti)(path)), modality
 
 
 def _in_words(facts: dict) -> str:

@@ -22,6 +22,7 @@ from diffusers_cf.data.geometry import (
 from diffusers_cf.data.nifti import Scan, check_same_grid, find_file, find_modality_files, read_nifti, to_canonical
 from diffusers_cf.data.scans import scan_errors, seg_problems, skull_warnings
 from diffusers_cf.data.slices import PatientSlices
+from diffusers_cf.dicom import find_series, read_series
 from diffusers_cf.errors import InputError
 from diffusers_cf.plots import plot_slices
 from diffusers_cf.postprocessing import MIN_COMPONENT_SIZE, postprocess_maps, remove_small_components
@@ -74,14 +75,18 @@ class SliceMaps:
 
 
 def patient_files(folder: Path, modalities: Sequence[str]) -> dict[str, Path]:
-    """Files of a patient: one for each modality, and `seg` where there is one.
+    """Files of a patient: one for each modality, NIfTI or the folder of a DICOM series, and `seg` where there is one.
 
     Raises:
         InputError: A modality is missing (the message names it) or several files fit.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file; give the folder that holds the patient's scans")
-    files, seg = find_modality_files(folder, modalities), find_file(folder, "seg")
+    files = {name: find_file(folder, name) or find_series(folder, name) for name in modalities}
+    missing = [name for name, path in files.items() if path is None]
+    if missing:
+        find_modality_files(folder, missing)  # says how files may be called
+    seg = find_file(folder, "seg")
     return files if seg is None else files | {"seg": seg}
 
 
@@ -97,7 +102,7 @@ def read_volumes(patient: str, files: dict[str, Path]) -> PatientVolumes:
     """
     originals, scans = {}, {}
     for name, path in files.items():
-        scan = read_nifti(path)
+        scan = read_series(path) if path.is_dir() else read_nifti(path)
         originals[name], scans[name] = replace(scan, data=None), to_canonical(scan)
         if name == "seg":
             errors, warnings = seg_problems(scan, KNOWN_IDS)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.data.geometry import FIELD_MM, PERCENTILE, check_geometry
+from diffusers_cf.data.geometry import FIELD_MM, PERCENTILE, check_geometry, from_ras
+from diffusers_cf.data.nifti import Scan
 from diffusers_cf.data.scans import check_patient_id
+from diffusers_cf.dicom import series_sha256, write_parametric_map, write_segmentation
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import dice
 from diffusers_cf.loading import sha256_of
@@ -42,7 +44,7 @@ _MUST_AGREE = {
     "postprocessed": "other post-processing",
     "inputs": "other scans",
 }
-_OWN_FILES = re.compile(r"(heatmap|mask|counterfactual_.+)\.nii\.gz|preview\.png|report\.json")
+_OWN_FILES = re.compile(r"(heatmap|mask|counterfactual_.+)\.nii\.gz|(heatmap|mask)\.dcm|preview\.png|report\.json")
 
 
 def segment_patient(
@@ -66,7 +68,8 @@ def segment_patient(
 
     Args:
         pipe: The pipeline; `pipe.preprocessing` names its modalities.
-        folder: Folder with one NIfTI file a modality (names end in the modality), and seg if there is one.
+        folder: Folder with one NIfTI file a modality (names end in the modality), and seg if there is one; or with a
+            DICOM series a modality, in a folder called like it. Then mask and heatmap are written as DICOM, too.
         output: Folder that gets a sub-folder named like the patient.
         model: Name of the model for the report; the folder it was loaded from if empty.
         patient: Its name; that of `folder` if empty.
@@ -157,7 +160,7 @@ def segmentation_facts(pipe: CounterfactualDDIMPipeline, model: str = "", **sett
 
 def _scan_sha256(path: Path) -> str:
     try:
-        return sha256_of(path)
+        return series_sha256(path) if path.is_dir() else sha256_of(path)
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror or error})") from None
 
@@ -170,6 +173,8 @@ def _write_volumes(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts
     write_volume(folder / "heatmap.nii.gz", heat, first, np.float32)
     mask = lesion_mask(volumes, maps, heat, facts)
     write_volume(folder / "mask.nii.gz", mask, first, np.uint8)
+    if first.path.is_dir():
+        _write_dicom(folder, heat, mask, first, volumes.patient)
     for channel, (modality, like) in enumerate(volumes.files.items()):
         counterfactual = counterfactual_volume(volumes, maps, channel, field_mm, percentile)
         write_volume(folder / f"counterfactual_{modality}.nii.gz", counterfactual, like, np.float32)
@@ -183,6 +188,13 @@ def _write_volumes(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts
         title += "" if measured["dice"] is None else f", Dice {measured['dice']:.2f}"
     write_preview(folder / "preview.png", volumes, maps, mask, field_mm, title)
     return measured
+
+
+def _write_dicom(folder: Path, heat: np.ndarray, mask: np.ndarray, like: Scan, patient: str) -> None:
+    """Mask and heatmap on the grid of the DICOM series that the first modality came from."""
+    for name, values, write in (("mask", mask, write_segmentation), ("heatmap", heat, write_parametric_map)):
+        description = f"{name} of {patient}, not for clinical use"
+        write(folder / f"{name}.dcm", from_ras(values, like.affine), like.affine, like.path, description)
 
 
 def _finished_report(target: Path, folder: Path, facts: dict, overwrite: bool) -> dict | None:

@@ -1,0 +1,49 @@
+"""A DICOM series of MR images, oblique and unsorted, for the tests."""
+
+import numpy as np
+import pydicom
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+
+def oblique_affine(spacing=(1.5, 2.0, 3.0), angle=0.3):
+    """Index (column direction, row direction, slice) to LPS millimetres: turned about the patient's axis and tilted."""
+    c, s = np.cos(angle), np.sin(angle)
+    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn * np.array(spacing)
+    affine[:3, 3] = (-20.0, 11.0, 5.0)
+    return affine
+
+
+def write_series(folder, voxels, affine, study=None, seed=0, slope=2.0):
+    """Writes int voxels (columns, rows, slices) as a series whose files are named at random; returns the folder.
+
+    `affine` leads from an index to LPS millimetres. Stored values are voxels / slope, and the files say so.
+    """
+    folder.mkdir(parents=True)
+    study, series, frame = study or generate_uid(), generate_uid(), generate_uid()
+    random = np.random.default_rng(seed)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    directions = affine[:3, :3] / spacing
+    for number in random.permutation(voxels.shape[2]):
+        meta = pydicom.dataset.FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = MRImageStorage, generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        image = pydicom.dataset.FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+        image.SOPClassUID, image.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
+        image.StudyInstanceUID, image.SeriesInstanceUID, image.FrameOfReferenceUID = study, series, frame
+        image.PatientName, image.PatientID, image.PatientBirthDate, image.PatientSex = "A^B", "P_01", "", ""
+        image.StudyDate = image.StudyTime = image.AccessionNumber = image.ReferringPhysicianName = image.StudyID = ""
+        image.Modality, image.SeriesNumber, image.InstanceNumber = "MR", 1, int(number) + 1
+        image.Manufacturer = image.PositionReferenceIndicator = ""
+        image.ImagePositionPatient = (affine @ [0, 0, number, 1])[:3].tolist()
+        image.ImageOrientationPatient = [*directions[:, 0].tolist(), *directions[:, 1].tolist()]
+        image.PixelSpacing, image.SliceThickness = [float(spacing[1]), float(spacing[0])], float(spacing[2])
+        image.ImageType = ["ORIGINAL", "PRIMARY"]
+        image.Rows, image.Columns, image.SamplesPerPixel = voxels.shape[1], voxels.shape[0], 1
+        image.PhotometricInterpretation, image.PixelRepresentation = "MONOCHROME2", 0
+        image.BitsAllocated, image.BitsStored, image.HighBit = 16, 16, 15
+        image.RescaleSlope, image.RescaleIntercept, image.RescaleType = slope, 0.0, "US"
+        image.PixelData = (voxels[:, :, number].T / slope).astype(np.uint16).tobytes()
+        image.save_as(folder / f"{random.integers(10**9)}", enforce_file_format=True)
+    return folder

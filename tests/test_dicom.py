@@ -1,0 +1,135 @@
+"""DICOM series as scans, and what `segment` writes for them; oblique, unsorted series throughout."""
+
+import numpy as np
+import pytest
+
+from diffusers_cf.cohorts import find_patients
+from diffusers_cf.data.nifti import to_canonical
+from diffusers_cf.dicom import (
+    find_series,
+    is_series,
+    read_series,
+    series_sha256,
+    write_parametric_map,
+    write_segmentation,
+)
+from diffusers_cf.errors import InputError
+from diffusers_cf.volumes import segment_patient
+
+
+highdicom = pytest.importorskip("highdicom")
+from dicom_files import oblique_affine, write_series  # noqa: E402
+from segmentation_files import SETTINGS, BrightnessPipeline, make_pipe  # noqa: E402
+
+
+SHAPE = (10, 12, 7)
+
+
+@pytest.fixture
+def voxels():
+    return np.random.default_rng(1).integers(0, 500, SHAPE) * 2
+
+
+@pytest.fixture
+def series(tmp_path, voxels):
+    return write_series(tmp_path / "P_01" / "FLAIR", voxels, oblique_affine())
+
+
+def test_every_voxel_is_where_the_files_say(series, voxels):
+    """Each stored voxel is found at the millimetres that its file's position and orientation lead to."""
+    scan = read_series(series)
+    to_ras = np.diag([-1, -1, 1, 1]) @ oblique_affine()
+    index = np.stack(np.meshgrid(*map(range, SHAPE), indexing="ij")).reshape(3, -1)
+    millimetres = to_ras @ np.vstack([index, np.ones(index.shape[1])])
+    found = np.linalg.inv(scan.affine) @ millimetres
+    np.testing.assert_allclose(found, np.round(found), atol=1e-4)
+    assert np.array_equal(scan.data[tuple(np.round(found[:3]).astype(int))], voxels.reshape(-1))
+    assert scan.data.dtype == np.float32 and sorted(scan.spacing_mm) == pytest.approx([1.5, 2.0, 3.0])
+
+
+def test_masks_and_heatmaps_come_back_voxel_by_voxel(series, voxels, tmp_path):
+    scan = to_canonical(read_series(series))
+    mask, heat = scan.data > 700, (scan.data / 1000).astype(np.float32)
+    write_segmentation(tmp_path / "mask.dcm", mask, scan.affine, series, "lesion")
+    write_parametric_map(tmp_path / "heat.dcm", heat, scan.affine, series, "heat")
+    segmentation = highdicom.seg.segread(tmp_path / "mask.dcm")
+    parametric = highdicom.imread(tmp_path / "heat.dcm")
+    grid = highdicom.Volume(np.zeros(scan.data.shape), scan.affine, "PATIENT", from_reference_convention="RAS")
+    for image, expected in ((segmentation, mask), (parametric, heat)):
+        volume = image.get_volume(combine_segments=True) if image is segmentation else image.get_volume()
+        found = volume.match_geometry(grid, tol=1e-4).array
+        assert np.array_equal(found.reshape(expected.shape), expected)
+    import pydicom
+
+    sources = {str(pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in series.iterdir()}
+    for image in (segmentation, parametric):
+        study = pydicom.dcmread(next(series.iterdir()), stop_before_pixels=True)
+        assert image.StudyInstanceUID == study.StudyInstanceUID and image.PatientID == "P_01"
+        referenced = image.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+        assert {str(item.ReferencedSOPInstanceUID) for item in referenced} <= sources
+
+
+def test_an_empty_mask_is_written_too(series, tmp_path):
+    scan = read_series(series)
+    write_segmentation(tmp_path / "mask.dcm", np.zeros(SHAPE, bool), scan.affine, series, "lesion")
+    assert not highdicom.seg.segread(tmp_path / "mask.dcm").get_volume().array.any()
+
+
+def test_a_series_is_found_by_the_name_of_its_folder(series, tmp_path):
+    assert find_series(tmp_path / "P_01", "flair") == series and find_series(tmp_path / "P_01", "t1") is None
+    (tmp_path / "P_01" / "t1").mkdir()
+    assert not is_series(tmp_path / "P_01" / "t1") and find_series(tmp_path / "P_01", "t1") is None
+    series.rename(tmp_path / "P_01" / "t2f")
+    write_series(tmp_path / "P_01" / "flair", np.ones(SHAPE), oblique_affine())
+    with pytest.raises(InputError, match="several series are flair: flair, t2f"):
+        find_series(tmp_path / "P_01", "flair")
+
+
+def test_a_series_is_the_same_whatever_its_files_are_called(series):
+    before = series_sha256(series)
+    for number, path in enumerate(sorted(series.iterdir())):
+        path.rename(series / f"x{number}.dcm")
+    assert series_sha256(series) == before
+    next(series.iterdir()).unlink()
+    assert series_sha256(series) != before
+
+
+def test_what_is_no_series_is_refused_in_one_line(series, voxels, tmp_path):
+    files = sorted(series.iterdir())
+    files[3].write_bytes(files[3].read_bytes()[:400])
+    with pytest.raises(InputError) as caught:
+        read_series(series)
+    assert "\n" not in str(caught.value) and str(series) in str(caught.value)
+    files[3].unlink()
+    with pytest.raises(InputError, match="no usable series"):
+        read_series(series)
+    write_series(tmp_path / "two", voxels, oblique_affine())
+    files[0].rename(tmp_path / "two" / "other")
+    with pytest.raises(InputError, match="holds 2 DICOM series: one folder for each"):
+        read_series(tmp_path / "two")
+
+
+def test_a_patient_of_series_is_segmented_to_nifti_and_dicom(tmp_path):
+    import nibabel
+
+    block = np.zeros((24, 28, 10), int)
+    block[2:22, 3:25, 1:9] = 100
+    block[12:17, 5:10, 4:7] = 1000
+    patient = tmp_path / "cohort" / "P_01"
+    for name, factor in (("FLAIR", 1), ("t1n", 2)):
+        write_series(patient / name, factor * block, oblique_affine(angle=0.1))
+    assert find_patients(tmp_path / "cohort", ["flair", "t1"]) == [("P_01", patient)]
+    pipe = make_pipe(BrightnessPipeline, settings=SETTINGS | {"threshold": 0.5})
+    report = segment_patient(pipe, patient, tmp_path / "out", progress=False)
+    assert set(report["inputs"]) == {"flair", "t1"}
+    out = tmp_path / "out" / "P_01"
+    mask, scan = nibabel.load(out / "mask.nii.gz"), read_series(patient / "FLAIR")
+    np.testing.assert_allclose(mask.affine, scan.affine, atol=1e-4)
+    assert np.array_equal(mask.get_fdata() > 0, scan.data > 500)
+    grid = highdicom.Volume(np.zeros(mask.shape), scan.affine, "PATIENT", from_reference_convention="RAS")
+    written = highdicom.seg.segread(out / "mask.dcm").get_volume(combine_segments=True).match_geometry(grid, tol=1e-4)
+    assert np.array_equal(written.array > 0, mask.get_fdata() > 0)
+    heat = highdicom.imread(out / "heatmap.dcm").get_volume().match_geometry(grid, tol=1e-4)
+    np.testing.assert_allclose(heat.array, nibabel.load(out / "heatmap.nii.gz").get_fdata(), atol=1e-6)
+    again = segment_patient(pipe, patient, tmp_path / "out", progress=False)
+    assert again == report
