@@ -134,7 +134,6 @@ def write_segmentation(path: Path, mask: np.ndarray, affine: np.ndarray, source:
         sop_instance_uid=generate_uid(),
         instance_number=1,
         series_description=description,
-        omit_empty_frames=bool(mask.any()),
         **SOFTWARE,
     )
     made.save_as(path)

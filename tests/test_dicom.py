@@ -59,14 +59,26 @@ def test_masks_and_heatmaps_come_back_voxel_by_voxel(series, voxels, tmp_path):
         volume = image.get_volume(combine_segments=True) if image is segmentation else image.get_volume()
         found = volume.match_geometry(grid, tol=1e-4).array
         assert np.array_equal(found.reshape(expected.shape), expected)
+
+
+def test_every_frame_refers_to_the_image_that_it_was_made_of(series, tmp_path):
     import pydicom
 
-    sources = {str(pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in series.iterdir()}
-    for image in (segmentation, parametric):
-        study = pydicom.dcmread(next(series.iterdir()), stop_before_pixels=True)
-        assert image.StudyInstanceUID == study.StudyInstanceUID and image.PatientID == "P_01"
-        referenced = image.ReferencedSeriesSequence[0].ReferencedInstanceSequence
-        assert {str(item.ReferencedSOPInstanceUID) for item in referenced} <= sources
+    scan = to_canonical(read_series(series))
+    write_segmentation(tmp_path / "mask.dcm", scan.data > -1, scan.affine, series, "lesion")
+    write_parametric_map(tmp_path / "heat.dcm", scan.data, scan.affine, series, "heat")
+    images = [pydicom.dcmread(path, stop_before_pixels=True) for path in series.iterdir()]
+    positions = {image.SOPInstanceUID: [float(value) for value in image.ImagePositionPatient] for image in images}
+    for name in ("mask.dcm", "heat.dcm"):
+        made = pydicom.dcmread(tmp_path / name)
+        assert made.StudyInstanceUID == images[0].StudyInstanceUID and made.PatientID == "P_01"
+        frames = made.PerFrameFunctionalGroupsSequence
+        assert len(frames) == len(images)
+        for frame in frames:
+            source = frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+            assert positions[source] == pytest.approx(
+                [float(value) for value in frame.PlanePositionSequence[0].ImagePositionPatient], abs=1e-4
+            )
 
 
 def test_an_empty_mask_is_written_too(series, tmp_path):
