@@ -42,14 +42,14 @@ def test_arguments_of_the_pipeline():
 
     assert names(CounterfactualDDIMPipeline.__call__) == [
         "images", "target", "guidance_scale", "strength", "num_inference_steps", "map", "generator", "output_type",
-        "return_dict", "callback_on_step_end",
+        "return_dict", "callback_on_step_end", "settings",
     ]  # fmt: skip
     assert names(CounterfactualDDIMPipeline.invert)[:3] == ["images", "strength", "num_inference_steps"]
     assert names(CounterfactualDDIMPipeline.denoise)[:5] == [
         "latents", "target", "guidance_scale", "strength", "num_inference_steps"
     ]  # fmt: skip
     assert names(CounterfactualDDIMPipeline.__init__) == [
-        "unet", "class_encoder", "scheduler", "inverse_scheduler", "clip_input"
+        "unet", "class_encoder", "scheduler", "inverse_scheduler", "clip_input", "crop_background"
     ]  # fmt: skip
 
 
@@ -69,6 +69,7 @@ def test_module_paths_in_model_index(pipe, tmp_path):
     assert index == {
         "_class_name": "CounterfactualDDIMPipeline",
         "clip_input": True,
+        "crop_background": True,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "class_encoder": ["diffusers_cf.models", "ClassTokenEncoder"],
         "scheduler": ["diffusers_cf.schedulers", "DynamicDDIMScheduler"],

@@ -135,7 +135,7 @@ def test_a_pipeline_without_facts_has_a_card_too(tmp_path):
 
 def test_the_command_of_a_training_names_no_folder_of_this_machine():
     args = parse_args([
-        "--dataset=/data/secret", "--output_dir=/home/me", "--hub_token=abc", "--seed=3", "--augment", "--unet_size=paper",
+        "--dataset=/data/secret", "--output_dir=/data/mine", "--hub_token=abc", "--seed=3", "--augment", "--unet_size=paper",
     ])  # fmt: skip
     expected = "accelerate launch train_counterfactual.py --dataset DATASET --output_dir MODEL"
     assert command_of(args) == f"{expected} --unet_size paper --augment --seed 3"

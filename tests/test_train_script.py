@@ -139,7 +139,12 @@ def test_a_run_ends_with_a_pipeline_of_the_averaged_weights(reference, data):
     assert pipe.image_size == (16, 16) and pipe.unet.config.in_channels == 2
     assert pipe.class_encoder.config.class_names == ["healthy", "unhealthy"]
     facts = json.loads((data / "preprocessing.json").read_text())
+    training = pipe.preprocessing.pop("training")
     assert {k: v for k, v in facts.items() if k != "splits"} == pipe.preprocessing
+    train_split = facts["splits"]["train"]
+    assert training["images"] == 12 * 8 and training["slices"] == train_split["slices"]
+    assert training["patients"] == train_split["patients"] and "--max_train_steps 12" in training["command"]
+    assert "hf_secret" not in training["command"] and str(data) not in training["command"]
     out = pipe(torch.rand(1, 2, 16, 16), num_inference_steps=10)
     assert out.heatmaps.shape == (1, 16, 16) and out.heatmaps.isfinite().all()
     assert [path.name for path in finished_checkpoints(reference)] == [f"checkpoint-{n}" for n in (4, 8, 12)]
