@@ -89,7 +89,7 @@ def main(args) -> None:
     points = _kept_points(output, json.loads(json.dumps(facts)))
     done = {(point["solver"], point["num_inference_steps"]) for point in points}
     for steps in sorted(args.num_inference_steps):
-        for solver in SOLVERS:
+        for solver in args.solvers:
             if (solver, steps) not in done:
                 points += points_of(pipe, dataset, rows, args, solver, steps)
             chosen = {"best": best(points, LIMIT), "papers": papers(points)}
@@ -123,6 +123,7 @@ if __name__ == "__main__":
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[5, 10, 20, 25, 40, 50, 100])
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.2, 0.35, 0.5, 0.75, 0.9])
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[3.0, 6.0, 12.0])
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     parser.add_argument("--max_slices", type=int, default=96)
     add_device_arguments(parser, batch_size=32)
     arguments = parser.parse_args()
