@@ -38,6 +38,7 @@ def model_card(
     licence: str | None = None,
     results: Sequence[Mapping] = (),
     pictures: Sequence[str] = (),
+    with_code: bool = False,
 ) -> str:
     """README.md of a model's repository, metadata first.
 
@@ -47,6 +48,7 @@ def model_card(
         licence: of the weights, by its id on the Hub; None = none is named.
         results: RESULT.json of `diffusers-cf evaluate`, measured with this model.
         pictures: names of pictures beside the card.
+        with_code: whether the repository holds the code, too.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -62,6 +64,7 @@ def model_card(
         modalities=facts["modalities"],
         class_names=facts["class_names"],
         pictures=pictures,
+        with_code=with_code,
         data=data,
         preprocessing=[(text, _in_words(facts[key])) for key, text in INPUT.items() if key in facts],
         settings=[(key, _in_words(value)) for key, value in facts.get("settings", {}).items()],

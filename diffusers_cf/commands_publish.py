@@ -25,6 +25,11 @@ def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scores", nargs="+", default=[], metavar="RESULT.json", help="what evaluate measured with this model")
     add("--pictures", nargs="+", default=[], metavar="FILE.png", help="of data that may be shown")
     add("--license", help="of the weights, by its id on the Hub, such as apache-2.0")
+    add(
+        "--with_code",
+        action="store_true",
+        help="the code, too, for users without this package: DiffusionPipeline with trust_remote_code=True",
+    )
     add("--private", action="store_true", help="a new repository that others can't read")
     add("--token", help="in the place of the one that `hf auth login` stored")
     add("--commit_message")
@@ -55,6 +60,7 @@ def run_publish(args: argparse.Namespace) -> int:
         results=results,
         pictures=args.pictures,
         commit_message=args.commit_message,
+        with_code=args.with_code,
     )
     print(f"{args.model} -> {address}")
     return 0

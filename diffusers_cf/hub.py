@@ -1,5 +1,6 @@
 """A model's way to the Hub: its repository, its card, and one commit that holds all of it."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,11 @@ from huggingface_hub.errors import HTTPError
 from diffusers_cf.cards import model_card
 from diffusers_cf.errors import InputError
 from diffusers_cf.loading import CHECKSUMS, MODEL_INDEX, PREPROCESSING, SHARD_INDEX, WEIGHTS, check_model_folder
+from diffusers_cf.remote_code import PIPELINE_CLASS, code_files, code_names
 
 
 # Arguments of `push_model` that `save_pretrained(.., push_to_hub=True)` hands on.
-OPTIONS = ("token", "private", "licence", "commit_message", "create_pr")
+OPTIONS = ("token", "private", "licence", "commit_message", "create_pr", "with_code")
 
 
 def create_model_repository(name: str, token: str | None = None, private: bool | None = None) -> str:
@@ -49,11 +51,12 @@ def push_model(
     pictures: Sequence[str | Path] = (),
     commit_message: str | None = None,
     create_pr: bool = False,
+    with_code: bool = False,
 ) -> str:
     """Pushes a model folder, with a card made from its facts, as one commit; returns the commit's address.
 
     What the Hub holds already isn't sent again, so that a push that was cut short goes on where it was. Weights of the
-    same variant that the folder doesn't have are deleted there.
+    same variant that the folder doesn't have are deleted there, and so is code of an earlier push `with_code`.
 
     Args:
         folder (`str` or `Path`): a model folder.
@@ -65,30 +68,48 @@ def push_model(
         pictures (`Sequence[str | Path]`): for the card.
         commit_message (`str`, *optional*): of the commit.
         create_pr (`bool`): propose it as a pull request.
+        with_code (`bool`): add the code, for users without this package: their
+            `DiffusionPipeline.from_pretrained(repo_id, trust_remote_code=True)` runs it, and no other generic loading
+            works any longer. `CounterfactualDDIMPipeline.from_pretrained` never reads it.
 
     Raises:
         InputError: the folder is not a whole model, or the Hub did not take it; the folder stays as it was.
     """
     folder, pictures = Path(folder), [Path(picture) for picture in pictures]
     variants = {match["variant"] for path in folder.glob("*/*") if (match := _weight(path.name))}
-    for variant in sorted(variants, key=str):
-        check_model_folder(folder, variant=variant)
+    for variant in sorted(variants, key=str) or [None]:
+        components = check_model_folder(folder, variant=variant)
     repo_id = create_model_repository(repo_id, token, private)
-    card = model_card(folder, repo_id, licence, results, [picture.name for picture in pictures])
     files = published_files(folder) | {picture.name: picture for picture in pictures}
+    files |= _with_code(folder, components) if with_code else {}
+    names = [picture.name for picture in pictures]
+    files["README.md"] = model_card(folder, repo_id, licence, results, names, with_code).encode()
     try:
         api = HfApi(token=token)
-        weights = {name: _weight(name.rpartition("/")[2]) for name in api.list_repo_files(repo_id)}
-        stale = [
-            name for name, match in weights.items() if match and match["variant"] in variants and name not in files
-        ]
-        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-        operations.append(CommitOperationAdd("README.md", card.encode()))
-        operations += [CommitOperationDelete(name) for name in stale]
+        operations = [CommitOperationAdd(name, _content(content)) for name, content in files.items()]
+        kept = api.list_repo_files(repo_id)
+        operations += [CommitOperationDelete(name) for name in kept if name not in files and _is_stale(name, variants)]
         message = commit_message or "Upload CounterfactualDDIMPipeline"
         return api.create_commit(repo_id, operations, commit_message=message, create_pr=create_pr).commit_url
     except (HTTPError, OSError, ValueError) as error:
         raise InputError(f"{folder}: is whole, but could not be pushed to {repo_id} ({_reason(error)})") from None
+
+
+def _content(content: Path | bytes) -> str | bytes:
+    return content if isinstance(content, bytes) else str(content)
+
+
+def _is_stale(name: str, variants: set[str | None]) -> bool:
+    """Whether a file that a push did not bring would be taken for a part of what it brought."""
+    match = _weight(name.rpartition("/")[2])
+    return bool(match and match["variant"] in variants) or name in code_names()
+
+
+def _with_code(folder: Path, components: dict[str, tuple[str, str]]) -> dict[str, bytes]:
+    """The code, and a model_index.json that names it."""
+    index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8")) | {"_class_name": PIPELINE_CLASS}
+    code = {name: text.encode() for name, text in code_files(components).items()}
+    return code | {MODEL_INDEX: (json.dumps(index, indent=2) + "\n").encode()}
 
 
 def published_files(folder: Path) -> dict[str, Path]:

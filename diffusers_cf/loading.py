@@ -311,17 +311,48 @@ def read_preprocessing(folder: str | os.PathLike) -> dict:
     return facts
 
 
-def register_with_diffusers(pipeline_class: type) -> None:
-    """Makes `DiffusionPipeline.from_pretrained(folder)` find our pipeline class.
+def preprocessing_of_hub_model(repo_id: str, component_folder: str | os.PathLike | None) -> dict:
+    """preprocessing.json of a model that diffusers' generic loading fetched from the Hub: it leaves this file there.
 
-    diffusers looks the class up among its own attributes, so ours becomes one, unless there is one of that name. This way
-    in has diffusers' own checks alone, without `check_model_folder`, and takes folders only.
+    Args:
+        repo_id (`str`): `user/name`.
+        component_folder (`str` or `os.PathLike`): where a component was loaded from; it tells commit and cache.
+
+    Raises:
+        InputError: the file is there, but can't be fetched; recommended settings are never replaced unnoticed.
+    """
+    folder = Path(component_folder or "").parent
+    if folder.parent.name != "snapshots" or (folder / PREPROCESSING).exists():
+        return read_preprocessing(folder)
+    try:
+        path = hf_hub_download(repo_id, PREPROCESSING, revision=folder.name, cache_dir=folder.parents[2])
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"{repo_id}: its {PREPROCESSING} is not in the local cache ({_one_line(error)})") from error
+    except EntryNotFoundError:
+        return {}
+    except (HTTPError, OSError) as error:
+        raise InputError(f"{repo_id}: its {PREPROCESSING} can't be fetched: {_one_line(error)}") from error
+    return read_preprocessing(Path(path).parent)
+
+
+def register_with_diffusers(pipeline_class: type) -> None:
+    """Makes `DiffusionPipeline.from_pretrained` find our classes, for a folder and for a Hub id.
+
+    diffusers looks the pipeline up among its own attributes, so ours becomes one, unless there is one of that name; and
+    it downloads components of libraries it knows. This way in has diffusers' own checks alone, without
+    `check_model_folder`.
     """
     import diffusers
 
     present = getattr(diffusers, pipeline_class.__name__, pipeline_class)
     if present.__module__ == pipeline_class.__module__:
         setattr(diffusers, pipeline_class.__name__, pipeline_class)
+    try:
+        from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+    except ImportError:  # not a public name; without it a Hub id needs our class's own from_pretrained
+        return
+    for module, base in (("diffusers_cf.models", "ModelMixin"), ("diffusers_cf.schedulers", "SchedulerMixin")):
+        LOADABLE_CLASSES.setdefault(module, {base: ["save_pretrained", "from_pretrained"]})
 
 
 def checksums_name(weights_name: str) -> str:

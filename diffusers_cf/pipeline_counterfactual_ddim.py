@@ -2,20 +2,18 @@
 
 import inspect
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 
-from diffusers_cf import hub, loading, saving
 from diffusers_cf.guidance import implicit_guidance
 from diffusers_cf.heatmaps import heatmap
 from diffusers_cf.images import Windows, check_images, foreground_windows, network_images, resize_images, to_device
+from diffusers_cf.model_folder import ModelFolderMixin
 from diffusers_cf.models import ClassTokenEncoder, predict_noise
 from diffusers_cf.schedulers import check_mirrored
 from diffusers_cf.settings import settings_in_use
@@ -39,7 +37,7 @@ class CounterfactualOutput(BaseOutput):
     latents: torch.Tensor | np.ndarray
 
 
-class CounterfactualDDIMPipeline(DiffusionPipeline):
+class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
     r"""Encodes an image with the null condition, decodes it towards a class, and maps what had to change.
 
     Images are `(N, C, H, W)`, intensity / 99th percentile of the scan's foreground, background 0; inside they are
@@ -76,59 +74,6 @@ class CounterfactualDDIMPipeline(DiffusionPipeline):
             unet=unet, class_encoder=class_encoder, scheduler=scheduler, inverse_scheduler=inverse_scheduler
         )
         self.register_to_config(clip_input=clip_input, crop_background=crop_background)
-        self._preprocessing = None
-
-    @property
-    def preprocessing(self) -> dict:
-        """Facts of the model folder's preprocessing.json: modalities, image size, percentile, recommended settings."""
-        if self._preprocessing is None:
-            folder = self.config.get("_name_or_path")
-            self._preprocessing = loading.read_preprocessing(folder) if folder and os.path.isdir(folder) else {}
-        return self._preprocessing
-
-    @preprocessing.setter
-    def preprocessing(self, facts: dict) -> None:
-        self._preprocessing = dict(facts)
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str:
-        """Downloads a model from the Hub and returns its folder; see [`loading.download_model`]."""
-        known = inspect.signature(loading.download_model).parameters
-        return str(loading.download_model(pretrained_model_name, **{k: v for k, v in kwargs.items() if k in known}))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Loads a model folder or Hub id; raises InputError for a missing, foreign or damaged file before importing any.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or `user/name`.
-            **kwargs: as in `DiffusionPipeline.from_pretrained` (`dtype`, `variant`, `revision`, `token`, ..).
-        """
-        folder = os.fspath(pretrained_model_name_or_path)
-        if not os.path.isdir(folder):
-            folder = cls.download(folder, **kwargs)
-        loading.check_model_folder(folder, variant=kwargs.get("variant"))
-        pipe = super().from_pretrained(folder, **(kwargs | {"use_safetensors": True}))
-        pipe.preprocessing = loading.read_preprocessing(folder)  # now: the folder may be gone later
-        return pipe
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Saves components (safetensors), preprocessing.json and checksums.json; arguments as in `DiffusionPipeline`."""
-        facts = self.preprocessing
-        super().save_pretrained(save_directory, **(kwargs | {"safe_serialization": True}))
-        if facts:
-            saving.write_preprocessing(save_directory, facts)
-        saving.forget_origin(save_directory)
-        saving.write_checksums(save_directory)
-        if push_to_hub:
-            name = kwargs.get("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            hub.push_model(save_directory, name, **{k: v for k, v in kwargs.items() if k in hub.OPTIONS})
-
-    def push_to_hub(self, repo_id: str, variant: str | None = None, **options) -> str:
-        """Pushes the pipeline with a card made from facts; `options` are those of [`hub.push_model`], `token` and others."""
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, variant=variant)
-            return hub.push_model(folder, repo_id, **options)
 
     @property
     def image_size(self) -> tuple[int, int]:

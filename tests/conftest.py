@@ -1,11 +1,15 @@
-"""Pipelines at their smallest, seeded: an untrained U-Net, and a noise predictor whose answers are known exactly."""
+"""Pipelines at their smallest, seeded: an untrained U-Net, and a noise predictor whose answers are known exactly;
+and the Hub on loopback."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from hub_server import HubServer
 
 from diffusers_cf import (
     ClassTokenEncoder,
@@ -114,3 +118,21 @@ def images():
     images = torch.rand(4, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     images[:, :, :2] = 0
     return images
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A Hub on 127.0.0.1."""
+    server = HubServer(lfs=True)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    """Calls a function in a process of its own: the Hub client reads its environment when it is imported."""
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for name, value in hub.environment(tmp_path_factory.mktemp("home")).items():
+            patch.setenv(name, value)
+        yield lambda function, *args, **options: pool.submit(function, *args, **options).result(timeout=280)

@@ -22,13 +22,15 @@ CONFIGS = {
 }
 
 
-def tiny_pipeline(seed: int = 0) -> CounterfactualDDIMPipeline:
-    """The method at its smallest: 2 channels, 8 x 8 pixels."""
+def tiny_pipeline(
+    seed: int = 0, channels: int = 2, class_names=("healthy", "unhealthy")
+) -> CounterfactualDDIMPipeline:
+    """The method at its smallest: 8 x 8 pixels."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=2,
-        out_channels=2,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(8, 16),
         layers_per_block=1,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
@@ -39,7 +41,7 @@ def tiny_pipeline(seed: int = 0) -> CounterfactualDDIMPipeline:
         attention_head_dim=8,
         class_embed_type="identity",
     )
-    encoder = ClassTokenEncoder(num_tokens=2, token_dim=8, vector_dim=32, embedding_dim=8)
+    encoder = ClassTokenEncoder(class_names, num_tokens=2, token_dim=8, vector_dim=32, embedding_dim=8)
     pipe = CounterfactualDDIMPipeline(unet, encoder, DynamicDDIMScheduler(), DynamicDDIMInverseScheduler())
     pipe.preprocessing = FACTS
     return pipe
@@ -49,7 +51,7 @@ def fingerprint(pipe) -> dict:
     """All weights, a heatmap and the facts, as values that compare by ==."""
     torch.set_num_threads(1)  # with several, rounding depends on where in memory the weights lie
     pipe.set_progress_bar_config(disable=True)
-    images = torch.rand(2, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    images = torch.rand(2, pipe.unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(1))
     weights = {f"unet.{name}": value for name, value in pipe.unet.state_dict().items()}
     weights |= {f"class_encoder.{name}": value for name, value in pipe.class_encoder.state_dict().items()}
     return {

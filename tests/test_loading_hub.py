@@ -1,14 +1,11 @@
 """To the Hub and back: a stand-in on loopback, the real client, and models that come back bit-equal."""
 
-import multiprocessing
 import shutil
 import urllib.request
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
 from model_files import CONFIGS, UNET, edit_json, files_of, load, tiny_pipeline
 
 from diffusers_cf import saving
@@ -42,23 +39,6 @@ def model(tmp_path_factory):
 @pytest.fixture
 def copy(model, tmp_path):
     return Path(shutil.copytree(model, tmp_path / "model"))
-
-
-@pytest.fixture(scope="module")
-def hub():
-    server = HubServer(lfs=True)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    """Calls a function in a process of its own: the Hub client reads its environment when it is imported."""
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        for name, value in hub.environment(tmp_path_factory.mktemp("home")).items():
-            patch.setenv(name, value)
-        yield lambda function, *args, **options: pool.submit(function, *args, **options).result(timeout=280)
 
 
 @pytest.mark.parametrize("lfs", [True, False])

@@ -3,12 +3,9 @@
 import contextlib
 import io
 import json
-import multiprocessing
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-from hub_server import HubServer
 from huggingface_hub import ModelCard
 from model_files import CONFIGS, FACTS, UNET, load, tiny_pipeline
 
@@ -44,23 +41,6 @@ def result(model):
         "dataset": {"source": "phantom", "split": "test"}, "protocol": {"pixels": "all of them"}, "dtype": "float32",
         "command": "diffusers-cf evaluate", "commit": "def", "model_sha256": model_fingerprint(open_pipeline(str(model))),
     }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def hub():
-    server = HubServer(lfs=True)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    """Calls a function in a process of its own: the Hub client reads its environment when it is imported."""
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        for name, value in hub.environment(tmp_path_factory.mktemp("home")).items():
-            patch.setenv(name, value)
-        yield lambda function, *args, **options: pool.submit(function, *args, **options).result(timeout=280)
 
 
 def publish(*arguments):
