@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
@@ -23,6 +24,7 @@ from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler
 from diffusers_cf.arguments import make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.hub import create_model_repository, push_model
+from diffusers_cf.inference_options import computes_in_bfloat16
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
 from diffusers_cf.models import (
     ClassTokenEncoder,
@@ -43,6 +45,9 @@ from diffusers_cf.training import (
 )
 from diffusers_cf.training_options import command_of, parse_args
 from diffusers_cf.validation import Validation
+
+
+logger = get_logger(__name__)
 
 
 def open_output_folder(args) -> Path:
@@ -69,17 +74,22 @@ def start_accelerator(args, output: Path) -> Accelerator:
         InputError: this machine lacks the precision or the tracker; accelerate would often go on without it.
     """
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    precision = args.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if computes_in_bfloat16(PartialState().device) else "no"
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
-            mixed_precision=args.mixed_precision,
+            mixed_precision=precision,
             log_with=args.report_to,
             project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / args.logging_dir)),
         )
     except ValueError as error:
         raise InputError(str(error)) from None
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise InputError("--mixed_precision fp16 needs a GPU: this run has a CPU, on which bf16 works")
+        raise InputError("--mixed_precision fp16 needs a GPU: this run has a CPU, for which there is auto")
+    if accelerator.mixed_precision == "bf16" and not computes_in_bfloat16(accelerator.device):
+        logger.warning("bf16 is emulated on this machine and many times slower than --mixed_precision no or auto")
     if args.report_to and not accelerator.log_with:
         raise InputError(f"--report_to {args.report_to}: this tracker is not installed")
     return accelerator

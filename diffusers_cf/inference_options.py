@@ -1,6 +1,7 @@
 """What segment, evaluate, sweep and demo share: the options of a model in use, and opening it."""
 
 import argparse
+import logging
 
 import diffusers
 import torch
@@ -11,6 +12,8 @@ from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.processes import Share
 from diffusers_cf.settings import NAMES
 
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,7 +64,7 @@ def take_device(args: argparse.Namespace, share: Share) -> None:
         args.device = f"cuda:{share.local_index % torch.cuda.device_count()}"
 
 
-def computes_in_bfloat16(device: str) -> bool:
+def computes_in_bfloat16(device: str | torch.device) -> bool:
     """Whether a device has arithmetic of its own for bfloat16: AMX, AVX512-BF16, or a GPU's."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -82,6 +85,8 @@ def check_device_arguments(args: argparse.Namespace) -> None:
         torch.cuda.set_device(device)  # Accelerate trains on the current one
     if args.dtype == "auto":
         args.dtype = "bfloat16" if computes_in_bfloat16(args.device) else "float32"
+    elif args.dtype == "bfloat16" and not computes_in_bfloat16(args.device):
+        logger.warning("bfloat16 is emulated on this machine and many times slower than --dtype auto")
 
 
 def open_pipeline(model: str, device: str = "cpu", dtype: str = "float32", compile: bool = False):

@@ -107,7 +107,8 @@ def _add_optimisation_options(add) -> None:
 
 def _add_run_options(add) -> None:
     add("--gradient_checkpointing", action="store_true")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="defaults to accelerate's configuration")
+    text = "auto: bf16 where the device computes in it; defaults to accelerate's configuration"
+    add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], help=text)
     add("--allow_tf32", action="store_true")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--dataloader_num_workers", type=int, default=0)

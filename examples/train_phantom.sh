@@ -12,7 +12,7 @@ diffusers-cf prepare --source phantom --patients "$PATIENTS" --size 64 --output 
 diffusers-cf prepare --source phantom --patients "$PATIENTS" --size 128 --output "$OUT/data"
 accelerate launch --num_processes 1 "$(dirname "$0")/../train_counterfactual.py" \
   --dataset "$OUT/train_data" --output_dir "$OUT/model" --max_train_steps "$STEPS" \
-  --mixed_precision bf16 --random_flip --snr_gamma 5 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 200 \
+  --mixed_precision auto --random_flip --snr_gamma 5 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 200 \
   --validation_steps 0
 diffusers-cf sweep --model "$OUT/model" --dataset "$OUT/data" --output "$OUT/sweep" \
   --guidance_scales 3 6 9 12 --strengths 0.5 0.75 --maps counterfactual reconstruction \

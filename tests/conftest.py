@@ -2,6 +2,7 @@
 and the Hub on loopback."""
 
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
@@ -19,8 +20,10 @@ from diffusers_cf import (
 )
 
 
-# With several threads, rounding depends on where in memory the weights lie, and parallel test runs starve each other.
+# With several threads, rounding depends on where in memory the weights lie, and parallel test runs starve each other;
+# so do the processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class GaussianNoisePredictor(ModelMixin, ConfigMixin):

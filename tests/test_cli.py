@@ -94,6 +94,17 @@ def test_auto_is_bfloat16_where_the_processor_computes_in_it(monkeypatch, featur
         assert args.dtype == found
 
 
+@pytest.mark.parametrize("computes", [True, False])
+def test_emulated_bfloat16_is_warned_of(monkeypatch, caplog, computes):
+    monkeypatch.setattr("diffusers_cf.inference_options.computes_in_bfloat16", lambda device: computes)
+    args = argparse.Namespace(device="cpu", batch_size=1, dtype="bfloat16")
+    check_device_arguments(args)
+    assert args.dtype == "bfloat16"
+    assert [record.message for record in caplog.records if "emulated" in record.message] == [
+        "bfloat16 is emulated on this machine and many times slower than --dtype auto"
+    ] * (not computes)
+
+
 def test_a_processor_that_torch_tells_nothing_about_computes_in_float32(monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.delattr(torch.cpu, name)

@@ -368,6 +368,21 @@ WRONG_INPUTS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("computes", "wanted", "found"),
+    [(True, "auto", "bf16"), (False, "auto", "no"), (True, "bf16", "bf16"), (False, "bf16", "bf16")],
+)
+def test_auto_precision_is_bf16_where_the_processor_computes_in_it(
+    monkeypatch, caplog, tmp_path, computes, wanted, found
+):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    monkeypatch.setattr(train_counterfactual, "computes_in_bfloat16", lambda device: computes)
+    args = parse_args(["--dataset=DATASET", f"--output_dir={tmp_path}", f"--mixed_precision={wanted}"])
+    assert start_accelerator(args, tmp_path).mixed_precision == found
+    assert ("bf16 is emulated" in caplog.text) == (wanted == "bf16" and not computes)
+
+
 @pytest.mark.parametrize("case", WRONG_INPUTS)
 def test_wrong_inputs(case, data, data_without_masks, reference, folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
