@@ -23,8 +23,10 @@ from tqdm.auto import tqdm
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
 from diffusers_cf.arguments import make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.fine_tuning import inherited_facts, open_base, public_name
 from diffusers_cf.hub import create_model_repository, push_model
 from diffusers_cf.inference_options import computes_in_bfloat16
+from diffusers_cf.loading import SWITCHES
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
 from diffusers_cf.models import (
     ClassTokenEncoder,
@@ -95,12 +97,10 @@ def start_accelerator(args, output: Path) -> Accelerator:
     return accelerator
 
 
-def build_model(args, dataset: SliceDataset) -> ConditionalNoisePredictor:
-    """A new network for the data set's channels and classes, or the one to fine-tune."""
-    if args.pretrained_model:
-        pipe = CounterfactualDDIMPipeline.from_pretrained(args.pretrained_model)
-        _check_fits(args, pipe, dataset)
-        model = ConditionalNoisePredictor(pipe.unet, pipe.class_encoder)
+def build_model(args, dataset: SliceDataset, base: CounterfactualDDIMPipeline | None) -> ConditionalNoisePredictor:
+    """A new network for the data set's channels and classes, or that of the pipeline to fine-tune."""
+    if base:
+        model = ConditionalNoisePredictor(base.unet, base.class_encoder)
     else:
         unet = counterfactual_unet(
             args.unet_size, args.conditioning, args.resolution or 64, dataset.preprocessing["channels"]
@@ -117,27 +117,6 @@ def build_model(args, dataset: SliceDataset) -> ConditionalNoisePredictor:
     return model.train()
 
 
-def _check_fits(args, pipe: CounterfactualDDIMPipeline, dataset: SliceDataset) -> None:
-    channels, classes = pipe.unet.config.in_channels, pipe.class_encoder and pipe.class_encoder.config.class_names
-    if channels != dataset.preprocessing["channels"]:
-        raise InputError(
-            f"{args.pretrained_model}: takes {channels} channels, {args.dataset} has {dataset.preprocessing['channels']}"
-        )
-    if classes and tuple(classes) != dataset.class_names:
-        raise InputError(
-            f"{args.pretrained_model}: knows the classes {list(classes)}, {args.dataset} has {list(dataset.class_names)}"
-        )
-    scheduler = pipe.scheduler.config
-    for option, theirs, ours in (
-        ("resolution", pipe.unet.config.sample_size, args.resolution or pipe.unet.config.sample_size),
-        ("prediction_type", scheduler.prediction_type, args.prediction_type),
-        ("ddpm_num_steps", scheduler.num_train_timesteps, args.ddpm_num_steps),
-        ("ddpm_beta_schedule", scheduler.beta_schedule, args.ddpm_beta_schedule),
-    ):
-        if theirs != ours:
-            raise InputError(f"{args.pretrained_model}: was trained with --{option} {theirs}, this run has {ours}")
-
-
 @dataclass
 class Run:
     """What one training run consists of; on each process the same.
@@ -145,6 +124,7 @@ class Run:
     Attributes:
         args: options.
         accelerator: processes, devices, checkpoints and trackers.
+        base: the pipeline that is fine-tuned.
         output: output folder.
         slices: training set.
         network: U-Net and class encoder.
@@ -158,6 +138,7 @@ class Run:
 
     args: Namespace
     accelerator: Accelerator
+    base: CounterfactualDDIMPipeline | None
     output: Path
     slices: TrainingSlices
     network: ConditionalNoisePredictor
@@ -175,7 +156,7 @@ class Run:
 
     def pipeline(self) -> CounterfactualDDIMPipeline:
         """The pipeline around the network as it is now."""
-        return build_pipeline(self.args, self.network.unet, self.network.class_encoder, self.facts)
+        return build_pipeline(self.args, self.network.unet, self.network.class_encoder, self.facts, self.base)
 
     def save_model(self, folder: Path) -> None:
         """Saves the averaged weights as a pipeline."""
@@ -183,15 +164,25 @@ class Run:
             self.pipeline().save_pretrained(folder)
 
 
-def build_pipeline(args, unet: UNet2DConditionModel, class_encoder: ClassTokenEncoder | None, facts: dict):
-    """The pipeline around a network, with the schedulers that belong to its training."""
-    scheduler = DynamicDDIMScheduler(
-        num_train_timesteps=args.ddpm_num_steps,
-        beta_schedule=args.ddpm_beta_schedule,
-        prediction_type=args.prediction_type,
-    )
-    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
-    pipe = CounterfactualDDIMPipeline(unet, class_encoder, scheduler, inverse)
+def build_pipeline(
+    args,
+    unet: UNet2DConditionModel,
+    class_encoder: ClassTokenEncoder | None,
+    facts: dict,
+    base: CounterfactualDDIMPipeline | None = None,
+) -> CounterfactualDDIMPipeline:
+    """The pipeline around a network, with the schedulers that belong to its training, or those of what is fine-tuned."""
+    if base:
+        scheduler, inverse = base.scheduler, base.inverse_scheduler
+    else:
+        scheduler = DynamicDDIMScheduler(
+            num_train_timesteps=args.ddpm_num_steps,
+            beta_schedule=args.ddpm_beta_schedule,
+            prediction_type=args.prediction_type,
+        )
+        inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
+    switches = {name: base.config[name] for name in SWITCHES} if base else {}
+    pipe = CounterfactualDDIMPipeline(unet, class_encoder, scheduler, inverse, **switches)
     pipe.preprocessing = facts
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -223,7 +214,8 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     with accelerator.main_process_first():
         dataset = SliceDataset(args.dataset, "train")
     set_seed(args.seed)
-    network = build_model(args, dataset)
+    base = open_base(args, dataset)
+    network = build_model(args, dataset, base)
     side = network.unet.config.sample_size
     slices = TrainingSlices(
         dataset, args.seed, (side, side), args.ddpm_num_steps, args.random_flip, args.augment, args.max_train_samples
@@ -236,7 +228,7 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.num_train_epochs:
         args.max_train_steps = args.num_train_epochs * math.ceil(slices.num_slices / global_batch)
-    facts = model_facts(args, dataset, side, global_batch)
+    facts = model_facts(args, dataset, side, global_batch, base)
     rate = args.learning_rate * (global_batch if args.scale_lr else 1)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(
@@ -255,10 +247,14 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     network = accelerator.unwrap_model(model)
     if args.compile:
         network.compile()
-    return Run(args, accelerator, output, slices, network, model, optimizer, lr_scheduler, ema, facts, global_batch)
+    return Run(
+        args, accelerator, base, output, slices, network, model, optimizer, lr_scheduler, ema, facts, global_batch
+    )
 
 
-def model_facts(args: Namespace, dataset: SliceDataset, side: int, global_batch: int) -> dict:
+def model_facts(
+    args: Namespace, dataset: SliceDataset, side: int, global_batch: int, base: CounterfactualDDIMPipeline | None
+) -> dict:
     """preprocessing.json of the model: the data set's, at the network's size, and how it was trained."""
     facts = {k: v for k, v in dataset.preprocessing.items() if k != "splits"} | {"size": side}
     training = {
@@ -268,6 +264,9 @@ def model_facts(args: Namespace, dataset: SliceDataset, side: int, global_batch:
         "slices": len(dataset),
         "patients": len(set(dataset.patients)),
     }
+    if base:
+        training["base_model"] = public_name(args.pretrained_model)
+        facts |= inherited_facts(base)
     return facts | {"training": training}
 
 

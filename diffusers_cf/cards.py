@@ -58,7 +58,7 @@ def model_card(
     name = repo_id.split("/")[-1]
     environment = Environment(loader=PackageLoader("diffusers_cf"), trim_blocks=True, keep_trailing_newline=True)
     return environment.get_template("model_card.md").render(
-        metadata=_metadata(name, licence, results),
+        metadata=_metadata(name, licence, results, training.get("base_model")),
         name=name,
         repo_id=repo_id,
         modalities=facts["modalities"],
@@ -72,7 +72,7 @@ def model_card(
         scores=[_score_row(result) for result in results],
         protocol=_protocol(results),
         checksums=[(path.relative_to(folder).as_posix(), sha256_of(path)) for path in _weights(folder)],
-        **{key: training.get(key) for key in ("patients", "slices", "command", "images", "commit")},
+        **{key: training.get(key) for key in ("patients", "slices", "command", "images", "commit", "base_model")},
     )
 
 
@@ -94,7 +94,7 @@ def _in_words(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _metadata(name: str, licence: str | None, results: Sequence[Mapping]) -> str:
+def _metadata(name: str, licence: str | None, results: Sequence[Mapping], base: str | None) -> str:
     """Front matter with the scores as `model-index`."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -125,6 +125,7 @@ def _metadata(name: str, licence: str | None, results: Sequence[Mapping]) -> str
         eval_results=found or None,
         metrics=["average_precision", "dice"] if found else None,
         inference=False,
+        base_model=base if base and "/" in base else None,  # a Hub id, not the name of somebody's folder
     )
     return data.to_yaml().strip()
 

@@ -1,5 +1,6 @@
 """What README.md and examples/ show a new user runs, with the model that ships."""
 
+import json
 import os
 import re
 import runpy
@@ -8,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from model_files import tiny_pipeline
 
+from diffusers_cf.data.phantom import make_patient, write_patient
 from diffusers_cf.demo import SHIPPED_MODEL
 
 
@@ -42,6 +45,35 @@ def test_the_way_from_phantom_to_scores(tmp_path):
     done = subprocess.run(command, env=os.environ | small | {"PATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {"model.json", "threshold-flair.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+def test_the_walk_through_of_fine_tuning(tmp_path):
+    """examples/fine_tune.sh on three phantoms with labels in place of masks, and a model that takes seconds."""
+    pipe = tiny_pipeline(channels=4)
+    settings = {"guidance_scale": 3.0, "strength": 0.2, "num_inference_steps": 10, "threshold": 0.05}
+    names = ["flair", "t1", "t1ce", "t2"]
+    pipe.preprocessing = {"modalities": names, "settings": settings | {"map": "reconstruction"}}
+    pipe.save_pretrained(tmp_path / "model")
+    lines = ["patient,slice,label"]
+    for index in range(3):
+        patient = make_patient(7, index)
+        write_patient(patient, tmp_path / "scans")
+        folder = sorted((tmp_path / "scans").iterdir())[-1]
+        next(folder.glob("*seg*")).unlink()
+        lines += [f"{folder.name},{number},{('unhealthy', 'healthy')[number % 3 == 0]}" for number in range(12, 40)]
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    settings = {"MODEL": "model", "SCANS": "scans", "LABELS": "labels.csv", "STEPS": "20", "SIZE": "32", "WORK": "out"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | settings | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    for stage in ("prepare", "train", "compare"):
+        command = ["bash", str(ROOT / "examples" / "fine_tune.sh"), stage]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads((tmp_path / "out" / "model" / "preprocessing.json").read_text())
+    assert facts["training"]["base_model"] == "model" and facts["settings"]["map"] == "reconstruction"
+    assert facts["settings"]["threshold"] > 0 and facts["threshold_chosen_by"]["rule"] == "slice-labels"
+    assert {"before.html", "after.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_the_shipped_model_fits_its_size_limit_and_is_documented():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from training_data import write_training_set
 
 import train_counterfactual
-from diffusers_cf import CounterfactualDDIMPipeline
+from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler
 from diffusers_cf.arguments import run_command
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import UNET_SIZES
@@ -253,7 +253,7 @@ def test_every_trained_weight_gets_a_gradient(conditioning, data):
     from diffusers_cf.data.slices import SliceDataset
 
     args = parse_args(options(data, "unused", conditioning=conditioning))
-    model = build_model(args, SliceDataset(data, "train"))
+    model = build_model(args, SliceDataset(data, "train"), None)
     images, ids = torch.zeros(2, 2, 16, 16), torch.tensor([0, 2])
     noise_prediction_loss(model, DDPMScheduler(), images, ids, images + 1, torch.tensor([3, 500])).backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -295,6 +295,25 @@ def test_fine_tuning_starts_from_the_given_weights(reference, data, tmp_path):
         for after, before in zip(weights(moved).values(), weights(reference).values(), strict=True)
     ]
     assert 1e-5 < max(steps) < 1e-3
+
+
+def test_fine_tuning_keeps_schedulers_and_settings_but_no_threshold(reference, data, tmp_path):
+    pipe = CounterfactualDDIMPipeline.from_pretrained(reference)
+    inverse = DynamicDDIMInverseScheduler.from_config(pipe.inverse_scheduler.config, solver_order=2)
+    other = CounterfactualDDIMPipeline(pipe.unet, pipe.class_encoder, pipe.scheduler, inverse, clip_input=False)
+    settings = {"guidance_scale": 6.0, "strength": 0.5, "num_inference_steps": 10, "threshold": 0.07}
+    other.preprocessing = pipe.preprocessing | {"settings": settings, "signs": [1, -1], "paper_threshold": 0.1}
+    other.save_pretrained(tmp_path / "base")
+    start = {"pretrained_model": tmp_path / "base", "max_train_steps": 1, "resolution": None, "validation_steps": 0}
+    tuned = CounterfactualDDIMPipeline.from_pretrained(train(data, tmp_path / "tuned", **start))
+    assert tuned.inverse_scheduler.config.solver_order == 2 and tuned.config.clip_input is False
+    facts = tuned.preprocessing
+    assert facts["settings"] == {k: v for k, v in settings.items() if k != "threshold"} and facts["signs"] == [1, -1]
+    assert "paper_threshold" not in facts and facts["training"]["base_model"] == "base"
+    plain = CounterfactualDDIMPipeline.from_pretrained(
+        train(data, tmp_path / "plain", max_train_steps=1)
+    ).preprocessing
+    assert "settings" not in plain and "base_model" not in plain["training"]
 
 
 @pytest.mark.parametrize(
@@ -345,6 +364,9 @@ WRONG_INPUTS = {
         {"dataset": "{other}", "pretrained_model": "{model}"},
         "{model}: knows the classes ['healthy', 'unhealthy'], {other} has ['sound', 'ill']",
     ),
+    "other modalities": (
+        {"dataset": "{order}", "pretrained_model": "{model}"}, "{model}: takes flair, t1, {order} has t1, flair",
+    ),
     "other resolution": (
         {"dataset": "{data}", "pretrained_model": "{model}", "resolution": 32},
         "{model}: was trained with --resolution 16, this run has 32",
@@ -389,7 +411,9 @@ def test_wrong_inputs(case, data, data_without_masks, reference, folder, tmp_pat
     other = folder / "other_classes"
     if not other.exists():
         write_training_set(other, classes=("sound", "ill"))
+        write_training_set(folder / "order", modalities=["t1", "flair"])
     places = {"tmp": tmp_path, "data": data, "four": data_without_masks, "other": other, "model": reference}
+    places["order"] = folder / "order"
     changes, words = WRONG_INPUTS[case]
     changes = {"output_dir": "{tmp}/out", "dataset": "{tmp}/missing"} | changes
     changes = {key: value.format(**places) if isinstance(value, str) else value for key, value in changes.items()}

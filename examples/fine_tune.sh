@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# A published model made at home on one's own scanner, a stage a command; see fine_tune.md.
+#   MODEL=user/name SCANS=folder examples/fine_tune.sh prepare     # -> WORK/data
+#   MODEL=user/name examples/fine_tune.sh train                    # -> WORK/model, with a threshold
+#   MODEL=user/name SCANS=folder examples/fine_tune.sh compare     # -> WORK/before, WORK/after: both models' maps
+set -euo pipefail
+STAGE=${1:?"which stage: prepare, train or compare"}
+MODEL=${MODEL:?"which model to begin with: MODEL=folder or Hub id"}
+WORK=${WORK:-fine_tuned}
+STEPS=${STEPS:-1000}
+SIZE=${SIZE:-128}
+shift
+
+case $STAGE in
+  prepare)
+    # LABELS: a CSV with patient, slice and label; without it the labels come from segmentations beside the scans.
+    # MODALITIES: those of the model, in its order, if they aren't flair t1 t1ce t2
+    diffusers-cf prepare --source brats --input "${SCANS:?"where the patients are: SCANS=folder"}" --size "$SIZE" \
+      ${LABELS:+--labels "$LABELS"} ${MODALITIES:+--modalities $MODALITIES} --output "$WORK/data" "$@" ;;
+  train)
+    accelerate launch --num_processes 1 "$(dirname "$0")/../train_counterfactual.py" --pretrained_model "$MODEL" \
+      --dataset "$WORK/data" --output_dir "$WORK/model" --max_train_steps "$STEPS" --learning_rate 2e-4 \
+      --lr_scheduler cosine --lr_warmup_steps "$((STEPS / 20))" --ema_max_decay 0.999 --mixed_precision auto \
+      --random_flip --augment --snr_gamma 5 --validation_steps 0 "$@"
+    diffusers-cf calibrate --model "$WORK/model" --dataset "$WORK/data" --output "$WORK/threshold.json" --store ;;
+  compare)
+    for name in before after; do
+      model=$([ "$name" = before ] && echo "$MODEL" || echo "$WORK/model")
+      diffusers-cf segment "${SCANS:?"where the patients are: SCANS=folder"}" --model "$model" --output "$WORK/$name" "$@"
+      diffusers-cf report "$WORK/$name" --scans "$SCANS" --output "$WORK/$name.html"
+    done ;;
+  *)
+    echo "$STAGE: no such stage; there are prepare, train and compare" >&2; exit 2 ;;
+esac
