@@ -168,6 +168,13 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", choices=PRESETS, default="cpu", help="default: %(default)s")
     add("--image_size", type=int, help="side of every network's input; default: the preset's")
     add("--train_seconds", type=float, help="training time of each network; default: the preset's")
+    add(
+        "--images_of_seed",
+        type=int,
+        metavar="SEED",
+        help="train each network on as many images as that seed's in RESULTS, however long it takes: for later seeds on"
+        " a faster or slower machine",
+    )
     add("--num_inference_steps", type=int, help="full grid of the diffusion methods; default: the preset's")
     add("--strengths", type=float, nargs="+", help="values of L to choose from; default: the preset's")
     add("--augment", action="store_true", help="small rotations, scales, shifts and gains, for small data sets")
@@ -228,7 +235,8 @@ def run_benchmark(args: argparse.Namespace) -> int:
     methods = _methods(args, preset, next(iter(data.values())))
     output = Path(args.output)
     models = Path(args.models) if args.models else output / "models"
-    benchmark = Benchmark(output, Networks(models, preset, args.device, DTYPES[args.dtype]), args.preset)
+    images = _images_of_seed(output, args.images_of_seed, methods)
+    benchmark = Benchmark(output, Networks(models, preset, args.device, DTYPES[args.dtype], images), args.preset)
     benchmark.check_cells(data)
     make_folder(output)
     if any(row_of(method).network for method in methods):
@@ -245,6 +253,19 @@ def run_benchmark(args: argparse.Namespace) -> int:
         write_figures(benchmark, data, pictures=not args.no_pictures)
         print(f"tables and figures -> {output}")
     return 0
+
+
+def _images_of_seed(output: Path, seed: int | None, methods: list[str]) -> dict[str, int]:
+    """The images that the networks of these methods saw in an earlier seed; none where no seed is asked for."""
+    if seed is None:
+        return {}
+    cells = {cell["method"]: cell for cell in collect_cells(output) if cell["seed"] == seed}
+    seen = {row_of(name).network: cell.get("images_seen") for name, cell in cells.items()}
+    for method in methods:
+        network = row_of(method).network
+        if network and not seen.get(network):
+            raise InputError(f"{output}: holds no cell of seed {seed} with the network {network} ({method})")
+    return {network: images for network, images in seen.items() if network}
 
 
 def _cells_of_share(methods: list[str], seeds: list[int], share: Share) -> list[tuple[int, str]]:

@@ -1,15 +1,17 @@
 """The trained networks of a benchmark: each is trained once a seed, kept in a folder, and loaded for its rows."""
 
 import json
+import math
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
 
 from diffusers_cf.baselines import NETWORKS, CounterfactualDiffusion, TrainableMethod, network_of_data
-from diffusers_cf.baselines.training import MethodTraining
+from diffusers_cf.baselines.training import Budget, MethodTraining
 from diffusers_cf.benchmark_presets import Preset
 from diffusers_cf.benchmark_protocol import BenchmarkData, as_json
 from diffusers_cf.errors import InputError
@@ -47,10 +49,19 @@ class Networks:
         preset: their sizes and budget.
         device: where they run.
         dtype: of diffusion networks at inference.
+        images: of each network, in the place of the budget's seconds: what it saw in the same time elsewhere.
     """
 
-    def __init__(self, folder: Path, preset: Preset, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        folder: Path,
+        preset: Preset,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        images: Mapping[str, int] | None = None,
+    ):
         self.folder, self.preset, self.device, self.dtype = Path(folder), preset, device, dtype
+        self.images = images or {}
         self._loaded: tuple = (None, None, None)
 
     def is_trained(self, name: str, seed: int) -> bool:
@@ -83,13 +94,18 @@ class Networks:
             raise InputError(f"{folder} was trained with other {', '.join(different)}: choose another --models")
         return network, record
 
+    def budget_of(self, name: str) -> Budget:
+        """How long a network is trained: the preset's budget, or so many images and no limit of time."""
+        if name not in self.images:
+            return self.preset.budget
+        steps = math.ceil(self.images[name] / self.preset.budget.batch_size)
+        return replace(self.preset.budget, seconds=math.inf, steps=steps)
+
     def _train(self, name: str, data: BenchmarkData, seed: int, folder: Path, facts: dict) -> None:
         set_seed(seed)
-        size, side = self.preset.size, self.preset.image_size
+        size, side, budget = self.preset.size, self.preset.image_size, self.budget_of(name)
         network = network_of_data(name, size, data.channels, side, data.train.class_names)
-        training = MethodTraining(
-            network, data.train, data.validation, folder, self.preset.budget, seed, self.device, facts
-        )
+        training = MethodTraining(network, data.train, data.validation, folder, budget, seed, self.device, facts)
         record = asdict(training.run()) | {"trained_on": network.trained_on, "parameters": network.num_parameters()}
         network.save_pretrained(folder)
         write_result(record | facts | {"commit": package_commit()}, folder / RECORD_FILE)

@@ -129,6 +129,17 @@ def test_what_is_finished_is_not_done_again(results, dataset):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_a_later_seed_sees_as_many_images_on_a_machine_of_another_speed(results, dataset, tmp_path, capsys):
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    cell = cells(results[0])["vae-seed1"] | {"images_seen": 24}
+    (tmp_path / "out" / "cells" / "vae-seed1.json").write_text(json.dumps(cell))
+    options = ["--first_seed", "2", "--seeds", "1", "--images_of_seed", "1", "--no_pictures", "--methods"]
+    assert run(dataset, tmp_path / "out", *options, "vae") == 0
+    assert cells(tmp_path / "out")["vae-seed2"]["images_seen"] == 24 < 8 * PRESETS["smoke"].budget.steps
+    assert run(dataset, tmp_path / "out", *options, "vae", "dae") == 2
+    assert "holds no cell of seed 1 with the network dae (dae)" in capsys.readouterr().err
+
+
 def test_a_part_gives_a_table_of_what_is_there(dataset, tmp_path, capsys):
     assert run(dataset, tmp_path / "part", "--methods", "threshold-t2", "vae", "--seeds", "1", "--no_pictures") == 0
     table = json.loads((tmp_path / "part" / "table1.json").read_text())
