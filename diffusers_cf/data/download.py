@@ -1,0 +1,77 @@
+"""A slice data set by its name on the Hub: `user/name`, or `user/name@revision` for a branch, tag or commit."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import dataset_info, hf_hub_download, snapshot_download
+
+from diffusers_cf.data.preprocessing import PREPROCESSING_FILE
+from diffusers_cf.errors import InputError
+from diffusers_cf.hub_download import listed_files, refusals_in_one_line
+
+
+SPLITS_FILE = "splits.json"
+_NAME = re.compile(r"(?P<repo_id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>.+))?")
+_NO_DATASET = f"the repository has no {PREPROCESSING_FILE}, so it holds no slice data set"
+
+
+def dataset_folder(name: str | Path, split: str) -> tuple[Path, str | None]:
+    """Where a data set lies on this machine, with the files of a split.
+
+    Args:
+        name: A folder, or `user/name[@revision]` on the Hub. A folder wins.
+        split: Whose files to download.
+
+    Returns:
+        Its folder, and the commit that it is of: None where `name` is a folder, or nothing that the Hub could know.
+
+    Raises:
+        InputError: As in `download_dataset`.
+    """
+    if Path(name).is_dir() or not isinstance(name, str) or not _NAME.fullmatch(name):
+        return Path(name), None
+    folder = download_dataset(name, split)
+    return folder, folder.name
+
+
+def hub_name(name: str) -> tuple[str, str | None]:
+    """Returns repository and revision of `user/name[@revision]`."""
+    match = _NAME.fullmatch(name)
+    return match["repo_id"], match["revision"]
+
+
+def download_dataset(name: str, split: str | None) -> Path:
+    """Fetches preprocessing.json and a split's Parquet files from the Hub, all from one commit, into the local cache.
+
+    Never code, never another kind of file. Without network, or with `HF_HUB_OFFLINE=1`, what the cache holds is used.
+    A private data set opens with the token of the log-in.
+
+    Args:
+        name: `user/name[@revision]`.
+        split: Whose files, None = of no split.
+
+    Returns:
+        The folder in the cache; its name is the commit.
+
+    Raises:
+        InputError: The repository, its revision or files of it are missing, or the download fails.
+    """
+    repo_id, revision = hub_name(name)
+    # Whole names alone, as `prepare` and `datasets` give them: none can lead out of the folder.
+    shard = re.compile(rf"data/{split}-[\w-]+\.parquet")
+    with refusals_in_one_line(repo_id, revision, _NO_DATASET):
+        names = listed_files(dataset_info, repo_id, revision, token=None)
+        of_kind = {"repo_type": "dataset"}
+        facts = hf_hub_download(
+            repo_id, PREPROCESSING_FILE, revision=revision, local_files_only=names is None, **of_kind
+        )
+        folder = Path(facts).parent
+        files = [found for found in names or () if shard.fullmatch(found)]
+        if names and SPLITS_FILE in names and not any(found.endswith(".parquet") for found in names):
+            raise InputError(
+                f"{name}: holds no images, for their licence forbids to pass them on: prepare your own copy with its"
+                f" {SPLITS_FILE}, as its README.md says"
+            )
+        if files:
+            snapshot_download(repo_id, revision=folder.name, allow_patterns=[PREPROCESSING_FILE, *files], **of_kind)
+    return folder
