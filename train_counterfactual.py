@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
 from diffusers_cf.arguments import make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset
-from diffusers_cf.hub import create_model_repository, push_model
+from diffusers_cf.hub import create_repository, push_model
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
 from diffusers_cf.models import (
     ClassTokenEncoder,
@@ -193,7 +193,7 @@ def main(args: Namespace) -> None:
     accelerator = start_accelerator(args, output)
     if args.push_to_hub and accelerator.is_main_process:
         name = args.hub_model_id or output.resolve().name
-        repository = create_model_repository(name, args.hub_token, args.hub_private_repo or None)
+        repository = create_repository(name, args.hub_token, args.hub_private_repo or None)
     run = set_up(args, accelerator, output)
     step = resume(run)
     if args.report_to:

@@ -1,7 +1,8 @@
-"""A model's way to the Hub: its repository, its card, and one commit that holds all of it."""
+"""The way to the Hub: a repository, and one commit that holds a model with its card, or any other set of files."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, create_repo
@@ -16,13 +17,16 @@ from diffusers_cf.loading import CHECKSUMS, MODEL_INDEX, PREPROCESSING, SHARD_IN
 OPTIONS = ("token", "private", "licence", "commit_message", "create_pr")
 
 
-def create_model_repository(name: str, token: str | None = None, private: bool | None = None) -> str:
-    """Makes a model repository on the Hub unless it exists.
+def create_repository(
+    name: str, token: str | None = None, private: bool | None = None, repo_type: str = "model"
+) -> str:
+    """Makes a repository on the Hub unless it exists.
 
     Args:
         name (`str`): `name` or `user/name`.
         token (`str`, *optional*): instead of the one that `hf auth login` stored.
         private (`bool`, *optional*): who may read a new repository; None = as the account's default has it.
+        repo_type (`str`): `model` or `dataset`.
 
     Returns:
         `user/name`.
@@ -31,7 +35,7 @@ def create_model_repository(name: str, token: str | None = None, private: bool |
         InputError: the name is not allowed, there is no token, it may not write there, or the Hub can't be reached.
     """
     try:
-        return create_repo(name, token=token, private=private, exist_ok=True).repo_id
+        return create_repo(name, token=token, private=private, exist_ok=True, repo_type=repo_type).repo_id
     except (HTTPError, OSError, ValueError) as error:
         raise InputError(
             f"{name}: no repository to push to ({_reason(error)}); `hf auth login` stores a token"
@@ -73,22 +77,66 @@ def push_model(
     variants = {match["variant"] for path in folder.glob("*/*") if (match := _weight(path.name))}
     for variant in sorted(variants, key=str):
         check_model_folder(folder, variant=variant)
-    repo_id = create_model_repository(repo_id, token, private)
+    repo_id = create_repository(repo_id, token, private)
     card = model_card(folder, repo_id, licence, results, [picture.name for picture in pictures])
     files = published_files(folder) | {picture.name: picture for picture in pictures}
+    weights = {name: _weight(name.rpartition("/")[2]) for name in repository_files(folder, repo_id, token)}
+    stale = [name for name, match in weights.items() if match and match["variant"] in variants and name not in files]
+    message = commit_message or "Upload CounterfactualDDIMPipeline"
+    files["README.md"] = card.encode()
+    return push_files(folder, repo_id, files, stale, token=token, commit_message=message, create_pr=create_pr)
+
+
+def repository_files(
+    folder: str | Path, repo_id: str, token: str | None = None, repo_type: str = "model"
+) -> list[str]:
+    """Names of the files that a repository holds already.
+
+    Raises:
+        InputError: the Hub does not say; the message is about `folder`, which stays as it was.
+    """
+    with _refusals(folder, repo_id):
+        return HfApi(token=token).list_repo_files(repo_id, repo_type=repo_type)
+
+
+def push_files(
+    folder: str | Path, repo_id: str, files: Mapping[str, Path | bytes], stale: Sequence[str] = (), *,
+    token: str | None = None, commit_message: str, create_pr: bool = False, repo_type: str = "model",
+) -> str:  # fmt: skip
+    """Pushes files as one commit and returns its address. What the Hub holds already isn't sent again.
+
+    Args:
+        folder (`str` or `Path`): where they are from, for messages.
+        repo_id (`str`): an existing repository.
+        files (`Mapping[str, Path | bytes]`): by their names there.
+        stale (`Sequence[str]`): files there to delete.
+        token (`str`, *optional*): instead of the one that `hf auth login` stored.
+        commit_message (`str`): of the commit.
+        create_pr (`bool`): propose it as a pull request.
+        repo_type (`str`): `model` or `dataset`.
+
+    Raises:
+        InputError: the Hub did not take it.
+    """
+    contents = {name: content if isinstance(content, bytes) else str(content) for name, content in files.items()}
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+    operations += [CommitOperationDelete(name) for name in stale]
+    options = {"commit_message": commit_message, "create_pr": create_pr, "repo_type": repo_type}
+    with _refusals(folder, repo_id):
+        return HfApi(token=token).create_commit(repo_id, operations, **options).commit_url
+
+
+@contextmanager
+def _refusals(folder: str | Path, repo_id: str) -> Iterator[None]:
     try:
-        api = HfApi(token=token)
-        weights = {name: _weight(name.rpartition("/")[2]) for name in api.list_repo_files(repo_id)}
-        stale = [
-            name for name, match in weights.items() if match and match["variant"] in variants and name not in files
-        ]
-        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-        operations.append(CommitOperationAdd("README.md", card.encode()))
-        operations += [CommitOperationDelete(name) for name in stale]
-        message = commit_message or "Upload CounterfactualDDIMPipeline"
-        return api.create_commit(repo_id, operations, commit_message=message, create_pr=create_pr).commit_url
+        yield
     except (HTTPError, OSError, ValueError) as error:
-        raise InputError(f"{folder}: is whole, but could not be pushed to {repo_id} ({_reason(error)})") from None
+        reason = _reason(error)
+    except RuntimeError as error:  # how the client reports that one of several uploads failed
+        reason = f"{_reason(error)} {_reason(error.__cause__ or error)}"
+    else:
+        return
+    raise InputError(f"{folder}: is whole, but could not be pushed to {repo_id} ({reason})")
 
 
 def published_files(folder: Path) -> dict[str, Path]:
