@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
 from diffusers_cf.arguments import make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.hub import create_repository, push_model
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
 from diffusers_cf.models import (
@@ -42,6 +43,7 @@ from diffusers_cf.training import (
     save_checkpoint,
 )
 from diffusers_cf.training_options import command_of, parse_args
+from diffusers_cf.training_stream import TrainingStream
 from diffusers_cf.validation import Validation
 
 
@@ -85,7 +87,7 @@ def start_accelerator(args, output: Path) -> Accelerator:
     return accelerator
 
 
-def build_model(args, dataset: SliceDataset) -> ConditionalNoisePredictor:
+def build_model(args, dataset: SliceDataset | SliceStream) -> ConditionalNoisePredictor:
     """A new network for the data set's channels and classes, or the one to fine-tune."""
     if args.pretrained_model:
         pipe = CounterfactualDDIMPipeline.from_pretrained(args.pretrained_model)
@@ -107,7 +109,7 @@ def build_model(args, dataset: SliceDataset) -> ConditionalNoisePredictor:
     return model.train()
 
 
-def _check_fits(args, pipe: CounterfactualDDIMPipeline, dataset: SliceDataset) -> None:
+def _check_fits(args, pipe: CounterfactualDDIMPipeline, dataset: SliceDataset | SliceStream) -> None:
     channels, classes = pipe.unet.config.in_channels, pipe.class_encoder and pipe.class_encoder.config.class_names
     if channels != dataset.preprocessing["channels"]:
         raise InputError(
@@ -149,7 +151,7 @@ class Run:
     args: Namespace
     accelerator: Accelerator
     output: Path
-    slices: TrainingSlices
+    slices: TrainingSlices | TrainingStream
     network: ConditionalNoisePredictor
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -211,16 +213,18 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     """Data, model, optimiser, schedule and average, at step 0."""
     # 1. Data: a slice data set with labels; masks, if there are any, are for validation alone.
     with accelerator.main_process_first():
-        dataset = SliceDataset(args.dataset, "train")
+        dataset = (SliceStream if args.streaming else SliceDataset)(args.dataset, "train")
     set_seed(args.seed)
     network = build_model(args, dataset)
     side = network.unet.config.sample_size
-    slices = TrainingSlices(
-        dataset, args.seed, (side, side), args.ddpm_num_steps, args.random_flip, args.augment, args.max_train_samples
-    )
-    if network.class_encoder and len(slices.by_class) < len(dataset.class_names):
-        missing = [name for i, name in enumerate(dataset.class_names) if i not in slices.labels]
-        raise InputError(f"{args.dataset}: no slice to train on is labelled {', '.join(missing)}")
+    settings = (args.seed, (side, side), args.ddpm_num_steps, args.random_flip, args.augment)
+    if args.streaming:
+        slices = TrainingStream(dataset, *settings, buffer_size=args.shuffle_buffer)
+    else:
+        slices = TrainingSlices(dataset, *settings, max_samples=args.max_train_samples)
+    if network.class_encoder and (missing := set(range(len(dataset.class_names))) - slices.classes()):
+        names = ", ".join(dataset.class_names[index] for index in sorted(missing))
+        raise InputError(f"{args.dataset}: no slice to train on is labelled {names}")
 
     # 2. Model, optimiser, schedule, average.
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -248,7 +252,7 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     return Run(args, accelerator, output, slices, network, model, optimizer, lr_scheduler, ema, facts, global_batch)
 
 
-def model_facts(args: Namespace, dataset: SliceDataset, side: int, global_batch: int) -> dict:
+def model_facts(args: Namespace, dataset: SliceDataset | SliceStream, side: int, global_batch: int) -> dict:
     """preprocessing.json of the model: the data set's, at the network's size, and how it was trained."""
     facts = {k: v for k, v in dataset.preprocessing.items() if k != "splits"} | {"size": side}
     training = {
@@ -256,7 +260,7 @@ def model_facts(args: Namespace, dataset: SliceDataset, side: int, global_batch:
         "commit": package_commit(),
         "images": args.max_train_steps * global_batch,
         "slices": len(dataset),
-        "patients": len(set(dataset.patients)),
+        "patients": dataset.preprocessing["splits"]["train"].get("patients"),
     }
     return facts | {"training": training}
 
@@ -323,15 +327,7 @@ def batches(run: Run, step: int):
         step, args.max_train_steps, args.train_batch_size, args.gradient_accumulation_steps,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
-    loader = torch.utils.data.DataLoader(
-        run.slices,
-        batch_sampler=positions,
-        collate_fn=run.slices.collate,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        # without one of its own a loader draws from the global generator, whose state a checkpoint has just restored
-        generator=torch.Generator(),
-    )
+    loader = run.slices.batches(positions, args.dataloader_num_workers, accelerator.device.type == "cuda")
     for batch in loader:
         yield {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
 

@@ -11,7 +11,7 @@ import pyarrow.parquet
 from diffusers_cf.cards import OWN_DATA, SOURCES
 from diffusers_cf.data.download import SPLITS_FILE
 from diffusers_cf.data.preprocessing import PREPROCESSING_FILE, SPLITS, read_preprocessing, shards_of
-from diffusers_cf.data.slices import slice_features
+from diffusers_cf.data.slices import check_count, slice_features
 from diffusers_cf.dataset_cards import dataset_card
 from diffusers_cf.errors import InputError
 from diffusers_cf.hub import create_repository, push_files, repository_files
@@ -131,10 +131,7 @@ def _checked_shards(folder: Path, facts: dict) -> dict[str, list[Path]]:
             if datasets.Features.from_arrow_schema(file.schema.to_arrow_schema()) != features:
                 raise InputError(f"{path}: has other columns or classes than {PREPROCESSING_FILE} says")
             rows += file.num_rows
-        if rows != facts["splits"][split]["slices"]:
-            raise InputError(
-                f"{folder}: {rows} of the {facts['splits'][split]['slices']} slices of its split {split} are there"
-            )
+        check_count(str(folder), split, rows, facts["splits"][split]["slices"])
     return shards
 
 

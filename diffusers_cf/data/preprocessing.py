@@ -104,10 +104,12 @@ def _check_rows(rows: list[dict], preprocessing: dict) -> None:
     image_bytes = pixels * preprocessing["channels"] * np.dtype(preprocessing["dtype"]).itemsize
     classes = range(len(preprocessing["class_names"]))
     for row in rows:
-        wrong = None if len(row["image"] or b"") == image_bytes else f"its image has not {image_bytes} bytes"
-        if preprocessing["has_masks"] and len(row["mask"] or b"") != pixels:
+        wrong = None
+        if len(row["image"] or b"") != image_bytes:
+            wrong = f"its image has not {image_bytes} bytes"
+        elif preprocessing["has_masks"] and len(row["mask"] or b"") != pixels:
             wrong = f"its mask has not {pixels} bytes"
-        if row["label"] not in classes:
+        elif row["label"] not in classes:
             wrong = f"its label {row['label']} is none of {len(classes)} classes"
         if wrong:
             raise InputError(

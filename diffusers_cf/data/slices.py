@@ -96,6 +96,12 @@ def write_tables(path: str | Path, tables: Iterable[pyarrow.Table], class_names:
             writer.write_table(table.cast(schema), row_group_size=ROW_GROUP_SIZE)
 
 
+def check_split(split: str) -> None:
+    """Raises ValueError unless it is the name of a split."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+
+
 class SliceDataset(torch.utils.data.Dataset):
     """One split of a slice data set.
 
@@ -124,8 +130,7 @@ class SliceDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, folder: str | Path, split: str, cache_dir: str | Path | None = None):
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+        check_split(split)
         self.folder, self.split = str(folder), split
         path, self.commit = dataset_folder(folder, split)
         self.preprocessing = read_preprocessing(path)
@@ -144,8 +149,7 @@ class SliceDataset(torch.utils.data.Dataset):
             return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
         files = [str(shard) for shard in shards_of(path, self.split)]
         if not files:
-            where = "" if self.commit is None else " in the repository or, without network, in the local cache"
-            raise InputError(f"{self.folder}: no data/{self.split}-*.parquet{where}")
+            raise InputError(missing_split(self.folder, self.split, self.commit))
         cache_dir = None if cache_dir is None else str(cache_dir)
         try:
             # The files by name: the front matter of a README.md beside them could name others, anywhere.
@@ -155,11 +159,7 @@ class SliceDataset(torch.utils.data.Dataset):
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{self.folder}: the Parquet files can't be read ({reason})") from None
-        if len(rows) != count:
-            raise InputError(
-                f"{self.folder}: {len(rows)} of the {count} slices of its split {self.split} are there: not copied or"
-                " downloaded as a whole"
-            )
+        check_count(self.folder, self.split, len(rows), count)
         return rows
 
     def __len__(self) -> int:
@@ -177,6 +177,21 @@ class SliceDataset(torch.utils.data.Dataset):
     def collate(self, rows: list[dict]) -> dict:
         """Decodes rows to a batch, see `collate_rows`."""
         return collate_rows(rows, self.preprocessing)
+
+
+def missing_split(folder: str, split: str, commit: str | None) -> str:
+    """What to say where a split has slices and no file."""
+    where = "" if commit is None else " in the repository or, without network, in the local cache"
+    return f"{folder}: no data/{split}-*.parquet{where}"
+
+
+def check_count(folder: str, split: str, found: int, expected: int) -> None:
+    """Raises InputError where a split does not hold as many slices as preprocessing.json says."""
+    if found != expected:
+        raise InputError(
+            f"{folder}: {found} of the {expected} slices of its split {split} are there: not copied or downloaded as a"
+            " whole"
+        )
 
 
 def batches_of(dataset, indices: Sequence[int], batch_size: int) -> Iterator[dict]:
