@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
-import pyarrow.dataset
+import pyarrow.parquet
 from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import HTTPError
 
@@ -55,12 +55,14 @@ class SliceStream:
         count = self.preprocessing["splits"][split]["slices"]
         if count and not files:
             raise InputError(missing_split(self.folder, split, self.commit))
+        self._schema = slice_features(self.class_names).arrow_schema
         with self._refusals():
-            schema = slice_features(self.class_names).arrow_schema
-            system = None if self.commit is None else HfFileSystem(block_size=BLOCK_BYTES)
-            self._table = pyarrow.dataset.dataset(files, schema=schema, format="parquet", filesystem=system)
-            self._groups = [group for file in self._table.get_fragments() for group in file.split_by_row_group()]
-            self.group_sizes = np.array([group.row_groups[0].num_rows for group in self._groups], dtype=np.int64)
+            open_file = open if self.commit is None else HfFileSystem(block_size=BLOCK_BYTES).open
+            # Arrow's own threads are left out: they outlive an error and bring the process down at its end.
+            shards = [pyarrow.parquet.ParquetFile(open_file(file, "rb"), pre_buffer=False) for file in files]
+        self._groups = [(shard, number) for shard in shards for number in range(shard.num_row_groups)]
+        sizes = [shard.metadata.row_group(number).num_rows for shard, number in self._groups]
+        self.group_sizes = np.array(sizes, dtype=np.int64)
         check_count(self.folder, split, int(self.group_sizes.sum()), count)
         self._ends = np.cumsum(self.group_sizes)
         self._kept: OrderedDict[int, list[dict]] = OrderedDict()
@@ -68,8 +70,9 @@ class SliceStream:
     @cached_property
     def _index(self) -> pyarrow.Table:
         """The small columns of the whole split; some kB a patient."""
-        with self._refusals():
-            return self._table.to_table(columns=["label", "patient", "slice"])
+        names = ["label", "patient", "slice"]
+        tables = [self._read(number, names) for number in range(len(self._groups))]
+        return pyarrow.concat_tables([self._schema.empty_table().select(names), *tables])
 
     @property
     def labels(self) -> np.ndarray:
@@ -102,8 +105,13 @@ class SliceStream:
 
     def read_group(self, number: int) -> list[dict]:
         """Returns the rows of one row group, undecoded."""
+        return self._read(number, self._schema.names).to_pylist()
+
+    def _read(self, number: int, names: list[str]) -> pyarrow.Table:
+        shard, group = self._groups[number]
         with self._refusals():
-            return self._groups[number].to_table(schema=self._table.schema).to_pylist()
+            table = shard.read_row_group(group, columns=names, use_threads=False)
+            return table.select(names).cast(pyarrow.schema([self._schema.field(name) for name in names]))
 
     def endless_rows(self, seed: int, rank: int = 0, world_size: int = 1, skip: int = 0) -> Iterator[dict]:
         """Yields this process's rows for ever, row groups in a new random order on every pass; reads one ahead.
@@ -160,6 +168,9 @@ class _Refusals:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, (OSError, ValueError, HTTPError, pyarrow.ArrowException)) and kind is not InputError:
+        if (
+            isinstance(error, (OSError, ValueError, KeyError, HTTPError, pyarrow.ArrowException))
+            and kind is not InputError
+        ):
             reason = (str(error).splitlines() or [kind.__name__])[0]
             raise InputError(f"{self.folder}: its Parquet files can't be read ({reason})") from error
