@@ -139,8 +139,11 @@ def test_a_damaged_set_is_refused(data, how, message):
         stream.collate(stream.__getitems__([0]))
 
 
-def test_classes_are_balanced_and_slices_drawn_as_often_on_average():
-    counts = Counter(row for _, row, _ in drawn(CountedStream(), 400))
+@pytest.mark.parametrize(
+    "buffer_size", [64, 400]
+)  # with 400 the pool of the rare class is long smaller than the other
+def test_classes_are_balanced_and_slices_drawn_as_often_on_average(buffer_size):
+    counts = Counter(row for _, row, _ in drawn(CountedStream(), 400, buffer_size))
     sick, halves = np.array([counts[row] for row in range(0, 400, 8)]), [0, 0]
     assert abs(sick.sum() - 2000) < 150  # 3 standard deviations of 4000 draws are 95
     assert (
