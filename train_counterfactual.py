@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
 from diffusers_cf.arguments import make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.fine_tuning import inherited_facts, open_base, public_name
-from diffusers_cf.hub import create_model_repository, push_model
+from diffusers_cf.hub import create_repository, push_model
 from diffusers_cf.inference_options import computes_in_bfloat16
 from diffusers_cf.loading import SWITCHES
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
@@ -46,6 +47,7 @@ from diffusers_cf.training import (
     save_checkpoint,
 )
 from diffusers_cf.training_options import command_of, parse_args
+from diffusers_cf.training_stream import TrainingStream
 from diffusers_cf.validation import Validation
 
 
@@ -97,7 +99,9 @@ def start_accelerator(args, output: Path) -> Accelerator:
     return accelerator
 
 
-def build_model(args, dataset: SliceDataset, base: CounterfactualDDIMPipeline | None) -> ConditionalNoisePredictor:
+def build_model(
+    args, dataset: SliceDataset | SliceStream, base: CounterfactualDDIMPipeline | None
+) -> ConditionalNoisePredictor:
     """A new network for the data set's channels and classes, or that of the pipeline to fine-tune."""
     if base:
         model = ConditionalNoisePredictor(base.unet, base.class_encoder)
@@ -140,7 +144,7 @@ class Run:
     accelerator: Accelerator
     base: CounterfactualDDIMPipeline | None
     output: Path
-    slices: TrainingSlices
+    slices: TrainingSlices | TrainingStream
     network: ConditionalNoisePredictor
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -194,7 +198,7 @@ def main(args: Namespace) -> None:
     accelerator = start_accelerator(args, output)
     if args.push_to_hub and accelerator.is_main_process:
         name = args.hub_model_id or output.resolve().name
-        repository = create_model_repository(name, args.hub_token, args.hub_private_repo or None)
+        repository = create_repository(name, args.hub_token, args.hub_private_repo or None)
     run = set_up(args, accelerator, output)
     step = resume(run)
     if args.report_to:
@@ -212,17 +216,19 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     """Data, model, optimiser, schedule and average, at step 0."""
     # 1. Data: a slice data set with labels; masks, if there are any, are for validation alone.
     with accelerator.main_process_first():
-        dataset = SliceDataset(args.dataset, "train")
+        dataset = (SliceStream if args.streaming else SliceDataset)(args.dataset, "train")
     set_seed(args.seed)
     base = open_base(args, dataset)
     network = build_model(args, dataset, base)
     side = network.unet.config.sample_size
-    slices = TrainingSlices(
-        dataset, args.seed, (side, side), args.ddpm_num_steps, args.random_flip, args.augment, args.max_train_samples
-    )
-    if network.class_encoder and len(slices.by_class) < len(dataset.class_names):
-        missing = [name for i, name in enumerate(dataset.class_names) if i not in slices.labels]
-        raise InputError(f"{args.dataset}: no slice to train on is labelled {', '.join(missing)}")
+    settings = (args.seed, (side, side), args.ddpm_num_steps, args.random_flip, args.augment)
+    if args.streaming:
+        slices = TrainingStream(dataset, *settings, buffer_size=args.shuffle_buffer)
+    else:
+        slices = TrainingSlices(dataset, *settings, max_samples=args.max_train_samples)
+    if network.class_encoder and (missing := set(range(len(dataset.class_names))) - slices.classes()):
+        names = ", ".join(dataset.class_names[index] for index in sorted(missing))
+        raise InputError(f"{args.dataset}: no slice to train on is labelled {names}")
 
     # 2. Model, optimiser, schedule, average.
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -253,7 +259,11 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
 
 
 def model_facts(
-    args: Namespace, dataset: SliceDataset, side: int, global_batch: int, base: CounterfactualDDIMPipeline | None
+    args: Namespace,
+    dataset: SliceDataset | SliceStream,
+    side: int,
+    global_batch: int,
+    base: CounterfactualDDIMPipeline | None,
 ) -> dict:
     """preprocessing.json of the model: the data set's, at the network's size, and how it was trained."""
     facts = {k: v for k, v in dataset.preprocessing.items() if k != "splits"} | {"size": side}
@@ -262,7 +272,7 @@ def model_facts(
         "commit": package_commit(),
         "images": args.max_train_steps * global_batch,
         "slices": len(dataset),
-        "patients": len(set(dataset.patients)),
+        "patients": dataset.preprocessing["splits"]["train"].get("patients"),
     }
     if base:
         training["base_model"] = public_name(args.pretrained_model)
@@ -332,15 +342,7 @@ def batches(run: Run, step: int):
         step, args.max_train_steps, args.train_batch_size, args.gradient_accumulation_steps,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
-    loader = torch.utils.data.DataLoader(
-        run.slices,
-        batch_sampler=positions,
-        collate_fn=run.slices.collate,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        # without one of its own a loader draws from the global generator, whose state a checkpoint has just restored
-        generator=torch.Generator(),
-    )
+    loader = run.slices.batches(positions, args.dataloader_num_workers, accelerator.device.type == "cuda")
     for batch in loader:
         yield {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
 

@@ -153,7 +153,7 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         required=True,
         nargs="+",
-        help="slice data set with masks; several, one a seed: splits of the same data",
+        help="slice data set with masks, folder or user/name[@revision]; several, one a seed: splits of the same data",
     )
     add("--output", required=True, metavar="RESULTS", help="folder for tables, figures and a JSON a method and seed")
     add("--models", metavar="FOLDER", help="where trained networks are kept, default: RESULTS/models")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from diffusers_cf.loading import read_preprocessing, sha256_of
 
@@ -10,15 +11,23 @@ from diffusers_cf.loading import read_preprocessing, sha256_of
 LIBRARY = "diffusers_cf"  # under `diffusers` the Hub would print a snippet that fails
 TAGS = ["diffusers", "medical", "anomaly-detection", "counterfactual", "weakly-supervised", "arxiv:2207.12268"]
 
-# What a source of training data is, and whether pictures made of it may be shown.
+
+class Source(NamedTuple):
+    """A source of data: what it is, whether its images may be passed on, and the one licence under which they may."""
+
+    words: str
+    may_be_passed_on: bool = True
+    licence: str | None = None
+
+
 SOURCES = {
-    "phantom": (
-        "Phantoms: the anatomy of the ICBM 2009a template, warped for each patient, with invented disease.",
-        True,
+    "phantom": Source(
+        "Phantoms: the anatomy of the ICBM 2009a template, warped for each patient, with invented disease."
     ),
-    "decathlon": ("Medical Segmentation Decathlon (CC-BY-SA 4.0).", True),
-    "brats": ("BraTS, under its own terms: the scans are not passed on.", False),
+    "decathlon": Source("Medical Segmentation Decathlon (CC-BY-SA 4.0).", licence="cc-by-sa-4.0"),
+    "brats": Source("BraTS, under its own terms: the scans are not passed on.", may_be_passed_on=False),
 }
+OWN_DATA = Source("Data of the publisher's own.")
 # What the card says about the input, and how it calls it.
 INPUT = {
     "modalities": "modalities, in this order",
@@ -54,7 +63,6 @@ def model_card(
 
     facts = _names_of_networks(Path(folder)) | read_preprocessing(folder)
     training = facts.get("training", {})
-    data, _ = SOURCES.get(facts.get("source"), ("Data of the publisher's own.", True))
     name = repo_id.split("/")[-1]
     environment = Environment(loader=PackageLoader("diffusers_cf"), trim_blocks=True, keep_trailing_newline=True)
     return environment.get_template("model_card.md").render(
@@ -65,9 +73,9 @@ def model_card(
         class_names=facts["class_names"],
         pictures=pictures,
         with_code=with_code,
-        data=data,
-        preprocessing=[(text, _in_words(facts[key])) for key, text in INPUT.items() if key in facts],
-        settings=[(key, _in_words(value)) for key, value in facts.get("settings", {}).items()],
+        data=SOURCES.get(facts.get("source"), OWN_DATA).words,
+        preprocessing=[(text, in_words(facts[key])) for key, text in INPUT.items() if key in facts],
+        settings=[(key, in_words(value)) for key, value in facts.get("settings", {}).items()],
         chosen=facts.get("settings_chosen_by"),
         scores=[_score_row(result) for result in results],
         protocol=_protocol(results),
@@ -88,7 +96,8 @@ def _weights(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("*/*.safetensors"))
 
 
-def _in_words(value: object) -> str:
+def in_words(value: object) -> str:
+    """A fact as the card shows it."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

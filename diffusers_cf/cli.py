@@ -18,6 +18,10 @@ COMMANDS = {
     "benchmark": ("diffusers_cf.benchmark", "every method of the paper under one protocol to tables and figures"),
     "report": ("diffusers_cf.report", "what segment found, in one patient or a cohort, to one HTML page"),
     "publish": ("diffusers_cf.commands_publish", "a model folder to the Hub, with a card made of facts"),
+    "publish-dataset": (
+        "diffusers_cf.commands_publish",
+        "a data set to the Hub, or how to make it where its licence forbids",
+    ),
     "demo": ("diffusers_cf.demo", "the shipped model on a phantom patient that it has never seen"),
 }
 
@@ -30,8 +34,12 @@ def build_parser(command: str | None) -> ArgumentParser:
     for name, (module, text) in COMMANDS.items():
         options = commands.add_parser(name, help=text, description=f"{name}: {text}")
         if name == command:
-            getattr(importlib.import_module(module), f"add_{name}_arguments")(options)
+            getattr(importlib.import_module(module), f"add_{_identifier(name)}_arguments")(options)
     return parser
+
+
+def _identifier(command: str) -> str:
+    return command.replace("-", "_")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     args = build_parser(command).parse_args(arguments)
-    run = getattr(importlib.import_module(COMMANDS[args.command][0]), f"run_{args.command}")
+    run = getattr(importlib.import_module(COMMANDS[args.command][0]), f"run_{_identifier(args.command)}")
     return run_command(lambda: run(args))
 
 

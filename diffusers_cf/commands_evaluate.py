@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from diffusers_cf.baselines import BASELINES, make_baseline
-from diffusers_cf.data import SliceDataset
+from diffusers_cf.data import SliceDataset, SliceStream
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import evaluate, write_result
 from diffusers_cf.inference_options import (
@@ -30,7 +30,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     method = parser.add_mutually_exclusive_group(required=True)
     method.add_argument("--model", metavar="FOLDER", help="folder or Hub id of a model")
     method.add_argument("--method", metavar="ID", help=f"a method without a model folder: {', '.join(BASELINES)}")
-    parser.add_argument("--dataset", required=True, help="folder written by diffusers-cf prepare")
+    parser.add_argument(
+        "--dataset", required=True, help="folder written by diffusers-cf prepare, or user/name[@revision] on the Hub"
+    )
+    parser.add_argument("--streaming", action="store_true", help="read patient by patient, without a download")
     parser.add_argument(
         "--split", default="test", choices=("train", "validation", "test"), help="default: %(default)s"
     )
@@ -60,7 +63,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.max_patients is not None and args.max_patients < 1:
         raise InputError(f"--max_patients must be at least 1, not {args.max_patients}")
     output = _output_file(args.output)
-    dataset = SliceDataset(args.dataset, args.split)
+    dataset = (SliceStream if args.streaming else SliceDataset)(args.dataset, args.split)
     if not dataset.has_masks:
         raise InputError(f"{args.dataset} has no lesion masks: it trains a model, but can't be evaluated")
     if not len(dataset):
@@ -92,11 +95,16 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _facts(args: argparse.Namespace, dataset: SliceDataset, settings: dict) -> dict:
+def _facts(args: argparse.Namespace, dataset: SliceDataset | SliceStream, settings: dict) -> dict:
     return {
         "model" if args.model else "method": args.model or args.method,
         "settings": settings,
-        "dataset": {"folder": args.dataset, "split": args.split, **dataset.preprocessing},
+        "dataset": {
+            "folder": args.dataset,
+            **({"commit": dataset.commit} if dataset.commit else {}),
+            "split": args.split,
+            **dataset.preprocessing,
+        },
         "max_patients": args.max_patients,
         "seed": args.seed,
         "device": args.device,
@@ -116,7 +124,7 @@ def _output_file(path: str) -> Path:
     return output
 
 
-def _load_model(args: argparse.Namespace, dataset: SliceDataset) -> dict:
+def _load_model(args: argparse.Namespace, dataset: SliceDataset | SliceStream) -> dict:
     """Returns a model's keyword arguments for `evaluate`, and `settings`."""
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile)
     modalities = pipe.preprocessing.get("modalities", dataset.preprocessing["modalities"])
@@ -141,7 +149,7 @@ def _load_model(args: argparse.Namespace, dataset: SliceDataset) -> dict:
     }
 
 
-def _load_baseline(args: argparse.Namespace, dataset: SliceDataset) -> dict:
+def _load_baseline(args: argparse.Namespace, dataset: SliceDataset | SliceStream) -> dict:
     """Returns a baseline's keyword arguments for `evaluate`, and `settings`."""
     for name in ("settings", "guidance_scale", "strength", "num_inference_steps", "map"):
         if getattr(args, name) is not None:

@@ -1,10 +1,12 @@
-"""`diffusers-cf publish`: a model folder to the Hub, with a card made of facts."""
+"""`diffusers-cf publish` and `publish-dataset`: a model folder or a data set to the Hub, with a card made of facts."""
 
 import argparse
 import json
 from pathlib import Path
 
-from diffusers_cf.cards import SOURCES
+from diffusers_cf.cards import OWN_DATA, SOURCES
+from diffusers_cf.data.preprocessing import read_preprocessing as read_dataset_facts
+from diffusers_cf.dataset_publishing import push_dataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.hub import push_model
 from diffusers_cf.inference_options import DTYPES, open_pipeline
@@ -21,15 +23,25 @@ def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `diffusers-cf publish`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a model folder")
-    add("--repo_id", required=True, metavar="USER/NAME", help="made where it doesn't exist")
     add("--scores", nargs="+", default=[], metavar="RESULT.json", help="what evaluate measured with this model")
-    add("--pictures", nargs="+", default=[], metavar="FILE.png", help="of data that may be shown")
-    add("--license", help="of the weights, by its id on the Hub, such as apache-2.0")
     add(
         "--with_code",
         action="store_true",
         help="the code, too, for users without this package: DiffusionPipeline with trust_remote_code=True",
     )
+    _add_repository_arguments(add, "of the weights")
+
+
+def add_publish_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `diffusers-cf publish-dataset`."""
+    parser.add_argument("dataset", metavar="DATASET", help="a folder written by diffusers-cf prepare")
+    _add_repository_arguments(parser.add_argument, "of the data set, needed where its source does not say it")
+
+
+def _add_repository_arguments(add, whose_licence: str) -> None:
+    add("--repo_id", required=True, metavar="USER/NAME", help="made where it doesn't exist")
+    add("--pictures", nargs="+", default=[], metavar="FILE.png", help="of data that may be shown")
+    add("--license", help=f"{whose_licence}, by its id on the Hub, such as apache-2.0")
     add("--private", action="store_true", help="a new repository that others can't read")
     add("--token", help="in the place of the one that `hf auth login` stored")
     add("--commit_message")
@@ -66,6 +78,33 @@ def run_publish(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_publish_dataset(args: argparse.Namespace) -> int:
+    """Pushes the data set, or splits and settings of one whose images may not be passed on, and prints where it is.
+
+    Raises:
+        InputError: the folder or a picture can't be published, or the Hub does not take it.
+    """
+    facts = read_dataset_facts(args.dataset)
+    for picture in args.pictures:
+        _check_picture(Path(picture), facts)
+    address, with_images = push_dataset(
+        args.dataset,
+        args.repo_id,
+        licence=args.license,
+        token=args.token,
+        private=args.private or None,
+        pictures=args.pictures,
+        commit_message=args.commit_message,
+    )
+    if not with_images:
+        words = SOURCES[facts["source"]].words
+        print(
+            f"{args.dataset}: the images stay here ({words}) Published are splits.json, settings and how to use them"
+        )
+    print(f"{args.dataset} -> {address}")
+    return 0
+
+
 def _read_result(path: Path, model: str) -> dict:
     """A result, if it was measured with the weights of this model."""
     try:
@@ -85,6 +124,6 @@ def _read_result(path: Path, model: str) -> dict:
 def _check_picture(path: Path, facts: dict) -> None:
     if not path.is_file() or path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise InputError(f"{path}: a picture must be a .png or .jpg file")
-    words, may_be_shown = SOURCES.get(facts.get("source"), ("", True))
-    if not may_be_shown:
-        raise InputError(f"{path}: pictures of this model's training data may not be shown ({words})")
+    source = SOURCES.get(facts.get("source"), OWN_DATA)
+    if not source.may_be_passed_on:
+        raise InputError(f"{path}: pictures of these data may not be shown ({source.words})")

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.errors import InputError
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 
 
-def open_base(args, dataset: SliceDataset) -> CounterfactualDDIMPipeline | None:
+def open_base(args, dataset: SliceDataset | SliceStream) -> CounterfactualDDIMPipeline | None:
     """The pipeline to fine-tune, if there is one and it fits the data set.
 
     Raises:
@@ -20,7 +21,7 @@ def open_base(args, dataset: SliceDataset) -> CounterfactualDDIMPipeline | None:
     return pipe
 
 
-def _check_fits(args, pipe: CounterfactualDDIMPipeline, dataset: SliceDataset) -> None:
+def _check_fits(args, pipe: CounterfactualDDIMPipeline, dataset: SliceDataset | SliceStream) -> None:
     channels, classes = pipe.unet.config.in_channels, pipe.class_encoder and pipe.class_encoder.config.class_names
     if channels != dataset.preprocessing["channels"]:
         raise InputError(

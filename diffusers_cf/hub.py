@@ -1,8 +1,9 @@
-"""A model's way to the Hub: its repository, its card, and one commit that holds all of it."""
+"""The way to the Hub: a repository, and one commit that holds a model with its card, or any other set of files."""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, create_repo
@@ -18,13 +19,16 @@ from diffusers_cf.remote_code import PIPELINE_CLASS, code_files, code_names
 OPTIONS = ("token", "private", "licence", "commit_message", "create_pr", "with_code")
 
 
-def create_model_repository(name: str, token: str | None = None, private: bool | None = None) -> str:
-    """Makes a model repository on the Hub unless it exists.
+def create_repository(
+    name: str, token: str | None = None, private: bool | None = None, repo_type: str = "model"
+) -> str:
+    """Makes a repository on the Hub unless it exists.
 
     Args:
         name (`str`): `name` or `user/name`.
         token (`str`, *optional*): instead of the one that `hf auth login` stored.
         private (`bool`, *optional*): who may read a new repository; None = as the account's default has it.
+        repo_type (`str`): `model` or `dataset`.
 
     Returns:
         `user/name`.
@@ -33,7 +37,7 @@ def create_model_repository(name: str, token: str | None = None, private: bool |
         InputError: the name is not allowed, there is no token, it may not write there, or the Hub can't be reached.
     """
     try:
-        return create_repo(name, token=token, private=private, exist_ok=True).repo_id
+        return create_repo(name, token=token, private=private, exist_ok=True, repo_type=repo_type).repo_id
     except (HTTPError, OSError, ValueError) as error:
         raise InputError(
             f"{name}: no repository to push to ({_reason(error)}); `hf auth login` stores a token"
@@ -79,24 +83,67 @@ def push_model(
     variants = {match["variant"] for path in folder.glob("*/*") if (match := _weight(path.name))}
     for variant in sorted(variants, key=str) or [None]:
         components = check_model_folder(folder, variant=variant)
-    repo_id = create_model_repository(repo_id, token, private)
+    repo_id = create_repository(repo_id, token, private)
     files = published_files(folder) | {picture.name: picture for picture in pictures}
     files |= _with_code(folder, components) if with_code else {}
     names = [picture.name for picture in pictures]
     files["README.md"] = model_card(folder, repo_id, licence, results, names, with_code).encode()
+    kept = repository_files(folder, repo_id, token)
+    stale = [name for name in kept if name not in files and _is_stale(name, variants)]
+    message = commit_message or "Upload CounterfactualDDIMPipeline"
+    return push_files(folder, repo_id, files, stale, token=token, commit_message=message, create_pr=create_pr)
+
+
+def repository_files(
+    folder: str | Path, repo_id: str, token: str | None = None, repo_type: str = "model"
+) -> list[str]:
+    """Names of the files that a repository holds already.
+
+    Raises:
+        InputError: the Hub does not say; the message is about `folder`, which stays as it was.
+    """
+    with _refusals(folder, repo_id):
+        return HfApi(token=token).list_repo_files(repo_id, repo_type=repo_type)
+
+
+def push_files(
+    folder: str | Path, repo_id: str, files: Mapping[str, Path | bytes], stale: Sequence[str] = (), *,
+    token: str | None = None, commit_message: str, create_pr: bool = False, repo_type: str = "model",
+) -> str:  # fmt: skip
+    """Pushes files as one commit and returns its address. What the Hub holds already isn't sent again.
+
+    Args:
+        folder (`str` or `Path`): where they are from, for messages.
+        repo_id (`str`): an existing repository.
+        files (`Mapping[str, Path | bytes]`): by their names there.
+        stale (`Sequence[str]`): files there to delete.
+        token (`str`, *optional*): instead of the one that `hf auth login` stored.
+        commit_message (`str`): of the commit.
+        create_pr (`bool`): propose it as a pull request.
+        repo_type (`str`): `model` or `dataset`.
+
+    Raises:
+        InputError: the Hub did not take it.
+    """
+    contents = {name: content if isinstance(content, bytes) else str(content) for name, content in files.items()}
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+    operations += [CommitOperationDelete(name) for name in stale]
+    options = {"commit_message": commit_message, "create_pr": create_pr, "repo_type": repo_type}
+    with _refusals(folder, repo_id):
+        return HfApi(token=token).create_commit(repo_id, operations, **options).commit_url
+
+
+@contextmanager
+def _refusals(folder: str | Path, repo_id: str) -> Iterator[None]:
     try:
-        api = HfApi(token=token)
-        operations = [CommitOperationAdd(name, _content(content)) for name, content in files.items()]
-        kept = api.list_repo_files(repo_id)
-        operations += [CommitOperationDelete(name) for name in kept if name not in files and _is_stale(name, variants)]
-        message = commit_message or "Upload CounterfactualDDIMPipeline"
-        return api.create_commit(repo_id, operations, commit_message=message, create_pr=create_pr).commit_url
+        yield
     except (HTTPError, OSError, ValueError) as error:
-        raise InputError(f"{folder}: is whole, but could not be pushed to {repo_id} ({_reason(error)})") from None
-
-
-def _content(content: Path | bytes) -> str | bytes:
-    return content if isinstance(content, bytes) else str(content)
+        reason = _reason(error)
+    except RuntimeError as error:  # how the client reports that one of several uploads failed
+        reason = f"{_reason(error)} {_reason(error.__cause__ or error)}"
+    else:
+        return
+    raise InputError(f"{folder}: is whole, but could not be pushed to {repo_id} ({reason})")
 
 
 def _is_stale(name: str, variants: set[str | None]) -> bool:

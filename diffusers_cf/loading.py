@@ -7,27 +7,18 @@ before anything named in it is imported. diffusers itself accepts no component c
 
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, model_info, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    HTTPError,  # base class of the client's network errors, whichever HTTP library it was built on
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from .errors import InputError
+from .hub_download import listed_files, one_line, refusals_in_one_line
 
-
-logger = logging.getLogger(__name__)
 
 SWITCHES = ("clip_input", "crop_background")  # the entries of model_index.json that are no components
 MODEL_INDEX = "model_index.json"
@@ -91,8 +82,8 @@ def download_model(
         InputError: if the repository, the revision or files in it are missing, or the download fails.
     """
     options = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
-    try:
-        names = None if local_files_only else _repository_files(repo_id, revision, token, force_download)
+    with refusals_in_one_line(repo_id, revision, f"the repository has no {MODEL_INDEX}, so it holds no pipeline"):
+        names = None if local_files_only else listed_files(model_info, repo_id, revision, token, force_download)
         index_file = Path(
             hf_hub_download(repo_id, MODEL_INDEX, revision=revision, local_files_only=names is None, **options)
         )
@@ -104,38 +95,6 @@ def download_model(
             return str(folder)
         files = _model_files(repo_id, names, components, variant)
         return snapshot_download(repo_id, revision=folder.name, allow_patterns=files, **options)
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
-        raise InputError(f"{repo_id}: {_missing_on_hub(error, revision)}") from error
-    except (HTTPError, OSError) as error:
-        raise InputError(f"{repo_id}: the download failed: {_one_line(error)}") from error
-
-
-def _repository_files(repo_id: str, revision: str | None, token, force_download: bool) -> list[str] | None:
-    """Names of a repository's files; None where the Hub doesn't answer, so that only the cache is left.
-
-    Asked first because this is one call: the client's other calls try for half a minute before they give up.
-    """
-    try:
-        return [file.rfilename for file in model_info(repo_id, revision=revision, token=token).siblings]
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise
-    except (HTTPError, OSError) as error:
-        if force_download:
-            raise
-        logger.warning("%s: the Hub can't be asked (%s), using the local cache", repo_id, _one_line(error))
-        return None
-
-
-def _missing_on_hub(error: Exception, revision: str | None) -> str:
-    if isinstance(error, HFValidationError):
-        return "neither a folder nor a repository id like user/name"
-    if isinstance(error, RepositoryNotFoundError):
-        return "neither a folder nor a repository on the Hub that this token may read (run `hf auth login`?)"
-    if isinstance(error, RevisionNotFoundError):
-        return f"the repository has no revision {revision!r}"
-    if isinstance(error, LocalEntryNotFoundError):
-        return "not a folder, not in the local cache, and the Hub can't be reached or was not to be asked"
-    return f"the repository has no {MODEL_INDEX}, so it holds no pipeline"
 
 
 def _model_files(where, names: Iterable[str], components: Mapping[str, tuple], variant: str | None) -> list[str]:
@@ -285,7 +244,7 @@ def _check_weights(folder: Path, path: Path) -> None:
         with safe_open(path, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged or truncated weights ({_one_line(error)})") from error
+        raise InputError(f"{path}: damaged or truncated weights ({one_line(error)})") from error
     sums_file = folder / checksums_name(path.name)
     if not sums_file.exists():
         return
@@ -324,14 +283,11 @@ def preprocessing_of_hub_model(repo_id: str, component_folder: str | os.PathLike
     folder = Path(component_folder or "").parent
     if folder.parent.name != "snapshots" or (folder / PREPROCESSING).exists():
         return read_preprocessing(folder)
-    try:
-        path = hf_hub_download(repo_id, PREPROCESSING, revision=folder.name, cache_dir=folder.parents[2])
-    except LocalEntryNotFoundError as error:
-        raise InputError(f"{repo_id}: its {PREPROCESSING} is not in the local cache ({_one_line(error)})") from error
-    except EntryNotFoundError:
-        return {}
-    except (HTTPError, OSError) as error:
-        raise InputError(f"{repo_id}: its {PREPROCESSING} can't be fetched: {_one_line(error)}") from error
+    with refusals_in_one_line(f"{repo_id}: {PREPROCESSING}", folder.name, "it has none"):
+        try:
+            path = hf_hub_download(repo_id, PREPROCESSING, revision=folder.name, cache_dir=folder.parents[2])
+        except RemoteEntryNotFoundError:
+            return {}
     return read_preprocessing(Path(path).parent)
 
 
@@ -373,11 +329,7 @@ def _read_object(path: Path) -> dict:
             raise InputError(f"{path}: larger than {_MAX_JSON_BYTES // 2**20} MiB, refused")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({_one_line(error)})") from error
+        raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")
     return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

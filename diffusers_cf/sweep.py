@@ -230,7 +230,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `diffusers-cf sweep`."""
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="folder or Hub id of a model")
-    add("--dataset", required=True, help="slice data set with masks")
+    add("--dataset", required=True, help="slice data set with masks, or user/name[@revision]")
     add("--output", required=True, metavar="RESULTS", help="folder for sweep.json and sweep.png")
     add("--split", default="validation", choices=("train", "validation", "test"))
     scales, strengths = (" ".join(map(str, values)) for values in (GUIDANCE_SCALES, STRENGTHS))

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,16 +29,50 @@ STATE_FILE = "trainer_state.json"
 ADVICE = "lower --learning_rate or use bf16; the checkpoints saved so far are whole"
 
 
-class TrainingSlices(torch.utils.data.Dataset):
-    """Endless training set: an item is the image at a global position of the run, classes balanced in expectation.
+class TrainingImages:
+    """What becomes of a slice at a global position of the run, wherever its row is from.
 
     Args:
-        slices: a `SliceDataset` (anything with `labels`, `__getitems__` and `collate`).
+        slices: a `SliceDataset` or `SliceStream` (anything with `collate`).
         seed (`int`): of the run.
         image_size (`tuple[int, int]`): height and width of the network's input.
         num_train_timesteps (`int`): T; timesteps are drawn uniformly from [0, T).
         random_flip (`bool`): mirror left and right with probability 0.5.
         augment (`bool`): small rotation, scale, shift and per-channel gain, see [`augment_images`].
+    """
+
+    def __init__(
+        self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
+        random_flip: bool = False, augment: bool = False,
+    ):  # fmt: skip
+        self.slices, self.seed, self.image_size = slices, seed, image_size
+        self.num_train_timesteps, self.random_flip, self.augment = num_train_timesteps, random_flip, augment
+
+    def collate(self, items: list[tuple]) -> dict[str, torch.Tensor]:
+        """A batch of `(position, row)`: `images` in [-1, 1] and `noise` `(N, C, h, w)`; `labels`, `timesteps`, `uniform` `(N,)`."""
+        positions, rows = zip(*items, strict=True)
+        batch = self.slices.collate(list(rows))
+        images = resize_images(batch["images"].clamp(max=1), self.image_size)
+        generators = [torch.Generator().manual_seed(position_seed(self.seed, position)) for position in positions]
+        draws = torch.stack([torch.rand(_FIXED_DRAWS + images.shape[1], generator=g) for g in generators])
+        if self.augment or self.random_flip:
+            images = augment_images(images, draws[:, 2:], self.random_flip, self.augment)
+        return {
+            "images": images * 2 - 1,
+            "labels": batch["labels"],
+            "noise": torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators]),
+            "timesteps": (draws[:, 0].double() * self.num_train_timesteps).long(),
+            "uniform": draws[:, 1],
+        }
+
+
+class TrainingSlices(TrainingImages, torch.utils.data.Dataset):
+    """Endless training set: an item is the image at a global position of the run, classes balanced in expectation.
+
+    Args:
+        slices: a `SliceDataset` (anything with `labels`, `__getitems__` and `collate`).
+        seed (`int`): of the run.
+        image_size, num_train_timesteps, random_flip, augment: as in [`TrainingImages`].
         max_samples (`int`, *optional*): use only the first so many slices.
     """
 
@@ -46,14 +80,17 @@ class TrainingSlices(torch.utils.data.Dataset):
         self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
         random_flip: bool = False, augment: bool = False, max_samples: int | None = None,
     ):  # fmt: skip
-        self.slices, self.seed, self.image_size = slices, seed, image_size
-        self.num_train_timesteps, self.random_flip, self.augment = num_train_timesteps, random_flip, augment
+        super().__init__(slices, seed, image_size, num_train_timesteps, random_flip, augment)
         self.labels = np.asarray(slices.labels)[:max_samples]
         self.num_slices = len(self.labels)
         if not self.num_slices:
             raise InputError(f"{getattr(slices, 'folder', 'the data set')}: the training split is empty")
         self.by_class = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
         self.chunks = {}
+
+    def classes(self) -> set[int]:
+        """Indices of the classes that have slices."""
+        return set(self.labels.tolist())
 
     def index_at(self, position: int) -> int:
         """Index of the slice at a position: a class uniformly, then one of its slices uniformly."""
@@ -70,22 +107,17 @@ class TrainingSlices(torch.utils.data.Dataset):
         rows = self.slices.__getitems__([self.index_at(position) for position in positions])
         return list(zip(positions, rows, strict=True))
 
-    def collate(self, items: list[tuple]) -> dict[str, torch.Tensor]:
-        """A batch: `images` in [-1, 1] and `noise` `(N, C, h, w)`; `labels`, `timesteps`, `uniform` `(N,)`."""
-        positions, rows = zip(*items, strict=True)
-        batch = self.slices.collate(list(rows))
-        images = resize_images(batch["images"].clamp(max=1), self.image_size)
-        generators = [torch.Generator().manual_seed(position_seed(self.seed, position)) for position in positions]
-        draws = torch.stack([torch.rand(_FIXED_DRAWS + images.shape[1], generator=g) for g in generators])
-        if self.augment or self.random_flip:
-            images = augment_images(images, draws[:, 2:], self.random_flip, self.augment)
-        return {
-            "images": images * 2 - 1,
-            "labels": batch["labels"],
-            "noise": torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators]),
-            "timesteps": (draws[:, 0].double() * self.num_train_timesteps).long(),
-            "uniform": draws[:, 1],
-        }
+    def batches(self, positions: Iterable[list[int]], num_workers: int, pin_memory: bool) -> Iterable[dict]:
+        """Batches for lists of global positions, by the workers of a `DataLoader`."""
+        return torch.utils.data.DataLoader(
+            self,
+            batch_sampler=positions,
+            collate_fn=self.collate,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            # without one of its own a loader draws from the global generator, whose state a checkpoint has just restored
+            generator=torch.Generator(),
+        )
 
 
 _FIXED_DRAWS = 2 + 6  # timestep, dropping; flip, rotation, two scales, two shifts; then a gain for each channel

@@ -1,15 +1,14 @@
 """Pipelines at their smallest, seeded: an untrained U-Net, and a noise predictor whose answers are known exactly;
 and the Hub on loopback."""
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from hub_client import client_process
 from hub_server import HubServer
 
 from diffusers_cf import (
@@ -134,8 +133,6 @@ def hub():
 
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory):
-    """Calls a function in a process of its own: the Hub client reads its environment when it is imported."""
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        for name, value in hub.environment(tmp_path_factory.mktemp("home")).items():
-            patch.setenv(name, value)
-        yield lambda function, *args, **options: pool.submit(function, *args, **options).result(timeout=280)
+    """Calls a function in a process of its own, whose Hub is the stand-in."""
+    with client_process(hub.environment(tmp_path_factory.mktemp("home"))) as call:
+        yield call

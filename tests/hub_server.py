@@ -44,6 +44,8 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}  # "models/user/name"
         self.objects: dict[str, bytes] = {}  # LFS content by SHA-256
         self.requests: list[str] = []
+        self.forbidden: set[str] = set()  # names of repositories and owners that no token may write to
+        self.puts_left: int | None = None  # LFS files that are taken before the line is cut
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self.url = "http://{}:{}".format(*self._server.server_address)
 
@@ -56,13 +58,15 @@ class HubServer:
         repository = self.repositories[f"{kind}/{repo_id}"]
         return repository.commits[repository.sha(revision)]
 
-    def put(self, repo_id: str, files: dict[str, bytes], branch: str = "main", private: bool = False) -> str:
-        """Puts a model repository there without a client; returns the commit's id."""
-        return self.repositories.setdefault(f"models/{repo_id}", Repository(private)).commit(branch, dict(files))
+    def put(
+        self, repo_id: str, files: dict[str, bytes], branch: str = "main", private: bool = False, kind: str = "models"
+    ) -> str:
+        """Puts a repository there without a client; returns the commit's id."""
+        return self.repositories.setdefault(f"{kind}/{repo_id}", Repository(private)).commit(branch, dict(files))
 
     def downloads(self, repo_id: str) -> list[str]:
-        """Names of the files whose content was fetched from a model repository, in order, without repetition."""
-        gets = (re.fullmatch(rf"GET /{repo_id}/resolve/[^/]+/(.+)", line) for line in self.requests)
+        """Names of the files whose content was fetched from a repository, in order, without repetition."""
+        gets = (re.fullmatch(rf"GET /(?:datasets/)?{repo_id}/resolve/[^/]+/(.+)", line) for line in self.requests)
         return list(dict.fromkeys(match[1] for match in gets if match))
 
     def start(self) -> None:
@@ -108,6 +112,10 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0, a connection a request: non
             return self.json({"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return self.create(json.loads(body))
+        if path.startswith("/lfs/") and self.hub.puts_left is not None:
+            self.hub.puts_left -= 1
+            if self.hub.puts_left < 0:
+                return self.send(403)
         if path.startswith("/lfs/"):
             self.hub.objects[path.removeprefix("/lfs/")] = body
             return self.send(200)
@@ -159,6 +167,8 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0, a connection a request: non
         answer = {"url": f"{self.hub.url}/{key.removeprefix('models/')}", "name": f"{owner}/{request['name']}"}
         if key in self.hub.repositories:
             return self.json({**answer, "error": "You already created this repository"}, 409)
+        if owner in self.hub.forbidden:
+            return self.send(403, b"", {"X-Error-Message": f"You don't have the rights to create under {owner}"})
         private = bool(request.get("private")) or request.get("visibility") == "private"
         self.hub.repositories[key] = Repository(private)
         self.hub.repositories[key].commit("main", {".gitattributes": b""})
@@ -167,6 +177,8 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0, a connection a request: non
     def commit(self, repository, key, branch, files, body):
         if "Authorization" not in self.headers:
             return self.send(401)
+        if key.partition("/")[2] in self.hub.forbidden:
+            return self.send(403, b"", {"X-Error-Message": "You may not write to this repository"})
         files = dict(files)
         for line in body.splitlines():
             operation, value = json.loads(line)["key"], json.loads(line)["value"]

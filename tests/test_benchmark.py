@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from diffusers_cf.baselines import NETWORKS, ROWS, row_of, training
@@ -81,7 +80,7 @@ def test_every_row_is_measured_and_lands_in_its_tables(results):
 
 
 def test_every_network_is_saved_as_safetensors_and_no_checkpoint_stays(results):
-    folder, _ = results
+    folder = results[0]
     assert {path.name for path in (folder / "models").iterdir()} == {f"{name}-seed1" for name in NETWORKS}
     files = {path.name for path in (folder / "models").rglob("*") if path.is_file()}
     assert files == {"config.json", "diffusion_pytorch_model.safetensors", "training.json"}
@@ -130,12 +129,13 @@ def test_what_is_finished_is_not_done_again(results, dataset):
 
 
 def test_a_later_seed_sees_as_many_images_on_a_machine_of_another_speed(results, dataset, tmp_path, capsys):
-    (tmp_path / "out" / "cells").mkdir(parents=True)
     cell = cells(results[0])["vae-seed1"] | {"images_seen": 24}
-    (tmp_path / "out" / "cells" / "vae-seed1.json").write_text(json.dumps(cell))
-    options = ["--first_seed", "2", "--seeds", "1", "--images_of_seed", "1", "--no_pictures", "--methods"]
+    path = tmp_path / "out" / "cells" / "vae-seed1.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(cell))
+    options = ["--first_seed=2", "--seeds=1", "--images_of_seed=1", "--no_pictures", "--methods"]
     assert run(dataset, tmp_path / "out", *options, "vae") == 0
-    assert cells(tmp_path / "out")["vae-seed2"]["images_seen"] == 24 < 8 * PRESETS["smoke"].budget.steps
+    assert cells(tmp_path / "out")["vae-seed2"]["images_seen"] == 24  # and not 8 * 12
     assert run(dataset, tmp_path / "out", *options, "vae", "dae") == 2
     assert "holds no cell of seed 1 with the network dae (dae)" in capsys.readouterr().err
 
@@ -391,11 +391,3 @@ def test_grid_of_inference_from_the_command_line(results, dataset, tmp_path):
     assert [(t["strength"], t["guidance_scale"], t["num_inference_steps"]) for t in tried] == [
         (0.4, 1.5, 5), (0.4, 3.0, 5), (0.6, 1.5, 5), (0.6, 3.0, 5)
     ]  # fmt: skip
-
-
-def test_settings_of_the_grid_are_every_combination():
-    grid = PRESETS["cpu"].grid
-    settings = grid.settings((1.5, 3.0))
-    assert len(settings) == 2 * len(grid.strengths) == len({json.dumps(s) for s in settings})
-    assert {s["num_inference_steps"] for s in settings} == {20}
-    assert np.isin([s["strength"] for s in settings], grid.strengths).all()

@@ -1,10 +1,14 @@
 """Rows of the tables that are diffusion models: what differs in training, and that each finds the trivial phantom."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from trivial_phantom import train_briefly, trivial_auprc, trivial_batch
 
 from diffusers_cf.baselines import ROWS, Grid, make_baseline, network_of_data, row_of
+from diffusers_cf.benchmark_presets import PRESETS
 
 
 GRID = Grid(num_inference_steps=20, guidance_scales=(3.0,), strengths=(0.4,), classifier_scales=(30.0,))
@@ -82,3 +86,11 @@ def test_a_row_is_what_its_title_says(row, both, encoding):
     expected = {"num_fixed_point_iterations": 0, "solver_order": 1} | encoding
     assert expected.items() <= dict(pipe.inverse_scheduler.config).items() and pipe.scheduler.config.solver_order == 1
     assert not pipe.config.crop_background
+
+
+def test_settings_of_the_grid_are_every_combination():
+    grid = PRESETS["cpu"].grid
+    settings = grid.settings((1.5, 3.0))
+    assert len(settings) == 2 * len(grid.strengths) == len({json.dumps(s) for s in settings})
+    assert {s["num_inference_steps"] for s in settings} == {20}
+    assert np.isin([s["strength"] for s in settings], grid.strengths).all()

@@ -117,7 +117,7 @@ def test_pushing_again_without_code_takes_it_away(hub, client, model, tmp_path):
 def test_recommended_settings_are_never_lost_unnoticed(hub, client, model, tmp_path):
     """Generic loading leaves preprocessing.json on the Hub; where it can't be fetched afterwards, there is no guessing."""
     client(push, model, "user/facts")
-    with pytest.raises(InputError, match="user/facts: its preprocessing.json is not in the local cache"):
+    with pytest.raises(InputError, match="user/facts: preprocessing.json: not a folder, not in the local cache"):
         client(load_and_leave_the_hub, "user/facts", cache_dir=tmp_path)
     hub.put("user/no-facts", {k: v for k, v in hub.files("user/facts").items() if k != "preprocessing.json"})
     assert client(load_generically, "user/no-facts", cache_dir=tmp_path)["preprocessing"] == {}

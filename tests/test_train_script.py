@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from training_data import write_training_set
 
 import train_counterfactual
-from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler
+from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.arguments import run_command
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import UNET_SIZES
@@ -297,25 +297,6 @@ def test_fine_tuning_starts_from_the_given_weights(reference, data, tmp_path):
     assert 1e-5 < max(steps) < 1e-3
 
 
-def test_fine_tuning_keeps_schedulers_and_settings_but_no_threshold(reference, data, tmp_path):
-    pipe = CounterfactualDDIMPipeline.from_pretrained(reference)
-    inverse = DynamicDDIMInverseScheduler.from_config(pipe.inverse_scheduler.config, solver_order=2)
-    other = CounterfactualDDIMPipeline(pipe.unet, pipe.class_encoder, pipe.scheduler, inverse, clip_input=False)
-    settings = {"guidance_scale": 6.0, "strength": 0.5, "num_inference_steps": 10, "threshold": 0.07}
-    other.preprocessing = pipe.preprocessing | {"settings": settings, "signs": [1, -1], "paper_threshold": 0.1}
-    other.save_pretrained(tmp_path / "base")
-    start = {"pretrained_model": tmp_path / "base", "max_train_steps": 1, "resolution": None, "validation_steps": 0}
-    tuned = CounterfactualDDIMPipeline.from_pretrained(train(data, tmp_path / "tuned", **start))
-    assert tuned.inverse_scheduler.config.solver_order == 2 and tuned.config.clip_input is False
-    facts = tuned.preprocessing
-    assert facts["settings"] == {k: v for k, v in settings.items() if k != "threshold"} and facts["signs"] == [1, -1]
-    assert "paper_threshold" not in facts and facts["training"]["base_model"] == "base"
-    plain = CounterfactualDDIMPipeline.from_pretrained(
-        train(data, tmp_path / "plain", max_train_steps=1)
-    ).preprocessing
-    assert "settings" not in plain and "base_model" not in plain["training"]
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -388,21 +369,6 @@ WRONG_INPUTS = {
     "fp16 on a CPU": ({"dataset": "{data}", "mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU"),
     "no tracker": ({"dataset": "{data}", "report_to": "clearml"}, "--report_to clearml: this tracker is not installed"),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("computes", "wanted", "found"),
-    [(True, "auto", "bf16"), (False, "auto", "no"), (True, "bf16", "bf16"), (False, "bf16", "bf16")],
-)
-def test_auto_precision_is_bf16_where_the_processor_computes_in_it(
-    monkeypatch, caplog, tmp_path, computes, wanted, found
-):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    monkeypatch.setattr(train_counterfactual, "computes_in_bfloat16", lambda device: computes)
-    args = parse_args(["--dataset=DATASET", f"--output_dir={tmp_path}", f"--mixed_precision={wanted}"])
-    assert start_accelerator(args, tmp_path).mixed_precision == found
-    assert ("bf16 is emulated" in caplog.text) == (wanted == "bf16" and not computes)
 
 
 @pytest.mark.parametrize("case", WRONG_INPUTS)

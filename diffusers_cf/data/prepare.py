@@ -21,15 +21,8 @@ import pyarrow.parquet
 from filelock import FileLock, Timeout
 
 from diffusers_cf.data import SOURCES
-from diffusers_cf.data.slices import (
-    ORIENTATION,
-    PREPROCESSING_FILE,
-    SPLITS,
-    VERSION,
-    read_preprocessing,
-    write_patient,
-    write_tables,
-)
+from diffusers_cf.data.preprocessing import PREPROCESSING_FILE, SPLITS, VERSION, read_preprocessing
+from diffusers_cf.data.slices import ORIENTATION, write_patient, write_tables
 from diffusers_cf.data.splits import read_splits, seeded_splits
 from diffusers_cf.data.workers import for_each
 from diffusers_cf.errors import InputError

@@ -137,7 +137,8 @@ class VolumeSource:
 
     def facts(self) -> dict:
         """What the source adds to preprocessing.json."""
-        return {"percentile": self.percentile, "labels_sha256": None if self.labels is None else self.labels.digest}
+        facts = {"percentile": self.percentile, "labels_sha256": None if self.labels is None else self.labels.digest}
+        return facts | ({"lenient": True} if self.lenient else {})
 
     def inspect(self, patient: str) -> PatientScans:
         """Loads and checks a patient."""

@@ -4,7 +4,6 @@
 `DATASET/preprocessing.json` holds the facts that Parquet does not keep: shape, dtype, scale, modality order.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,11 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
+from diffusers_cf.data.download import dataset_folder
+from diffusers_cf.data.preprocessing import SPLITS, collate_rows, read_preprocessing, shards_of
 from diffusers_cf.errors import InputError
 
 
-VERSION = 1
-SPLITS = ("train", "validation", "test")
-PREPROCESSING_FILE = "preprocessing.json"
 ORIENTATION = "anterior up, patient's left at the image's left"
 # Rows per row group: small enough that a reader never holds much more than a patient at a time.
 ROW_GROUP_SIZE = 256
@@ -98,22 +96,10 @@ def write_tables(path: str | Path, tables: Iterable[pyarrow.Table], class_names:
             writer.write_table(table.cast(schema), row_group_size=ROW_GROUP_SIZE)
 
 
-def read_preprocessing(folder: str | Path) -> dict:
-    """Reads DATASET/preprocessing.json.
-
-    Raises:
-        InputError: The folder is missing, is no finished data set, or was written by a newer version.
-    """
-    path = Path(folder) / PREPROCESSING_FILE
-    if not path.is_file():
-        raise InputError(f"{folder} is no finished slice data set: {path.name} is missing (diffusers-cf prepare)")
-    try:
-        preprocessing = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(preprocessing, dict) or preprocessing.get("version") != VERSION:
-        raise InputError(f"{path}: not a slice data set of version {VERSION}")
-    return preprocessing
+def check_split(split: str) -> None:
+    """Raises ValueError unless it is the name of a split."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
 
 
 class SliceDataset(torch.utils.data.Dataset):
@@ -123,11 +109,14 @@ class SliceDataset(torch.utils.data.Dataset):
     whole batch at once. A split without patients has length 0.
 
     Args:
-        folder: A folder written by `diffusers-cf prepare`.
+        folder: A folder written by `diffusers-cf prepare`, or a data set on the Hub, `user/name[@revision]`, of which
+            the files of this split are downloaded to the local cache. A folder wins.
         split: `train`, `validation` or `test`.
         cache_dir: Where `datasets` keeps its memory-mapped copy; its own default if None.
 
     Attributes:
+        folder: As given.
+        commit: The commit of the Hub that was downloaded, None for a folder.
         preprocessing: The parsed preprocessing.json.
         class_names: Names of the classes, in the order of the labels.
         labels: int64 (N,), class index of every slice.
@@ -136,34 +125,42 @@ class SliceDataset(torch.utils.data.Dataset):
         has_masks: Whether lesion masks are there, which evaluation needs.
 
     Raises:
-        InputError: The folder is no finished slice data set, or a file of it is damaged.
+        InputError: The folder is no finished slice data set, or a file of it is damaged or missing.
         ValueError: `split` is unknown.
     """
 
     def __init__(self, folder: str | Path, split: str, cache_dir: str | Path | None = None):
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+        check_split(split)
         self.folder, self.split = str(folder), split
-        self.preprocessing = read_preprocessing(folder)
+        path, self.commit = dataset_folder(folder, split)
+        self.preprocessing = read_preprocessing(path)
         self.class_names = tuple(self.preprocessing["class_names"])
         self.has_masks = self.preprocessing["has_masks"]
-        self.rows = self._load(cache_dir)
+        self.rows = self._load(path, cache_dir)
         # Straight from Arrow: row by row it takes a minute for the slices of a thousand patients.
         self.labels = self.rows.data.column("label").to_numpy().astype(np.int64)
         self.patients = self.rows.data.column("patient").to_numpy().astype(str)
         self.slices = self.rows.data.column("slice").to_numpy().astype(np.int64)
 
-    def _load(self, cache_dir) -> datasets.Dataset:
-        if not self.preprocessing["splits"][self.split]["slices"]:
+    def _load(self, path: Path, cache_dir) -> datasets.Dataset:
+        features, count = slice_features(self.class_names), self.preprocessing["splits"][self.split]["slices"]
+        if not count:
             # A split without patients has no file: `datasets` refuses to read a split of zero rows.
-            features = slice_features(self.class_names)
             return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+        files = [str(shard) for shard in shards_of(path, self.split)]
+        if not files:
+            raise InputError(missing_split(self.folder, self.split, self.commit))
         cache_dir = None if cache_dir is None else str(cache_dir)
         try:
-            return datasets.load_dataset(self.folder, split=self.split, cache_dir=cache_dir)
+            # The files by name: the front matter of a README.md beside them could name others, anywhere.
+            rows = datasets.load_dataset(
+                "parquet", data_files={self.split: files}, split=self.split, features=features, cache_dir=cache_dir
+            )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{self.folder}: the Parquet files can't be read ({reason})") from None
+        check_count(self.folder, self.split, len(rows), count)
+        return rows
 
     def __len__(self) -> int:
         """Returns the number of slices."""
@@ -178,27 +175,23 @@ class SliceDataset(torch.utils.data.Dataset):
         return self.rows.__getitems__([int(i) for i in indices])
 
     def collate(self, rows: list[dict]) -> dict:
-        """Decodes rows to a batch.
+        """Decodes rows to a batch, see `collate_rows`."""
+        return collate_rows(rows, self.preprocessing)
 
-        Returns:
-            `images` float32 (N, C, H, W); `masks` uint8 (N, H, W), or None without masks; `labels` int64 (N,);
-            `patients` list of str; `slices` int64 (N,).
-        """
-        size, channels = self.preprocessing["size"], self.preprocessing["channels"]
-        dtype, scale = np.dtype(self.preprocessing["dtype"]), self.preprocessing["scale"]
-        stored = np.frombuffer(b"".join(row["image"] for row in rows), dtype=dtype)
-        images = torch.from_numpy(stored.astype(np.float32).reshape(len(rows), channels, size, size))
-        masks = None
-        if self.has_masks:
-            stored = bytearray().join(row["mask"] for row in rows)
-            masks = torch.from_numpy(np.frombuffer(stored, dtype=np.uint8).reshape(len(rows), size, size))
-        return {
-            "images": images if scale == 1 else images / scale,
-            "masks": masks,
-            "labels": torch.tensor([row["label"] for row in rows], dtype=torch.int64),
-            "patients": [row["patient"] for row in rows],
-            "slices": torch.tensor([row["slice"] for row in rows], dtype=torch.int64),
-        }
+
+def missing_split(folder: str, split: str, commit: str | None) -> str:
+    """What to say where a split has slices and no file."""
+    where = "" if commit is None else " in the repository or, without network, in the local cache"
+    return f"{folder}: no data/{split}-*.parquet{where}"
+
+
+def check_count(folder: str, split: str, found: int, expected: int) -> None:
+    """Raises InputError where a split does not hold as many slices as preprocessing.json says."""
+    if found != expected:
+        raise InputError(
+            f"{folder}: {found} of the {expected} slices of its split {split} are there: not copied or downloaded as a"
+            " whole"
+        )
 
 
 def batches_of(dataset, indices: Sequence[int], batch_size: int) -> Iterator[dict]:

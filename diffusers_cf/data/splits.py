@@ -6,7 +6,7 @@ import random
 import re
 from pathlib import Path
 
-from diffusers_cf.data.slices import SPLITS
+from diffusers_cf.data.preprocessing import SPLITS
 from diffusers_cf.errors import InputError
 
 

@@ -1,0 +1,62 @@
+"""What a fine-tuned model keeps of the one it began with, and in which precision a training runs."""
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from model_files import tiny_pipeline
+from training_data import write_training_set
+
+import train_counterfactual
+from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler
+from train_counterfactual import main, parse_args, start_accelerator
+
+
+SETTINGS = {"guidance_scale": 6.0, "strength": 0.5, "num_inference_steps": 10, "threshold": 0.07}
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def fine_tuned(folder, model):
+    """The facts and the pipeline after a step."""
+    write_training_set(folder / "data")
+    options = {"dataset": folder / "data", "output_dir": folder / "tuned", "pretrained_model": model}
+    options |= {"max_train_steps": 1, "train_batch_size": 2, "validation_steps": 0, "mixed_precision": "no"}
+    main(parse_args([f"--{name}={value}" for name, value in options.items()]))
+    return CounterfactualDDIMPipeline.from_pretrained(folder / "tuned")
+
+
+def test_schedulers_and_settings_are_kept_but_no_threshold(tmp_path):
+    pipe = tiny_pipeline()
+    inverse = DynamicDDIMInverseScheduler.from_config(pipe.inverse_scheduler.config, solver_order=2)
+    base = CounterfactualDDIMPipeline(pipe.unet, pipe.class_encoder, pipe.scheduler, inverse, clip_input=False)
+    base.preprocessing = {"settings": SETTINGS, "signs": [1, -1], "paper_threshold": 0.1}
+    base.save_pretrained(tmp_path / "base")
+    tuned = fine_tuned(tmp_path, tmp_path / "base")
+    assert tuned.inverse_scheduler.config.solver_order == 2 and tuned.config.clip_input is False
+    facts = tuned.preprocessing
+    assert facts["settings"] == {k: v for k, v in SETTINGS.items() if k != "threshold"} and facts["signs"] == [1, -1]
+    assert "paper_threshold" not in facts and facts["training"]["base_model"] == "base"
+
+
+def test_a_model_that_recommends_nothing_hands_on_nothing(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.preprocessing = {}
+    pipe.save_pretrained(tmp_path / "base")
+    facts = fine_tuned(tmp_path, tmp_path / "base").preprocessing
+    assert "settings" not in facts and "signs" not in facts and facts["modalities"] == ["flair", "t1"]
+
+
+@pytest.mark.parametrize(
+    ("computes", "wanted", "found"),
+    [(True, "auto", "bf16"), (False, "auto", "no"), (True, "bf16", "bf16"), (False, "bf16", "bf16")],
+)
+def test_auto_precision_is_bf16_where_the_processor_computes_in_it(
+    monkeypatch, caplog, tmp_path, computes, wanted, found
+):
+    monkeypatch.setattr(train_counterfactual, "computes_in_bfloat16", lambda device: computes)
+    args = parse_args(["--dataset=DATASET", f"--output_dir={tmp_path}", f"--mixed_precision={wanted}"])
+    assert start_accelerator(args, tmp_path).mixed_precision == found
+    assert ("bf16 is emulated" in caplog.text) == (wanted == "bf16" and not computes)
