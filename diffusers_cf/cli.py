@@ -16,6 +16,7 @@ COMMANDS = {
     "sweep": ("diffusers_cf.sweep", "guidance scale, strength and map on validation slices (Fig. 3)"),
     "benchmark": ("diffusers_cf.benchmark", "every method of the paper under one protocol to tables and figures"),
     "report": ("diffusers_cf.report", "what segment found, in one patient or a cohort, to one HTML page"),
+    "app": ("diffusers_cf.app", "a page to look at patients with a model: slices, sliders, whole volumes"),
     "publish": ("diffusers_cf.commands_publish", "a model folder to the Hub, with a card made of facts"),
     "demo": ("diffusers_cf.demo", "the shipped model on a phantom patient that it has never seen"),
 }
