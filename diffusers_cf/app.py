@@ -106,16 +106,16 @@ def _quiet_log():
 def _serve(pipe, facts: dict, open_explorer, sessions: Sessions, uploads: Path, args: argparse.Namespace) -> None:
     import gradio
 
-    from diffusers_cf.app_page import Controls, Handlers, build_page
+    from diffusers_cf.app_page import REFUSE_LARGE, Controls, Handlers, build_page
 
     controls = Controls(facts["settings"], pipe.scheduler.config.num_train_timesteps)
-    modalities = facts["preprocessing"]["modalities"]
+    modalities, limit = facts["preprocessing"]["modalities"], args.max_upload_mb << 20
     page = build_page(Handlers(sessions, open_explorer, controls, modalities, uploads))
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         _, url, _ = page.launch(
-            server_name=args.host, server_port=args.port, max_file_size=args.max_upload_mb << 20, theme=theme, css=CSS,
-            share=False, prevent_thread_lock=True, quiet=True, footer_links=[], run_history=False, ssr_mode=False,
+            server_name=args.host, server_port=args.port, max_file_size=limit, theme=theme, css=CSS,
+            js=REFUSE_LARGE.replace("LIMIT", str(limit)), share=False, prevent_thread_lock=True, quiet=True, footer_links=[], run_history=False, ssr_mode=False,
             enable_monitoring=False, pwa=False, mcp_server=False,
         )  # fmt: skip
     except OSError as error:

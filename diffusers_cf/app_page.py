@@ -22,9 +22,26 @@ logger = logging.getLogger(__name__)
 PHANTOMS = {"phantom 1": (1, 0, True), "phantom 2": (1, 1, True), "phantom 3, no lesion": (1, 2, False)}
 SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "threshold")
 WELCOME = '<div class="cf-wait">Drop a patient’s NIfTI files above, or pick a phantom patient.</div>'
-INTRODUCTION = """### Counterfactual diffusion: what would this brain look like healthy?
-What the model has to change is the lesion. Research software, no medical device, not for clinical use. Files stay on
-the machine that runs this page, and are deleted when you leave it."""
+INTRODUCTION = """**What would this brain look like healthy?** What the model has to change is the lesion. Research
+software, no medical device, not for clinical use. Files go to the machine that runs this page and nowhere else, and are
+deleted when you leave."""
+
+# Before anything travels: of a file above the server's own limit gradio says "Error" and nothing else.
+REFUSE_LARGE = """() => {
+  const check = (event) => {
+    const line = document.querySelector("#cf-limit .cf-message");
+    line.hidden = true;
+    if (!event.target.closest("#cf-files")) return;
+    const large = [...((event.dataTransfer || event.target).files || [])].find((file) => file.size > LIMIT);
+    if (!large) return;
+    line.hidden = false;
+    line.textContent = `${large.name}: larger than the limit of ${LIMIT >> 20} MB`;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    event.target.value = "";
+  };
+  for (const kind of ["change", "drop"]) document.addEventListener(kind, check, true);
+}"""
 
 
 class Controls:
@@ -60,23 +77,21 @@ class Controls:
         """One for each of `SETTINGS`."""
         start = self.start
         ranges = {
-            "guidance_scale": (0, max(20, 2 * start["guidance_scale"]), 0.5, "how hard towards healthy"),
-            "strength": (0.05, 1, 0.05, "how far towards noise"),
-            "num_inference_steps": (4, max(50, start["num_inference_steps"]), 1, "more is finer and slower"),
-            "threshold": (0, max(HEAT_MAXIMUM, 2 * start["threshold"]), 0.001, "heat of a lesion; 0: none"),
+            "guidance_scale": (0, max(20, 2 * start["guidance_scale"]), 0.5, "guidance scale"),
+            "strength": (0.05, 1, 0.05, "strength"),
+            "num_inference_steps": (4, max(50, start["num_inference_steps"]), 1, "steps"),
+            "threshold": (0, max(HEAT_MAXIMUM, 2 * start["threshold"]), 0.001, "threshold"),
         }
-        labels = dict(zip(SETTINGS, ("guidance scale", "strength", "steps", "threshold"), strict=True))
         return [
             gr.Slider(
-                low, high, value=start[name], step=step, label=labels[name], info=info, elem_id=f"cf-{name}",
-                min_width=150, interactive=True,
+                low, high, value=start[name], step=step, label=label, elem_id=f"cf-{name}", min_width=140, interactive=True
             )
-            for name, (low, high, step, info) in ranges.items()
+            for name, (low, high, step, label) in ranges.items()
         ]  # fmt: skip
 
 
-def guarded(n_outputs: int) -> Callable:
-    """A handler whose errors become one line, its first output, while its other `n_outputs` - 1 stay as they are.
+def guarded(*otherwise) -> Callable:
+    """A handler whose errors become one line, its first output, with `otherwise` for the other outputs.
 
     A message of any other error than ours could hold the name of a file: it is neither shown nor logged.
     """
@@ -92,7 +107,7 @@ def guarded(n_outputs: int) -> Callable:
                 kind, frames = type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
                 logger.error("%s in %s\n%s", kind, handler.__name__, frames)
                 text = f"a fault of this program ({kind}), nothing was changed"
-            return [message_html(text, is_error=True), *[gr.skip()] * (n_outputs - 1)]
+            return [message_html(text, is_error=True), *otherwise]
 
         return run
 
@@ -149,25 +164,26 @@ class Handlers:
     def _load(self, fill: Callable[[Path], None], channel: str, values: tuple, request: gr.Request) -> list:
         """Message, slice slider, pictures, verdict, verdict on the volume, both downloads."""
 
-        @guarded(7)
+        # nothing of an earlier patient stays on a page that was given another
+        @guarded(gr.skip(), WELCOME, "", "", _hidden(), _hidden())
         def load():
             explorer = self.sessions.open(request.session_hash, fill, self.open_explorer)
             slices, index = explorer.slices, explorer.first_slice
             slider = gr.Slider(slices[0], slices[-1], value=index, step=1, interactive=True)
+            try:
+                pictures = self._pictures(explorer, index, channel, values)
+            except BaseException:
+                self.sessions.close(request.session_hash)
+                raise
             text = f"{', '.join(self.modalities)}: {len(slices)} slices with content"
-            message = message_html(". ".join([text, *explorer.warnings]))
-            return [message, slider, *self._pictures(explorer, index, channel, values), "", *[_hidden()] * 2]
+            return [message_html(". ".join([text, *explorer.warnings])), slider, *pictures, "", _hidden(), _hidden()]
 
-        outputs = load()
-        if "cf-error" in outputs[0]:  # nothing of an earlier patient stays on a page that has named another
-            self.sessions.close(request.session_hash)
-            outputs[2:] = [WELCOME, "", "", _hidden(), _hidden()]
-        return outputs
+        return load()
 
     def show(self, index, channel, guidance, strength, steps, threshold, request: gr.Request) -> list:
         """Message, steps, pictures and verdict of a slice."""
 
-        @guarded(4)
+        @guarded(gr.skip(), gr.skip(), gr.skip())
         def show():
             explorer, nearest = self.sessions.get(request.session_hash), self.controls.nearest_steps(steps)
             pictures = self._pictures(explorer, int(index), channel, (guidance, strength, steps, threshold))
@@ -186,7 +202,7 @@ class Handlers:
     ) -> list:  # fmt: skip
         """Message, pictures, verdict on the slice and on the volume, and both downloads."""
 
-        @guarded(6)
+        @guarded(*[gr.skip()] * 5)
         def segment():
             explorer, values = self.sessions.get(request.session_hash), (guidance, strength, steps, threshold)
             progress(0, desc="whole volume")
@@ -215,17 +231,16 @@ def build_page(handlers: Handlers) -> gr.Blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Row(equal_height=True):
             dropped = gr.File(
-                label=f"NIfTI files: {', '.join(names)} (all together; seg if there is one)", file_count="multiple",
-                elem_id="cf-files", height=110, scale=3, min_width=280,
+                label=f"one patient: NIfTI files of {', '.join(names)}, all together", file_count="multiple",
+                elem_id="cf-files", height=90, scale=3, min_width=280,
             )  # fmt: skip
             phantom = gr.Radio(list(PHANTOMS), label="or a bundled phantom patient", elem_id="cf-phantom", scale=2)
+        gr.HTML('<div class="cf-message cf-error" role="alert" hidden></div>', elem_id="cf-limit")
         message = gr.HTML(elem_id="cf-message")
         pictures = gr.HTML(WELCOME, elem_id="cf-pictures", min_height=160)
         verdict = gr.HTML(elem_id="cf-verdict")
         with gr.Row():
-            index = gr.Slider(
-                0, 1, step=1, label="slice", info="0 = lowest", elem_id="cf-index", scale=3, min_width=280
-            )
+            index = gr.Slider(0, 1, step=1, label="slice (0 = lowest)", elem_id="cf-index", scale=3, min_width=280)
             channel = gr.Radio(names, value=names[0], label="modality", elem_id="cf-channel", scale=2, min_width=280)
         with gr.Row():
             sliders = handlers.controls.sliders()
@@ -233,7 +248,7 @@ def build_page(handlers: Handlers) -> gr.Blocks:
             volume = gr.Button("Whole volume", variant="primary", elem_id="cf-volume", min_width=150)
             heatmap = gr.DownloadButton("Download heatmap (NIfTI)", visible=False, elem_id="cf-heatmap", min_width=150)
             mask = gr.DownloadButton("Download mask (NIfTI)", visible=False, elem_id="cf-mask", min_width=150)
-        found = gr.HTML(elem_id="cf-found", min_height=70)
+        found = gr.HTML(elem_id="cf-found", min_height=60)
 
         inputs, loaded = [channel, *sliders], [message, index, pictures, verdict, found, heatmap, mask]
         options = {"api_visibility": "private", "concurrency_id": "slice", "concurrency_limit": 2}

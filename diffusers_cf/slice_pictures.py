@@ -15,24 +15,27 @@ from diffusers_cf.report import ranges
 
 # Okabe and Ito's orange and sky blue, which colour-blind readers tell apart too, and on grey.
 FOUND, EXPERT = (230, 159, 0), (86, 180, 233)
-SEE_THROUGH = 0.15  # share of HEAT_MAXIMUM below which heat fades away, so that anatomy shows
+SEE_THROUGH = 0.4  # share of HEAT_MAXIMUM below which heat fades away, so that anatomy shows
 OUTLINE_SCALE = 4  # pixels of an outline for each of the slice
 
 CSS = """
-.cf-slice {display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 10px}
+#cf-limit, #cf-message, #cf-pictures, #cf-verdict, #cf-found {padding: 0}
+#cf-files .icon-wrap {display: none}
+#cf-message:not(:has(.cf-message)), #cf-limit:has([hidden]) {display: none}
+.cf-slice {display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 10px; max-width: 175vh; margin: auto}
 .cf-slice figure {margin: 0}
-.cf-slice figcaption {font-size: 0.9rem; margin-bottom: 4px; min-height: 1.4em}
+.cf-slice figcaption {font-size: 0.9rem; margin-bottom: 2px; white-space: nowrap; overflow: hidden}
 .cf-image {position: relative; background: #000; width: 100%; border-radius: 4px; overflow: hidden}
 .cf-image img {position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; object-fit: fill}
 .cf-image span {position: absolute; color: #fff; font-size: 0.75rem; text-shadow: 0 0 3px #000, 0 0 3px #000}
 .cf-l {left: 5px; top: 46%} .cf-r {right: 5px; top: 46%} .cf-a {top: 2px; left: 48%} .cf-p {bottom: 2px; left: 48%}
-.cf-legend {display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 0.85rem; margin-top: 8px; align-items: center}
+.cf-legend {display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 0.85rem; margin-top: 6px; justify-content: center}
 .cf-bar {display: inline-block; width: 150px; height: 0.8em; vertical-align: middle; margin: 0 6px}
 .cf-key {display: inline-block; width: 0.9em; height: 0.9em; border: 3px solid; vertical-align: middle; margin-right: 5px}
-.cf-verdict {border-left: 6px solid; padding: 6px 12px; font-size: 1rem}
+.cf-verdict {border-left: 6px solid; padding: 2px 12px; font-size: 1rem}
 .cf-verdict b {font-size: 1.15rem}
 .cf-unhealthy {border-color: rgb(230, 159, 0)} .cf-healthy {border-color: rgb(86, 180, 233)} .cf-none {border-color: #888}
-.cf-message {padding: 6px 12px; border-left: 6px solid #888}
+.cf-message {padding: 2px 12px; border-left: 6px solid #888}
 .cf-error {border-color: #d55e00; font-weight: 600}
 .cf-wait {text-align: center; padding: 60px 10px; opacity: 0.75}
 @media (max-width: 800px) {.cf-slice {grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px}}
@@ -49,11 +52,11 @@ def slice_html(view: SliceView, channel: int, modalities: Sequence[str]) -> str:
     """
     name = escape(modalities[channel])
     scan = _grey(view.images[channel])
-    whole = "whole volume" if view.of_volume else "this slice alone"
-    found = f"mask ({whole})" if view.mask is not None else "no mask: no threshold"
+    whole = "whole volume" if view.of_volume else "slice alone"
+    found = f"mask, {whole}" if view.mask is not None else "no mask: no threshold"
     panels = [
         ("input", f"input ({name})", scan, None),
-        ("counterfactual", "counterfactual (healthy)", _grey(view.counterfactuals[channel]), None),
+        ("counterfactual", "counterfactual", _grey(view.counterfactuals[channel]), None),
         ("heatmap", "heatmap", scan, _heat(view.heatmap)),
         ("mask", found, scan, _outlines(view)),
     ]
@@ -66,7 +69,7 @@ def slice_html(view: SliceView, channel: int, modalities: Sequence[str]) -> str:
     )
     return (
         f'<div class="cf-slice">{figures}</div><div class="cf-legend"><div>heatmap: 0 {_colour_bar()} {HEAT_MAXIMUM:g}'
-        f" or more (change / 99th percentile of the scan)</div>{legend}<div>L: the patient’s left, A: anterior</div></div>"
+        f" (change / 99th percentile of the scan)</div>{legend}<div>L: the patient’s left, A: anterior</div></div>"
     )
 
 
