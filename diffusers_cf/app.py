@@ -42,16 +42,15 @@ def run_app(args: argparse.Namespace) -> None:
     if args.max_upload_mb < 1 or not (args.port is None or 0 < args.port < 65536):
         raise InputError("--max_upload_mb must be 1 or more, --port from 1 to 65535")
     check_device_arguments(args)
-    _prepare_gradio()
-    pipe = open_pipeline(args.model, args.device, args.dtype)
-    # under the name of the folder: the page may be shown to others
-    facts = segmentation_facts(pipe, model=Path(args.model).name, needs_threshold=False)
-    limit = args.max_upload_mb << 20
-
-    def open_explorer(folder: Path) -> Explorer:
-        return Explorer(pipe, facts, folder, args.batch_size, limit)
-
     with _private_folder() as uploads, _quiet_log():
+        _prepare_gradio()
+        pipe = open_pipeline(args.model, args.device, args.dtype)
+        # under the name of the folder: the page may be shown to others
+        facts = segmentation_facts(pipe, model=Path(args.model).name, needs_threshold=False)
+
+        def open_explorer(folder: Path) -> Explorer:
+            return Explorer(pipe, facts, folder, args.batch_size, args.max_upload_mb << 20)
+
         sessions = Sessions(uploads / "sessions")
         try:
             _serve(pipe, facts, open_explorer, sessions, uploads, args)

@@ -39,7 +39,7 @@ def test_every_command_explains_its_options(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
     assert stopped.value.code == 0
-    assert ("--repo_id" if name == "publish" else "--output") in capsys.readouterr().out
+    assert {"publish": "--repo_id", "app": "--host"}.get(name, "--output") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["sgement"], ["segment"], ["demo", "--seed", "many"]])
