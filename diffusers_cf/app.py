@@ -78,11 +78,18 @@ def _private_folder():
     def stop(*_):
         raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+    before, is_main = os.environ.get("GRADIO_TEMP_DIR"), threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGTERM, stop) if is_main else None
     with tempfile.TemporaryDirectory(prefix="diffusers_cf_app_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        yield Path(folder).resolve()
+        try:
+            yield Path(folder).resolve()
+        finally:
+            if is_main:
+                signal.signal(signal.SIGTERM, handler)
+            del os.environ["GRADIO_TEMP_DIR"]
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before
 
 
 @contextmanager
