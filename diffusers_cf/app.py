@@ -117,7 +117,9 @@ def _serve(pipe, facts: dict, open_explorer, sessions: Sessions, uploads: Path, 
     controls = Controls(facts["settings"], pipe.scheduler.config.num_train_timesteps)
     modalities, limit = facts["preprocessing"]["modalities"], args.max_upload_mb << 20
     page = build_page(Handlers(sessions, open_explorer, controls, modalities, uploads))
-    theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = gradio.themes.Base(
+        spacing_size="sm", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
     try:
         _, url, _ = page.launch(
             server_name=args.host, server_port=args.port, max_file_size=limit, theme=theme, css=CSS,

@@ -231,10 +231,10 @@ def build_page(handlers: Handlers) -> gr.Blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Row(equal_height=True):
             dropped = gr.File(
-                label=f"one patient: NIfTI files of {', '.join(names)}, all together", file_count="multiple",
+                label=f"one patient’s {', '.join(names)} (.nii.gz)", file_count="multiple",
                 elem_id="cf-files", height=90, scale=3, min_width=280,
             )  # fmt: skip
-            phantom = gr.Radio(list(PHANTOMS), label="or a bundled phantom patient", elem_id="cf-phantom", scale=2)
+            phantom = gr.Radio(list(PHANTOMS), label="or a bundled phantom patient", elem_id="cf-phantom", scale=3)
         gr.HTML('<div class="cf-message cf-error" role="alert" hidden></div>', elem_id="cf-limit")
         message = gr.HTML(elem_id="cf-message")
         pictures = gr.HTML(WELCOME, elem_id="cf-pictures", min_height=160)

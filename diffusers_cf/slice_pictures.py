@@ -19,10 +19,12 @@ SEE_THROUGH = 0.4  # share of HEAT_MAXIMUM below which heat fades away, so that 
 OUTLINE_SCALE = 4  # pixels of an outline for each of the slice
 
 CSS = """
-#cf-limit, #cf-message, #cf-pictures, #cf-verdict, #cf-found {padding: 0}
+#cf-limit, #cf-message, #cf-pictures, #cf-verdict, #cf-found,
+#cf-limit *, #cf-message > *, #cf-pictures > *, #cf-verdict > *, #cf-found > * {padding-top: 0; padding-bottom: 0}
+#cf-files .wrap {padding-top: 26px; line-height: 1.3}
 #cf-files .icon-wrap {display: none}
 #cf-message:not(:has(.cf-message)), #cf-limit:has([hidden]) {display: none}
-.cf-slice {display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 10px; max-width: 175vh; margin: auto}
+.cf-slice {display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 10px; max-width: 138vh; margin: auto}
 .cf-slice figure {margin: 0}
 .cf-slice figcaption {font-size: 0.9rem; margin-bottom: 2px; white-space: nowrap; overflow: hidden}
 .cf-image {position: relative; background: #000; width: 100%; border-radius: 4px; overflow: hidden}
