@@ -42,7 +42,7 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	sed '/^torch==/d' constraints.txt > $(VENV)/constraints.txt
 	$(pip) setuptools
 	$(pip) $(TORCH)
-	$(pip) --no-build-isolation -e '.[phantom,dicom,train,test]'
+	$(pip) --no-build-isolation -e '.[phantom,app,dicom,train,test]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

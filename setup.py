@@ -14,9 +14,10 @@ extras = {
     "dicom": ["pydicom", "highdicom"],
     "train": ["tensorboard"],
     # 2.3 brought --session-timeout, by which `make test` keeps its time budget
-    "test": ["pytest", "pytest-timeout>=2.3"],
+    # playwright drives the Chromium that is installed, and needs none of its own
+    "test": ["pytest", "pytest-timeout>=2.3", "playwright"],
 }
-extras["dev"] = ["ruff", *extras["phantom"], *extras["dicom"], *extras["train"], *extras["test"]]
+extras["dev"] = ["ruff", *extras["phantom"], *extras["app"], *extras["dicom"], *extras["train"], *extras["test"]]
 
 setup(
     name="diffusers_cf",

@@ -1,7 +1,7 @@
 """One patient from NIfTI to NIfTI: reading, anomaly maps of all slices, and back to the voxels of the scan's own files."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,15 @@ from diffusers_cf.data.geometry import (
     slices_from_volume,
     volume_from_slices,
 )
-from diffusers_cf.data.nifti import Scan, check_same_grid, find_file, find_modality_files, read_nifti, to_canonical
+from diffusers_cf.data.nifti import (
+    MAX_BYTES,
+    Scan,
+    check_same_grid,
+    find_file,
+    find_modality_files,
+    read_nifti,
+    to_canonical,
+)
 from diffusers_cf.data.scans import scan_errors, seg_problems, skull_warnings
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.dicom import find_series, read_series
@@ -90,19 +98,20 @@ def patient_files(folder: Path, modalities: Sequence[str]) -> dict[str, Path]:
     return files if seg is None else files | {"seg": seg}
 
 
-def read_volumes(patient: str, files: dict[str, Path]) -> PatientVolumes:
+def read_volumes(patient: str, files: dict[str, Path], max_bytes: int = MAX_BYTES) -> PatientVolumes:
     """Reads a patient's scans strictly and checks that they can be used together.
 
     Args:
         patient: Id.
         files: As from `patient_files`.
+        max_bytes: Limit for the decompressed size of a NIfTI file.
 
     Raises:
         InputError: A file is damaged, empty, no raw intensities, no segmentation, or on another grid.
     """
     originals, scans = {}, {}
     for name, path in files.items():
-        scan = read_series(path) if path.is_dir() else read_nifti(path)
+        scan = read_series(path) if path.is_dir() else read_nifti(path, max_bytes=max_bytes)
         originals[name], scans[name] = replace(scan, data=None), to_canonical(scan)
         if name == "seg":
             errors, warnings = seg_problems(scan, KNOWN_IDS)
@@ -119,7 +128,19 @@ def read_volumes(patient: str, files: dict[str, Path]) -> PatientVolumes:
     return PatientVolumes(patient, np.stack([scan.data for scan in scans.values()]), seg, spacing_mm, originals)
 
 
-def map_slices(pipe, volumes: PatientVolumes, facts: dict, batch_size: int | None, progress: bool = True) -> SliceMaps:
+def network_slices(volumes: PatientVolumes, facts: dict) -> PatientSlices:
+    """Every axial slice of a patient from the first to the last one with content, as the pipeline takes it."""
+    geometry = {name: facts["preprocessing"][name] for name in ("size", "field_mm", "percentile")}
+    return slices_from_volume(volumes.patient, volumes.volume, volumes.seg, volumes.spacing_mm, **geometry)
+
+
+def map_slices(
+    pipe,
+    volumes: PatientVolumes,
+    facts: dict,
+    batch_size: int | None,
+    progress: bool | Callable[[float], None] = True,
+) -> SliceMaps:
     """Runs the pipeline on every axial slice from the first to the last one with content.
 
     Args:
@@ -127,27 +148,41 @@ def map_slices(pipe, volumes: PatientVolumes, facts: dict, batch_size: int | Non
         volumes: The patient.
         facts: As from `volumes.segmentation_facts`.
         batch_size: Slices at a time, None = as many as fit; the outcome does not depend on it.
-        progress: Whether to show a bar that counts slices.
+        progress: Whether to show a bar that counts slices, or what is told after each step which share is done.
 
     Raises:
         InputError: The model yields NaN or infinite values, or a batch does not fit the device's memory.
     """
-    geometry = {name: facts["preprocessing"][name] for name in ("size", "field_mm", "percentile")}
-    seg = volumes.seg
-    found = slices_from_volume(volumes.patient, volumes.volume, seg, volumes.spacing_mm, **geometry)
+    found = network_slices(volumes, facts)
     settings = {name: value for name, value in facts["settings"].items() if name != "threshold"}
+    if callable(progress):
+        settings["callback_on_step_end"] = _share_of_steps(progress, facts["settings"], len(found.images))
 
     def call(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = pipe(images, **settings)
         return out.heatmaps, out.counterfactuals
 
-    with tqdm(total=len(found.images), desc=volumes.patient, unit="slice", disable=not progress) as bar:
+    with tqdm(total=len(found.images), desc=volumes.patient, unit="slice", disable=progress is not True) as bar:
         patient = [(volumes.patient, found.images)]
         ((_, (heatmaps, counterfactuals), _),) = map_in_batches(call, patient, batch_size, pipe.device, bar)
     maps = SliceMaps(found, heatmaps, counterfactuals - found.images)
     if not (np.isfinite(maps.heatmaps).all() and np.isfinite(maps.changes).all()):
         raise InputError(f"{facts['model']}: the model yields NaN or infinite values on {volumes.patient}")
     return maps
+
+
+def _share_of_steps(tell: Callable[[float], None], settings: dict, n_slices: int) -> Callable:
+    """A callback of the pipeline that tells the share of all steps of all slices; empty slices take none."""
+    walks = 2 if settings["map"] == "counterfactual" else 3
+    total, done = n_slices * walks * round(settings["num_inference_steps"] * settings["strength"]), 0
+
+    def count(_, step, timestep, tensors):
+        nonlocal done
+        done += len(tensors["latents"])
+        tell(min(1.0, done / total))
+        return {}
+
+    return count
 
 
 def heat_volume(volumes: PatientVolumes, maps: SliceMaps, heatmaps: np.ndarray, field_mm: float) -> np.ndarray:

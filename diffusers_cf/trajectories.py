@@ -1,12 +1,13 @@
 """Many settings of inference from one encoding, which depends on neither guidance scale nor strength."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from diffusers_cf.heatmaps import heatmap
-from diffusers_cf.images import resize_images
+from diffusers_cf.images import Windows, resize_images
 
 
 def encode_trajectory(pipe, prepared: torch.Tensor, strength: float, num_inference_steps: int) -> list[torch.Tensor]:
@@ -27,6 +28,57 @@ def encode_trajectory(pipe, prepared: torch.Tensor, strength: float, num_inferen
     settings = pipe.resolve_settings(strength=strength, num_inference_steps=num_inference_steps)
     pipe.encode(prepared, settings, keep)
     return latents
+
+
+class Encoding(NamedTuple):
+    """Images on their way to noise, from where any guidance scale and any smaller strength can be decoded.
+
+    Attributes:
+        prepared: `(N, C, h, w)`, as from `pipe.prepare_images`.
+        groups: where the network has something to do in them.
+        latents: for each group what `encode_trajectory` gives.
+    """
+
+    prepared: torch.Tensor
+    groups: list[Windows]
+    latents: list[list[torch.Tensor]]
+
+
+def encode_images(pipe, images: torch.Tensor, strength: float, num_inference_steps: int) -> Encoding:
+    """Encodes images `(N, C, H, W)` in input units up to the largest strength that is wanted.
+
+    Raises:
+        ValueError: images or settings are outside their ranges.
+    """
+    pipe.check_inputs(images)
+    prepared = pipe.prepare_images(images)
+    groups = pipe.windows(prepared)
+    latents = [encode_trajectory(pipe, group.cut(prepared), strength, num_inference_steps) for group in groups]
+    return Encoding(prepared, groups, latents)
+
+
+def decode_images(pipe, encoding: Encoding, settings: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the pipeline makes of the same images, without encoding them again.
+
+    Args:
+        pipe: a `CounterfactualDDIMPipeline`.
+        encoding: to the strength of `settings` or beyond, on a grid of as many steps.
+        settings: as from `pipe.resolve_settings`.
+
+    Returns:
+        Changes `(N, C, h, w)`, counterfactual minus image, and heatmaps `(N, h, w)`, in input units at the network's
+        size.
+    """
+    walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
+    changes, heat = torch.zeros_like(encoding.prepared), torch.zeros_like(encoding.prepared[:, 0])
+    for group, latents in zip(encoding.groups, encoding.latents, strict=True):
+        encoded = latents[round(walk["num_inference_steps"] * walk["strength"])]
+        decoded, reference = pipe.denoise(encoded, None, settings["guidance_scale"], **walk), (latents[0] + 1) / 2
+        group.paste(changes, decoded - reference)
+        if settings["map"] != "counterfactual":
+            reference = pipe.denoise(encoded, None, 0, **walk)
+        group.paste(heat, heatmap(settings["map"], reference, decoded, pipe.preprocessing.get("signs")))
+    return changes, heat
 
 
 def heatmaps_of_settings(
@@ -50,10 +102,7 @@ def heatmaps_of_settings(
         maps: kinds of maps.
         num_inference_steps: n, steps of the full grid.
     """
-    pipe.check_inputs(images)
-    prepared = pipe.prepare_images(images)
-    groups = pipe.windows(prepared)
-    encodings = [encode_trajectory(pipe, g.cut(prepared), max(strengths), num_inference_steps) for g in groups]
+    prepared, groups, encodings = encode_images(pipe, images, max(strengths), num_inference_steps)
     for strength in sorted(strengths):
         walk = {"strength": strength, "num_inference_steps": num_inference_steps}
         latents = [encoding[round(num_inference_steps * strength)] for encoding in encodings]

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def segment_patient(
     patient: str = "",
     batch_size: int | None = None,
     overwrite: bool = False,
-    progress: bool = True,
+    progress: bool | Callable[[float], None] = True,
     **settings,
 ) -> dict:
     """Segments one patient and writes `output/PATIENT/`, whole or not at all.
@@ -75,7 +76,7 @@ def segment_patient(
         patient: Its name; that of `folder` if empty.
         batch_size: Slices at a time; None = 64 on a CPU, on an accelerator the largest that fits.
         overwrite: Replace what was made with another model, settings or scans.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, or what is told after each step which share of them is done.
         **settings: `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; None = what the model
             recommends, or with `settings="paper"` the paper's.
 
@@ -116,8 +117,16 @@ def patient_name(folder: str | Path) -> str:
     return Path(os.path.abspath(folder)).name
 
 
-def segmentation_facts(pipe: CounterfactualDDIMPipeline, model: str = "", **settings) -> dict:
+def segmentation_facts(
+    pipe: CounterfactualDDIMPipeline, model: str = "", needs_threshold: bool = True, **settings
+) -> dict:
     """What a segmentation depends on besides the scans, checked: model, preprocessing, settings.
+
+    Args:
+        pipe: The pipeline.
+        model: Its name for the report; the folder it was loaded from if empty.
+        needs_threshold: Whether it is an error that there is none.
+        **settings: As in `segment_patient`.
 
     Raises:
         InputError: The model does not say what it takes, a setting is out of range, or there is no threshold.
@@ -143,7 +152,7 @@ def segmentation_facts(pipe: CounterfactualDDIMPipeline, model: str = "", **sett
         raise InputError(f"{model}: preprocessing.json holds a value of a wrong type ({error})") from None
     except ValueError as error:
         raise InputError(str(error)) from None
-    if threshold is None:
+    if threshold is None and needs_threshold:
         raise InputError(
             f"{model} recommends no threshold for the mask: give one by --threshold (a change of 1 = p99)"
         )

@@ -39,7 +39,8 @@ def test_every_command_explains_its_options(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
     assert stopped.value.code == 0
-    assert ("--repo_id" if name.startswith("publish") else "--output") in capsys.readouterr().out
+    expected = {"publish": "--repo_id", "publish-dataset": "--repo_id", "app": "--host"}
+    assert expected.get(name, "--output") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["sgement"], ["segment"], ["demo", "--seed", "many"]])

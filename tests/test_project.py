@@ -169,8 +169,7 @@ def test_constraints_pin_whatever_make_installs(metadata):
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     # a local version such as +cpu exists on some machines only
     assert all(re.fullmatch(r"[0-9.]+", version) for version in pins.values())
-    needed = [requirement for requirement in metadata.requires if not re.search(r"extra == .app", requirement)]
-    assert {normalise(requirement) for requirement in needed} <= {normalise(name) for name in pins}
+    assert {normalise(requirement) for requirement in metadata.requires} <= {normalise(name) for name in pins}
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -1,0 +1,139 @@
+"""`diffusers-cf app`: a page to look at patients with a model, on this machine alone unless told otherwise."""
+
+import argparse
+import logging
+import os
+import signal
+import tempfile
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffusers_cf.demo import SHIPPED_MODEL
+from diffusers_cf.errors import InputError
+from diffusers_cf.explorer import Explorer
+from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
+from diffusers_cf.sessions import Sessions
+from diffusers_cf.slice_pictures import CSS
+from diffusers_cf.volumes import segmentation_facts
+
+
+HOST = "127.0.0.1"
+UPLOAD_MB = 256
+SWEEP_SECONDS = 30
+
+
+def add_app_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `diffusers-cf app`."""
+    add = parser.add_argument
+    add("--model", default=str(SHIPPED_MODEL), help="folder or Hub id of a model; the shipped one unless given")
+    add("--host", default=HOST, help="address to listen at, %(default)s = this machine alone; 0.0.0.0 = everybody")
+    add("--port", type=int, help="default: the first free one from 7860 on")
+    add("--max_upload_mb", type=int, default=UPLOAD_MB, help="limit for a file, packed and unpacked, %(default)s")
+    add_device_arguments(parser)
+
+
+def run_app(args: argparse.Namespace) -> None:
+    """Serves the page until it is interrupted, then deletes what users have left.
+
+    Raises:
+        InputError: gradio is missing, an option is out of range, or the address is taken.
+    """
+    if args.max_upload_mb < 1 or not (args.port is None or 0 < args.port < 65536):
+        raise InputError("--max_upload_mb must be 1 or more, --port from 1 to 65535")
+    check_device_arguments(args)
+    with _private_folder() as uploads, _quiet_log():
+        _prepare_gradio()
+        pipe = open_pipeline(args.model, args.device, args.dtype)
+        # under the name of the folder: the page may be shown to others
+        facts = segmentation_facts(pipe, model=Path(args.model).name, needs_threshold=False)
+
+        def open_explorer(folder: Path) -> Explorer:
+            return Explorer(pipe, facts, folder, args.batch_size, args.max_upload_mb << 20)
+
+        sessions = Sessions(uploads / "sessions")
+        try:
+            _serve(pipe, facts, open_explorer, sessions, uploads, args)
+        finally:
+            sessions.close_all()
+
+
+def _prepare_gradio() -> None:
+    """Imports gradio so that it calls nobody.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise InputError('app needs gradio: pip install "diffusers_cf[app]"') from None
+
+
+@contextmanager
+def _private_folder():
+    """A temporary folder for all that gradio and users write; it goes at the end, also of a process that is stopped."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before, is_main = os.environ.get("GRADIO_TEMP_DIR"), threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGTERM, stop) if is_main else None
+    with tempfile.TemporaryDirectory(prefix="diffusers_cf_app_", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield Path(folder).resolve()
+        finally:
+            if is_main:
+                signal.signal(signal.SIGTERM, handler)
+            del os.environ["GRADIO_TEMP_DIR"]
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before
+
+
+@contextmanager
+def _quiet_log():
+    """Keeps warnings about files, which name them, out of the log: the page of the user who has caused one shows it."""
+    logger, handler = logging.getLogger("diffusers_cf"), logging.NullHandler()
+    faults = logging.getLogger("diffusers_cf.app_page")
+    spoken = logging.StreamHandler()
+    logger.addHandler(handler)
+    faults.addHandler(spoken)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = True
+        logger.removeHandler(handler)
+        faults.removeHandler(spoken)
+
+
+def _serve(pipe, facts: dict, open_explorer, sessions: Sessions, uploads: Path, args: argparse.Namespace) -> None:
+    import gradio
+
+    from diffusers_cf.app_page import REFUSE_LARGE, Controls, Handlers, build_page
+
+    controls = Controls(facts["settings"], pipe.scheduler.config.num_train_timesteps)
+    modalities, limit = facts["preprocessing"]["modalities"], args.max_upload_mb << 20
+    page = build_page(Handlers(sessions, open_explorer, controls, modalities, uploads))
+    theme = gradio.themes.Base(
+        spacing_size="sm", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    try:
+        _, url, _ = page.launch(
+            server_name=args.host, server_port=args.port, max_file_size=limit, theme=theme, css=CSS,
+            js=REFUSE_LARGE.replace("LIMIT", str(limit)), share=False, prevent_thread_lock=True, quiet=True, footer_links=[], run_history=False, ssr_mode=False,
+            enable_monitoring=False, pwa=False, mcp_server=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise InputError(f"--host {args.host}, --port {args.port or 'auto'}: can't listen there ({error})") from None
+    print(f"{args.model} at {url} (stop by Ctrl-C)", flush=True)
+    stopped = threading.Event()
+    try:
+        while not stopped.wait(SWEEP_SECONDS):
+            sessions.close_idle()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        page.close()

@@ -1,0 +1,129 @@
+"""Whose patient is whose: the explorers of all users at work, each with a folder of its own that goes when they go."""
+
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+
+from diffusers_cf.data.nifti import canonical_modality, nifti_suffix
+from diffusers_cf.errors import InputError
+from diffusers_cf.explorer import Explorer
+
+
+NO_PATIENT = "no patient is loaded (or the session has ended): drop the files of one, or pick a phantom patient"
+GONE = "the upload is gone: drop the files again"
+
+
+class Sessions:
+    """Explorers by the key of the page that uses them.
+
+    Args:
+        folder: Gets a folder with a name that can't be guessed for each patient.
+        limit: How many patients are kept at most; the one that was idle for longest makes room.
+        idle_seconds: After which time without use a patient is forgotten.
+    """
+
+    def __init__(self, folder: Path, limit: int = 8, idle_seconds: float = 1800.0) -> None:
+        self.folder, self.limit, self.idle_seconds = folder, limit, idle_seconds
+        self._lock = threading.Lock()
+        self._explorers: dict[Hashable, Explorer] = {}
+        self._used: dict[Hashable, float] = {}
+
+    def open(self, key: Hashable, fill: Callable[[Path], None], make: Callable[[Path], Explorer]) -> Explorer:
+        """Makes an explorer in a new folder; an earlier one of the same key ends, and on any error nothing is kept.
+
+        Args:
+            key: Of the page.
+            fill: Puts scans into the folder that it is given.
+            make: Makes an explorer of the folder above it.
+        """
+        self.close(key)
+        folder = self.folder / secrets.token_hex(16)
+        try:
+            (folder / "scans").mkdir(parents=True, mode=0o700)
+            fill(folder / "scans")
+            explorer = make(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        with self._lock:
+            idlest = sorted(self._used, key=self._used.get)[: max(0, len(self._used) + 1 - self.limit)]
+            replaced = [self._forget(other) for other in {*idlest, key} if other in self._explorers]
+            self._explorers[key], self._used[key] = explorer, time.monotonic()
+        for other in replaced:
+            other.close()
+        return explorer
+
+    def get(self, key: Hashable) -> Explorer:
+        """The explorer of a page.
+
+        Raises:
+            InputError: There is none, or none any more.
+        """
+        with self._lock:
+            if key not in self._explorers:
+                raise InputError(NO_PATIENT)
+            self._used[key] = time.monotonic()
+            return self._explorers[key]
+
+    def close(self, key: Hashable) -> None:
+        """Forgets the patient of a page; nothing happens where there is none."""
+        with self._lock:
+            explorer = self._forget(key) if key in self._explorers else None
+        if explorer:
+            explorer.close()
+
+    def close_idle(self) -> None:
+        """Forgets patients that were not used for `idle_seconds`."""
+        with self._lock:
+            latest = time.monotonic() - self.idle_seconds
+            idle = [self._forget(key) for key, used in list(self._used.items()) if used <= latest]
+        for explorer in idle:
+            explorer.close()
+
+    def close_all(self) -> None:
+        """Forgets everybody."""
+        for key in list(self._explorers):
+            self.close(key)
+
+    def _forget(self, key: Hashable) -> Explorer:
+        del self._used[key]
+        return self._explorers.pop(key)
+
+
+def take_uploads(paths: Sequence[str], uploads: Path, modalities: Sequence[str], target: Path) -> None:
+    """Moves the files that a user has dropped into a folder, and deletes all of them where they can't be a patient.
+
+    Args:
+        paths: Each in a folder of its own in `uploads`, as gradio stores them.
+        uploads: A browser may claim any path: what does not lie there is neither read nor deleted.
+        modalities: What the model takes.
+        target: The patient's folder of scans.
+
+    Raises:
+        InputError: There is none, one is no NIfTI file by its name, or no modality of the model.
+    """
+    files, known = [Path(path) for path in paths], [*modalities, "seg"]
+    if not files:
+        raise InputError(f"no files: drop one NIfTI file for each of {', '.join(modalities)}")
+    if not all(file.parent.parent == uploads and re.fullmatch("[0-9a-f]{64}", file.parent.name) for file in files):
+        raise InputError(GONE)
+    try:
+        for path in files:
+            suffix = nifti_suffix(path.name)
+            if not suffix:
+                raise InputError(f"{path.name}: not a NIfTI file by its name (.nii.gz or .nii)")
+            if canonical_modality(suffix) not in map(canonical_modality, known):
+                raise InputError(f"{path.name}: its name ends in none of {', '.join(known)}")
+            if (target / path.name).exists():
+                raise InputError(f"{path.name}: there are two files of this name")
+            os.replace(path, target / path.name)
+    except FileNotFoundError:  # another page has dropped the same file at the same moment
+        raise InputError(GONE) from None
+    finally:
+        for path in files:
+            shutil.rmtree(path.parent, ignore_errors=True)

@@ -1,0 +1,207 @@
+"""One patient explored: each view costs what has changed and no more, and agrees with what `segment` writes."""
+
+import logging
+import shutil
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from segmentation_files import MODALITIES, SETTINGS, make_pipe, voxels, write_cube
+
+from diffusers_cf.data.geometry import display, to_ras
+from diffusers_cf.errors import InputError
+from diffusers_cf.explorer import Explorer, with_own_schedulers
+from diffusers_cf.slice_pictures import slice_html, verdict_html, volume_html
+from diffusers_cf.trajectories import decode_images, encode_images
+from diffusers_cf.volumes import segment_patient, segmentation_facts
+
+
+INDEX = 5
+STEPS = round(SETTINGS["strength"] * SETTINGS["num_inference_steps"])
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = make_pipe()
+    for name, weight in pipe.unet.named_parameters():  # without training, classes would not matter
+        if name.endswith("weight") and not weight.any():
+            torch.nn.init.normal_(weight, std=0.05)
+    return pipe
+
+
+@pytest.fixture
+def explorer(pipe, tmp_path):
+    (tmp_path / "session").mkdir()
+    write_cube(tmp_path / "P_01", "LPS", "RAS").rename(tmp_path / "session" / "scans")
+    return Explorer(pipe, segmentation_facts(pipe, "tiny"), tmp_path / "session")
+
+
+@pytest.fixture
+def settings(explorer):
+    return explorer.facts["settings"]
+
+
+@pytest.mark.parametrize("kind", ["counterfactual", "reconstruction"])
+def test_a_decoding_of_a_longer_encoding_is_what_the_pipeline_makes(pipe, kind):
+    images = torch.rand(3, len(MODALITIES), 16, 16, generator=torch.Generator().manual_seed(1))
+    images[2] = 0
+    images[1, :, :, 10:] = 0
+    settings = pipe.resolve_settings(map=kind)
+    changes, heat = decode_images(pipe, encode_images(pipe, images, 1.0, settings["num_inference_steps"]), settings)
+    out = pipe(images, map=kind)
+    assert torch.equal(heat, out.heatmaps) and torch.allclose(images + changes, out.counterfactuals, atol=1e-6)
+    assert heat[:2].sum() > 0 and not heat[2].any()
+
+
+def test_a_slider_costs_only_what_it_changes(explorer, settings, record_calls):
+    calls = record_calls(explorer.pipe)
+
+    def cost(index=INDEX, **changed):
+        before = len(calls)
+        view = explorer.view(index, settings | changed)
+        return len(calls) - before, view.heatmap
+
+    grid = settings["num_inference_steps"]
+    first, heat = cost()
+    assert first == grid + STEPS  # a batched pair is one call; encoding goes to strength 1
+    assert cost(threshold=0.5)[0] == 0
+    dearer, guided = cost(guidance_scale=5.0)
+    assert dearer == STEPS and not np.allclose(guided, heat)
+    longer, further = cost(strength=0.5)
+    assert longer == round(0.5 * grid) and not np.allclose(further, heat)
+    assert cost(num_inference_steps=20)[0] == 20 + round(0.2 * 20)
+    assert cost(index=INDEX + 1)[0] == grid + STEPS
+
+
+def test_a_view_shows_what_segment_writes(explorer, settings, pipe, tmp_path):
+    report = segment_patient(pipe, explorer.folder / "scans", tmp_path, patient="P", progress=False)
+    written = {}
+    for name in ("heatmap", "mask", "counterfactual_flair", "counterfactual_t1"):
+        image = nib.load(tmp_path / "P" / f"{name}.nii.gz")
+        written[name] = display(to_ras(np.asanyarray(image.dataobj), image.affine))[INDEX]
+    explorer._crop = (slice(None), slice(None))
+    view = explorer.view(INDEX, settings)
+    np.testing.assert_allclose(view.heatmap, written["heatmap"], atol=1e-5)
+    assert (view.mask == (written["mask"] > 0)).mean() > 0.99 and view.mask.any() and not view.mask.all()
+    for channel, modality in enumerate(MODALITIES):
+        shown = view.counterfactuals[channel] * explorer._scales[channel]
+        np.testing.assert_allclose(shown, written[f"counterfactual_{modality}"], atol=1e-3 * explorer._scales[channel])
+    row = INDEX - explorer.slices[0]
+    inside = (explorer.found.images[row] > 0).any(axis=0)
+    heat = pipe(torch.from_numpy(explorer.found.images[row : row + 1])).heatmaps[0].numpy()
+    assert view.score == pytest.approx(heat[inside].mean(), rel=1e-4) and report["threshold"] == SETTINGS["threshold"]
+    assert not view.of_volume
+
+
+def test_the_whole_volume_is_that_of_segment(explorer, settings, pipe, tmp_path):
+    shares = []
+    chosen = settings | {"guidance_scale": 4.0, "threshold": 0.1}
+    files = explorer.segment(chosen, shares.append)
+    report = segment_patient(
+        pipe, explorer.folder / "scans", tmp_path, patient="P", guidance_scale=4.0, threshold=0.1, progress=False
+    )
+    for name in ("heatmap", "mask"):
+        ours, theirs = (nib.load(path) for path in (getattr(files, name), tmp_path / "P" / f"{name}.nii.gz"))
+        assert (
+            ours.header == theirs.header
+            and voxels(getattr(files, name)).tobytes() == theirs.get_fdata().astype(theirs.get_data_dtype()).tobytes()
+        )
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 2 * STEPS
+    assert files.report["lesion_volume_ml"] == report["lesion_volume_ml"] > 0 and files.lesion_slices
+    view = explorer.view(INDEX, chosen)
+    assert view.of_volume and not explorer.view(INDEX, settings).of_volume
+    assert explorer.segment(settings, shares.append).mask != files.mask and not files.mask.exists()
+    assert f"Patient: unhealthy</b> · {report['lesion_volume_ml']:.1f} ml" in volume_html(files)
+    empty = volume_html(replace(files, lesion_slices=[]))
+    assert "Patient: healthy" in empty and "guidance scale 4, strength 0.2, 10 steps, threshold 0.1" in empty
+
+
+def test_without_a_threshold_there_is_no_verdict(explorer, settings):
+    for threshold in (None, 0):
+        view = explorer.view(INDEX, settings | {"threshold": threshold})
+        assert view.mask is None and view.lesion_cm2 == 0
+        assert "No verdict" in verdict_html(view, threshold) and "no mask: no threshold" in slice_html(
+            view, 0, MODALITIES
+        )
+        with pytest.raises(InputError, match="no threshold"):
+            explorer.segment(settings | {"threshold": threshold}, print)
+    assert "Slice: healthy" in verdict_html(explorer.view(INDEX, settings | {"threshold": 9.0}), 9.0)
+    view = explorer.view(INDEX, settings | {"threshold": 1e-6})
+    area = view.mask.sum() * view.pixel_mm[0] * view.pixel_mm[1] / 100
+    assert f"Slice: unhealthy</b> · {area:.1f} cm²" in verdict_html(
+        view, 1e-6
+    ) and f"{view.score:.4f}" in verdict_html(view, 1)
+
+
+def test_what_is_closed_stops_and_leaves_nothing(explorer, settings):
+    steps = []
+
+    def leave(share):
+        steps.append(share)
+        explorer.close()
+
+    with pytest.raises(InputError, match="session has ended"):
+        explorer.segment(settings, leave)
+    assert len(steps) == 1 and not explorer.folder.exists()
+    with pytest.raises(InputError, match="session has ended"):
+        explorer.view(INDEX, settings)
+
+
+@pytest.mark.parametrize("index", [0, 11])
+def test_slices_without_content_are_refused(explorer, settings, index):
+    with pytest.raises(InputError, match="content from 1 to 10"):
+        explorer.view(index, settings)
+
+
+def test_settings_out_of_range_are_one_line(explorer, settings):
+    with pytest.raises(InputError, match="num_inference_steps"):
+        explorer.view(INDEX, settings | {"num_inference_steps": 7})
+
+
+def test_messages_name_no_folder_and_warnings_reach_their_user_alone(pipe, tmp_path, caplog):
+    folder = tmp_path / "session"
+    folder.mkdir()
+    write_cube(tmp_path / "P_01", "LPS", "RAS").rename(folder / "scans")
+    facts = segmentation_facts(pipe)
+    names = {path.name for path in (folder / "scans").iterdir()}
+    for path in (folder / "scans").iterdir():  # a brain that fills its frame is none
+        scan = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(scan.dataobj) + np.int16(1), scan.affine), path)
+    explorer = Explorer(pipe, facts, folder)
+    assert len(explorer.warnings) == 2 and all("skull-stripped" in warning for warning in explorer.warnings)
+    assert {warning.split(":")[0] for warning in explorer.warnings} == names
+    assert not logging.getLogger("diffusers_cf").handlers
+    path = folder / "scans" / "P_01_flair.nii.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"^P_01_flair.nii.gz: truncated"):
+        Explorer(pipe, facts, folder)
+    path.unlink()
+    with pytest.raises(InputError, match=r"^the patient's files: modality missing: flair"):
+        Explorer(pipe, facts, folder)
+
+
+def test_unpacked_files_have_a_limit(pipe, explorer):
+    with pytest.raises(InputError, match="limit is 1000"):
+        Explorer(pipe, explorer.facts, explorer.folder, max_bytes=1000)
+
+
+def test_two_users_of_a_model_have_a_grid_each(pipe):
+    other = with_own_schedulers(pipe)
+    assert other.unet is pipe.unet and other.preprocessing is pipe.preprocessing
+    pipe.scheduler.set_timesteps(10)
+    other.scheduler.set_timesteps(20)
+    assert len(pipe.scheduler.timesteps) == 10 and len(other.scheduler.timesteps) == 20
+
+
+def test_it_begins_where_the_expert_saw_most(explorer, pipe):
+    assert explorer.first_slice == 6
+    scans = explorer.folder / "scans"
+    scan = nib.load(scans / "P_01_flair.nii.gz")
+    seg = np.zeros(scan.shape, np.uint8)
+    seg[4:6, 4:6, 3] = seg[4:9, 4:9, 2] = 1
+    nib.save(nib.Nifti1Image(seg, scan.affine), scans / "P_01_seg.nii.gz")
+    again = Explorer(pipe, explorer.facts, explorer.folder)
+    assert again.first_slice == 2 and again.view(2, explorer.facts["settings"]).reference.sum() == 25
+    shutil.rmtree(scans)
