@@ -189,6 +189,8 @@ class Explorer:
         finally:
             if self._closed:
                 shutil.rmtree(self.folder, ignore_errors=True)
+        if self._closed:
+            raise InputError(CLOSED)
         self._finished = dict(settings), mask
         shutil.rmtree(self.folder / f"run{self._runs - 1}", ignore_errors=True)
         files = (output / PATIENT / f"{name}.nii.gz" for name in ("heatmap", "mask"))

@@ -135,16 +135,18 @@ def test_without_a_threshold_there_is_no_verdict(explorer, settings):
     ) and f"{view.score:.4f}" in verdict_html(view, 1)
 
 
-def test_what_is_closed_stops_and_leaves_nothing(explorer, settings):
+@pytest.mark.parametrize("when", ["first step", "last step"])
+def test_what_is_closed_stops_and_leaves_nothing(explorer, settings, when):
     steps = []
 
     def leave(share):
         steps.append(share)
-        explorer.close()
+        if when == "first step" or share == 1:
+            explorer.close()
 
     with pytest.raises(InputError, match="session has ended"):
         explorer.segment(settings, leave)
-    assert len(steps) == 1 and not explorer.folder.exists()
+    assert len(steps) == (1 if when == "first step" else 2 * STEPS) and not explorer.folder.exists()
     with pytest.raises(InputError, match="session has ended"):
         explorer.view(INDEX, settings)
 
