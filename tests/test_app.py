@@ -152,6 +152,7 @@ def test_from_files_to_files(open_page, patients, server, tmp_path):
     assert re.search(r"Slice: unhealthy · [\d.]+ cm² at or above the threshold of 0.0711; score 0.\d{4}", page.inner_text("#cf-verdict"))  # fmt: skip
 
     seconds = [move(page, "guidance_scale", value) for value in (6, 9, 4)]
+    print("seconds from slider to overlay:", *(f"{value:.2f}" for value in seconds))
     assert min(seconds) < 3
     for slider, value in (("index", 7), ("strength", 0.5), ("num_inference_steps", 11)):
         move(page, slider, value)
