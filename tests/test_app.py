@@ -155,6 +155,7 @@ def test_from_files_to_files(open_page, patients, server, tmp_path):
     assert re.search(verdict, page.inner_text("#cf-verdict"))
 
     seconds = [move(page, "guidance_scale", value) for value in (5, 9, 4)]
+    print("seconds from slider to overlay:", *(f"{value:.2f}" for value in seconds))
     assert min(seconds) < 3
     for slider, value in (("index", 7), ("strength", 0.5), ("num_inference_steps", 11)):
         move(page, slider, value)
@@ -206,8 +207,8 @@ def test_a_bundled_phantom(open_page):
     page = open_page()
     page.get_by_label("phantom 3, no lesion").check()
     page.wait_for_selector(HEAT, timeout=120000)
-    assert "48 slices with content" in page.inner_text("#cf-message") or "slices" in page.inner_text("#cf-message")
-    assert page.inner_text("#cf-pictures").count("expert") == 1
+    assert re.search(r"flair, t1, t1ce, t2: 4\d slices with content", page.inner_text("#cf-message"))
+    assert "expert" in page.inner_text("#cf-pictures") and "Dice" not in page.inner_text("body")
 
 
 def test_no_slider_without_a_patient(open_page):

@@ -1,9 +1,11 @@
 """`diffusers-cf app` without a browser: what it refuses, what a slider's position means, and the Space in examples/."""
 
 import logging
+import os
 import re
 import runpy
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,14 +50,18 @@ def test_bad_options_are_one_line(options, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_an_address_that_is_taken_is_one_line(capsys):
+@pytest.mark.slow
+def test_an_address_that_is_taken_is_one_line(tmp_path):
     pytest.importorskip("gradio")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert main(["app", "--port", str(port)]) == 2
-    assert f"error: --host 127.0.0.1, --port {port}: can't listen there" in capsys.readouterr().err.splitlines()[-1]
+        command = [sys.executable, "-m", "diffusers_cf.cli", "app", "--port", str(port)]
+        done = subprocess.run(command, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert f"error: --host 127.0.0.1, --port {port}: can't listen there" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_a_slider_left_where_it_was_is_exactly_what_the_model_recommends():
