@@ -335,7 +335,8 @@ def plot_frontier(path: str | Path, points: Sequence[Mapping], papers: Sequence[
         place = point["network_evaluations"], point["postprocessed_auprc"]
         axis.plot(*place, "*", color=BLACK, markersize=5)
         axis.annotate(f"w = {point['guidance_scale']:g}", place, (3, 3), textcoords="offset points", fontsize=6)
-    axis.set_xscale("log")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("network passes a slice (stars: the paper's L and steps)", **FONT)
     axis.set_ylabel("best AUPRC, post-processed", **FONT)
     axis.tick_params(labelsize=6, which="both")
