@@ -13,10 +13,17 @@ from train_counterfactual import main, parse_args, start_accelerator
 SETTINGS = {"guidance_scale": 6.0, "strength": 0.5, "num_inference_steps": 10, "threshold": 0.07}
 
 
-@pytest.fixture(autouse=True)
-def _no_accelerator():
+def forget_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator():
+    """Of this test alone: another precision can't be asked for while one stands."""
+    forget_accelerator()
+    yield
+    forget_accelerator()
 
 
 def fine_tuned(folder, model):
