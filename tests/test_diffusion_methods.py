@@ -75,7 +75,6 @@ def test_the_network_begins_with_low_timesteps_and_is_validated_on_all():
         ("ours", {"thresholding": True, "use_clipped_model_output": True}, {}),
         ("ours-raw-epsilon", {"thresholding": True, "use_clipped_model_output": False}, {}),
         ("ours-fixed-point", {"thresholding": True}, {"num_fixed_point_iterations": 3}),
-        ("ours-second-order", {"thresholding": True}, {"solver_order": 2}),
     ],
 )
 def test_a_row_is_what_its_title_says(row, both, encoding):

@@ -168,9 +168,6 @@ ROWS = {
         "ours",
         _counterfactual("guidance_scales", encoding={"num_fixed_point_iterations": 3}),
     ),
-    "ours-second-order": Row(
-        "Ours, second-order inversion", (2,), "ours", _counterfactual("guidance_scales", encoding={"solver_order": 2})
-    ),
     "forward-map": Row("Forward map of our model", (1,), "ours", _forward),
     "cam": Row("Class activation map", (1,), "cam", _itself),
 }
