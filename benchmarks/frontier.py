@@ -16,25 +16,36 @@ from diffusers_cf.figures import plot_frontier
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.measuring import maps_at_size
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
-from diffusers_cf.schedulers import DynamicDDIMInverseScheduler
+from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 from diffusers_cf.settings import PAPER_SETTINGS
 from diffusers_cf.sweep import SweepPoint, evenly_spread, has_lesion, score_maps, sweep
 
 
-# How an image is encoded: options of the inverse scheduler.
+# How an image is encoded and decoded: options of the inverse scheduler and of the scheduler.
 SOLVERS = {
-    "first order": {},
-    "second order": {"solver_order": 2},
-    "fixed point": {"num_fixed_point_iterations": 1},
+    "first order": ({}, {}),
+    "second order": ({"solver_order": 2}, {}),
+    "second order in both": ({"solver_order": 2}, {"solver_order": 2}),
+    "fixed point": ({"num_fixed_point_iterations": 1}, {}),
 }
+WALKED_FORWARD = ("first order", "second order")  # the forward map knows neither decoding nor refinement
 MAPS = ("counterfactual", "reconstruction")
 LIMIT = 24  # passes a slice of the setting that is recommended
 
 
-def forward_points(pipe, dataset, rows, args, steps: int) -> list[SweepPoint]:
+def set_solver(pipe, solver: str) -> None:
+    """Gives a pipeline the schedulers of a solver, whatever it came with."""
+    encoding, decoding = SOLVERS[solver]
+    scheduler = DynamicDDIMScheduler.from_config(pipe.scheduler.config, **{"solver_order": 1} | decoding)
+    options = {"solver_order": 1, "num_fixed_point_iterations": 0} | encoding
+    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config, **options)
+    pipe.register_modules(scheduler=scheduler, inverse_scheduler=inverse)
+
+
+def forward_points(pipe, dataset, rows, args, steps: int, strengths: list[float]) -> list[SweepPoint]:
     """Scores of the forward map for every strength and scale, from one walk."""
     method = ForwardMap(pipe)
-    grid = [(strength, scale) for strength in args.strengths for scale in args.guidance_scales]
+    grid = [(strength, scale) for strength in strengths for scale in args.guidance_scales]
     method.choose_among([dict(strength=L, guidance_scale=w, num_inference_steps=steps) for L, w in grid])
     points = {
         index: SweepPoint(**settings, map="forward", network_evaluations=2 * round(steps * settings["strength"]))
@@ -48,14 +59,30 @@ def forward_points(pipe, dataset, rows, args, steps: int) -> list[SweepPoint]:
     return score_maps(maps_of, points, dataset, rows, args.batch_size)
 
 
-def points_of(pipe, dataset, rows, args, solver: str, steps: int) -> list[dict]:
-    """Every point of one solver and grid."""
-    options = {"solver_order": 1, "num_fixed_point_iterations": 0} | SOLVERS[solver]
-    pipe.register_modules(inverse_scheduler=DynamicDDIMInverseScheduler.from_config(pipe.scheduler.config, **options))
-    found = sweep(pipe, dataset, rows, args.guidance_scales, args.strengths, MAPS, steps, args.batch_size)
-    if "num_fixed_point_iterations" not in SOLVERS[solver]:  # the forward map knows no refinement
-        found += forward_points(pipe, dataset, rows, args, steps)
+def points_of(pipe, dataset, rows, args, solver: str, steps: int, strengths: list[float]) -> list[dict]:
+    """Every point of one solver and grid at some strengths."""
+    set_solver(pipe, solver)
+    found = sweep(pipe, dataset, rows, args.guidance_scales, strengths, MAPS, steps, args.batch_size)
+    if solver in WALKED_FORWARD:
+        found += forward_points(pipe, dataset, rows, args, steps, strengths)
     return [asdict(point) | {"solver": solver} for point in found]
+
+
+def add_missing(points: list[dict], pipe, dataset, rows, args, solver: str, steps: int) -> list[dict]:
+    """The points, with those of one solver and grid that they lack of the options."""
+    known = {key_of(point) for point in points}
+    keys = {(solver, steps, strength, scale) for strength in args.strengths for scale in args.guidance_scales}
+    strengths = sorted({strength for _, _, strength, _ in keys - known if round(steps * strength)})
+    if not strengths:
+        return points
+    found = points_of(pipe, dataset, rows, args, solver, steps, strengths)
+    again = {key_of(point) for point in found}
+    return [point for point in points if key_of(point) not in again] + found
+
+
+def key_of(point: dict) -> tuple:
+    """What tells a point from others but for its kind of map."""
+    return tuple(point[name] for name in ("solver", "num_inference_steps", "strength", "guidance_scale"))
 
 
 def best(points: list[dict], limit: float = float("inf")) -> dict | None:
@@ -80,18 +107,17 @@ def main(args) -> None:
     if not rows or not dataset.has_masks or not has_lesion(dataset, rows, args.batch_size):
         raise InputError(f"{args.dataset}: the split {args.split} has no slices with lesion masks to measure on")
     pipe = open_pipeline(args.model, args.device, args.dtype)
+    set_solver(pipe, "first order")  # a network is the same whatever solver its folder recommends
     output = Path(args.output)
     make_folder(output.parent)
     facts = {
         "model": model_fingerprint(pipe), "data": dataset.preprocessing, "split": args.split, "n_slices": len(rows),
-        "strengths": args.strengths, "guidance_scales": args.guidance_scales, "dtype": args.dtype,
+        "dtype": args.dtype,
     }  # fmt: skip
     points = _kept_points(output, json.loads(json.dumps(facts)))
-    done = {(point["solver"], point["num_inference_steps"]) for point in points}
     for steps in sorted(args.num_inference_steps):
         for solver in args.solvers:
-            if (solver, steps) not in done:
-                points += points_of(pipe, dataset, rows, args, solver, steps)
+            points = add_missing(points, pipe, dataset, rows, args, solver, steps)
             chosen = {"best": best(points, LIMIT), "papers": papers(points)}
             document = facts | chosen | {"command": command_line(), "commit": package_commit(), "points": points}
             write_result(document, output)
@@ -120,7 +146,7 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--output", required=True, metavar="RESULT.json", help="the figure goes beside it")
     parser.add_argument("--split", default="validation", choices=("train", "validation", "test"))
-    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[5, 10, 20, 25, 40, 50, 100])
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[5, 8, 10, 20, 25, 40, 50, 100])
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.2, 0.35, 0.5, 0.75, 0.9])
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[3.0, 6.0, 12.0])
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))

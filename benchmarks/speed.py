@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
-from sweep_cost import Counter
 
 from diffusers_cf import (
     CounterfactualDDIMPipeline,
@@ -35,12 +34,14 @@ from diffusers_cf.inference_options import (
     add_compile_argument,
     add_device_arguments,
     check_device_arguments,
+    compile_network,
     open_pipeline,
 )
 from diffusers_cf.provenance import command_line, package_commit
+from diffusers_cf.segment import map_slices, patient_files, read_volumes
 from diffusers_cf.settings import PAPER_SETTINGS
 from diffusers_cf.sweep import evenly_spread
-from diffusers_cf.volumes import segment_patient
+from diffusers_cf.volumes import segment_patient, segmentation_facts
 
 
 WAYS = ("ours", "authors", "plain")
@@ -62,8 +63,9 @@ class PlainLoop:
 
     def __init__(self, pipe: CounterfactualDDIMPipeline):
         self.pipe, self.unet, self.encoder = pipe, pipe.unet, pipe.class_encoder
-        self.scheduler = DDIMScheduler(clip_sample=False)
-        self.inverse_scheduler = DDIMInverseScheduler(clip_sample=False)
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+        options = {name: pipe.scheduler.config[name] for name in names} | {"clip_sample": False}
+        self.scheduler, self.inverse_scheduler = DDIMScheduler(**options), DDIMInverseScheduler(**options)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -90,17 +92,17 @@ def load(args: argparse.Namespace, way: str) -> tuple[CounterfactualDDIMPipeline
     """One of the three ways as the pipeline that holds its network, and a function of images."""
     ours = way == "ours"
     dtype = args.dtype if ours else "float32"
-    if args.unet_size:
-        pipe = _untrained(args, dtype)
-    else:
-        pipe = open_pipeline(args.model, args.device, dtype, args.compile and ours)
+    pipe = _untrained(args, dtype) if args.unet_size else open_pipeline(args.model, args.device, dtype)
     if ours:
+        if args.compile:
+            compile_network(pipe)
         return pipe, lambda images: pipe(images).heatmaps
     pipe.unet.to(memory_format=torch.contiguous_format)
     if way == "plain":
         return pipe, PlainLoop(pipe)
     facts, parts = pipe.preprocessing, dict(pipe.components)
-    scheduler = DynamicDDIMScheduler(threshold_clean_sample=True)
+    first_order = {"solver_order": 1, "threshold_clean_sample": True}
+    scheduler = DynamicDDIMScheduler.from_config(pipe.scheduler.config, **first_order)
     parts |= {"scheduler": scheduler, "inverse_scheduler": DynamicDDIMInverseScheduler.from_config(scheduler.config)}
     pipe = AuthorsPipeline(**parts, clip_input=False, crop_background=False)
     pipe.preprocessing = facts
@@ -113,8 +115,8 @@ def _untrained(args, dtype: str) -> CounterfactualDDIMPipeline:
     pipe = open_pipeline(args.model, args.device, dtype)
     torch.manual_seed(0)
     channels = pipe.unet.config.in_channels
-    pipe.unet = counterfactual_unet(args.unet_size, "attention", 64, channels).to(pipe.unet.device, pipe.unet.dtype)
-    pipe.unet.to(memory_format=torch.channels_last)
+    unet = counterfactual_unet(args.unet_size, "attention", 64, channels).eval()
+    pipe.unet = unet.to(pipe.unet.device, pipe.unet.dtype).to(memory_format=torch.channels_last)
     pipe.class_encoder = class_token_encoder(args.unet_size).to(pipe.unet.device, pipe.unet.dtype)
     return pipe
 
@@ -152,22 +154,26 @@ def batch_size(args: argparse.Namespace, way: str) -> int:
 
 
 def in_turn(args: argparse.Namespace, images: torch.Tensor) -> dict[str, dict]:
-    """Every way once a round, after a round that doesn't count; seconds of each round and passes a slice."""
+    """Every way once a round, after a warm-up that doesn't count; seconds of each round and passes a slice."""
     loaded = {way: load(args, way) for way in WAYS}
-    counters = {way: Counter(pipe.unet) for way, (pipe, _) in loaded.items()}
+    rows = {way: {"passes_per_slice": passes(way, pipe), "seconds_per_slice": []} for way, (pipe, _) in loaded.items()}
     for way, (_, function) in loaded.items():
-        run_all(function, images[:2], batch_size(args, way))
-        counters[way].images = 0
-    rows = {way: {"seconds_per_slice": []} for way in WAYS}
+        # sizes of windows are graphs of their own where the network is compiled
+        run_all(function, images if way == "ours" else images[:2], batch_size(args, way))
     for _ in range(args.rounds):
         for way, (_, function) in loaded.items():
             seconds = run_all(function, images, batch_size(args, way))
             rows[way]["seconds_per_slice"].append(seconds / len(images))
+    loaded.clear()
     for way, row in rows.items():
-        row["passes_per_slice"] = counters[way].images / len(images) / args.rounds
         row["times_ours"] = ratio(row["seconds_per_slice"], rows["ours"]["seconds_per_slice"])
         row["peak_memory_mib"] = peak_memory(args, way, images)
     return rows
+
+
+def passes(way: str, pipe: CounterfactualDDIMPipeline) -> int:
+    """Network evaluations of one slice with content; the plain loop walks as the authors do."""
+    return pipe.network_evaluations(settings=None if way == "ours" else "paper")
 
 
 def ratio(seconds: list[float], ours: list[float]) -> dict[str, float]:
@@ -176,14 +182,26 @@ def ratio(seconds: list[float], ours: list[float]) -> dict[str, float]:
     return {"median": statistics.median(found), "least": min(found), "most": max(found)}
 
 
-def whole_patient(args: argparse.Namespace, way: str) -> float:
-    """Seconds of `segment_patient`, reading and writing included; the model is loaded before."""
+def whole_patient(args: argparse.Namespace, way: str) -> dict[str, float]:
+    """Seconds of `segment_patient`, reading and writing included, and of its resampling and network alone.
+
+    The model is loaded and warm. Both ways make the mask with the threshold that the model recommends.
+    """
     pipe, _ = load(args, way)
-    settings = {"settings": None if way == "ours" else "paper"}
+    settings = {"settings": None if way == "ours" else "paper", "threshold": pipe.resolve_settings()["threshold"]}
+    facts = segmentation_facts(pipe, **settings)
+    volumes = read_volumes("patient", patient_files(args.patient, facts["preprocessing"]["modalities"]))
+    if way == "ours":
+        map_slices(pipe, volumes, facts, args.batch_size, progress=False)
     with TemporaryDirectory() as folder:
         start = time.perf_counter()
         segment_patient(pipe, args.patient, folder, batch_size=batch_size(args, way), progress=False, **settings)
-        return time.perf_counter() - start
+        seconds = {"seconds": time.perf_counter() - start}
+    if way == "ours":
+        start = time.perf_counter()
+        map_slices(pipe, volumes, facts, args.batch_size, progress=False)
+        seconds["resampling_and_network_seconds"] = time.perf_counter() - start
+    return seconds
 
 
 def main(args: argparse.Namespace) -> None:
@@ -202,9 +220,15 @@ def main(args: argparse.Namespace) -> None:
     facts = {"command": command_line(), "commit": package_commit(), "torch": torch.__version__}
     facts |= {"device": args.device, "dtype": args.dtype, "threads": args.threads, "n_slices": len(images)}
     result = facts | {"ways": in_turn(args, images)}
-    if args.patient:
-        result["seconds_per_patient"] = {way: whole_patient(args, way) for way in ("ours", "authors")}
     write_result(result, Path(args.output))
+    if args.patient:
+        result["patient"] = {way: whole_patient(args, way) for way in ("ours", "authors")}
+        write_result(result, Path(args.output))
+    report(result)
+
+
+def report(result: dict) -> None:
+    """Prints the figures."""
     for way, row in result["ways"].items():
         seconds, times = statistics.median(row["seconds_per_slice"]), row["times_ours"]
         spread = f"{times['median']:.1f} [{times['least']:.1f}, {times['most']:.1f}] times ours"
@@ -212,8 +236,9 @@ def main(args: argparse.Namespace) -> None:
             f"{way:8} {row['passes_per_slice']:6.1f} passes {seconds:8.3f} s a slice, {spread},"
             f" {row['peak_memory_mib']:.0f} MiB"
         )
-    for way, seconds in result.get("seconds_per_patient", {}).items():
-        print(f"{way:8} {seconds:8.1f} s for the whole patient")
+    for way, seconds in result.get("patient", {}).items():
+        inner = seconds.get("resampling_and_network_seconds")
+        print(f"{way:8} {seconds['seconds']:8.1f} s a patient" + (f", network {inner:.1f} s" if inner else ""))
 
 
 if __name__ == "__main__":

@@ -106,11 +106,11 @@ def largest_costs(steps: Iterator[None]) -> list[dict]:
 def flops_an_image(args) -> float:
     """Arithmetic of one training image, forwards and backwards, counted once by PyTorch."""
     counter = FlopCounterMode(display=False)
-    model = ConditionalNoisePredictor(
-        counterfactual_unet(args.unet_size, "attention", args.resolution, 4), class_token_encoder(args.unet_size)
-    )
+    channels = SliceDataset(args.dataset, "train").preprocessing["channels"]
+    unet = counterfactual_unet(args.unet_size, "attention", args.resolution, channels)
+    model = ConditionalNoisePredictor(unet, class_token_encoder(args.unet_size))
     with counter:
-        sample = torch.randn(1, 4, args.resolution, args.resolution)
+        sample = torch.randn(1, channels, args.resolution, args.resolution)
         model(sample, torch.tensor([500]), torch.tensor([0])).sum().backward()
     return float(counter.get_total_flops())
 

@@ -72,7 +72,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     settings, fingerprint = method.pop("settings"), method.pop("fingerprint")
     facts = _facts(args, dataset, settings)
     parts = output.with_suffix(".parts")
-    begin_parts(parts, facts | {"fingerprint": fingerprint})
+    # which of a machine's GPUs measured a part changes nothing
+    begin_parts(parts, facts | {"device": torch.device(args.device).type, "fingerprint": fingerprint})
     result = evaluate(
         dataset=dataset,
         threshold=settings["threshold"],

@@ -13,11 +13,22 @@ INK = "#555555"
 NEAR = 6  # points between a marker and its name, if there is room
 
 
-def label_points(figure: "Figure", axis, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Writes each name beside its point: over no point or name, within the axes, nearer to its own than to others."""
+def label_points(
+    figure: "Figure",
+    axis,
+    labels: Sequence[tuple[float, float, str]],
+    nameless: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Writes each name beside its point: over no point or name, within the axes, nearer to its own than to others.
+
+    Args:
+        figure, axis: where the points are drawn already.
+        labels: place and name of each point.
+        nameless: places of further points.
+    """
     figure.draw_without_rendering()
     frame = axis.get_window_extent()
-    points = [axis.transData.transform((x, y)) for x, y, _ in labels]
+    points = [axis.transData.transform(place[:2]) for place in (*labels, *nameless)]
     taken = [_around(point, figure.dpi) for point in points]
     for own, (x, y, name) in enumerate(labels):
         text = axis.annotate(

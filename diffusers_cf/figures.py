@@ -276,7 +276,8 @@ def plot_quality_against_evaluations(
 ) -> "Figure":
     """Writes Fig. 4: AUPRC over network evaluations a slice, a marker a method, its seeds' deviation as a bar.
 
-    The axis is logarithmic above 1 and linear below, so that a method without a network has its place at 0.
+    The axis is logarithmic above 1 and linear below, so that a method without a network has its place at 0. Rows of
+    Table 2 alone, which lie close to ours, are dots without a name.
 
     Args:
         path: The picture.
@@ -287,18 +288,24 @@ def plot_quality_against_evaluations(
     figure = _figure(PAGE * 0.7, 3.3)
     axis = figure.subplots()
     methods: dict[str, list[Mapping]] = {}
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: 1 in cell["tables"]):  # names cover no dot
         methods.setdefault(cell["method"], []).append(cell)
-    labels = []
+    labels, variants = [], []
     for index, (method, seeds) in enumerate(methods.items()):
         values = [(cell if chain == "raw" else cell[chain])["auprc"] for cell in seeds]
         x, y = float(np.mean([cell["network_evaluations_per_slice"] for cell in seeds])), float(np.mean(values))
+        if 1 not in seeds[0]["tables"]:
+            variants.append((x, y))
+            continue
         look = {"color": VERMILLION, "markersize": 8} if method == ours else {"color": BLUE, "markersize": 5.5}
         look |= {"marker": MARKERS[index % len(MARKERS)], "markeredgecolor": "white", "markeredgewidth": 0.5}
         deviation = np.std(values, ddof=1) if len(values) > 1 else None
         axis.errorbar(x, y, deviation, elinewidth=0.7, capsize=2, label=seeds[0]["row"], **look)
         labels.append((x, y, seeds[0]["row"]))
-    largest = max([10, *(x for x, _, _ in labels)])
+    if variants:
+        axis.plot(*zip(*variants, strict=True), ".", color=BLACK, markersize=3, label="rows of Table 2 alone")
+        axis.legend(handles=axis.lines[-1:], loc="lower right", fontsize=6)
+    largest = max([10, *(x for x, *_ in labels + variants)])
     axis.set_xscale("symlog", linthresh=1, linscale=0.4)
     ticks = [0, *(10**power for power in range(int(np.ceil(np.log10(largest))) + 1))]
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -308,7 +315,7 @@ def plot_quality_against_evaluations(
     axis.set_ylabel("AUPRC" if chain == "raw" else "AUPRC, post-processed", **FONT)
     axis.tick_params(labelsize=6)
     axis.grid(alpha=0.3, linewidth=0.5)
-    label_points(figure, axis, labels)
+    label_points(figure, axis, labels, variants)
     return _saved(figure, path)
 
 

@@ -108,9 +108,8 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         names = [names] * batch_size if names is None or isinstance(names, str) else list(names)
         if len(names) != batch_size:
             raise ValueError(f"target holds {len(names)} names for {batch_size} images")
-        ids = [self.class_encoder.class_id(name) for name in names]
-        ids = torch.tensor(ids, dtype=torch.long, device=self._execution_device)
-        return self.class_encoder(ids)
+        ids = torch.tensor([self.class_encoder.class_id(name) for name in names], dtype=torch.long)
+        return self.class_encoder(to_device(ids, self._execution_device))
 
     def prepare_images(self, images: torch.Tensor) -> torch.Tensor:
         """Images `(N, C, H, W)` in input units as the network's float32 `(N, C, h, w)` in [-1, 1]."""

@@ -120,7 +120,7 @@ def _add_run_options(add) -> None:
     add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], help=text)
     add("--allow_tf32", action="store_true")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--dataloader_num_workers", type=int, default=0)
+    add("--dataloader_num_workers", type=int, help="default: 4 where a GPU computes, else 0")
     add("--checkpointing_steps", type=int, default=1000)
     add("--checkpoints_total_limit", type=int)
     add("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")

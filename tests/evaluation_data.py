@@ -11,14 +11,14 @@ from diffusers_cf.data.slices import PatientSlices, slices_to_table, write_table
 SIZE, MODALITIES = 32, ["flair", "t1"]
 
 
-def write_dataset(folder, has_masks=True, patients=3):
+def write_dataset(folder, has_masks=True, patients=3, size=SIZE):
     """A slice data set of discs with a bright square in FLAIR, all in the split `test`."""
     rng, facts = np.random.default_rng(0), {"dtype": "float16", "scale": 1}
-    y, x = np.mgrid[:SIZE, :SIZE] - 15.5
+    y, x = np.mgrid[:size, :size] - 15.5
     tables = []
     for i in range(patients):
-        images = (x**2 + y**2 < 196) * rng.uniform(0.2, 0.8, (4, 2, SIZE, SIZE)).astype(np.float32)
-        masks = np.zeros((4, SIZE, SIZE), dtype=np.uint8)
+        images = (x**2 + y**2 < 196) * rng.uniform(0.2, 0.8, (4, 2, size, size)).astype(np.float32)
+        masks = np.zeros((4, size, size), dtype=np.uint8)
         masks[:2, 10:17, 12:19] = 1
         images[:, 0] += 0.3 * masks
         labels, slices = np.array([1, 1, 0, 0]), np.arange(4)
@@ -27,7 +27,7 @@ def write_dataset(folder, has_masks=True, patients=3):
     (folder / "data").mkdir(parents=True)
     write_tables(folder / "data" / "test-00000-of-00001.parquet", tables, ("healthy", "unhealthy"))
     empty = {"patients": 0, "slices": 0, "unhealthy": 0}
-    facts |= {"version": 1, "source": "arrays", "seed": 3, "size": SIZE, "channels": 2, "modalities": MODALITIES}
+    facts |= {"version": 1, "source": "arrays", "seed": 3, "size": size, "channels": 2, "modalities": MODALITIES}
     facts |= {"class_names": ["healthy", "unhealthy"], "has_masks": has_masks}
     facts["splits"] = {"train": empty, "validation": empty, "test": {"patients": patients, "slices": 4 * patients}}
     (folder / "preprocessing.json").write_text(json.dumps(facts))

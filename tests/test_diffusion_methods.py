@@ -1,6 +1,7 @@
 """Rows of the tables that are diffusion models: what differs in training, and that each finds the trivial phantom."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,11 +69,14 @@ def test_the_network_begins_with_low_timesteps_and_is_validated_on_all():
 @pytest.mark.parametrize(
     ("row", "both", "encoding"),
     [
+        ("cdpm-healthy", {"thresholding": False, "clip_sample": True}, {}),
         ("cdpm-classifier", {"thresholding": False, "clip_sample": True}, {}),
+        ("cdpm-adagn", {"thresholding": False, "clip_sample": True}, {}),
         ("cdpm-adagn-guided", {"thresholding": False, "clip_sample": True}, {}),
         ("ours-clipped", {"thresholding": False, "clip_sample": True}, {}),
         ("ours-unclipped", {"thresholding": False, "clip_sample": False}, {}),
         ("ours", {"thresholding": True, "use_clipped_model_output": True}, {}),
+        ("ours-reconstruction", {"thresholding": True, "use_clipped_model_output": True}, {}),
         ("ours-raw-epsilon", {"thresholding": True, "use_clipped_model_output": False}, {}),
         ("ours-fixed-point", {"thresholding": True}, {"num_fixed_point_iterations": 3}),
     ],
@@ -85,6 +89,40 @@ def test_a_row_is_what_its_title_says(row, both, encoding):
     expected = {"num_fixed_point_iterations": 0, "solver_order": 1} | encoding
     assert expected.items() <= dict(pipe.inverse_scheduler.config).items() and pipe.scheduler.config.solver_order == 1
     assert not pipe.config.crop_background
+
+
+@pytest.mark.parametrize(
+    ("row", "scales", "kind"),
+    [
+        ("cdpm-healthy", {0.0}, "counterfactual"),
+        ("cdpm-adagn", {1.0}, "counterfactual"),
+        ("cdpm-adagn-guided", {3.0}, "counterfactual"),
+        ("cdpm-classifier", {30.0}, "counterfactual"),
+        ("ours", {3.0}, "counterfactual"),
+        ("ours-reconstruction", {3.0}, "reconstruction"),
+    ],
+)
+def test_a_row_chooses_among_its_own_scales(row, scales, kind):
+    method = row_of(row).make(network_of_data(ROWS[row].network, "small", 1, 16, ("healthy", "unhealthy")), GRID)
+    assert {c["guidance_scale"] for c in method.candidates} == scales
+    assert {c["map"] for c in method.candidates} == {kind}
+
+
+@pytest.mark.parametrize("steps", [3, 500])
+def test_restoration_goes_as_far_in_any_number_of_steps(steps):
+    vae = network_of_data("vae", "small", 1, 16, ("healthy", "unhealthy"))
+    ways = [row_of("vae-restoration").make(vae, replace(GRID, restoration_steps=n)) for n in (None, steps)]
+    lengths = [[c["num_steps"] * c["step_size"] for c in way.candidates] for way in ways]
+    assert lengths[0] == pytest.approx(lengths[1])
+    assert {c["num_steps"] for c in ways[1].candidates} == {steps}
+
+
+def test_the_class_activation_map_of_every_preset_has_locations():
+    for preset in PRESETS.values():
+        with torch.device("meta"):
+            network = network_of_data("cam", preset.size, 4, preset.image_size, ("healthy", "unhealthy"))
+            images = torch.rand(1, 4, preset.image_size, preset.image_size)
+            assert min(network.activation_map(images).shape[1:]) >= 4
 
 
 def test_settings_of_the_grid_are_every_combination():

@@ -206,7 +206,7 @@ def test_strengths_shows_one_guidance_while_the_other_is_missing(tmp_path):
 
 
 def cell(method, evaluations, auprc, seed=0):
-    facts = {"method": method, "row": f"The row of {method}", "seed": seed, "auprc": auprc}
+    facts = {"method": method, "row": f"The row of {method}", "tables": [1], "seed": seed, "auprc": auprc}
     return facts | {"network_evaluations_per_slice": evaluations, "postprocessed": {"auprc": auprc / 2}}
 
 
@@ -247,6 +247,14 @@ def test_quality_is_the_mean_over_seeds_at_what_a_slice_costs(chain, tmp_path):
     assert np.ptp(bar[:, 1]) == pytest.approx(2 * part * np.std([0.6, 0.7], ddof=1))
     assert [point.get_color() for point in found.values()][0] != [point.get_color() for point in found.values()][1]
     assert ("post-processed" in axis.get_ylabel()) == (chain == "postprocessed")
+
+
+def test_rows_of_table_2_alone_are_dots_without_a_name(tmp_path):
+    cells = [cell("threshold", 0, 0.4), cell("ours", 45, 0.6), cell("ours-clipped", 60, 0.5) | {"tables": [2]}]
+    axis, found = points_and_names(plot_quality_against_evaluations(tmp_path / "f.png", cells))
+    assert list(found) == ["The row of threshold", "The row of ours"] == [text.get_text() for text in axis.texts]
+    (dots,) = [line for line in axis.lines if line.get_label() == "rows of Table 2 alone"]
+    assert dots.get_xydata().tolist() == [[60, 0.5]]
 
 
 def test_methods_without_a_network_stand_at_zero_left_of_one(tmp_path):

@@ -17,6 +17,7 @@ from diffusers_cf import (
 )
 from diffusers_cf.baselines.diffusion import CounterfactualDiffusion
 from diffusers_cf.baselines.forward_map import ForwardMap
+from diffusers_cf.images import Windows
 
 
 MEANS, STD = (-0.2, 0.3, 0.1), 0.4  # of healthy, unhealthy, null, in the network's range
@@ -135,6 +136,21 @@ def test_one_walk_serves_all_candidates_of_a_grid(pipe, images, record_calls):
         method.settings = GRID[index]
         torch.testing.assert_close(maps, method.anomaly_map(images), rtol=1e-5, atol=1e-7)
     assert len({round(maps.sum().item(), 5) for _, maps in found}) == 1 + 8  # strength 0 changes nothing
+
+
+def test_empty_slices_and_margins_are_not_computed(pipe, images, record_calls):
+    """Nor are conditions encoded anew at each step."""
+    images[0] = 0
+    calls, encoded, encode = record_calls(pipe), [], pipe.encode_classes
+    pipe.encode_classes = lambda *given: encoded.append(given) or encode(*given)
+    pipe.windows = lambda prepared: [Windows([1, 2], [(0, 0), (4, 4)], (4, 4)), Windows([3], [(0, 0)], (8, 8))]
+    method = ForwardMap(pipe)
+    method.settings = {"guidance_scale": 3.0, "strength": 0.3, "num_inference_steps": 10}
+    maps = method.anomaly_map(images)
+    assert [tuple(call.sample.shape) for call in calls] == [(4, 2, 4, 4)] * 3 + [(2, 2, 8, 8)] * 3
+    assert len(encoded) == 2
+    assert (maps[0] == 0).all() and (maps[1, 4:] == 0).all() and (maps[2, :4] == 0).all()
+    assert all((maps[number] > 0).any() for number in (1, 2, 3))
 
 
 def test_the_default_candidates_are_valid(pipe):

@@ -126,6 +126,14 @@ def test_shards_from_the_command_line(dataset, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+def test_each_shard_may_have_a_device_of_its_own(dataset, tmp_path):
+    """As the GPUs of one machine are; `cpu:0` is the only other name that every machine knows."""
+    options = ["--method", "threshold-flair", "--dataset", dataset, "--output", tmp_path / "RESULT.json"]
+    assert run(*options, "--device", "cpu", "--shard", "1/2") == 0
+    assert run(*options, "--device", "cpu:0") == 0
+    assert json.loads((tmp_path / "RESULT.json").read_text())["n_patients"] == 5
+
+
 def test_parts_of_another_run_are_not_taken(dataset, tmp_path, capsys):
     options = ["--dataset", dataset, "--output", tmp_path / "RESULT.json"]
     assert run("--method", "threshold-flair", *options, "--shard", "1/2") == 0

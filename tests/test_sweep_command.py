@@ -213,8 +213,8 @@ def test_frontier_script_goes_on_and_counts_passes(files, capsys):
     subprocess.run([*command, "20"], check=True, capture_output=True)
     document = json.loads((files / "frontier.json").read_text())
     points = document["points"]
-    # three solvers with two decoded maps each, a forward map for two of them, two strengths, two grids
-    assert points[: len(first)] == first and len(points) == 2 * len(first) == 2 * 2 * (3 * 2 + 2)
+    # four solvers with two decoded maps each, a forward map for two of them, two strengths, two grids
+    assert points[: len(first)] == first and len(points) == 2 * len(first) == 2 * 2 * (4 * 2 + 2)
     passes = {
         (p["solver"], p["map"], p["num_inference_steps"], p["strength"]): p["network_evaluations"] for p in points
     }
@@ -229,8 +229,13 @@ def test_frontier_script_goes_on_and_counts_passes(files, capsys):
     wanted = [p for p in first if (p["solver"], p["map"]) == ("first order", "counterfactual")]
     # not to the last digit: which pixels tie depends on how many threads the sums of a network are split over
     assert [p["auprc"] for p in single] == pytest.approx([p["auprc"] for p in wanted], rel=2e-3)
-    assert len(set(scores.values())) == 3 and max(scores.values()) > 1.01 * min(scores.values())
+    assert len(set(scores.values())) == 4 and max(scores.values()) > 1.01 * min(scores.values())
     assert document["best"]["network_evaluations"] <= 24
+    more = [*command[: command.index("--guidance_scales")], "0.3", *command[command.index("--guidance_scales") :]]
+    subprocess.run([*more, "--solvers", "fixed point"], check=True, capture_output=True)
+    added = json.loads((files / "frontier.json").read_text())["points"]
+    assert added[: len(points)] == points and len(added) == len(points) + 2
+    assert {(p["solver"], p["strength"]) for p in added[len(points) :]} == {("fixed point", 0.3)}
     assert (files / "frontier.png").read_bytes().startswith(b"\x89PNG")
     other = subprocess.run([*command[:-1], "5", "--max_slices", "5"], capture_output=True, text=True)
     assert other.returncode == 2 and "holds points of other n_slices" in other.stderr

@@ -56,7 +56,8 @@ NETWORKS = {
     "cdpm-classifier": Network(ClassifierGuidedDiffusion, UNCONDITIONAL, UNCONDITIONAL | PAPER_UNET),
     "cdpm-adagn": Network(CounterfactualDiffusion, {"conditioning": "adagn"}, {"conditioning": "adagn"} | PAPER_UNET),
     "ours": Network(CounterfactualDiffusion, {}, PAPER_UNET),
-    "cam": Network(ClassActivationMap, {}, {"hidden_sizes": (64, 128, 256, 512), "depths": (2, 2, 2, 2)}),
+    # two stages at 64 pixels: a map of 8 x 8, where a ResNet-18 would leave one of 2 x 2
+    "cam": Network(ClassActivationMap, {}, {"hidden_sizes": (128, 256), "depths": (4, 4)}),
 }
 
 
@@ -125,8 +126,11 @@ def _forward(trained: CounterfactualDiffusion, grid: Grid) -> ForwardMap:
 
 def _restoration(trained: VariationalAutoencoder, grid: Grid) -> VAERestoration:
     method = VAERestoration(trained)
-    if grid.restoration_steps:
-        method.choose_among([c | {"num_steps": grid.restoration_steps} for c in method.candidates])
+    if steps := grid.restoration_steps:
+        # as far in all as by default, in smaller or larger steps
+        sizes = [c["step_size"] * c["num_steps"] / steps for c in method.candidates]
+        changed = [{"num_steps": steps, "step_size": size} for size in sizes]
+        method.choose_among([c | new for c, new in zip(method.candidates, changed, strict=True)])
     return method
 
 

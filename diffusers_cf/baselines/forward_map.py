@@ -6,6 +6,7 @@ import torch
 
 from diffusers_cf.baselines.method import AnomalyMethod, foreground
 from diffusers_cf.guidance import implicit_guidance
+from diffusers_cf.images import network_images, to_device
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 
 
@@ -59,16 +60,28 @@ class ForwardMap(AnomalyMethod):
         return round(settings["num_inference_steps"] * settings["strength"])
 
     def _maps(self, images: torch.Tensor, candidates: Sequence[dict]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields `(index, maps)` of settings, each once its own K steps of the walk are averaged."""
-        self.pipe.check_inputs(images)
-        latents = self.pipe.prepare_images(images)
+        """Yields `(index, maps)` of settings; nothing is computed where the pipeline computes nothing."""
+        pipe = self.pipe
+        pipe.check_inputs(images)
+        prepared = network_images(images, pipe.image_size, pipe.config.clip_input)
+        groups = pipe.windows(prepared)  # before the images travel: reading them back would wait for earlier ones
+        prepared = to_device(prepared, pipe._execution_device)
+        maps = [torch.zeros_like(prepared[:, 0]) for _ in candidates]
+        for group in groups:
+            for index, found in self._maps_of_windows(group.cut(prepared), candidates):
+                group.paste(maps[index], found)
+        yield from enumerate(maps)
+
+    def _maps_of_windows(
+        self, latents: torch.Tensor, candidates: Sequence[dict]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields `(index, maps)` of settings with a step to walk, each once its own K steps are averaged."""
         inside = foreground((latents + 1) / 2)[:, 0]
         for grid in dict.fromkeys(c["num_inference_steps"] for c in candidates):
             chosen = {i: c for i, c in enumerate(candidates) if c["num_inference_steps"] == grid}
             ends = {index: self._num_steps(settings) for index, settings in chosen.items()}
             scales = {settings["guidance_scale"] for settings in chosen.values()}
             sums = {scale: torch.zeros_like(inside) for scale in scales}
-            yield from ((index, torch.zeros_like(inside)) for index, end in ends.items() if end == 0)
             for step, changes in enumerate(self._walk(latents, grid, max(ends.values()), scales), start=1):
                 for scale, change in changes.items():
                     sums[scale] += change
@@ -80,11 +93,14 @@ class ForwardMap(AnomalyMethod):
         self, latents: torch.Tensor, num_inference_steps: int, steps: int, scales: set[float]
     ) -> Iterator[dict[float, torch.Tensor]]:
         """Yields for each step of the encoding the change `(N, h, w)` in input units at each guidance scale."""
-        scheduler = self.pipe.inverse_scheduler
+        scheduler, count = self.pipe.inverse_scheduler, len(latents)
         scheduler.set_timesteps(num_inference_steps)
+        with torch.no_grad():
+            both = self.pipe.encode_classes([None] * count + [self._target] * count, 2 * count)
         for t in scheduler.timesteps[:steps]:
             with torch.no_grad():
-                null, target = self._predict_both(latents, scheduler.network_timestep(t))
+                told = scheduler.network_timestep(t)
+                null, target = self.pipe.predict_noise(torch.cat([latents, latents]), told, both).chunk(2)
                 clean, changes = scheduler.predict_original(null, t, latents), {}
                 for scale in scales:
                     guided = scheduler.predict_original(implicit_guidance(null, target, scale), t, latents)
@@ -93,8 +109,6 @@ class ForwardMap(AnomalyMethod):
                 latents = scheduler.step(null, t, latents).prev_sample
             yield changes
 
-    def _predict_both(self, sample: torch.Tensor, timestep: int) -> Sequence[torch.Tensor]:
-        """Noise predicted under null and target, each `(N, C, h, w)`, in one batch."""
-        encoder, count = self.pipe.class_encoder, len(sample)
-        condition = self.pipe.encode_classes([None] * count + [encoder.config.class_names[0]] * count, 2 * count)
-        return self.pipe.predict_noise(torch.cat([sample, sample]), timestep, condition).chunk(2)
+    @property
+    def _target(self) -> str:
+        return self.pipe.class_encoder.config.class_names[0]

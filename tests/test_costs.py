@@ -1,0 +1,108 @@
+"""What the package costs: time to import, memory of an evaluation, and what the fast path gives up."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_data import write_dataset
+
+from diffusers_cf.baselines import make_baseline
+from diffusers_cf.data.phantom import FROZEN_SEED, PhantomSource
+from diffusers_cf.demo import SHIPPED_MODEL
+from diffusers_cf.inference_options import computes_in_bfloat16, open_pipeline
+from diffusers_cf.pixel_counts import PixelCounts
+from diffusers_cf.postprocessing import foreground_mask
+
+
+ROOT = Path(__file__).parent.parent
+DIFFUSERS = "from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel"
+HEAVY = ("datasets", "gradio", "matplotlib", "nibabel", "nilearn", "pandas", "pyarrow", "scipy", "sklearn", "torchvision")
+
+
+def python(code: str) -> str:
+    """What a new interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_importing_brings_no_heavy_library_that_diffusers_does_not():
+    code = f"import sys; {DIFFUSERS}; before = set(sys.modules); import diffusers_cf; print(*set(sys.modules) - before)"
+    assert not {name.partition(".")[0] for name in python(code).split()} & set(HEAVY)
+
+
+def test_help_loads_no_command():
+    code = (
+        "import sys; from diffusers_cf.cli import main; before = set(sys.modules)\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print('loaded', *set(sys.modules) - before)"
+    )
+    text, _, loaded = python(code).rpartition("loaded")
+    assert "segment" in text and not any(name.startswith(("diffusers_cf", *HEAVY)) for name in loaded.split())
+
+
+def test_importing_takes_little_longer_than_diffusers():
+    """At most 0.3 s on an idle machine; three times that here, where other jobs may run."""
+    code = f"import time; {DIFFUSERS}; start = time.perf_counter(); import diffusers_cf; print(time.perf_counter() - start)"
+    assert statistics.median(float(python(code)) for _ in range(3)) < 0.9
+
+
+def peak_memory(folder: Path, output: Path) -> float:
+    """Peak of the memory that an evaluation in a process of its own holds, in MiB; pages of files not counted."""
+    code = (
+        "import sys, threading, time; from diffusers_cf.cli import main; peak = 0\n"
+        "def watch():\n"
+        "    global peak\n"
+        "    while True:\n"
+        "        status = open('/proc/self/status').read().split()\n"
+        "        peak = max(peak, int(status[status.index('RssAnon:') + 1]) / 1024)\n"
+        "        time.sleep(0.005)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        f"assert main(['evaluate', '--method', 'threshold-flair', '--dataset', {str(folder)!r},"
+        f" '--output', {str(output)!r}]) == 0\n"
+        "print('peak', peak)"
+    )
+    return float(python(code).rpartition("peak")[2])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_number_of_patients(tmp_path):
+    """200 patients of 2 MB each in memory, against 20."""
+    peaks = []
+    for count in (20, 200):
+        folder = write_dataset(tmp_path / str(count), patients=count, size=256)
+        peaks.append(peak_memory(folder, tmp_path / f"{count}.json"))
+        assert json.loads((tmp_path / f"{count}.json").read_text())["n_patients"] == count
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.fixture(scope="module")
+def phantom_slices():
+    """Slices of a phantom patient with a lesion, 64 x 64, every fourth of them."""
+    source = PhantomSource(FROZEN_SEED, size=64)
+    patient = next(found for found in map(source.read, source.fixed_splits()["validation"]) if found.masks.any())
+    return torch.from_numpy(patient.images[::4]), patient.masks[::4]
+
+
+def auprc(maps: torch.Tensor, images: torch.Tensor, masks: np.ndarray) -> float:
+    inside, counts = foreground_mask(images.numpy()), PixelCounts()
+    counts.update(maps.float().numpy()[inside], masks[inside])
+    return counts.average_precision()
+
+
+def test_the_fast_path_finds_what_float32_finds_on_whole_images(phantom_slices):
+    """Windows, bfloat16 and channels last against the paper's computation: within 1 point of AUPRC."""
+    images, masks = phantom_slices
+    dtype = "bfloat16" if computes_in_bfloat16("cpu") else "float32"
+    fast, exact = open_pipeline(str(SHIPPED_MODEL), "cpu", dtype), open_pipeline(str(SHIPPED_MODEL), "cpu", "float32")
+    exact.register_to_config(crop_background=False)
+    exact.unet.to(memory_format=torch.contiguous_format)
+    scores = [auprc(pipe(images).heatmaps, images, masks) for pipe in (fast, exact)]
+    threshold = make_baseline("threshold-flair", ["flair", "t1", "t1ce", "t2"]).anomaly_map(images)
+    assert scores[1] > auprc(threshold, images, masks)
+    assert scores[0] == pytest.approx(scores[1], abs=0.01)
+
