@@ -11,7 +11,6 @@ import pytest
 import torch
 from evaluation_data import write_dataset
 
-from diffusers_cf.baselines import make_baseline
 from diffusers_cf.data.phantom import FROZEN_SEED, PhantomSource
 from diffusers_cf.demo import SHIPPED_MODEL
 from diffusers_cf.inference_options import computes_in_bfloat16, open_pipeline
@@ -63,7 +62,7 @@ def peak_memory(folder: Path, output: Path) -> float:
         "        time.sleep(0.005)\n"
         "threading.Thread(target=watch, daemon=True).start()\n"
         f"assert main(['evaluate', '--method', 'threshold-flair', '--dataset', {str(folder)!r},"
-        f" '--output', {str(output)!r}]) == 0\n"
+        f" '--output', {str(output)!r}, '--batch_size', '8']) == 0\n"
         "print('peak', peak)"
     )
     return float(python(code).rpartition("peak")[2])
@@ -71,7 +70,7 @@ def peak_memory(folder: Path, output: Path) -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_patients(tmp_path):
-    """200 patients of 2 MB each in memory, against 20."""
+    """200 patients of 2 MB each in memory, against 20: enough for both to fill the batches that are on their way."""
     peaks = []
     for count in (20, 200):
         folder = write_dataset(tmp_path / str(count), patients=count, size=256)
@@ -102,7 +101,6 @@ def test_the_fast_path_finds_what_float32_finds_on_whole_images(phantom_slices):
     exact.register_to_config(crop_background=False)
     exact.unet.to(memory_format=torch.contiguous_format)
     scores = [auprc(pipe(images).heatmaps, images, masks) for pipe in (fast, exact)]
-    threshold = make_baseline("threshold-flair", ["flair", "t1", "t1ce", "t2"]).anomaly_map(images)
-    assert scores[1] > auprc(threshold, images, masks)
+    assert scores[1] > 5 * masks.sum() / foreground_mask(images.numpy()).sum()
     assert scores[0] == pytest.approx(scores[1], abs=0.01)
 

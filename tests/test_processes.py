@@ -163,6 +163,19 @@ def test_two_processes_of_a_launcher_evaluate(dataset, tmp_path):
     assert not (tmp_path / "two.parts").exists()
 
 
+def test_two_processes_evaluate_a_model_as_one_does(dataset, model, tmp_path):
+    """To rounding: the slices of a batch are others, and so is the order of its sums."""
+    options = ["evaluate", "--model", model, "--dataset", dataset, "--batch_size", 3, "--dtype", "float32", "--output"]
+    done = launch(*options, tmp_path / "two.json")
+    assert done.returncode == 0, done.stderr
+    assert run(*options[1:], tmp_path / "one.json") == 0
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    for found, expected in ((two, one), (two["postprocessed"], one["postprocessed"])):
+        for name in ("auprc", "ideal_dice", "foreground_auprc", "slice_auroc"):
+            assert found[name] == pytest.approx(expected[name], abs=1e-5)
+        assert found["per_patient_dice"]["values"] == pytest.approx(expected["per_patient_dice"]["values"], abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def patients(tmp_path_factory):
     folder = tmp_path_factory.mktemp("patients")

@@ -12,17 +12,18 @@ from diffusers_cf.baselines.method import TrainableMethod, foreground, residual_
 
 
 NOISE_STD = 0.2
-NOISE_COARSENESS = 8
+NOISE_CELLS = 16  # along a side of the image
 
 
 def coarse_noise(noise: torch.Tensor, uniform: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Noise of std 0.2 at an eighth of the resolution, enlarged bilinearly, rolled by a random shift, masked.
+    """Noise of std 0.2 on 16 x 16 points, enlarged bilinearly, rolled by a random shift, masked.
 
-    Kascenas et al. 2022: 16 x 16 for images of 128 x 128, drawn for each channel. Enlarging takes the std between the
-    coarse points down, to 0.2 * 0.664 on average (root mean square) away from the frame.
+    Kascenas et al. 2022: 16 x 16 for images of 128 x 128, drawn for each channel. It is as coarse as a lesion, so other
+    resolutions have as many points of the same field, at most one for 2 pixels a side. Enlarging takes the std between
+    the points down, at 128 x 128 to 0.2 * 0.664 on average (root mean square) away from the frame.
 
     Args:
-        noise (`torch.Tensor`): draws from N(0, 1), `(N, C, h, w)`; the corner `(h / 8, w / 8)` of it is used.
+        noise (`torch.Tensor`): draws from N(0, 1), `(N, C, h, w)`; a corner of it is used.
         uniform (`torch.Tensor`): draws from U[0, 1), `(N,)`, for one of the h * w shifts, the same in all channels.
         mask (`torch.Tensor`): 1 where noise may be, 0 elsewhere, `(N, 1, h, w)`.
 
@@ -30,7 +31,8 @@ def coarse_noise(noise: torch.Tensor, uniform: torch.Tensor, mask: torch.Tensor)
         `torch.Tensor`: `(N, C, h, w)`.
     """
     height, width = noise.shape[-2:]
-    coarse = NOISE_STD * noise[..., : height // NOISE_COARSENESS, : width // NOISE_COARSENESS]
+    rows, columns = (min(NOISE_CELLS, side // 2) for side in (height, width))
+    coarse = NOISE_STD * noise[..., :rows, :columns]
     smooth = functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
     shifts = (uniform.double() * height * width).long().tolist()
     rolled = [image.roll(divmod(shift, width), (-2, -1)) for image, shift in zip(smooth, shifts, strict=True)]
@@ -108,7 +110,7 @@ class DenoisingAutoencoder(TrainableMethod):
 
     Args:
         num_channels (`int`): of the images.
-        image_size (`int`): side of the network's input in pixels, a multiple of 8 and at least 16.
+        image_size (`int`): side of the network's input in pixels, a multiple of the coarsest level's pixel, two or more.
         block_out_channels (`tuple[int]`): of the U-Net's levels, the finest first.
         norm_num_groups (`int`): of the group norms.
         learning_rate (`float`): the highest one of Adam (AMSGrad).
@@ -133,10 +135,8 @@ class DenoisingAutoencoder(TrainableMethod):
     ):
         super().__init__()
         coarsest = 2 ** (len(block_out_channels) - 1)
-        if image_size % NOISE_COARSENESS or image_size % coarsest or image_size < 2 * max(NOISE_COARSENESS, coarsest):
-            raise ValueError(
-                f"image_size is {image_size}: it must be a multiple of {max(NOISE_COARSENESS, coarsest)}, two or more"
-            )
+        if image_size % coarsest or image_size < 2 * coarsest:
+            raise ValueError(f"image_size is {image_size}: it must be a multiple of {coarsest}, two or more")
         self.network = DenoisingUNet(num_channels, tuple(block_out_channels), norm_num_groups)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:

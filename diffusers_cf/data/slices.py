@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.dataset
 import pyarrow.parquet
 import torch
 
@@ -22,6 +23,8 @@ from diffusers_cf.errors import InputError
 ORIENTATION = "anterior up, patient's left at the image's left"
 # Rows per row group: small enough that a reader never holds much more than a patient at a time.
 ROW_GROUP_SIZE = 256
+# Row groups are read when they are wanted: read ahead, a small file is in memory as a whole.
+FROM_DISK = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
 
 
 @dataclass
@@ -154,8 +157,9 @@ class SliceDataset(torch.utils.data.Dataset):
         try:
             # The files by name: the front matter of a README.md beside them could name others, anywhere.
             rows = datasets.load_dataset(
-                "parquet", data_files={self.split: files}, split=self.split, features=features, cache_dir=cache_dir
-            )
+                "parquet", data_files={self.split: files}, split=self.split, features=features, cache_dir=cache_dir,
+                fragment_scan_options=FROM_DISK,
+            )  # fmt: skip
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{self.folder}: the Parquet files can't be read ({reason})") from None
