@@ -4,10 +4,12 @@
 # VENV    where the environment lies; one that is already there is reused
 # TORCH   what pip installs as torch. The version alone takes a CPU build where one is on offer; elsewhere
 #         name a build's own index: make test TORCH="torch==2.13.0 --index-url URL"
+# TEST_WORKERS  processes that share the test files; each test computes on one thread
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt)
 TEST_SECONDS ?= 2400
+TEST_WORKERS ?= 2
 PYTEST_FLAGS ?=
 
 python := $(VENV)/bin/python
@@ -19,7 +21,7 @@ demo: $(VENV)/.installed
 	$(python) -m diffusers_cf.cli demo --output demo_output
 
 test: $(VENV)/.installed
-	$(python) -m pytest --session-timeout=$(TEST_SECONDS) --durations=15 $(PYTEST_FLAGS)
+	$(python) -m pytest -n $(TEST_WORKERS) --dist loadfile --session-timeout=$(TEST_SECONDS) --durations=15 $(PYTEST_FLAGS)
 
 style: $(VENV)/.installed-dev
 	$(python) -m ruff check --fix .

@@ -15,7 +15,7 @@ extras = {
     "train": ["tensorboard"],
     # 2.3 brought --session-timeout, by which `make test` keeps its time budget
     # playwright drives the Chromium that is installed, and needs none of its own
-    "test": ["pytest", "pytest-timeout>=2.3", "playwright"],
+    "test": ["pytest", "pytest-timeout>=2.3", "pytest-xdist", "playwright"],
 }
 extras["dev"] = ["ruff", *extras["phantom"], *extras["app"], *extras["dicom"], *extras["train"], *extras["test"]]
 
