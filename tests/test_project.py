@@ -36,6 +36,7 @@ ALLOWED = {
     "saving": {"loading"},
     "cards": {"loading"},
     "remote_code": set(),
+    "generic_loading": {"errors", "loading"},
     "hub": {"cards", "errors", "loading", "remote_code"},
     "model_folder": {"loading", "saving"},
     "pipeline_counterfactual_ddim": {
