@@ -44,7 +44,7 @@ ALLOWED_COMPONENTS: dict[str, tuple] = {
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 SHARD_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
-_CONFIGS = ("config.json", "scheduler_config.json")
+CONFIGS = ("config.json", "scheduler_config.json")
 CHECKSUMS = re.compile(r"checksums(?:\.\w+)?\.json")
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _MAX_JSON_BYTES = 16 * 2**20
@@ -135,7 +135,7 @@ def _model_files(where, names: Iterable[str], components: Mapping[str, tuple], v
         component, _, base = name.rpartition("/")
         if component in in_component:
             in_component[component].append(base)
-            files += [name] if base in _CONFIGS else []
+            files += [name] if base in CONFIGS else []
         elif not component and (base in (MODEL_INDEX, PREPROCESSING, "README.md") or CHECKSUMS.fullmatch(base)):
             files.append(name)
     for component, weights in _wanted_weights(where, in_component, components, variant).items():
@@ -206,7 +206,7 @@ def check_model_folder(
         sub_folder = folder / component
         if not sub_folder.is_dir():
             raise InputError(f"{sub_folder}: the folder of this component is missing")
-        read_object(inside(folder, sub_folder / _CONFIGS[class_name.endswith("Scheduler")]))
+        read_object(inside(folder, sub_folder / CONFIGS[class_name.endswith("Scheduler")]))
         names[component] = [path.name for path in sub_folder.iterdir()]
     for component, weights in _wanted_weights(folder, names, components, variant).items():
         for name in weights:

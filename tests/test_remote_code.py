@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from hub_client import command_line
 from model_files import FACTS, UNET, fingerprint, load, tiny_pipeline
 from without_package import load_without_package
 
@@ -72,6 +73,27 @@ def test_all_ways_back_give_the_same_maps(hub, client, model, tmp_path):
     assert bare["facts"]["settings"] == FACTS["settings"]  # all ways gave these facts
     assert bare["publish"] == "to publish a model, install diffusers_cf"
     assert f'"{coded}", trust_remote_code=True' in hub.files(coded)["README.md"].decode()
+
+
+def test_the_command_publishes_a_model_of_leaves(hub, client, tmp_path):
+    pipe = tiny_pipeline(channels=1, class_names=("sound", "rust", "mildew"))
+    facts = {"modalities": ["grey"], "class_names": ["sound", "rust", "mildew"], "source": "folder"} | RECOMMENDED
+    pipe.preprocessing = facts
+    pipe.save_pretrained(tmp_path / "leaf")
+    options = ["--with-code", "--data-license", "cc0-1.0"]
+    code, _, err = client(command_line, "publish", tmp_path / "leaf", "--repo-id", "user/leaves", *options)
+    assert code == 0, err
+    expected = load(tmp_path / "leaf")
+    assert expected["preprocessing"] == facts
+    assert client(load, "user/leaves", cache_dir=tmp_path / "1") == expected
+    (bare,) = load_without_package(hub, tmp_path, ("user/leaves", {}))
+    assert bare["heatmaps"] == sha256(expected["heatmaps"]) and bare["facts"] == facts
+    assert client(command_line, "publish", tmp_path / "leaf", "--repo-id", "user/leaves")[0] == 0
+    assert client(load_generically, "user/leaves", cache_dir=tmp_path / "2") == expected
+    card = hub.files("user/leaves")["README.md"].decode()
+    assert (
+        "how an image would look as `sound`" in card and "- medical" not in card and "lesion localisation" not in card
+    )
 
 
 def test_code_runs_for_nobody_who_has_not_said_so(hub, client, model, tmp_path):
