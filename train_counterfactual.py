@@ -25,7 +25,7 @@ from diffusers_cf.arguments import make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.fine_tuning import inherited_facts, open_base, public_name
-from diffusers_cf.hub import create_repository, push_model
+from diffusers_cf.hub import model_repository, push_model
 from diffusers_cf.inference_options import computes_in_bfloat16
 from diffusers_cf.loading import SWITCHES
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
@@ -200,7 +200,7 @@ def main(args: Namespace) -> None:
     accelerator = start_accelerator(args, output)
     if args.push_to_hub and accelerator.is_main_process:
         name = args.hub_model_id or output.resolve().name
-        repository = create_repository(name, args.hub_token, args.hub_private_repo or None)
+        repository, _ = model_repository(name, args.hub_token, args.hub_private_repo or None)
     run = set_up(args, accelerator, output)
     step = resume(run)
     if args.report_to:

@@ -178,8 +178,14 @@ def dice_of_rules(maps: Iterator[tuple[np.ndarray, dict]], rules: dict) -> dict[
 
 
 def store_threshold(folder: str, settings: dict, rule: str, facts: dict) -> None:
-    """Writes settings and threshold into the model folder's preprocessing.json, and what chose the threshold."""
+    """Writes settings and threshold into the model folder's preprocessing.json, and what chose the threshold.
+
+    What chose the settings stays if they are the same still, but for the Dice of the threshold that it chose with them.
+    """
     known = loading.read_preprocessing(folder)
+    chosen = known.pop("settings_chosen_by", None)
+    if chosen and all(settings[name] == known.get("settings", {}).get(name) for name in SETTINGS):
+        known["settings_chosen_by"] = {name: value for name, value in chosen.items() if name != "ideal_dice"}
     kept = {name: facts[name] for name in ("command", "commit", "split", "n_slices")} | {"rule": rule}
     size = {"evaluation_size": facts["data"]["size"]}
     stored = {"settings": settings | {"postprocess": True}, "threshold_chosen_by": kept} | size

@@ -2,21 +2,23 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from diffusers_cf.cards import OWN_DATA, SOURCES
+import torch
+
 from diffusers_cf.data.preprocessing import read_preprocessing as read_dataset_facts
 from diffusers_cf.dataset_publishing import push_dataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.hub import push_model
 from diffusers_cf.inference_options import DTYPES, open_pipeline
 from diffusers_cf.loading import check_model_folder, read_preprocessing
+from diffusers_cf.model_facts import check_publishable
+from diffusers_cf.pictures import PHANTOM_PICTURE, phantom_picture
 from diffusers_cf.provenance import model_fingerprint
-
-
-# What the card takes from RESULT.json.
-_NEEDED = {"auprc", "ideal_dice", "slice_auroc", "postprocessed", "dataset", "protocol", "command", "commit", "dtype"}
-_NEEDED |= {"n_patients", "n_slices"}
+from diffusers_cf.published_results import checked_result
+from diffusers_cf.sources import SOURCES
 
 
 def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +31,7 @@ def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the code, too, for users without this package: DiffusionPipeline with trust_remote_code=True",
     )
+    add("--data_license", help="of the training data, where their source does not say it: phantom and decathlon do")
     _add_repository_arguments(add, "of the weights")
 
 
@@ -61,19 +64,20 @@ def run_publish(args: argparse.Namespace) -> int:
         if not facts.get(name):
             raise InputError(f"{args.model}: its preprocessing.json does not name its {name}: nobody could use it")
     results = [_read_result(Path(path), args.model) for path in args.scores]
-    for picture in args.pictures:
-        _check_picture(Path(picture), facts)
-    address = push_model(
-        args.model,
-        args.repo_id,
-        token=args.token,
-        private=args.private or None,
-        licence=args.license,
-        results=results,
-        pictures=args.pictures,
-        commit_message=args.commit_message,
-        with_code=args.with_code,
-    )
+    with TemporaryDirectory() as folder:
+        pictures = args.pictures or _own_pictures(args.model, facts, Path(folder))
+        address = push_model(
+            args.model,
+            args.repo_id,
+            token=args.token,
+            private=args.private or None,
+            licence=args.license,
+            data_licence=args.data_license,
+            results=results,
+            pictures=pictures,
+            commit_message=args.commit_message,
+            with_code=args.with_code,
+        )
     print(f"{args.model} -> {address}")
     return 0
 
@@ -85,8 +89,6 @@ def run_publish_dataset(args: argparse.Namespace) -> int:
         InputError: the folder or a picture can't be published, or the Hub does not take it.
     """
     facts = read_dataset_facts(args.dataset)
-    for picture in args.pictures:
-        _check_picture(Path(picture), facts)
     address, with_images = push_dataset(
         args.dataset,
         args.repo_id,
@@ -105,25 +107,27 @@ def run_publish_dataset(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_result(path: Path, model: str) -> dict:
+def _own_pictures(model: str, facts: Mapping, folder: Path) -> list[Path]:
+    """A picture of data that anybody may see, for a model that was trained on such."""
+    if facts.get("source") != "phantom":
+        return []
+    pipe = open_pipeline(model, "cuda" if torch.cuda.is_available() else "cpu")
+    check_publishable(pipe, model)
+    return phantom_picture(pipe, folder / PHANTOM_PICTURE)
+
+
+def _read_result(path: Path, model: str) -> Mapping:
     """A result, if it was measured with the weights of this model."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        missing = sorted(_NEEDED - result.keys())
-    except (OSError, ValueError, AttributeError) as error:
+        result = checked_result(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: can't be read as a RESULT.json ({error})") from None
-    if missing or result["dtype"] not in DTYPES:
-        raise InputError(f"{path}: no RESULT.json of evaluate (lacks {(missing or ['a known dtype'])[0]})")
+    if result.get("dtype") not in (*DTYPES,):
+        raise InputError(f"{path}: no RESULT.json of evaluate (lacks a known dtype)")
     if "model_sha256" not in result:
         raise InputError(f"{path}: does not say which weights it measured: evaluate again with this version")
     if result["model_sha256"] != model_fingerprint(open_pipeline(model, dtype=result["dtype"])):
         raise InputError(f"{path}: was measured with other weights than those of {model}")
     return result
-
-
-def _check_picture(path: Path, facts: dict) -> None:
-    if not path.is_file() or path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise InputError(f"{path}: a picture must be a .png or .jpg file")
-    source = SOURCES.get(facts.get("source"), OWN_DATA)
-    if not source.may_be_passed_on:
-        raise InputError(f"{path}: pictures of these data may not be shown ({source.words})")

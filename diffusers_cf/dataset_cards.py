@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from diffusers_cf.cards import LIBRARY, OWN_DATA, SOURCES, in_words
+from diffusers_cf.cards import LIBRARY, in_words
 from diffusers_cf.data.preprocessing import SPLITS
+from diffusers_cf.sources import source_of
 
 
-TAGS = ["medical", "anomaly-detection", "weakly-supervised", LIBRARY]
+TAGS = ["anomaly-detection", "weakly-supervised", LIBRARY]
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 
 
@@ -29,14 +30,14 @@ def dataset_card(
     splits = {name: facts["splits"][name] for name in SPLITS if facts["splits"][name]["slices"]}
     name = repo_id.split("/")[-1]
     return environment.get_template("dataset_card.md").render(
-        metadata=_metadata(name, licence, splits, images),
+        metadata=_metadata(name, licence, splits, images, source_of(facts).medical),
         name=name,
         repo_id=repo_id,
         facts=facts,
         splits=splits,
         pictures=pictures,
         images=images,
-        data=SOURCES.get(facts.get("source"), OWN_DATA).words,
+        source=source_of(facts),
         licence=licence,
         pixel_mm=in_words(facts["field_mm"] / facts["size"]) if facts.get("field_mm") else None,
         command=prepare_command(facts),
@@ -63,7 +64,7 @@ def prepare_command(facts: Mapping) -> str:
     return " ".join(words)
 
 
-def _metadata(name: str, licence: str | None, splits: Mapping, images: bool) -> str:
+def _metadata(name: str, licence: str | None, splits: Mapping, images: bool, medical: bool) -> str:
     """Front matter; the Hub and `datasets` find the splits by `configs`."""
     from huggingface_hub import DatasetCardData
 
@@ -75,7 +76,7 @@ def _metadata(name: str, licence: str | None, splits: Mapping, images: bool) -> 
         pretty_name=name,
         task_categories=["image-segmentation"],
         size_categories=[next((text for limit, text in SIZES if count < limit), "n>10M")] if images else None,
-        tags=TAGS,
+        tags=["medical", *TAGS] if medical else TAGS,
         **of_images,
     )
     return data.to_yaml().strip()

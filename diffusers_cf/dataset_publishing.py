@@ -8,24 +8,18 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet
 
-from diffusers_cf.cards import OWN_DATA, SOURCES
 from diffusers_cf.data.download import SPLITS_FILE
 from diffusers_cf.data.preprocessing import PREPROCESSING_FILE, SPLITS, read_preprocessing, shards_of
 from diffusers_cf.data.slices import check_count, slice_features
 from diffusers_cf.dataset_cards import dataset_card
 from diffusers_cf.errors import InputError
-from diffusers_cf.hub import create_repository, push_files, repository_files
+from diffusers_cf.hub import create_repository, push_files, repository_files, strange_file
+from diffusers_cf.pictures import checked_pictures
+from diffusers_cf.public_facts import OF_DATASET, public_facts
+from diffusers_cf.sources import SOURCES, licence_of_data, source_of
 
 
-# What preprocessing.json tells everybody: not the name of the file or folder that the data was made from.
-PUBLISHED = (
-    "version", "source", "modalities", "class_names", "size", "channels", "dtype", "scale", "field_mm", "percentile",
-    "orientation", "has_masks", "seed", "split_sha256", "labels_sha256", "lenient", "note", "splits", "skipped",
-)  # fmt: skip
-_PATH = re.compile(r"(?<!\S)(?:[A-Za-z]:\\|~?/)\S+")
 _SHARD = re.compile(r"data/[^/]+\.parquet")
-# What a repository may hold before the first push of a data set.
-_BLANK = {".gitattributes", "README.md", "LICENSE"}
 
 
 def push_dataset(
@@ -41,8 +35,8 @@ def push_dataset(
     """Pushes a slice data set, with a card made from its facts, as one commit.
 
     splits.json (patients by split), preprocessing.json and the card go always, the images unless their source forbids it
-    (`cards.SOURCES`); the card then says how to make the data set from one's own copy. What the Hub holds already isn't sent again; shards that the folder doesn't have are
-    deleted there.
+    (`sources.SOURCES`); the card then says how to make the data set from one's own copy. What the Hub holds already isn't
+    sent again; shards that the folder doesn't have are deleted there.
 
     Args:
         folder: a finished slice data set.
@@ -57,35 +51,28 @@ def push_dataset(
         The commit's address, and whether the images went with it.
 
     Raises:
-        InputError: the data set is not whole, lacks a licence, or the Hub did not take it.
+        InputError: the data set is not whole, lacks a licence, a picture can't be published, or the Hub did not take it.
     """
-    folder, pictures = Path(folder), [Path(picture) for picture in pictures]
+    folder = Path(folder)
     facts = read_preprocessing(folder)
-    source = SOURCES.get(facts.get("source"), OWN_DATA)
+    source = source_of(facts)
+    pictures = checked_pictures(pictures, facts)
     licence = _licence(folder, facts, licence)
     shards = _checked_shards(folder, facts)
-    facts = published_facts(facts)
+    facts = public_facts(facts, OF_DATASET)
     repo_id = create_repository(repo_id, token, private, "dataset")
     files = {SPLITS_FILE: _as_json(patients_of_splits(shards)), PREPROCESSING_FILE: _as_json(facts)}
-    files |= {picture.name: picture for picture in pictures}
+    files |= pictures
     if source.may_be_passed_on:
         files |= {f"data/{path.name}": path for paths in shards.values() for path in paths}
-    names = [picture.name for picture in pictures]
-    files["README.md"] = dataset_card(facts, repo_id, licence, names, source.may_be_passed_on).encode()
-    there = repository_files(folder, repo_id, token, "dataset")
-    strange = sorted(set(there) - _BLANK)
-    if strange and PREPROCESSING_FILE not in there:
-        raise InputError(f"{repo_id}: holds something else already ({strange[0]}): choose another --repo_id")
+    files["README.md"] = dataset_card(facts, repo_id, licence, list(pictures), source.may_be_passed_on).encode()
+    there = repository_files(repo_id, token, "dataset")
+    if PREPROCESSING_FILE not in there and (strange := strange_file(there)):
+        raise InputError(f"{repo_id}: holds something else already ({strange}): choose another --repo_id")
     stale = [name for name in there if _SHARD.fullmatch(name) and name not in files]
     message = commit_message or f"Upload slice data set{'' if source.may_be_passed_on else ': splits and settings'}"
     address = push_files(folder, repo_id, files, stale, token=token, commit_message=message, repo_type="dataset")
     return address, source.may_be_passed_on
-
-
-def published_facts(facts: dict) -> dict:
-    """preprocessing.json without what only the publisher's machine knows: names of inputs, and paths in notes."""
-    kept = {name: facts[name] for name in PUBLISHED if name in facts}
-    return {name: _PATH.sub("PATH", value) if isinstance(value, str) else value for name, value in kept.items()}
 
 
 def patients_of_splits(shards: dict[str, list[Path]]) -> dict[str, list[str]]:
@@ -103,14 +90,11 @@ def patients_of_splits(shards: dict[str, list[Path]]) -> dict[str, list[str]]:
 
 
 def _licence(folder: Path, facts: dict, given: str | None) -> str | None:
-    source = SOURCES.get(facts.get("source"))
-    if source is None and given is None:
+    if facts.get("source") not in SOURCES and given is None:
         raise InputError(
             f"{folder}: nothing says under which licence its images may be passed on: name it by --license"
         )
-    if source and source.licence and given not in (None, source.licence):
-        raise InputError(f"{folder}: {source.words} Its licence is {source.licence} for copies too, not {given}")
-    return given or (source.licence if source else None)
+    return licence_of_data(str(folder), facts, given)
 
 
 def _checked_shards(folder: Path, facts: dict) -> dict[str, list[Path]]:

@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """A file, folder or data set that a user gave can't be used. The message is one line that names it and says why."""
+
+
+class OversizedError(InputError):
+    """A file is larger than any of its kind has to be."""

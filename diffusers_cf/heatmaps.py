@@ -24,14 +24,20 @@ def heatmap(
     """
     if map != "signed":
         return anomaly_heatmap(reference, counterfactual)
-    if len(signs or ()) != reference.shape[1]:
-        raise ValueError("map is 'signed': preprocessing holds no `signs`, one for each channel (sweep --store)")
+    check_signs(signs, reference.shape[1])
     return signed_heatmap(reference, counterfactual, signs)
 
 
 def anomaly_heatmap(reference: torch.Tensor, counterfactual: torch.Tensor) -> torch.Tensor:
     """Last line of Algorithm 1: mean over channels of |reference - counterfactual|, `(N, C, H, W)` to `(N, H, W)`."""
     return (reference - counterfactual).abs().mean(dim=1)
+
+
+def check_signs(signs: object, channels: int) -> None:
+    """Raises ValueError unless `signs` has a number for each channel, as the map `signed` needs them."""
+    numbers = isinstance(signs, Sequence) and all(isinstance(sign, (int, float)) for sign in signs)
+    if not numbers or len(signs) != channels:
+        raise ValueError("map is 'signed': preprocessing holds no `signs`, one for each channel (sweep --store)")
 
 
 def signed_heatmap(reference: torch.Tensor, counterfactual: torch.Tensor, signs: Sequence[float]) -> torch.Tensor:

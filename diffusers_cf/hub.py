@@ -1,8 +1,9 @@
 """The way to the Hub: a repository, and one commit that holds a model with its card, or any other set of files."""
 
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,12 +12,32 @@ from huggingface_hub.errors import HTTPError
 
 from diffusers_cf.cards import model_card
 from diffusers_cf.errors import InputError
-from diffusers_cf.loading import CHECKSUMS, MODEL_INDEX, PREPROCESSING, SHARD_INDEX, WEIGHTS, check_model_folder
+from diffusers_cf.inference_options import open_pipeline
+from diffusers_cf.loading import (
+    CHECKSUMS,
+    CONFIGS,
+    MODEL_INDEX,
+    PREPROCESSING,
+    SHARD_INDEX,
+    WEIGHTS,
+    check_model_folder,
+    fetch_index,
+    inside,
+    read_object,
+    read_preprocessing,
+)
+from diffusers_cf.model_facts import check_publishable
+from diffusers_cf.pictures import checked_pictures
+from diffusers_cf.public_facts import OF_MODEL, public_facts
+from diffusers_cf.published_results import checked_result
 from diffusers_cf.remote_code import PIPELINE_CLASS, code_files, code_names
+from diffusers_cf.sources import licence_of_data
 
 
 # Arguments of `push_model` that `save_pretrained(.., push_to_hub=True)` hands on.
-OPTIONS = ("token", "private", "licence", "commit_message", "create_pr", "with_code")
+OPTIONS = ("token", "private", "licence", "data_licence", "commit_message", "create_pr", "with_code")
+# What a repository may hold before a first push.
+_BLANK = {".gitattributes", "README.md", "LICENSE"}
 
 
 def create_repository(
@@ -44,6 +65,36 @@ def create_repository(
         ) from None
 
 
+def model_repository(name: str, token: str | None = None, private: bool | None = None) -> tuple[str, list[str]]:
+    """A repository for a model, as [`create_repository`] makes it: new, blank, or with a model of this kind already.
+
+    Returns:
+        `user/name`, and the files that it holds.
+
+    Raises:
+        InputError: there is none to write to, or it holds something else.
+    """
+    repo_id = create_repository(name, token, private)
+    there = repository_files(repo_id, token)
+    strange = strange_file(there)
+    if strange and not (MODEL_INDEX in there and _is_ours(fetch_index(repo_id, token=token)[0])):
+        raise InputError(f"{repo_id}: holds something else already ({strange}): choose another --repo_id")
+    return repo_id, there
+
+
+def _is_ours(index_file: Path) -> bool:
+    """Whether a model_index.json is that of our pipeline, with its code or without."""
+    try:
+        return read_object(index_file).get("_class_name") in (PIPELINE_CLASS, PIPELINE_CLASS[1])
+    except InputError:
+        return False
+
+
+def strange_file(names: Iterable[str]) -> str | None:
+    """The first of a repository's files that a blank one does not have."""
+    return min(set(names) - _BLANK, default=None)
+
+
 def push_model(
     folder: str | Path,
     repo_id: str,
@@ -51,6 +102,7 @@ def push_model(
     token: str | None = None,
     private: bool | None = None,
     licence: str | None = None,
+    data_licence: str | None = None,
     results: Sequence[Mapping] = (),
     pictures: Sequence[str | Path] = (),
     commit_message: str | None = None,
@@ -60,7 +112,8 @@ def push_model(
     """Pushes a model folder, with a card made from its facts, as one commit; returns the commit's address.
 
     What the Hub holds already isn't sent again, so that a push that was cut short goes on where it was. Weights of the
-    same variant that the folder doesn't have are deleted there, and so is code of an earlier push `with_code`.
+    same variant that the folder doesn't have are deleted there, and so is code of an earlier push `with_code`. Of
+    preprocessing.json those entries go that this package knows, without paths of this machine.
 
     Args:
         folder (`str` or `Path`): a model folder.
@@ -68,8 +121,9 @@ def push_model(
         token (`str`, *optional*): instead of the one that `hf auth login` stored.
         private (`bool`, *optional*): who may read a new repository.
         licence (`str`, *optional*): of the weights, by its id on the Hub.
+        data_licence (`str`, *optional*): of the training data, where their source does not say it.
         results (`Sequence[Mapping]`): RESULT.json of `diffusers-cf evaluate`, for the card.
-        pictures (`Sequence[str | Path]`): for the card.
+        pictures (`Sequence[str | Path]`): for the card, of data that may be shown.
         commit_message (`str`, *optional*): of the commit.
         create_pr (`bool`): propose it as a pull request.
         with_code (`bool`): add the code, for users without this package: their
@@ -77,32 +131,41 @@ def push_model(
             works any longer. `CounterfactualDDIMPipeline.from_pretrained` never reads it.
 
     Raises:
-        InputError: the folder is not a whole model, or the Hub did not take it; the folder stays as it was.
+        InputError: the folder is not a whole model that can be used, a result or picture can't be published, or the
+            Hub did not take it; the folder stays as it was.
     """
-    folder, pictures = Path(folder), [Path(picture) for picture in pictures]
-    variants = {match["variant"] for path in folder.glob("*/*") if (match := _weight(path.name))}
-    for variant in sorted(variants, key=str) or [None]:
-        components = check_model_folder(folder, variant=variant)
-    repo_id = create_repository(repo_id, token, private)
-    files = published_files(folder) | {picture.name: picture for picture in pictures}
+    folder = Path(folder)
+    components, variants = _checked_model(folder)
+    facts = read_preprocessing(folder)
+    results = [checked_result(result, f"result {number}") for number, result in enumerate(results, 1)]
+    pictures, data_licence = checked_pictures(pictures, facts), licence_of_data(str(folder), facts, data_licence)
+    files = published_files(folder, components) | pictures
     files |= _with_code(folder, components) if with_code else {}
-    names = [picture.name for picture in pictures]
-    files["README.md"] = model_card(folder, repo_id, licence, results, names, with_code).encode()
-    kept = repository_files(folder, repo_id, token)
-    stale = [name for name in kept if name not in files and _is_stale(name, variants)]
+    repo_id, there = model_repository(repo_id, token, private)
+    card = {"licence": licence, "data_licence": data_licence, "results": results, "pictures": list(pictures)}
+    files["README.md"] = model_card(folder, repo_id, with_code=with_code, **card).encode()
+    stale = [name for name in there if name not in files and _is_stale(name, variants)]
     message = commit_message or "Upload CounterfactualDDIMPipeline"
     return push_files(folder, repo_id, files, stale, token=token, commit_message=message, create_pr=create_pr)
 
 
-def repository_files(
-    folder: str | Path, repo_id: str, token: str | None = None, repo_type: str = "model"
-) -> list[str]:
+def _checked_model(folder: Path) -> tuple[dict[str, tuple[str, str]], set[str | None]]:
+    """Components and variants of a model folder that is whole, and whose facts fit its network."""
+    found = {match["variant"] for path in folder.glob("*/*") if (match := _weight(path.name))}
+    for variant in sorted(found, key=str) or [None]:
+        components = check_model_folder(folder, variant=variant)
+    pipe = open_pipeline(str(folder), variant=None if None in found else variant)
+    check_publishable(pipe, str(folder))
+    return components, found
+
+
+def repository_files(repo_id: str, token: str | None = None, repo_type: str = "model") -> list[str]:
     """Names of the files that a repository holds already.
 
     Raises:
-        InputError: the Hub does not say; the message is about `folder`, which stays as it was.
+        InputError: the Hub does not say.
     """
-    with _refusals(folder, repo_id):
+    with _refusals(f"{repo_id}: what it holds can't be read"):
         return HfApi(token=token).list_repo_files(repo_id, repo_type=repo_type)
 
 
@@ -129,12 +192,12 @@ def push_files(
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     operations += [CommitOperationDelete(name) for name in stale]
     options = {"commit_message": commit_message, "create_pr": create_pr, "repo_type": repo_type}
-    with _refusals(folder, repo_id):
+    with _refusals(f"{folder}: is whole, but could not be pushed to {repo_id}"):
         return HfApi(token=token).create_commit(repo_id, operations, **options).commit_url
 
 
 @contextmanager
-def _refusals(folder: str | Path, repo_id: str) -> Iterator[None]:
+def _refusals(message: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError, ValueError) as error:
@@ -143,7 +206,7 @@ def _refusals(folder: str | Path, repo_id: str) -> Iterator[None]:
         reason = f"{_reason(error)} {_reason(error.__cause__ or error)}"
     else:
         return
-    raise InputError(f"{folder}: is whole, but could not be pushed to {repo_id} ({reason})")
+    raise InputError(f"{message} ({reason})")
 
 
 def _is_stale(name: str, variants: set[str | None]) -> bool:
@@ -154,19 +217,41 @@ def _is_stale(name: str, variants: set[str | None]) -> bool:
 
 def _with_code(folder: Path, components: dict[str, tuple[str, str]]) -> dict[str, bytes]:
     """The code, and a model_index.json that names it."""
-    index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8")) | {"_class_name": PIPELINE_CLASS}
+    index = _without_origin(read_object(folder / MODEL_INDEX)) | {"_class_name": PIPELINE_CLASS}
     code = {name: text.encode() for name, text in code_files(components).items()}
     return code | {MODEL_INDEX: (json.dumps(index, indent=2) + "\n").encode()}
 
 
-def published_files(folder: Path) -> dict[str, Path]:
-    """The files of a model folder that a repository holds, by their names there: no code, no pickle, no training state."""
-    root = [folder / MODEL_INDEX, folder / PREPROCESSING]
-    root += [path for path in folder.iterdir() if CHECKSUMS.fullmatch(path.name)]
-    inner = [path for path in folder.glob("*/*") if path.suffix == ".json" or WEIGHTS.fullmatch(path.name)]
-    components = {path.parent for path in folder.glob("*/*config.json")}
-    files = [path for path in root if path.exists()] + [path for path in inner if path.parent in components]
-    return {path.relative_to(folder).as_posix(): path for path in sorted(files)}
+def published_files(folder: Path, components: Iterable[str]) -> dict[str, Path | bytes]:
+    """The files of a model folder that a repository holds, by their names there: no code, no pickle, no training state.
+
+    Args:
+        folder: a model folder.
+        components: the names of those that model_index.json names; other folders are nobody else's business.
+
+    Raises:
+        InputError: one of them leads out of the folder.
+    """
+    names = [MODEL_INDEX, PREPROCESSING, *(path.name for path in folder.iterdir() if CHECKSUMS.fullmatch(path.name))]
+    for component in components:
+        inner = (path.name for path in (folder / component).iterdir())
+        names += [f"{component}/{name}" for name in inner if name in CONFIGS or _weight(name)]
+    files = {name: inside(folder, folder / name) for name in sorted(names) if os.path.lexists(folder / name)}
+    return {name: _published(name, path) for name, path in files.items()}
+
+
+def _published(name: str, path: Path) -> Path | bytes:
+    """A file as it is, or without what only this machine knows."""
+    if not name.endswith((MODEL_INDEX, PREPROCESSING, *CONFIGS)):
+        return path
+    facts = read_object(path)
+    known = public_facts(facts, OF_MODEL) if name == PREPROCESSING else _without_origin(facts)
+    return path if known == facts else (json.dumps(known, indent=2) + "\n").encode()
+
+
+def _without_origin(config: dict) -> dict:
+    """A configuration without the folder that the model was loaded from, which diffusers writes into each."""
+    return {name: value for name, value in config.items() if name != "_name_or_path"}
 
 
 def _weight(name: str) -> re.Match | None:

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 def listed_files(
     info: Callable, repo_id: str, revision: str | None, token: str | bool | None, must_answer: bool = False
-) -> list[str] | None:
-    """Names of a repository's files; None where the Hub doesn't answer, so that only the cache is left.
+) -> dict[str, int | None] | None:
+    """A repository's files and how many bytes each has, where the Hub says it; None where it doesn't answer.
 
     Asked first because this is one call: the client's other calls try for half a minute before they give up.
 
@@ -34,7 +34,8 @@ def listed_files(
         must_answer (`bool`): raise the client's error where the Hub doesn't answer.
     """
     try:
-        return [file.rfilename for file in info(repo_id, revision=revision, token=token).siblings]
+        answer = info(repo_id, revision=revision, token=token, files_metadata=True)
+        return {file.rfilename: file.size for file in answer.siblings}
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
     except (HTTPError, OSError) as error:

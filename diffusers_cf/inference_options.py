@@ -89,7 +89,9 @@ def check_device_arguments(args: argparse.Namespace) -> None:
         logger.warning("bfloat16 is emulated on this machine and many times slower than --dtype auto")
 
 
-def open_pipeline(model: str, device: str = "cpu", dtype: str = "float32", compile: bool = False):
+def open_pipeline(
+    model: str, device: str = "cpu", dtype: str = "float32", compile: bool = False, variant: str | None = None
+):
     """A model folder or Hub id as a [`CounterfactualDDIMPipeline`] without progress bars of its own.
 
     Args:
@@ -97,6 +99,7 @@ def open_pipeline(model: str, device: str = "cpu", dtype: str = "float32", compi
         device (`str`): where to put it.
         dtype (`str`): a key of `DTYPES`.
         compile (`bool`): whether to compile the network, now.
+        variant (`str`, *optional*): of the weights.
 
     Raises:
         InputError: the model can't be loaded, or not be compiled; the line names it and the reason.
@@ -104,7 +107,7 @@ def open_pipeline(model: str, device: str = "cpu", dtype: str = "float32", compi
     # Several bars would hide the one that counts slices.
     diffusers.utils.logging.disable_progress_bar()
     try:
-        pipe = CounterfactualDDIMPipeline.from_pretrained(model, dtype=DTYPES[dtype])
+        pipe = CounterfactualDDIMPipeline.from_pretrained(model, dtype=DTYPES[dtype], variant=variant)
     except InputError:
         raise
     except (OSError, RuntimeError, TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download, model_info, snapshot_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from .errors import InputError
+from .errors import InputError, OversizedError
 from .hub_download import listed_files, one_line, refusals_in_one_line
 
 
@@ -44,10 +44,11 @@ ALLOWED_COMPONENTS: dict[str, tuple] = {
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 SHARD_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
-_CONFIGS = ("config.json", "scheduler_config.json")
+CONFIGS = ("config.json", "scheduler_config.json")
 CHECKSUMS = re.compile(r"checksums(?:\.\w+)?\.json")
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _MAX_JSON_BYTES = 16 * 2**20
+_MAX_WEIGHTS_BYTES = 8 * 2**30  # twenty times the authors' network
 
 
 def download_model(
@@ -65,7 +66,7 @@ def download_model(
 
     Fetched are model_index.json, preprocessing.json, README.md, the checksums and, per component, configuration and
     safetensors weights: those of `variant` where the component has them, else the plain ones. Never code, never
-    pickles. Without network, or with `HF_HUB_OFFLINE=1`, what the cache holds is used.
+    pickles, never more than a model can need. Without network, or with `HF_HUB_OFFLINE=1`, what the cache holds is used.
 
     Args:
         repo_id (`str`): `user/name`.
@@ -82,19 +83,48 @@ def download_model(
         InputError: if the repository, the revision or files in it are missing, or the download fails.
     """
     options = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
-    with refusals_in_one_line(repo_id, revision, f"the repository has no {MODEL_INDEX}, so it holds no pipeline"):
-        names = None if local_files_only else listed_files(model_info, repo_id, revision, token, force_download)
-        index_file = Path(
-            hf_hub_download(repo_id, MODEL_INDEX, revision=revision, local_files_only=names is None, **options)
-        )
-        folder = index_file.parent  # its name is the commit
-        components = _read_components(index_file, allowed)
-        if names is None:
-            cached = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-            _model_files(f"{repo_id} in the local cache", cached, components, variant)
-            return str(folder)
-        files = _model_files(repo_id, names, components, variant)
+    index_file, sizes = fetch_index(repo_id, revision=revision, local_files_only=local_files_only, **options)
+    folder = index_file.parent  # its name is the commit
+    components = _read_components(index_file, allowed)
+    if sizes is None:
+        cached = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+        _model_files(f"{repo_id} in the local cache", cached, components, variant)
+        return str(folder)
+    files = _model_files(repo_id, sizes, components, variant)
+    for name in files:
+        _check_size(f"{repo_id}: {name}", sizes[name])
+    with refusals_in_one_line(repo_id, revision, "a file is gone"):
         return snapshot_download(repo_id, revision=folder.name, allow_patterns=files, **options)
+
+
+def fetch_index(
+    repo_id: str, *, revision: str | None = None, local_files_only: bool = False, token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None, force_download: bool = False,
+) -> tuple[Path, dict[str, int | None] | None]:  # fmt: skip
+    """Fetches model_index.json alone, arguments as in [`download_model`].
+
+    Returns:
+        Where it lies in the local cache, and the repository's files with their sizes, None where the Hub was not, or
+        could not be, asked.
+
+    Raises:
+        InputError: there is none, or none of a sensible size.
+    """
+    options = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
+    with refusals_in_one_line(repo_id, revision, f"the repository has no {MODEL_INDEX}, so it holds no pipeline"):
+        sizes = None if local_files_only else listed_files(model_info, repo_id, revision, token, force_download)
+        _check_size(f"{repo_id}: {MODEL_INDEX}", (sizes or {}).get(MODEL_INDEX))
+        index_file = hf_hub_download(
+            repo_id, MODEL_INDEX, revision=revision, local_files_only=sizes is None, **options
+        )
+    return Path(index_file), sizes
+
+
+def _check_size(name: str, size: int | None) -> None:
+    limit = _MAX_WEIGHTS_BYTES if name.endswith(".safetensors") else _MAX_JSON_BYTES
+    if size is not None and size > limit:
+        text = f"{limit // 2**30} GiB" if limit >= 2**30 else f"{limit // 2**20} MiB"
+        raise OversizedError(f"{name}: larger than {text}, refused")
 
 
 def _model_files(where, names: Iterable[str], components: Mapping[str, tuple], variant: str | None) -> list[str]:
@@ -105,7 +135,7 @@ def _model_files(where, names: Iterable[str], components: Mapping[str, tuple], v
         component, _, base = name.rpartition("/")
         if component in in_component:
             in_component[component].append(base)
-            files += [name] if base in _CONFIGS else []
+            files += [name] if base in CONFIGS else []
         elif not component and (base in (MODEL_INDEX, PREPROCESSING, "README.md") or CHECKSUMS.fullmatch(base)):
             files.append(name)
     for component, weights in _wanted_weights(where, in_component, components, variant).items():
@@ -170,17 +200,17 @@ def check_model_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    components = _read_components(_inside(folder, folder / MODEL_INDEX), allowed)
+    components = _read_components(inside(folder, folder / MODEL_INDEX), allowed)
     names = {}
     for component, (_, class_name) in components.items():
         sub_folder = folder / component
         if not sub_folder.is_dir():
             raise InputError(f"{sub_folder}: the folder of this component is missing")
-        _read_object(_inside(folder, sub_folder / _CONFIGS[class_name.endswith("Scheduler")]))
+        read_object(inside(folder, sub_folder / CONFIGS[class_name.endswith("Scheduler")]))
         names[component] = [path.name for path in sub_folder.iterdir()]
     for component, weights in _wanted_weights(folder, names, components, variant).items():
         for name in weights:
-            path = _inside(folder, folder / component / name)
+            path = inside(folder, folder / component / name)
             if SHARD_INDEX.fullmatch(name):
                 _check_shard_index(path)
             else:
@@ -191,7 +221,7 @@ def check_model_folder(
 
 def _read_components(index_file: Path, allowed: Mapping[str, Iterable]) -> dict[str, tuple[str, str]]:
     """The components of model_index.json, each known by name and class."""
-    named = {name: value for name, value in _read_object(index_file).items() if not name.startswith("_")}
+    named = {name: value for name, value in read_object(index_file).items() if not name.startswith("_")}
     for name in SWITCHES:
         switch = named.pop(name, True)
         if not isinstance(switch, bool):
@@ -211,8 +241,8 @@ def _why_refused(name: str, value: object, pairs: Iterable) -> str:
     return f"component {name!r} is {json.dumps(value)[:100]}, refused: it must be {known}"
 
 
-def _inside(folder: Path, path: Path) -> Path:
-    """The path, if it is a file that lies in the folder, however many links lead there."""
+def inside(folder: Path, path: Path) -> Path:
+    """The path, if it is a file that lies in the folder, however many links lead there; else `InputError`."""
     if not path.is_file():
         raise InputError(f"{path}: no such file in this model folder")
     home = folder.resolve()
@@ -225,7 +255,7 @@ def _inside(folder: Path, path: Path) -> Path:
 
 
 def _check_shard_index(path: Path) -> None:
-    weight_map = _read_object(path).get("weight_map")
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: no weight_map, so not an index of sharded weights")
     for name in set(map(str, weight_map.values())):
@@ -237,6 +267,7 @@ def _check_shard_index(path: Path) -> None:
 
 def _check_weights(folder: Path, path: Path) -> None:
     """Whole (safetensors states its own length) and unchanged, where the folder has checksums."""
+    _check_size(str(path), path.stat().st_size)
     with path.open("rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
             raise InputError(f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` in the clone")
@@ -248,7 +279,7 @@ def _check_weights(folder: Path, path: Path) -> None:
     sums_file = folder / checksums_name(path.name)
     if not sums_file.exists():
         return
-    expected = _read_object(_inside(folder, sums_file)).get(f"{path.parent.name}/{path.name}")
+    expected = read_object(inside(folder, sums_file)).get(f"{path.parent.name}/{path.name}")
     if expected is None:
         raise InputError(f"{path}: not listed in {sums_file.name}: left over from an earlier save?")
     if expected != sha256_of(path):
@@ -264,14 +295,14 @@ def read_preprocessing(folder: str | os.PathLike) -> dict:
     path = Path(folder) / PREPROCESSING
     if not path.exists():
         return {}
-    facts = _read_object(_inside(Path(folder), path))
+    facts = read_object(inside(Path(folder), path))
     if not isinstance(facts.get("settings", {}), dict):
         raise InputError(f"{path}: `settings` is not a JSON object")
     return facts
 
 
 def preprocessing_of_hub_model(repo_id: str, component_folder: str | os.PathLike | None) -> dict:
-    """preprocessing.json of a model that diffusers' generic loading fetched from the Hub: it leaves this file there.
+    """preprocessing.json of a model that diffusers fetched from the Hub with its code: it leaves this file there.
 
     Args:
         repo_id (`str`): `user/name`.
@@ -291,26 +322,6 @@ def preprocessing_of_hub_model(repo_id: str, component_folder: str | os.PathLike
     return read_preprocessing(Path(path).parent)
 
 
-def register_with_diffusers(pipeline_class: type) -> None:
-    """Makes `DiffusionPipeline.from_pretrained` find our classes, for a folder and for a Hub id.
-
-    diffusers looks the pipeline up among its own attributes, so ours becomes one, unless there is one of that name; and
-    it downloads components of libraries it knows. This way in has diffusers' own checks alone, without
-    `check_model_folder`.
-    """
-    import diffusers
-
-    present = getattr(diffusers, pipeline_class.__name__, pipeline_class)
-    if present.__module__ == pipeline_class.__module__:
-        setattr(diffusers, pipeline_class.__name__, pipeline_class)
-    try:
-        from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-    except ImportError:  # not a public name; without it a Hub id needs our class's own from_pretrained
-        return
-    for module, base in (("diffusers_cf.models", "ModelMixin"), ("diffusers_cf.schedulers", "SchedulerMixin")):
-        LOADABLE_CLASSES.setdefault(module, {base: ["save_pretrained", "from_pretrained"]})
-
-
 def checksums_name(weights_name: str) -> str:
     """The list of checksums that a weight file stands in."""
     variant = WEIGHTS.fullmatch(weights_name)["variant"]
@@ -323,10 +334,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict:
+    """A JSON object from a file that may be anything; `InputError` if it is something else, or too large."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise InputError(f"{path}: larger than {_MAX_JSON_BYTES // 2**20} MiB, refused")
+        _check_size(str(path), path.stat().st_size)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from error

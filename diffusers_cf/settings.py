@@ -1,6 +1,7 @@
 """Settings of inference: what is given comes before what a model recommends, and that before the paper's."""
 
 from collections.abc import Mapping
+from numbers import Integral
 
 import numpy as np
 
@@ -41,6 +42,9 @@ def settings_in_use(facts: Mapping, given: Mapping, name: str | None = None) -> 
     settings = dict(PAPER_SETTINGS)
     for source in (chosen, given):
         settings |= {k: v for k, v in source.items() if k in PAPER_SETTINGS and v is not None}
+    steps = settings["num_inference_steps"]
+    if not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"num_inference_steps is {steps!r}: it must be a whole number, 1 or more")
     if settings["map"] not in MAPS:
         raise ValueError(f"map is {settings['map']!r}: it must be one of {', '.join(MAPS)}")
     if not 0 <= settings["strength"] <= 1:

@@ -337,6 +337,7 @@ def store_settings(folder: str, best: SweepPoint, facts: dict, more: dict) -> No
     settings = {name: getattr(best, name) for name in names} | {"postprocess": True}
     chosen = facts | {"postprocessed_auprc": best.postprocessed_auprc, "ideal_dice": best.postprocessed_ideal_dice}
     known = loading.read_preprocessing(folder)
+    known.pop("threshold_chosen_by", None)  # of the threshold that stood there before
     stored = {"settings": settings, "settings_chosen_by": chosen} | more
     saving.write_preprocessing(folder, known | stored)
 

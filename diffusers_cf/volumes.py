@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.data.geometry import FIELD_MM, PERCENTILE, check_geometry, from_ras
+from diffusers_cf.data.geometry import from_ras
 from diffusers_cf.data.nifti import Scan
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.dicom import series_sha256, write_parametric_map, write_segmentation
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import dice
 from diffusers_cf.loading import sha256_of
+from diffusers_cf.model_facts import usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.provenance import model_fingerprint
@@ -35,8 +36,6 @@ from diffusers_cf.segment import (
 
 
 REPORT = "report.json"
-# Pixels along a side of the slices on which thresholds are chosen, as `prepare` cuts them unless told otherwise.
-EVALUATION_SIZE = 128
 # Facts of a finished patient that must agree for it to be skipped, and how to call them.
 _MUST_AGREE = {
     "model_sha256": "another model",
@@ -131,27 +130,9 @@ def segmentation_facts(
     Raises:
         InputError: The model does not say what it takes, a setting is out of range, or there is no threshold.
     """
-    model, known = model or str(pipe.config.get("_name_or_path") or "pipeline"), pipe.preprocessing
-    modalities = known.get("modalities")
-    if not (isinstance(modalities, list) and modalities and all(isinstance(name, str) for name in modalities)):
-        raise InputError(f"{model}: its preprocessing.json does not name the modalities that it takes")
-    if len(modalities) != pipe.unet.config.in_channels:
-        channels = pipe.unet.config.in_channels
-        raise InputError(f"{model}: takes {channels} channels, but names the modalities {', '.join(modalities)}")
-    try:
-        settings = pipe.resolve_settings(**settings)
-        pipe.scheduler.set_timesteps(settings["num_inference_steps"])
-        size = known.get("evaluation_size", max(EVALUATION_SIZE, known.get("size", 0)))
-        geometry = {"size": size, "field_mm": known.get("field_mm", FIELD_MM)}
-        geometry["percentile"] = known.get("percentile", PERCENTILE)
-        check_geometry(**geometry)
-        threshold = settings["threshold"]
-        if threshold is not None and not 0 < threshold < float("inf"):
-            raise ValueError(f"threshold is {threshold}: it must be above 0 and finite")
-    except TypeError as error:
-        raise InputError(f"{model}: preprocessing.json holds a value of a wrong type ({error})") from None
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    model = model or str(pipe.config.get("_name_or_path") or "pipeline")
+    usable = usable_facts(pipe, model, **settings)
+    threshold = usable["settings"]["threshold"]
     if threshold is None and needs_threshold:
         raise InputError(
             f"{model} recommends no threshold for the mask: give one by --threshold (a change of 1 = p99)"
@@ -159,11 +140,10 @@ def segmentation_facts(
     return {
         "model": model,
         "model_sha256": model_fingerprint(pipe),
-        "preprocessing": {"modalities": modalities, **geometry},
-        "settings": settings,
+        **usable,
         "threshold": threshold,
-        "postprocessed": known.get("settings", {}).get("postprocess") is True,
-        "network_evaluations_per_slice": pipe.network_evaluations(**settings),
+        "postprocessed": pipe.preprocessing.get("settings", {}).get("postprocess") is True,
+        "network_evaluations_per_slice": pipe.network_evaluations(**usable["settings"]),
     }
 
 

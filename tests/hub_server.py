@@ -45,6 +45,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # LFS content by SHA-256
         self.requests: list[str] = []
         self.forbidden: set[str] = set()  # names of repositories and owners that no token may write to
+        self.claimed_sizes: dict[str, int] = {}  # by file name, of files that are said to be larger than they are
         self.puts_left: int | None = None  # LFS files that are taken before the line is cut
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self.url = "http://{}:{}".format(*self._server.server_address)
@@ -156,6 +157,9 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0, a connection a request: non
             return self.json([self.entry(str(path), files) for path in _paths(files) if str(path) in wanted])
         if action in (None, "revision"):
             siblings = [{"rfilename": name} for name in sorted(files)]
+            if "blobs=true" in self.path.lower():
+                sizes = {name: len(data) for name, data in files.items()} | self.hub.claimed_sizes
+                siblings = [{"rfilename": name, "size": sizes[name]} for name in sorted(files)]
             return self.json({"id": repo_id, "sha": sha, "siblings": siblings, "private": repository.private})
         return self.send(404)
 

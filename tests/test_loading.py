@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from model_files import FACTS, UNET, edit_json, files_of, fingerprint, load, tiny_pipeline
 
-from diffusers_cf import loading, saving
+from diffusers_cf import generic_loading, loading, saving
 from diffusers_cf.errors import InputError
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
@@ -46,8 +46,19 @@ def test_plain_diffusion_pipeline_finds_our_class(model):
 
 def test_a_class_of_diffusers_is_never_replaced():
     foreign = type("DDIMPipeline", (), {"__module__": "diffusers_cf.other"})
-    loading.register_with_diffusers(foreign)
+    before = DiffusionPipeline.from_pretrained
+    generic_loading.register_with_diffusers(foreign)
     assert importlib.import_module("diffusers").DDIMPipeline is not foreign
+    assert DiffusionPipeline.from_pretrained == before
+
+
+def test_models_of_others_load_as_before(tmp_path):
+    unet = UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))  # fmt: skip
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is DDIMPipeline
+    with pytest.raises(OSError, match="no file named model_index.json|does not appear to have|Error no file"):
+        DiffusionPipeline.from_pretrained(tmp_path / "unet")
 
 
 def test_every_allowed_class_exists():
@@ -115,6 +126,7 @@ DAMAGES = {
     "pickle": (pickle_only, r"unet has its weights as a pickle only \(diffusion_pytorch_model.bin\)"),
     "no weights": (lambda f: os.remove(f / UNET), "unet has no weights"),
     "weights cut": (lambda f: os.truncate(f / UNET, 5000), f"{UNET}: damaged or truncated"),
+    "weights huge": (lambda f: os.truncate(f / UNET, 2**33 + 1), f"{UNET}: larger than 8 GiB"),
     "weights empty": (lambda f: os.truncate(f / UNET, 0), f"{UNET}: damaged or truncated"),
     "weights grown": (lambda f: (f / UNET).open("ab").write(bytes(9)), f"{UNET}: damaged or truncated"),
     "LFS pointer": (
@@ -163,6 +175,14 @@ def test_a_foreign_unsafe_or_damaged_folder_is_refused(copy, damage):
     with pytest.raises(InputError, match=reason) as caught:
         CounterfactualDDIMPipeline.from_pretrained(copy)
     assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if "model_index.json" not in name])
+def test_generic_loading_refuses_the_same(copy, damage):
+    do, reason = DAMAGES[damage]
+    do(copy)
+    with pytest.raises(InputError, match=reason):
+        DiffusionPipeline.from_pretrained(copy)
 
 
 def test_nothing_that_a_model_names_is_imported(copy, tmp_path, monkeypatch):

@@ -1,39 +1,21 @@
 """The ways back from the Hub beside our own class: diffusers' generic loading, with the package and without it."""
 
 import ast
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from hub_client import command_line
 from model_files import FACTS, UNET, fingerprint, load, tiny_pipeline
+from without_package import load_without_package
 
 from diffusers_cf.errors import InputError
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.remote_code import bundled_pipeline, code_names
 
 
-# What a user without the package runs: no name of ours can be imported.
-WITHOUT_PACKAGE = """
-import hashlib, json, sys
-sys.modules["diffusers_cf"] = None
-import torch
-from diffusers import DiffusionPipeline
-
-torch.set_num_threads(1)
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-pipe.set_progress_bar_config(disable=True)
-images = torch.rand(2, pipe.unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(1))
-heatmaps = hashlib.sha256(pipe(images).heatmaps.numpy().tobytes()).hexdigest()
-try:
-    pipe.push_to_hub("user/other")
-except ImportError as error:
-    print(json.dumps({"heatmaps": heatmaps, "facts": pipe.preprocessing, "publish": str(error)}))
-"""
+RECOMMENDED = {"settings": FACTS["settings"]}
 
 
 def push(folder, repo_id, **options):
@@ -58,14 +40,6 @@ def load_and_leave_the_hub(repo_id, **options):
         huggingface_hub.constants.HF_HUB_OFFLINE = False
 
 
-def load_without_package(hub, home, repo_id):
-    environment = os.environ | hub.environment(home)
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, repo_id]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def sha256(data):
     import hashlib
 
@@ -79,7 +53,7 @@ def model(request, tmp_path_factory):
     pipe = tiny_pipeline()
     if request.param == "leaf":
         pipe = tiny_pipeline(channels=1, class_names=("sound", "rust", "mildew"))
-        pipe.preprocessing = {"modalities": ["grey"], "class_names": ["sound", "rust", "mildew"], **FACTS["settings"]}
+        pipe.preprocessing = {"modalities": ["grey"], "class_names": ["sound", "rust", "mildew"]} | RECOMMENDED
     pipe.save_pretrained(folder)
     return folder
 
@@ -94,10 +68,32 @@ def test_all_ways_back_give_the_same_maps(hub, client, model, tmp_path):
     assert load_generically(model) == expected
     assert client(load, coded, cache_dir=tmp_path / "3") == expected
     assert not [name for name in hub.downloads(coded) if name.endswith(".py")]
-    bare = load_without_package(hub, tmp_path, coded)
+    (bare,) = load_without_package(hub, tmp_path, (coded, {}))
     assert bare["heatmaps"] == sha256(expected["heatmaps"]) and bare["facts"] == expected["preprocessing"]
+    assert bare["facts"]["settings"] == FACTS["settings"]  # all ways gave these facts
     assert bare["publish"] == "to publish a model, install diffusers_cf"
     assert f'"{coded}", trust_remote_code=True' in hub.files(coded)["README.md"].decode()
+
+
+def test_the_command_publishes_a_model_of_leaves(hub, client, tmp_path):
+    pipe = tiny_pipeline(channels=1, class_names=("sound", "rust", "mildew"))
+    facts = {"modalities": ["grey"], "class_names": ["sound", "rust", "mildew"], "source": "folder"} | RECOMMENDED
+    pipe.preprocessing = facts
+    pipe.save_pretrained(tmp_path / "leaf")
+    options = ["--with-code", "--data-license", "cc0-1.0"]
+    code, _, err = client(command_line, "publish", tmp_path / "leaf", "--repo-id", "user/leaves", *options)
+    assert code == 0, err
+    expected = load(tmp_path / "leaf")
+    assert expected["preprocessing"] == facts
+    assert client(load, "user/leaves", cache_dir=tmp_path / "1") == expected
+    (bare,) = load_without_package(hub, tmp_path, ("user/leaves", {}))
+    assert bare["heatmaps"] == sha256(expected["heatmaps"]) and bare["facts"] == facts
+    assert client(command_line, "publish", tmp_path / "leaf", "--repo-id", "user/leaves")[0] == 0
+    assert client(load_generically, "user/leaves", cache_dir=tmp_path / "2") == expected
+    card = hub.files("user/leaves")["README.md"].decode()
+    assert (
+        "how an image would look as `sound`" in card and "- medical" not in card and "lesion localisation" not in card
+    )
 
 
 def test_code_runs_for_nobody_who_has_not_said_so(hub, client, model, tmp_path):
@@ -115,10 +111,12 @@ def test_pushing_again_without_code_takes_it_away(hub, client, model, tmp_path):
 
 
 def test_recommended_settings_are_never_lost_unnoticed(hub, client, model, tmp_path):
-    """Generic loading leaves preprocessing.json on the Hub; where it can't be fetched afterwards, there is no guessing."""
+    """diffusers leaves preprocessing.json on the Hub; where it can't be fetched afterwards, there is no guessing."""
     client(push, model, "user/facts")
-    with pytest.raises(InputError, match="user/facts: preprocessing.json: not a folder, not in the local cache"):
-        client(load_and_leave_the_hub, "user/facts", cache_dir=tmp_path)
+    assert client(load_and_leave_the_hub, "user/facts", cache_dir=tmp_path)["settings"] == FACTS["settings"]
+    client(push, model, "user/facts-with-code", with_code=True)
+    (bare,) = load_without_package(hub, tmp_path, ("user/facts-with-code", {"leave": True}))
+    assert "user/facts-with-code: preprocessing.json: not a folder, not in the local cache" in bare["error"]
     hub.put("user/no-facts", {k: v for k, v in hub.files("user/facts").items() if k != "preprocessing.json"})
     assert client(load_generically, "user/no-facts", cache_dir=tmp_path)["preprocessing"] == {}
 

@@ -90,7 +90,7 @@ def test_the_best_point_is_the_best_among_those_that_are_cheap_enough():
 
 
 def test_stored_settings_are_recommended(pipe, tmp_path):
-    pipe.preprocessing = {"modalities": ["a", "b"]}
+    pipe.preprocessing = {"modalities": ["a", "b"], "threshold_chosen_by": {"rule": "of another threshold"}}
     pipe.save_pretrained(tmp_path / "model")
     point = SweepPoint(2.0, 0.4, 20, "signed", 32, threshold=0.07)
     store_settings(str(tmp_path / "model"), point, {"split": "validation"}, {"signs": [1, -1], "evaluation_size": 16})
@@ -105,7 +105,7 @@ def test_stored_settings_are_recommended(pipe, tmp_path):
     assert loaded.resolve_settings() == recommended
     assert loaded.preprocessing["modalities"] == ["a", "b"]
     facts = json.loads((tmp_path / "model" / "preprocessing.json").read_text(encoding="utf-8"))
-    assert facts["settings"]["postprocess"] and facts["signs"] == [1, -1]
+    assert facts["settings"]["postprocess"] and facts["signs"] == [1, -1] and "threshold_chosen_by" not in facts
     with pytest.raises(InputError, match="folder"):
         store_settings("user/name", point, {}, {})
 

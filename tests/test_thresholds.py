@@ -8,10 +8,12 @@ import torch
 from evaluation_data import FakeDataset
 from training_data import write_training_set
 
+from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.calibrate import dice_of_rules, rules_of_labels
 from diffusers_cf.cli import main
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.postprocessing import foreground_mask, postprocess_maps
+from diffusers_cf.settings import PAPER_SETTINGS
 from diffusers_cf.thresholds import DivergenceRule, best_split, divergences, healthy_quantile, slice_scores
 
 
@@ -136,6 +138,25 @@ def test_what_is_stored_is_what_segment_will_use(files, capsys):
     assert document["n_slices"] == 6 and set(document["dice"]) == {*document["thresholds"], "ideal"}
     out = capsys.readouterr().out
     assert f"ideal, chosen with masks: Dice {document['dice']['ideal']:.3f}" in out
+
+
+CHOSEN = {"command": "sweep", "split": "validation", "n_slices": 9, "postprocessed_auprc": 0.5, "ideal_dice": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"), [({}, {"postprocessed_auprc": 0.5, "command": "sweep"}), ({"guidance_scale": 2.0}, None)]
+)
+def test_what_chose_the_settings_stays_as_far_as_it_holds(files, changes, kept):
+    """Its Dice was that of another threshold; of other settings nothing holds."""
+    pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
+    settings = PAPER_SETTINGS | {"strength": 0.5, "num_inference_steps": 10, "threshold": 0.2} | changes
+    pipe.preprocessing = pipe.preprocessing | {"settings": settings, "settings_chosen_by": CHOSEN}
+    pipe.save_pretrained(files / "model")
+    assert calibrate(files, "--guidance_scale", 3.0, "--store") == 0
+    facts = json.loads((files / "model" / "preprocessing.json").read_text())
+    chosen = facts.get("settings_chosen_by")
+    assert (chosen is None) if kept is None else (kept.items() <= chosen.items() and "ideal_dice" not in chosen)
+    assert facts["threshold_chosen_by"]["rule"] == "slice-labels" and facts["settings"]["threshold"] != 0.2
 
 
 def test_a_data_set_without_masks_will_do(files):

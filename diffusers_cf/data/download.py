@@ -1,6 +1,7 @@
 """A slice data set by its name on the Hub: `user/name`, or `user/name@revision` for a branch, tag or commit."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import dataset_info, hf_hub_download, snapshot_download
@@ -100,7 +101,7 @@ def download_dataset(name: str, split: str) -> Path:
     return folder
 
 
-def _wanted(name: str, names: list[str], split: str) -> list[str]:
+def _wanted(name: str, names: Iterable[str], split: str) -> list[str]:
     """Those of a repository's files that hold a split."""
     if SPLITS_FILE in names and not any(file.endswith(".parquet") for file in names):
         raise InputError(
