@@ -190,8 +190,7 @@ class Handlers:
             except BaseException:
                 self.sessions.close(request.session_hash)
                 raise
-            text = f"{', '.join(self.modalities)}: {len(slices)} slices with content"
-            return [message_html(". ".join([text, *explorer.warnings])), slider, *pictures, "", _hidden(), _hidden()]
+            return [self._summary(explorer), slider, *pictures, "", _hidden(), _hidden()]
 
         return load()
 
@@ -202,7 +201,7 @@ class Handlers:
         def show():
             explorer, nearest = self.sessions.get(request.session_hash), self.controls.nearest_steps(steps)
             pictures = self._pictures(explorer, int(index), channel, (guidance, strength, steps, threshold))
-            return ["", gr.skip() if nearest == steps else nearest, *pictures]
+            return [self._summary(explorer), gr.skip() if nearest == steps else nearest, *pictures]
 
         return show()
 
@@ -225,9 +224,15 @@ class Handlers:
                 self.controls.settings(*values), lambda share: progress(share, desc="whole volume")
             )
             downloads = [gr.DownloadButton(value=path, visible=True) for path in (files.heatmap, files.mask)]
-            return ["", *self._pictures(explorer, int(index), channel, values), volume_html(files), *downloads]
+            pictures = self._pictures(explorer, int(index), channel, values)
+            return [self._summary(explorer), *pictures, volume_html(files), *downloads]
 
         return segment()
+
+    def _summary(self, explorer: Explorer) -> str:
+        """What stands above the pictures while there is no error: always the same, so that nothing jumps."""
+        text = f"{', '.join(self.modalities)}: {len(explorer.slices)} slices with content"
+        return message_html(". ".join([text, *explorer.warnings]))
 
     def leave(self, request: gr.Request) -> None:
         """The user is gone, and so is the patient."""

@@ -106,6 +106,7 @@ def test_from_files_to_files(open_page, patients, server, tmp_path):
     page.wait_for_selector("#cf-verdict >> text=threshold of 0.05;")
     assert overlay(page) == before  # neither changes the heat
 
+    assert "10 slices with content" in page.inner_text("#cf-message")  # nothing jumps while sliders move
     page.click("#cf-volume")
     page.wait_for_selector("#cf-found .progress-text, #cf-found .progress-bar", timeout=30000)
     page.wait_for_selector("#cf-found .cf-verdict", timeout=200000)
@@ -255,7 +256,7 @@ def post(server, length, content):
     """Sends the head of an upload that says how long it is, and some content."""
     host, port = re.search(r"//(.*):(\d+)", server[0]).groups()
     head = f'--cut\r\nContent-Disposition: form-data; name="files"; filename="{NAME}_t1.nii"\r\n\r\n'
-    connection = socket.create_connection((host, int(port)))
+    connection = socket.create_connection((host, int(port)), timeout=60)
     start = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n"
     kind = "Content-Type: multipart/form-data; boundary=cut\r\n\r\n"
     connection.sendall((start + kind + head).encode() + content)
@@ -282,5 +283,5 @@ def test_an_upload_that_breaks_off_is_swept_away(server, open_page, patients):
 
 def test_an_upload_above_the_limit_is_refused_before_it_comes(server):
     with post(server, (PATIENT_MB + 2) << 20, b"") as connection:
-        answer = connection.recv(1 << 12).decode()
+        answer = connection.makefile("rb").read().decode()
     assert " 413 " in answer and f"larger than the limit of {PATIENT_MB} MB" in answer and not files_of(server[1])
