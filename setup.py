@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 
 extras = {
     "phantom": ["nilearn"],
-    "app": ["gradio>=6.31"],
+    "app": ["gradio>=6.31", "starlette"],
     "dicom": ["pydicom", "highdicom"],
     "train": ["tensorboard"],
     # 2.3 brought --session-timeout, by which `make test` keeps its time budget

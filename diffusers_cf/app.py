@@ -15,12 +15,15 @@ from diffusers_cf.explorer import Explorer
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.sessions import Sessions
 from diffusers_cf.slice_pictures import CSS
+from diffusers_cf.uploads import LimitedUploads, Limits
 from diffusers_cf.volumes import segmentation_facts
 
 
 HOST = "127.0.0.1"
-UPLOAD_MB = 256
-SWEEP_SECONDS = 30
+UPLOAD_MB, PATIENT_MB = 256, 512
+PATIENTS = 8  # kept at a time: with the limit of one, of all
+SWEEP_SECONDS = 10
+SERVED = "uploads"
 
 
 def add_app_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +33,10 @@ def add_app_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default=HOST, help="address to listen at, %(default)s = this machine alone; 0.0.0.0 = everybody")
     add("--port", type=int, help="default: the first free one from 7860 on")
     add("--max_upload_mb", type=int, default=UPLOAD_MB, help="limit for a file, packed and unpacked, %(default)s")
+    text = (
+        f"limit for a patient's files and for the scans in memory, %(default)s; {PATIENTS} patients are kept at most"
+    )
+    add("--max_patient_mb", type=int, default=PATIENT_MB, help=text)
     add_device_arguments(parser)
 
 
@@ -39,21 +46,23 @@ def run_app(args: argparse.Namespace) -> None:
     Raises:
         InputError: gradio is missing, an option is out of range, or the address is taken.
     """
-    if args.max_upload_mb < 1 or not (args.port is None or 0 < args.port < 65536):
-        raise InputError("--max_upload_mb must be 1 or more, --port from 1 to 65535")
+    if min(args.max_upload_mb, args.max_patient_mb) < 1 or not (args.port is None or 0 < args.port < 65536):
+        raise InputError("--max_upload_mb and --max_patient_mb must be 1 or more, --port from 1 to 65535")
     check_device_arguments(args)
-    with _private_folder() as uploads, _quiet_log():
+    limits = Limits(args.max_upload_mb, args.max_patient_mb, PATIENTS * args.max_patient_mb)
+    with _private_folder() as folder, _quiet_log():
         _prepare_gradio()
         pipe = open_pipeline(args.model, args.device, args.dtype)
         # under the name of the folder: the page may be shown to others
         facts = segmentation_facts(pipe, model=Path(args.model).name, needs_threshold=False)
 
-        def open_explorer(folder: Path) -> Explorer:
-            return Explorer(pipe, facts, folder, args.batch_size, args.max_upload_mb << 20)
+        def open_explorer(own: Path) -> Explorer:
+            sizes = {"max_bytes": limits.file_mb << 20, "max_memory": limits.patient_mb << 20}
+            return Explorer(pipe, facts, own, args.batch_size, **sizes, served=folder / SERVED)
 
-        sessions = Sessions(uploads / "sessions")
+        sessions = Sessions(folder / "sessions", PATIENTS)
         try:
-            _serve(pipe, facts, open_explorer, sessions, uploads, args)
+            _serve(pipe, facts, open_explorer, sessions, LimitedUploads(folder / SERVED, limits), args)
         finally:
             sessions.close_all()
 
@@ -73,7 +82,10 @@ def _prepare_gradio() -> None:
 
 @contextmanager
 def _private_folder():
-    """A temporary folder for all that gradio and users write; it goes at the end, also of a process that is stopped."""
+    """A temporary folder for all that gradio and users write; it goes at the end, also of a process that is stopped.
+
+    Gradio serves any file below its own folder, `SERVED` in it, to whoever knows its name: patients lie beside that.
+    """
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -81,9 +93,11 @@ def _private_folder():
     before, is_main = os.environ.get("GRADIO_TEMP_DIR"), threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGTERM, stop) if is_main else None
     with tempfile.TemporaryDirectory(prefix="diffusers_cf_app_", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        folder = Path(folder).resolve()
+        (folder / SERVED).mkdir()
+        os.environ["GRADIO_TEMP_DIR"] = str(folder / SERVED)
         try:
-            yield Path(folder).resolve()
+            yield folder
         finally:
             if is_main:
                 signal.signal(signal.SIGTERM, handler)
@@ -109,21 +123,24 @@ def _quiet_log():
         faults.removeHandler(spoken)
 
 
-def _serve(pipe, facts: dict, open_explorer, sessions: Sessions, uploads: Path, args: argparse.Namespace) -> None:
+def _serve(
+    pipe, facts: dict, open_explorer, sessions: Sessions, uploads: LimitedUploads, args: argparse.Namespace
+) -> None:
     import gradio
+    from starlette.middleware import Middleware
 
-    from diffusers_cf.app_page import REFUSE_LARGE, Controls, Handlers, build_page
+    from diffusers_cf.app_page import Controls, Handlers, build_page, refuse_large
 
     controls = Controls(facts["settings"], pipe.scheduler.config.num_train_timesteps)
-    modalities, limit = facts["preprocessing"]["modalities"], args.max_upload_mb << 20
+    modalities, limits = facts["preprocessing"]["modalities"], uploads.limits
     page = build_page(Handlers(sessions, open_explorer, controls, modalities, uploads))
     theme = gradio.themes.Base(
         spacing_size="sm", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
     try:
         _, url, _ = page.launch(
-            server_name=args.host, server_port=args.port, max_file_size=limit, theme=theme, css=CSS,
-            js=REFUSE_LARGE.replace("LIMIT", str(limit)), share=False, prevent_thread_lock=True, quiet=True, footer_links=[], run_history=False, ssr_mode=False,
+            server_name=args.host, server_port=args.port, max_file_size=limits.file_mb << 20, theme=theme, css=CSS,
+            js=refuse_large(limits), app_kwargs={"middleware": [Middleware(uploads)]}, share=False, prevent_thread_lock=True, quiet=True, footer_links=[], run_history=False, ssr_mode=False,
             enable_monitoring=False, pwa=False, mcp_server=False,
         )  # fmt: skip
     except OSError as error:
@@ -133,6 +150,7 @@ def _serve(pipe, facts: dict, open_explorer, sessions: Sessions, uploads: Path, 
     try:
         while not stopped.wait(SWEEP_SECONDS):
             sessions.close_idle()
+            uploads.sweep()
     except KeyboardInterrupt:
         pass
     finally:

@@ -1,19 +1,22 @@
 """The page of `diffusers-cf app`: its components, and what happens when a user moves one. Imports gradio."""
 
 import logging
+import re
 import traceback
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 
 import gradio as gr
+from accelerate.utils.memory import should_reduce_batch_size
 
 from diffusers_cf.data.phantom import make_patient, write_patient
 from diffusers_cf.errors import InputError
 from diffusers_cf.explorer import Explorer
 from diffusers_cf.plots import HEAT_MAXIMUM
-from diffusers_cf.sessions import Sessions, take_uploads
+from diffusers_cf.sessions import Sessions
 from diffusers_cf.slice_pictures import message_html, slice_html, verdict_html, volume_html
+from diffusers_cf.uploads import MAX_FILES, LimitedUploads, Limits, take_uploads
 
 
 logger = logging.getLogger(__name__)
@@ -26,22 +29,36 @@ INTRODUCTION = """**What would this brain look like healthy?** What the model ha
 software, no medical device, not for clinical use. Files go to the machine that runs this page and nowhere else, and are
 deleted when you leave."""
 
-# Before anything travels: of a file above the server's own limit gradio says "Error" and nothing else.
-REFUSE_LARGE = """() => {
+OUT_OF_MEMORY = "out of memory: try again when fewer patients are open here, or a smaller scan"
+
+# Before anything travels: of a file above the server's own limits gradio says "Error" and nothing else.
+_REFUSE_LARGE = """() => {
   const check = (event) => {
     const line = document.querySelector("#cf-limit .cf-message");
     line.hidden = true;
     if (!event.target.closest("#cf-files")) return;
-    const large = [...((event.dataTransfer || event.target).files || [])].find((file) => file.size > LIMIT);
-    if (!large) return;
+    const files = [...((event.dataTransfer || event.target).files || [])];
+    const large = files.find((file) => file.size > FILE_MB * 2 ** 20);
+    const total = files.reduce((sum, file) => sum + file.size, 0) / 2 ** 20;
+    const refusal =
+      files.length > MAX_FILES ? `${files.length} files: more than the limit of MAX_FILES at a time` :
+      large ? `${large.name}: larger than the limit of FILE_MB MB` :
+      total > PATIENT_MB ? `${Math.floor(total)} MB in all: larger than the limit of PATIENT_MB MB` : "";
+    if (!refusal) return;
     line.hidden = false;
-    line.textContent = `${large.name}: larger than the limit of ${LIMIT >> 20} MB`;
+    line.textContent = refusal;
     event.preventDefault();
     event.stopImmediatePropagation();
     event.target.value = "";
   };
   for (const kind of ["change", "drop"]) document.addEventListener(kind, check, true);
 }"""
+
+
+def refuse_large(limits: Limits) -> str:
+    """The page's script that refuses what the server would."""
+    values = {"MAX_FILES": MAX_FILES, "FILE_MB": limits.file_mb, "PATIENT_MB": limits.patient_mb}
+    return re.sub("|".join(values), lambda match: str(values[match.group()]), _REFUSE_LARGE)
 
 
 class Controls:
@@ -79,7 +96,7 @@ class Controls:
         ranges = {
             "guidance_scale": (0, max(20, 2 * start["guidance_scale"]), 0.5, "guidance scale"),
             "strength": (0.05, 1, 0.05, "strength"),
-            "num_inference_steps": (4, max(50, start["num_inference_steps"]), 1, "steps"),
+            "num_inference_steps": (4, max(25, 2 * start["num_inference_steps"]), 1, "steps"),
             "threshold": (0, max(HEAT_MAXIMUM, 2 * start["threshold"]), 0.001, "threshold"),
         }
         return [
@@ -104,6 +121,8 @@ def guarded(*otherwise) -> Callable:
             except InputError as error:
                 text = str(error)
             except Exception as error:
+                if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+                    return [message_html(OUT_OF_MEMORY, is_error=True), *otherwise]
                 kind, frames = type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
                 logger.error("%s in %s\n%s", kind, handler.__name__, frames)
                 text = f"a fault of this program ({kind}), nothing was changed"
@@ -122,7 +141,7 @@ class Handlers:
         open_explorer: Makes the explorer of a patient's folder.
         controls: Of the page.
         modalities: What the model takes.
-        uploads: Where gradio puts what is uploaded.
+        uploads: Where gradio puts what is uploaded, and how much that may be.
     """
 
     def __init__(
@@ -131,7 +150,7 @@ class Handlers:
         open_explorer: Callable[[Path], Explorer],
         controls: Controls,
         modalities: list[str],
-        uploads: Path,
+        uploads: LimitedUploads,
     ) -> None:
         self.sessions, self.open_explorer, self.controls = sessions, open_explorer, controls
         self.modalities, self.uploads = modalities, uploads
@@ -140,14 +159,10 @@ class Handlers:
         """A patient that was dropped, and the drop zone and the phantoms cleared."""
 
         def fill(scans: Path) -> None:
-            take_uploads(paths or [], self.uploads, self.modalities, scans)
+            uploads = self.uploads
+            take_uploads(paths or [], uploads.folder, self.modalities, scans, uploads.limits.patient_mb)
 
-        try:
-            return [*self._load(fill, channel, (guidance, strength, steps, threshold), request), None, None]
-        finally:
-            for path in self.uploads.iterdir():  # gradio leaves an empty file for each upload
-                if path.is_file() and not path.stat().st_size:
-                    path.unlink(missing_ok=True)
+        return [*self._load(fill, channel, (guidance, strength, steps, threshold), request), None, None]
 
     def take_phantom(self, name, channel, guidance, strength, steps, threshold, request: gr.Request) -> list:
         """A bundled patient, made anew."""
@@ -175,8 +190,7 @@ class Handlers:
             except BaseException:
                 self.sessions.close(request.session_hash)
                 raise
-            text = f"{', '.join(self.modalities)}: {len(slices)} slices with content"
-            return [message_html(". ".join([text, *explorer.warnings])), slider, *pictures, "", _hidden(), _hidden()]
+            return [self._summary(explorer), slider, *pictures, "", _hidden(), _hidden()]
 
         return load()
 
@@ -187,7 +201,7 @@ class Handlers:
         def show():
             explorer, nearest = self.sessions.get(request.session_hash), self.controls.nearest_steps(steps)
             pictures = self._pictures(explorer, int(index), channel, (guidance, strength, steps, threshold))
-            return ["", gr.skip() if nearest == steps else nearest, *pictures]
+            return [self._summary(explorer), gr.skip() if nearest == steps else nearest, *pictures]
 
         return show()
 
@@ -210,9 +224,15 @@ class Handlers:
                 self.controls.settings(*values), lambda share: progress(share, desc="whole volume")
             )
             downloads = [gr.DownloadButton(value=path, visible=True) for path in (files.heatmap, files.mask)]
-            return ["", *self._pictures(explorer, int(index), channel, values), volume_html(files), *downloads]
+            pictures = self._pictures(explorer, int(index), channel, values)
+            return [self._summary(explorer), *pictures, volume_html(files), *downloads]
 
         return segment()
+
+    def _summary(self, explorer: Explorer) -> str:
+        """What stands above the pictures while there is no error: always the same, so that nothing jumps."""
+        text = f"{', '.join(self.modalities)}: {len(explorer.slices)} slices with content"
+        return message_html(". ".join([text, *explorer.warnings]))
 
     def leave(self, request: gr.Request) -> None:
         """The user is gone, and so is the patient."""
@@ -234,6 +254,8 @@ def build_page(handlers: Handlers) -> gr.Blocks:
                 label=f"one patient’s {', '.join(names)} (.nii.gz)", file_count="multiple",
                 elem_id="cf-files", height=90, scale=3, min_width=280,
             )  # fmt: skip
+            # gradio's own way makes an empty file beside each upload, and leaves it
+            dropped.preprocess = lambda payload: payload and [file.path for file in payload.root]
             phantom = gr.Radio(list(PHANTOMS), label="or a bundled phantom patient", elem_id="cf-phantom", scale=3)
         gr.HTML('<div class="cf-message cf-error" role="alert" hidden></div>', elem_id="cf-limit")
         message = gr.HTML(elem_id="cf-message")

@@ -4,9 +4,10 @@ import contextlib
 import copy
 import logging
 import os
+import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,11 +26,12 @@ from diffusers_cf.segment import (
     patient_files,
     read_volumes,
 )
-from diffusers_cf.trajectories import Encoding, decode_images, encode_images
+from diffusers_cf.trajectories import decode_images, decode_null, encode_images
 from diffusers_cf.volumes import segment_patient
 
 
 PATIENT = "patient"  # names of patients are nobody's business
+RECENT = 8  # slices and settings, to which a user comes back
 MARGIN_MM = 6.0  # of background round the brain in a picture
 CLOSED = "this session has ended: load the patient again"
 
@@ -81,8 +83,22 @@ class VolumeFiles:
     lesion_slices: list[int]
 
 
+class Recent:
+    """The last few things that were made, by what they depend on."""
+
+    def __init__(self, limit: int = RECENT) -> None:
+        self.limit, self._made = limit, {}
+
+    def get(self, key: Hashable, make: Callable):
+        """What was made for a key, or is now."""
+        self._made[key] = self._made.pop(key) if key in self._made else make()  # the latest stands last
+        if len(self._made) > self.limit:
+            del self._made[next(iter(self._made))]
+        return self._made[key]
+
+
 class Explorer:
-    """One patient's scans, the encoding of the slice that is looked at, and the files made of the whole volume.
+    """One patient's scans, encodings of the slices that were looked at last, and the files made of the whole volume.
 
     Args:
         pipe: A `CounterfactualDDIMPipeline`; others may use it at the same time.
@@ -90,23 +106,34 @@ class Explorer:
         folder: Of this patient alone: its `scans` are in it; results are written to it; deleted by `close`.
         batch_size: Slices at a time for the whole volume, as in `segment`.
         max_bytes: Limit for the decompressed size of a file.
+        max_memory: Limit for the scans in memory, in bytes.
+        served: A folder from which anybody may fetch what has been named to them: it gets heatmap and mask of the whole
+            volume, and nothing else, under a name that can't be guessed, until `close`; `folder` itself unless given.
 
     Raises:
         InputError: The scans can't be used; the message is one line without the folder's path.
     """
 
     def __init__(
-        self, pipe, facts: Mapping, folder: Path, batch_size: int | None = None, max_bytes: int = MAX_BYTES
+        self,
+        pipe,
+        facts: Mapping,
+        folder: Path,
+        batch_size: int | None = None,
+        max_bytes: int = MAX_BYTES,
+        max_memory: int = MAX_BYTES,
+        served: Path | None = None,
     ) -> None:
         self.pipe, self.facts, self.folder, self.batch_size = with_own_schedulers(pipe), facts, folder, batch_size
         self.modalities = facts["preprocessing"]["modalities"]
-        self._lock, self._closed, self._runs = threading.Lock(), False, 0
-        self._encoding: tuple[tuple, Encoding] | None = None
-        self._maps: tuple[tuple, SliceMaps] | None = None
+        self._lock, self._closed = threading.Lock(), False
+        self._encodings, self._nulls, self._maps = Recent(), Recent(), Recent()
+        self._served, self._results = served or folder, None
         self._finished: tuple[dict, np.ndarray] | None = None
         with pathless_errors(folder), warnings_of_this_thread() as warnings:
             files = patient_files(folder / "scans", self.modalities)
-            self.volumes = read_volumes(PATIENT, files, max_bytes)
+            max_voxels = max_memory // (len(self.modalities) * np.dtype(np.float32).itemsize)
+            self.volumes = read_volumes(PATIENT, files, max_bytes, max_voxels)
             self.found = network_slices(self.volumes, facts)
         self.warnings = [without_path(warning, folder) for warning in warnings]
         percentile = facts["preprocessing"]["percentile"]
@@ -172,8 +199,7 @@ class Explorer:
         """
         if not settings["threshold"]:
             raise InputError("no threshold: the model recommends none, so move its slider before the whole volume")
-        self._runs += 1
-        output = self.folder / f"run{self._runs}"
+        output, before = self.folder / "run", self._results
 
         def tell(share: float) -> None:
             if self._closed:
@@ -186,33 +212,42 @@ class Explorer:
                 pipe = with_own_schedulers(self.pipe)  # slices are looked at meanwhile
                 report = segment_patient(pipe, self.folder / "scans", output, progress=tell, **options, **settings)
                 mask = to_canonical(read_nifti(output / PATIENT / "mask.nii.gz")).data > 0
+                self._results = self._served / secrets.token_hex(16)
+                files = _move_results(output / PATIENT, self._results)
+            self._finished = dict(settings), mask
+            if before:
+                shutil.rmtree(before, ignore_errors=True)
         finally:
+            shutil.rmtree(output, ignore_errors=True)
             if self._closed:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self.close()
         if self._closed:
             raise InputError(CLOSED)
-        self._finished = dict(settings), mask
-        shutil.rmtree(self.folder / f"run{self._runs - 1}", ignore_errors=True)
-        files = (output / PATIENT / f"{name}.nii.gz" for name in ("heatmap", "mask"))
         return VolumeFiles(report, *files, np.flatnonzero(mask.any(axis=(0, 1))).tolist())
 
     def close(self) -> None:
-        """Deletes the patient's folder; a computation that still runs stops at its next step."""
+        """Deletes the patient's folder and results; a computation that still runs stops at its next step."""
         self._closed = True
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in filter(None, (self.folder, self._results)):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _slice_maps(self, index: int, settings: Mapping) -> SliceMaps:
         """Heatmap and change of one slice, over the field."""
-        steps = settings["num_inference_steps"]
         key = (index, *(settings[name] for name in ("guidance_scale", "strength", "num_inference_steps", "map")))
-        if self._maps and self._maps[0] == key:
-            return self._maps[1]
+        return self._maps.get(key, lambda: self._make_maps(index, settings))
+
+    def _make_maps(self, index: int, settings: Mapping) -> SliceMaps:
+        grid = (index, settings["num_inference_steps"])
         row = index - self.slices[0]
         images = torch.from_numpy(self.found.images[row : row + 1])
         try:
-            if self._encoding is None or self._encoding[0] != (index, steps):
-                self._encoding = (index, steps), encode_images(self.pipe, images, 1.0, steps)
-            changes, heat = decode_images(self.pipe, self._encoding[1], settings)
+            encoding = self._encodings.get(grid, lambda: encode_images(self.pipe, images, 1.0, grid[1]))
+            null = None
+            if settings["map"] != "counterfactual":  # it depends on no guidance scale
+                null = self._nulls.get(
+                    (*grid, settings["strength"]), lambda: decode_null(self.pipe, encoding, settings)
+                )
+            changes, heat = decode_images(self.pipe, encoding, settings, null)
         except ValueError as error:
             raise InputError(str(error)) from None
         if not (torch.isfinite(changes).all() and torch.isfinite(heat).all()):
@@ -222,9 +257,7 @@ class Explorer:
             self.found, images=images.numpy(), slices=np.zeros(1, np.int64), labels=self.found.labels[:1], masks=None
         )
         heatmaps = resize_images(heat[:, None], size)[:, 0].float().cpu().numpy()
-        maps = SliceMaps(found, heatmaps, resize_images(changes, size).float().cpu().numpy())
-        self._maps = key, maps
-        return maps
+        return SliceMaps(found, heatmaps, resize_images(changes, size).float().cpu().numpy())
 
     def _mask(self, index: int, settings: Mapping, volumes, maps: SliceMaps, heat: np.ndarray):
         """The lesion of a slice, (X, Y, 1), and whether it is that of the whole volume."""
@@ -244,6 +277,15 @@ def with_own_schedulers(pipe):
     other = copy.copy(pipe)
     other.scheduler, other.inverse_scheduler = copy.deepcopy(pipe.scheduler), copy.deepcopy(pipe.inverse_scheduler)
     return other
+
+
+def _move_results(written: Path, folder: Path) -> list[Path]:
+    """Moves heatmap and mask of a patient out of what `segment` has written; both lie on one file system."""
+    folder.mkdir(mode=0o700)
+    files = [folder / f"{name}.nii.gz" for name in ("heatmap", "mask")]
+    for path in files:
+        os.replace(written / path.name, path)
+    return files
 
 
 def _crop(foreground: np.ndarray, spacing_mm: np.ndarray) -> tuple[slice, slice]:

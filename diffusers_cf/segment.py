@@ -98,20 +98,23 @@ def patient_files(folder: Path, modalities: Sequence[str]) -> dict[str, Path]:
     return files if seg is None else files | {"seg": seg}
 
 
-def read_volumes(patient: str, files: dict[str, Path], max_bytes: int = MAX_BYTES) -> PatientVolumes:
+def read_volumes(
+    patient: str, files: dict[str, Path], max_bytes: int = MAX_BYTES, max_voxels: int | None = None
+) -> PatientVolumes:
     """Reads a patient's scans strictly and checks that they can be used together.
 
     Args:
         patient: Id.
         files: As from `patient_files`.
         max_bytes: Limit for the decompressed size of a NIfTI file.
+        max_voxels: Limit for the voxels of one.
 
     Raises:
         InputError: A file is damaged, empty, no raw intensities, no segmentation, or on another grid.
     """
     originals, scans = {}, {}
     for name, path in files.items():
-        scan = read_series(path) if path.is_dir() else read_nifti(path, max_bytes=max_bytes)
+        scan = read_series(path) if path.is_dir() else read_nifti(path, max_bytes=max_bytes, max_voxels=max_voxels)
         originals[name], scans[name] = replace(scan, data=None), to_canonical(scan)
         if name == "seg":
             errors, warnings = seg_problems(scan, KNOWN_IDS)

@@ -1,21 +1,17 @@
 """Whose patient is whose: the explorers of all users at work, each with a folder of its own that goes when they go."""
 
-import os
-import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
-from diffusers_cf.data.nifti import canonical_modality, nifti_suffix
 from diffusers_cf.errors import InputError
 from diffusers_cf.explorer import Explorer
 
 
 NO_PATIENT = "no patient is loaded (or the session has ended): drop the files of one, or pick a phantom patient"
-GONE = "the upload is gone: drop the files again"
 
 
 class Sessions:
@@ -93,37 +89,3 @@ class Sessions:
     def _forget(self, key: Hashable) -> Explorer:
         del self._used[key]
         return self._explorers.pop(key)
-
-
-def take_uploads(paths: Sequence[str], uploads: Path, modalities: Sequence[str], target: Path) -> None:
-    """Moves the files that a user has dropped into a folder, and deletes all of them where they can't be a patient.
-
-    Args:
-        paths: Each in a folder of its own in `uploads`, as gradio stores them.
-        uploads: A browser may claim any path: what does not lie there is neither read nor deleted.
-        modalities: What the model takes.
-        target: The patient's folder of scans.
-
-    Raises:
-        InputError: There is none, one is no NIfTI file by its name, or no modality of the model.
-    """
-    files, known = [Path(path) for path in paths], [*modalities, "seg"]
-    if not files:
-        raise InputError(f"no files: drop one NIfTI file for each of {', '.join(modalities)}")
-    if not all(file.parent.parent == uploads and re.fullmatch("[0-9a-f]{64}", file.parent.name) for file in files):
-        raise InputError(GONE)
-    try:
-        for path in files:
-            suffix = nifti_suffix(path.name)
-            if not suffix:
-                raise InputError(f"{path.name}: not a NIfTI file by its name (.nii.gz or .nii)")
-            if canonical_modality(suffix) not in map(canonical_modality, known):
-                raise InputError(f"{path.name}: its name ends in none of {', '.join(known)}")
-            if (target / path.name).exists():
-                raise InputError(f"{path.name}: there are two files of this name")
-            os.replace(path, target / path.name)
-    except FileNotFoundError:  # another page has dropped the same file at the same moment
-        raise InputError(GONE) from None
-    finally:
-        for path in files:
-            shutil.rmtree(path.parent, ignore_errors=True)

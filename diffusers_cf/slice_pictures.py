@@ -21,6 +21,7 @@ OUTLINE_SCALE = 4  # pixels of an outline for each of the slice
 CSS = """
 #cf-limit, #cf-message, #cf-pictures, #cf-verdict, #cf-found,
 #cf-limit *, #cf-message > *, #cf-pictures > *, #cf-verdict > *, #cf-found > * {padding-top: 0; padding-bottom: 0}
+#cf-found {min-height: 64px}
 #cf-files .wrap {padding-top: 26px; line-height: 1.3}
 #cf-files .icon-wrap {display: none}
 #cf-message:not(:has(.cf-message)), #cf-limit:has([hidden]) {display: none}

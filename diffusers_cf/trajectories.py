@@ -57,13 +57,26 @@ def encode_images(pipe, images: torch.Tensor, strength: float, num_inference_ste
     return Encoding(prepared, groups, latents)
 
 
-def decode_images(pipe, encoding: Encoding, settings: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_null(pipe, encoding: Encoding, settings: Mapping) -> list[torch.Tensor]:
+    """For each group of an encoding what the null condition decodes, which depends on no guidance scale."""
+    walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
+    return [pipe.denoise(encoded, None, 0, **walk) for encoded in _encoded(encoding, settings)]
+
+
+def _encoded(encoding: Encoding, settings: Mapping) -> list[torch.Tensor]:
+    return [latents[round(settings["num_inference_steps"] * settings["strength"])] for latents in encoding.latents]
+
+
+def decode_images(
+    pipe, encoding: Encoding, settings: Mapping, null: Sequence[torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the pipeline makes of the same images, without encoding them again.
 
     Args:
         pipe: a `CounterfactualDDIMPipeline`.
         encoding: to the strength of `settings` or beyond, on a grid of as many steps.
         settings: as from `pipe.resolve_settings`.
+        null: from `decode_null` with the same settings, for a map other than `counterfactual`; None = made here.
 
     Returns:
         Changes `(N, C, h, w)`, counterfactual minus image, and heatmaps `(N, h, w)`, in input units at the network's
@@ -71,12 +84,13 @@ def decode_images(pipe, encoding: Encoding, settings: Mapping) -> tuple[torch.Te
     """
     walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
     changes, heat = torch.zeros_like(encoding.prepared), torch.zeros_like(encoding.prepared[:, 0])
-    for group, latents in zip(encoding.groups, encoding.latents, strict=True):
-        encoded = latents[round(walk["num_inference_steps"] * walk["strength"])]
-        decoded, reference = pipe.denoise(encoded, None, settings["guidance_scale"], **walk), (latents[0] + 1) / 2
-        group.paste(changes, decoded - reference)
-        if settings["map"] != "counterfactual":
-            reference = pipe.denoise(encoded, None, 0, **walk)
+    references = inputs = [(latents[0] + 1) / 2 for latents in encoding.latents]
+    if settings["map"] != "counterfactual":
+        references = decode_null(pipe, encoding, settings) if null is None else null
+    parts = zip(encoding.groups, _encoded(encoding, settings), inputs, references, strict=True)
+    for group, encoded, given, reference in parts:
+        decoded = pipe.denoise(encoded, None, settings["guidance_scale"], **walk)
+        group.paste(changes, decoded - given)
         group.paste(heat, heatmap(settings["map"], reference, decoded, pipe.preprocessing.get("signs")))
     return changes, heat
 

@@ -1,20 +1,25 @@
 """`diffusers-cf app` without a browser: what it refuses, what a slider's position means, and the Space in examples/."""
 
+import importlib.metadata
 import logging
 import os
 import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from diffusers_cf.app import _quiet_log
 from diffusers_cf.cli import build_parser, main
 from diffusers_cf.errors import InputError
+from diffusers_cf.uploads import Limits
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +44,8 @@ def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
     ("options", "message"),
     [
         (["--model", "missing"], "missing"),
-        (["--max-upload-mb", "0"], "--max_upload_mb must be 1 or more"),
+        (["--max-upload-mb", "0"], "--max_upload_mb and --max_patient_mb must be 1 or more"),
+        (["--max-patient-mb", "0"], "--max_upload_mb and --max_patient_mb must be 1 or more"),
         (["--port", "70000"], "--port from 1 to 65535"),
         (["--device", "nowhere"], "--device nowhere can't be used"),
     ],
@@ -101,10 +107,72 @@ def test_a_fault_of_ours_names_no_file(caplog):
     assert "&lt;b&gt;.nii: damaged" in refuse()[0] and "cf-error" in refuse()[0]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        np.zeros,
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: 9 bytes"
+        ),
+    ],
+)
+def test_too_little_memory_is_no_fault_of_ours(error, caplog):
+    pytest.importorskip("gradio")
+    from diffusers_cf.app_page import guarded
+
+    @guarded("other")
+    def fail():
+        if callable(error):
+            error(1 << 62, np.uint8)
+        raise error
+
+    line, *rest = fail()
+    assert "out of memory: try again" in line and "fault" not in line and rest == ["other"] and not caplog.records
+
+
+def test_every_limit_stands_in_the_page():
+    pytest.importorskip("gradio")
+    from diffusers_cf.app_page import refuse_large
+
+    script = refuse_large(Limits(file_mb=3, patient_mb=7, all_mb=56))
+    assert all(text in script for text in ("file.size > 3 * 2", "limit of 3 MB", "limit of 7 MB", "limit of 16 at a"))
+    assert not re.search("MAX_FILES|FILE_MB|PATIENT_MB", script)
+
+
 def test_warnings_about_files_are_not_logged(caplog, capfd):
     with _quiet_log():
         logging.getLogger("diffusers_cf.segment").warning("Surname-Firstname_t1.nii.gz: not skull-stripped")
     assert not caplog.records and "Surname" not in capfd.readouterr().err
+
+
+def dependencies(extra):
+    """Names of the packages that diffusers_cf needs, always or with an extra."""
+    for requirement in importlib.metadata.requires("diffusers_cf"):
+        name, _, marker = requirement.partition(";")
+        if (f'"{extra}"' in marker.replace("'", '"')) if extra else "extra" not in marker:
+            yield re.match(r"[\w.-]+", name).group().lower()
+
+
+@pytest.mark.slow
+def test_the_space_runs_on_the_copy_of_the_package_beside_it(tmp_path):
+    shutil.copytree(SPACE, tmp_path / "space")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "diffusers_cf", tmp_path / "space" / "diffusers_cf", ignore=ignored)
+    code = (
+        "import runpy, diffusers_cf, diffusers_cf.cli\n"
+        "diffusers_cf.cli.main = lambda arguments: print(diffusers_cf.__file__, *arguments) or 0\n"
+        "runpy.run_path('app.py', run_name='__main__')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MODEL")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path / "space", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        f"{tmp_path}/space/diffusers_cf/__init__.py",
+        *"app --host 0.0.0.0 --port 7860".split(),
+    ]
 
 
 def test_the_space_is_what_the_tests_ran_with(monkeypatch):
@@ -114,7 +182,9 @@ def test_the_space_is_what_the_tests_ran_with(monkeypatch):
     assert facts["sdk"] == "gradio" and facts["sdk_version"] == pins["gradio"] and facts["python_version"] == "3.11"
     assert facts["license"] == "apache-2.0" and len(facts["short_description"]) <= 60 and "medical" in facts["tags"]
     assert (SPACE / facts["app_file"]).exists() and facts["models"] == []
-    assert "diffusers_cf[app,phantom]" in (SPACE / "requirements.txt").read_text().splitlines()
+    lines = (SPACE / "requirements.txt").read_text().splitlines()
+    asked_for = {re.match(r"[\w.-]+", line).group().lower() for line in lines if line[0] not in "#-"}
+    assert asked_for == set(dependencies("")) | set(dependencies("phantom"))
     asked = []
     monkeypatch.setattr("diffusers_cf.cli.main", lambda arguments: asked.append(arguments) or 0)
     monkeypatch.setenv("MODEL", "user/name")

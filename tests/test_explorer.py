@@ -12,7 +12,7 @@ from segmentation_files import MODALITIES, SETTINGS, make_pipe, voxels, write_cu
 
 from diffusers_cf.data.geometry import display, to_ras
 from diffusers_cf.errors import InputError
-from diffusers_cf.explorer import Explorer, with_own_schedulers
+from diffusers_cf.explorer import Explorer, Recent, with_own_schedulers
 from diffusers_cf.slice_pictures import slice_html, verdict_html, volume_html
 from diffusers_cf.trajectories import decode_images, encode_images
 from diffusers_cf.volumes import segment_patient, segmentation_facts
@@ -73,6 +73,29 @@ def test_a_slider_costs_only_what_it_changes(explorer, settings, record_calls):
     assert longer == round(0.5 * grid) and not np.allclose(further, heat)
     assert cost(num_inference_steps=20)[0] == 20 + round(0.2 * 20)
     assert cost(index=INDEX + 1)[0] == grid + STEPS
+    assert cost(guidance_scale=3.0)[0] == STEPS  # back on a slice whose encoding is still there
+    assert cost()[0] == 0
+
+
+def test_what_depends_on_no_guidance_is_decoded_once(explorer, settings, record_calls):
+    calls = record_calls(explorer.pipe)
+    view = explorer.view(INDEX, settings | {"map": "reconstruction"})
+    assert len(calls) == settings["num_inference_steps"] + 2 * STEPS
+    guided = explorer.view(INDEX, settings | {"map": "reconstruction", "guidance_scale": 5.0})
+    assert len(calls) == settings["num_inference_steps"] + 3 * STEPS
+    assert not np.allclose(view.heatmap, guided.heatmap)
+    explorer.view(INDEX, settings | {"map": "reconstruction", "strength": 0.5})
+    assert len(calls) == settings["num_inference_steps"] + 3 * STEPS + 2 * round(0.5 * settings["num_inference_steps"])
+    image = torch.from_numpy(explorer.found.images[INDEX - explorer.slices[0]][None])
+    heat = explorer.pipe(image, map="reconstruction", guidance_scale=5.0).heatmaps[0].numpy()
+    assert guided.score == pytest.approx(heat[(image[0] > 0).any(dim=0).numpy()].mean(), rel=1e-4)
+
+
+def test_only_the_latest_are_kept():
+    made, recent = [], Recent(limit=2)
+    for key in "abacbac":
+        assert recent.get(key, lambda key=key: made.append(key) or key.upper()) == key.upper()
+    assert made == ["a", "b", "c", "b", "a", "c"]
 
 
 def test_a_view_shows_what_segment_writes(explorer, settings, pipe, tmp_path):
@@ -187,6 +210,27 @@ def test_messages_name_no_folder_and_warnings_reach_their_user_alone(pipe, tmp_p
 def test_unpacked_files_have_a_limit(pipe, explorer):
     with pytest.raises(InputError, match="limit is 1000"):
         Explorer(pipe, explorer.facts, explorer.folder, max_bytes=1000)
+
+
+def test_scans_in_memory_have_a_limit(pipe, explorer):
+    scan = explorer.volumes.volume
+    assert scan.dtype == np.float32 and len(scan) == 2  # int16 in the files
+    Explorer(pipe, explorer.facts, explorer.folder, max_memory=scan.nbytes)
+    line = f"^P_01_flair.nii.gz: 9984 voxels \\(shape .*\\), the limit is {scan[0].size - 1}$"
+    with pytest.raises(InputError, match=line):
+        Explorer(pipe, explorer.facts, explorer.folder, max_memory=scan.nbytes - 1)
+
+
+def test_heatmap_and_mask_alone_are_served(pipe, explorer, settings, tmp_path):
+    served = tmp_path / "served"
+    served.mkdir()
+    explorer = Explorer(pipe, explorer.facts, explorer.folder, served=served)
+    for _ in range(2):  # another run takes the place of the one before
+        files = explorer.segment(settings, print)
+        assert {path for path in served.rglob("*") if path.is_file()} == {files.heatmap, files.mask}
+        assert len(files.mask.parent.name) == 32 and {path.name for path in explorer.folder.iterdir()} == {"scans"}
+    explorer.close()
+    assert not list(served.iterdir())
 
 
 def test_two_users_of_a_model_have_a_grid_each(pipe):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.sessions import Sessions, take_uploads
+from diffusers_cf.sessions import Sessions
 
 
 class Patient:
@@ -79,55 +79,3 @@ def test_of_what_fails_nothing_is_kept(sessions, part):
     assert earlier.closed and list(sessions.folder.iterdir()) == [earlier.folder]
     with pytest.raises(InputError):
         sessions.get("a")
-
-
-@pytest.fixture
-def upload(tmp_path):
-    """Function that stores a file as gradio does; gives its path."""
-    (tmp_path / "scans").mkdir()
-
-    def store(name: str, digit: str) -> str:
-        folder = tmp_path / "uploads" / (64 * digit)
-        folder.mkdir(parents=True)
-        (folder / name).write_text("voxels")
-        return str(folder / name)
-
-    return store
-
-
-def test_uploads_move_to_their_patient(upload, tmp_path):
-    paths = [upload("P_FLAIR.nii.gz", "a"), upload("P-t1n.nii", "b"), upload("P_seg.nii.gz", "c")]
-    take_uploads(paths, tmp_path / "uploads", ["flair", "t1"], tmp_path / "scans")
-    assert {path.name for path in (tmp_path / "scans").iterdir()} == {"P_FLAIR.nii.gz", "P-t1n.nii", "P_seg.nii.gz"}
-    assert not list((tmp_path / "uploads").iterdir())
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["flair.nii.gz", "brain.png"], "brain.png: not a NIfTI file by its name"),
-        (["P_adc.nii.gz"], "P_adc.nii.gz: its name ends in none of flair, t1, seg"),
-        (["t1.nii", "t1.nii"], "t1.nii: there are two files of this name"),
-    ],
-)
-def test_of_uploads_that_are_no_patient_nothing_is_kept(upload, tmp_path, names, message):
-    paths = [upload(name, digit) for name, digit in zip(names, "ab", strict=False)]
-    with pytest.raises(InputError, match=message):
-        take_uploads(paths, tmp_path / "uploads", ["flair", "t1"], tmp_path / "scans")
-    assert not list((tmp_path / "uploads").iterdir())
-
-
-def test_what_was_never_uploaded_is_left_alone(upload, tmp_path):
-    upload("t1.nii", "a")
-    other = tmp_path / "sessions" / (64 * "b") / "t1.nii"
-    other.parent.mkdir(parents=True)
-    other.write_text("voxels")
-    for path in (other, tmp_path / "uploads" / "t1.nii", tmp_path / "uploads" / "sessions" / "t1.nii"):
-        with pytest.raises(InputError, match="the upload is gone"):
-            take_uploads([str(path)], tmp_path / "uploads", ["t1"], tmp_path / "scans")
-    assert other.exists() and list((tmp_path / "uploads").iterdir())
-    gone = tmp_path / "uploads" / (64 * "c") / "t1.nii"
-    with pytest.raises(InputError, match="the upload is gone"):
-        take_uploads([str(gone)], tmp_path / "uploads", ["t1"], tmp_path / "scans")
-    with pytest.raises(InputError, match="no files: drop one NIfTI file for each of t1"):
-        take_uploads([], tmp_path / "uploads", ["t1"], tmp_path / "scans")

@@ -59,13 +59,16 @@ class Scan:
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
 
-def read_nifti(path: str | Path, dimensions: int = 3, max_bytes: int = MAX_BYTES) -> Scan:
+def read_nifti(
+    path: str | Path, dimensions: int = 3, max_bytes: int = MAX_BYTES, max_voxels: int | None = None
+) -> Scan:
     """Reads a single-file NIfTI-1 or NIfTI-2 image, gzipped or plain (decided by its first bytes, not by its name).
 
     Args:
         path: The file.
         dimensions: 3 or 4; trailing axes of length 1 are dropped or added to fit.
         max_bytes: Limit for the decompressed size.
+        max_voxels: Limit for their number, each of which becomes 4 bytes whatever it is in the file.
 
     Raises:
         InputError: The file is missing, truncated, damaged, no real-valued NIfTI image, has other dimensions, no
@@ -75,7 +78,7 @@ def read_nifti(path: str | Path, dimensions: int = 3, max_bytes: int = MAX_BYTES
 
     path = Path(path)
     try:
-        header, content = _read_checked(path, max_bytes)
+        header, content = _read_checked(path, max_bytes, max_voxels)
         image_class = nibabel.Nifti1Image if header["sizeof_hdr"] == 348 else nibabel.Nifti2Image
         image = image_class.from_bytes(content)
         data = _fit_dimensions(path, image.get_fdata(dtype=np.float32, caching="unchanged"), dimensions)
@@ -184,7 +187,7 @@ def _describe_grid(scan: Scan) -> str:
     return f"{scan.path.name} is {shape}, spacing ({spacing}) mm, origin ({origin}) mm"
 
 
-def _read_checked(path: Path, max_bytes: int):
+def _read_checked(path: Path, max_bytes: int, max_voxels: int | None):
     """Reads a file's header, checks it, then its whole content; returns both."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -197,7 +200,7 @@ def _read_checked(path: Path, max_bytes: int):
             stream = gzip.GzipFile(fileobj=raw) if gzipped else raw
             start = stream.read(540)
             header = _checked_header(path, start)
-            needed = _needed_bytes(path, header, max_bytes)
+            needed = _needed_bytes(path, header, max_bytes, max_voxels)
             content = _read_to_end(path, stream, start, needed, max_bytes)
     except EOFError:
         raise InputError(f"{path}: truncated: the gzip stream ends too early") from None
@@ -246,7 +249,7 @@ def _checked_header(path: Path, start: bytes):
     return header
 
 
-def _needed_bytes(path: Path, header, max_bytes: int) -> int:
+def _needed_bytes(path: Path, header, max_bytes: int, max_voxels: int | None) -> int:
     """Size of header and voxels as the header claims it, in Python integers: they can't overflow."""
     count = int(header["dim"][0])
     if not 1 <= count <= 7:
@@ -263,6 +266,8 @@ def _needed_bytes(path: Path, header, max_bytes: int) -> int:
     needed = max(int(offset), 352) + voxels * header.get_data_dtype().itemsize
     if needed > max_bytes:
         raise InputError(f"{path}: its header asks for {needed} bytes (shape {tuple(dims)}), the limit is {max_bytes}")
+    if max_voxels is not None and voxels > max_voxels:
+        raise InputError(f"{path}: {voxels} voxels (shape {tuple(dims)}), the limit is {max_voxels}")
     return needed
 
 
