@@ -176,7 +176,7 @@ def check_model_folder(
         sub_folder = folder / component
         if not sub_folder.is_dir():
             raise InputError(f"{sub_folder}: the folder of this component is missing")
-        _read_object(_inside(folder, sub_folder / _CONFIGS[class_name.endswith("Scheduler")]))
+        read_object(_inside(folder, sub_folder / _CONFIGS[class_name.endswith("Scheduler")]))
         names[component] = [path.name for path in sub_folder.iterdir()]
     for component, weights in _wanted_weights(folder, names, components, variant).items():
         for name in weights:
@@ -191,7 +191,7 @@ def check_model_folder(
 
 def _read_components(index_file: Path, allowed: Mapping[str, Iterable]) -> dict[str, tuple[str, str]]:
     """The components of model_index.json, each known by name and class."""
-    named = {name: value for name, value in _read_object(index_file).items() if not name.startswith("_")}
+    named = {name: value for name, value in read_object(index_file).items() if not name.startswith("_")}
     for name in SWITCHES:
         switch = named.pop(name, True)
         if not isinstance(switch, bool):
@@ -225,7 +225,7 @@ def _inside(folder: Path, path: Path) -> Path:
 
 
 def _check_shard_index(path: Path) -> None:
-    weight_map = _read_object(path).get("weight_map")
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: no weight_map, so not an index of sharded weights")
     for name in set(map(str, weight_map.values())):
@@ -248,7 +248,7 @@ def _check_weights(folder: Path, path: Path) -> None:
     sums_file = folder / checksums_name(path.name)
     if not sums_file.exists():
         return
-    expected = _read_object(_inside(folder, sums_file)).get(f"{path.parent.name}/{path.name}")
+    expected = read_object(_inside(folder, sums_file)).get(f"{path.parent.name}/{path.name}")
     if expected is None:
         raise InputError(f"{path}: not listed in {sums_file.name}: left over from an earlier save?")
     if expected != sha256_of(path):
@@ -264,7 +264,7 @@ def read_preprocessing(folder: str | os.PathLike) -> dict:
     path = Path(folder) / PREPROCESSING
     if not path.exists():
         return {}
-    facts = _read_object(_inside(Path(folder), path))
+    facts = read_object(_inside(Path(folder), path))
     if not isinstance(facts.get("settings", {}), dict):
         raise InputError(f"{path}: `settings` is not a JSON object")
     return facts
@@ -323,12 +323,19 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict:
+    """A JSON object of a foreign file.
+
+    Raises:
+        InputError: It can't be read, is too large or no JSON object.
+    """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise InputError(f"{path}: larger than {_MAX_JSON_BYTES // 2**20} MiB, refused")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
         raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")

@@ -162,7 +162,9 @@ def map_slices(
         out = pipe(images, **settings)
         return out.heatmaps, out.counterfactuals
 
-    with tqdm(total=len(found.images), desc=volumes.patient, unit="slice", disable=progress is not True) as bar:
+    # below a bar of patients it goes when it is full
+    options = {"unit": "slice", "disable": progress is not True, "leave": None}
+    with tqdm(total=len(found.images), desc=volumes.patient, **options) as bar:
         patient = [(volumes.patient, found.images)]
         ((_, (heatmaps, counterfactuals), _),) = map_in_batches(call, patient, batch_size, pipe.device, bar)
     maps = SliceMaps(found, heatmaps, counterfactuals - found.images)
