@@ -35,10 +35,9 @@ def find_patients(
         InputError: there is no such folder, or no patient in it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder}: a file; give the folder that holds it" if folder.exists() else f"{folder}: no such folder"
-        )
+    if not os.path.isdir(folder):
+        is_file = os.path.exists(folder)
+        raise InputError(f"{folder}: {'a file; give the folder that holds it' if is_file else 'no such folder'}")
     search = _Search({canonical_modality(modality) for modality in modalities}, output)
     search.walk(folder)
     if not search.found:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,10 +30,10 @@ def own_file(folder: Path, name: str) -> Path:
         InputError: It is missing, or no file but a link, which could lead anywhere.
     """
     path = folder / name
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise InputError(f"{path}: a link or no file, which segment does not write")
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
+    if not os.path.exists(path):
+        raise InputError(f"{path}: can't be read (no such file)")
     return path
 
 
@@ -102,7 +103,7 @@ def read_summary(output: Path) -> dict[str, dict[str, str]]:
     Raises:
         InputError: It is damaged, or not what `segment` writes.
     """
-    if not (output / SUMMARY).exists():
+    if not os.path.lexists(output / SUMMARY):
         return {}
     path = own_file(output, SUMMARY)
     patients = read_object(path).get("patients")

@@ -277,8 +277,9 @@ def write_preview(
         heatmaps[rows],
         masks=shown[rows],
         channel_names=list(volumes.files),
-        title=title,
+        title=f"{title}\nL, R: the patient's left and right",
         row_names=[f"axial slice {slices[row]}" for row in rows],
-        mask_name="found" if volumes.seg is None else "found (green: expert)",
+        mask_name="found (red)" if volumes.seg is None else "found (red), expert (green)",
+        sides=True,
         references=None if volumes.seg is None else maps.found.masks[rows],
     )
