@@ -23,6 +23,7 @@ from diffusers_cf.inference_options import (
 from diffusers_cf.processes import Share, share_of_work
 from diffusers_cf.results import add_to_summary
 from diffusers_cf.volumes import segment_patient, segmentation_facts
+from diffusers_cf.whole_folders import BusyError
 
 
 SETTINGS = ("settings", "guidance_scale", "strength", "num_inference_steps", "map", "threshold")
@@ -64,7 +65,7 @@ def run_segment(args: argparse.Namespace) -> int:
     done = _segment_all(pipe, share.of(patients), args.output, options, share)
     # what can't be found is known to every process, and said by one
     outcomes = dict(share.gather([*done.items(), *(outcomes.items() if share.is_main else ())]))
-    failures = [outcome["reason"] for outcome in outcomes.values() if outcome["state"] == "failed"]
+    failures = [outcome["reason"] for outcome in outcomes.values() if "reason" in outcome]
     if share.is_main or share.is_shard:
         if len(outcomes) > 1:
             counts = Counter(outcome["state"] for outcome in outcomes.values())
@@ -72,7 +73,8 @@ def run_segment(args: argparse.Namespace) -> int:
         for failure in failures:
             print(f"error: {failure}", file=sys.stderr)
         if patients:
-            add_to_summary(Path(args.output), outcomes)
+            # of a patient that another process is at, that one has the last word
+            add_to_summary(Path(args.output), {k: v for k, v in outcomes.items() if v["state"] != "busy"})
     return 2 if failures else 0
 
 
@@ -112,6 +114,7 @@ def _segment_all(pipe, patients: list[tuple[str, Path]], output: str, options: d
             report = segment_patient(pipe, folder, output, patient=name, progress=talks, **options)
         except InputError as error:
             outcomes[name] = _failed(str(error) if name in str(error) else f"{folder}: {error}")
+            outcomes[name] |= {"state": "busy"} if isinstance(error, BusyError) else {}
             continue
         outcomes[name] = {"state": "skipped" if skip else "done"}
         if "dicom_error" in report:

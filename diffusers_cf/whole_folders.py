@@ -11,6 +11,10 @@ from filelock import FileLock, Timeout
 from diffusers_cf.errors import InputError
 
 
+class BusyError(InputError):
+    """Another process is at the same work, and will say what became of it."""
+
+
 @contextmanager
 def alone_at(target: Path, timeout: float = 0) -> Iterator[None]:
     """Keeps other processes off a file or folder meanwhile; its own folder is made where it is missing.
@@ -22,7 +26,8 @@ def alone_at(target: Path, timeout: float = 0) -> Iterator[None]:
         timeout: Seconds to wait for another process.
 
     Raises:
-        InputError: Another process is at it, or the folder can't be written.
+        BusyError: Another process is at it.
+        InputError: The folder can't be written.
     """
     path = _beside(target, "lock")
     lock = FileLock(path, timeout=timeout)
@@ -30,7 +35,7 @@ def alone_at(target: Path, timeout: float = 0) -> Iterator[None]:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise InputError(f"{target}: another process is writing it") from None
+        raise BusyError(f"{target}: another process is writing it") from None
     except OSError as error:
         raise InputError(f"{target}: can't be written ({error.strerror or error})") from None
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from data_files import write_brats
+from filelock import FileLock
 from segmentation_files import MODALITIES, make_pipe
 from test_volumes import run
 
@@ -13,6 +14,7 @@ from diffusers_cf import volumes
 from diffusers_cf.cohorts import find_patients
 from diffusers_cf.data.nifti import canonical_modality, nifti_suffix
 from diffusers_cf.errors import InputError
+from diffusers_cf.results import add_to_summary, read_summary
 
 
 NAMES = ["flair", "t1", "t1ce", "t2"]
@@ -167,6 +169,16 @@ def test_two_patients_of_one_name_are_named_and_the_others_are_done(three_patien
     assert all(str(root / site / "A") in errors[0] for site in ("site1", "site2"))
     assert printed.out.splitlines()[-1] == "1 done, 0 finished before, 1 failed"
     assert sorted(path.name for path in (root / "out").iterdir()) == ["B", "summary.json"]
+
+
+def test_of_a_patient_that_another_process_is_at_that_one_has_the_last_word(three_patients, capsys):
+    root, options = three_patients
+    add_to_summary(root / "out", {"A": {"state": "done"}})
+    with FileLock(root / "out" / ".A.lock"):
+        assert run(root / "site2", *options) == 2
+    printed = capsys.readouterr()
+    assert "A: another process is writing it" in printed.err and "1 done, 0 finished before, 1 failed" in printed.out
+    assert read_summary(root / "out") == {"A": {"state": "done"}, "B": {"state": "done"}}
 
 
 def test_a_bar_counts_patients_and_one_below_it_slices(three_patients, capsys):
