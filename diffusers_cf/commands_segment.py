@@ -1,9 +1,12 @@
 """`diffusers-cf segment`: patients, or whole cohorts of them, to heatmap, mask and counterfactual as NIfTI."""
 
 import argparse
+import os
 import sys
 from collections import Counter
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from diffusers_cf.arguments import make_folder
 from diffusers_cf.cohorts import find_patients
@@ -18,7 +21,9 @@ from diffusers_cf.inference_options import (
     take_device,
 )
 from diffusers_cf.processes import Share, share_of_work
+from diffusers_cf.results import add_to_summary
 from diffusers_cf.volumes import segment_patient, segmentation_facts
+from diffusers_cf.whole_folders import BusyError
 
 
 SETTINGS = ("settings", "guidance_scale", "strength", "num_inference_steps", "map", "threshold")
@@ -42,10 +47,10 @@ def run_segment(args: argparse.Namespace) -> int:
     """Segments every patient of this process, printing a line for each; one that fails does not stop the others.
 
     Returns:
-        0, or 2 if a patient failed: stderr then ends in one line for each of them.
+        0, or 2 if a patient failed: stderr then ends in one line for each of them, and OUT/summary.json says the same.
 
     Raises:
-        InputError: Model, options or output can't be used, or two patients have the same name.
+        InputError: Model, options or output can't be used.
     """
     share = share_of_work(args.shard)
     take_device(args, share)
@@ -53,50 +58,68 @@ def run_segment(args: argparse.Namespace) -> int:
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile)
     settings = {name: getattr(args, name) for name in SETTINGS}
     modalities = segmentation_facts(pipe, args.model, **settings)["preprocessing"]["modalities"]
-    patients, failures = _patients(args, modalities)
-    make_folder(args.output)
+    patients, outcomes = _patients(args, modalities)
+    if patients:
+        make_folder(args.output)
     options = {"model": args.model, "batch_size": args.batch_size, "overwrite": args.overwrite} | settings
     done = _segment_all(pipe, share.of(patients), args.output, options, share)
     # what can't be found is known to every process, and said by one
-    failures = share.gather(done.pop("failures") + (failures if share.is_main else []))
-    counts = [sum(values) for values in zip(*share.gather([tuple(done.values())]), strict=True)]
+    outcomes = dict(share.gather([*done.items(), *(outcomes.items() if share.is_main else ())]))
+    failures = [outcome["reason"] for outcome in outcomes.values() if "reason" in outcome]
     if share.is_main or share.is_shard:
-        if sum(counts) + len(failures) > 1:
-            print(f"{counts[0]} done, {counts[1]} finished before, {len(failures)} failed", flush=True)
+        if len(outcomes) > 1:
+            counts = Counter(outcome["state"] for outcome in outcomes.values())
+            print(f"{counts['done']} done, {counts['skipped']} finished before, {len(failures)} failed", flush=True)
         for failure in failures:
-            print(f"error: {' '.join(failure.split())}", file=sys.stderr)
+            print(f"error: {failure}", file=sys.stderr)
+        if patients:
+            # of a patient that another process is at, that one has the last word
+            add_to_summary(Path(args.output), {k: v for k, v in outcomes.items() if v["state"] != "busy"})
     return 2 if failures else 0
 
 
-def _patients(args: argparse.Namespace, modalities: list[str]) -> tuple[list[tuple[str, Path]], list[str]]:
-    """Every patient by name, and what is wrong with folders that hold none."""
-    patients, failures = [], []
-    for folder in args.folders:
+def _patients(args: argparse.Namespace, modalities: list[str]) -> tuple[list[tuple[str, Path]], dict[str, dict]]:
+    """Every patient by name, and outcomes of what can't be segmented: folders without one, patients of one name."""
+    folders, failures = {}, {}
+    for given in args.folders:
         try:
-            patients += find_patients(folder, modalities, args.output)
+            found, problems = find_patients(given, modalities, args.output)
         except InputError as error:
-            failures.append(str(error))
-    twice = [name for name, count in Counter(name for name, _ in patients).items() if count > 1]
-    if twice:
-        raise InputError(
-            f"two patients are called {twice[0]}: both would be written to {Path(args.output) / twice[0]}"
-        )
-    return patients, failures
+            failures[given] = _failed(str(error))
+            continue
+        failures |= {path: _failed(problem) for path, problem in problems.items()}
+        for name, folder in found:
+            folders.setdefault(name, {}).setdefault(os.path.realpath(folder), folder)
+    for name, same in folders.items():
+        if len(same) > 1:
+            listed = " and ".join(map(str, same.values()))
+            failures[name] = _failed(
+                f"two patients are called {name}: {listed}: both would be written to {Path(args.output) / name}"
+            )
+    return [(name, *same.values()) for name, same in folders.items() if len(same) == 1], failures
 
 
-def _segment_all(pipe, patients: list[tuple[str, Path]], output: str, options: dict, share: Share) -> dict:
-    """Segments patients one after the other; how many were `done` and `skipped`, and the `failures`."""
-    counts = {"done": 0, "skipped": 0, "failures": []}
-    for name, folder in patients:
+def _failed(reason: str) -> dict[str, str]:
+    return {"state": "failed", "reason": " ".join(reason.split())}
+
+
+def _segment_all(pipe, patients: list[tuple[str, Path]], output: str, options: dict, share: Share) -> dict[str, dict]:
+    """Segments patients one after the other, and tells the outcome of each: `state`, and `reason` of a failure."""
+    outcomes, talks = {}, share.is_main or share.is_shard
+    bar = tqdm(patients, desc="Patients", unit="patient", disable=not talks or len(patients) < 2)
+    for name, folder in bar:
         target = Path(output) / name
         skip = target.exists() and not options["overwrite"]
-        progress = share.is_main or share.is_shard
         try:
-            report = segment_patient(pipe, folder, output, patient=name, progress=progress, **options)
+            report = segment_patient(pipe, folder, output, patient=name, progress=talks, **options)
         except InputError as error:
-            counts["failures"].append(str(error) if name in str(error) else f"{folder}: {error}")
+            outcomes[name] = _failed(str(error) if name in str(error) else f"{folder}: {error}")
+            outcomes[name] |= {"state": "busy"} if isinstance(error, BusyError) else {}
             continue
-        counts["skipped" if skip else "done"] += 1
+        outcomes[name] = {"state": "skipped" if skip else "done"}
+        if "dicom_error" in report:
+            outcomes[name] = _failed(f"{target}: holds NIfTI files alone: {report['dicom_error']}")
         state = "finished before, skipped" if skip else f"{report['seconds']:.1f} s"
-        print(f"{name}: {report['lesion_volume_ml']:.1f} ml above the threshold, {state} -> {target}", flush=True)
-    return counts
+        with bar.external_write_mode():
+            print(f"{name}: {report['lesion_volume_ml']:.1f} ml above the threshold, {state} -> {target}", flush=True)
+    return outcomes

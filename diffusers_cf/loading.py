@@ -339,7 +339,9 @@ def read_object(path: Path) -> dict:
     try:
         _check_size(str(path), path.stat().st_size)
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
         raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")

@@ -1,5 +1,7 @@
 """Whether preprocessing.json of a model fits its network and can be used: for what segments with it and what publishes it."""
 
+import re
+
 from diffusers_cf.data.geometry import FIELD_MM, PERCENTILE, check_geometry
 from diffusers_cf.errors import InputError
 from diffusers_cf.heatmaps import check_signs
@@ -9,6 +11,8 @@ from diffusers_cf.settings import NAMES
 
 # Pixels along a side of the slices on which thresholds are chosen, as `prepare` cuts them unless told otherwise.
 EVALUATION_SIZE = 128
+# `segment` writes a file for each modality, and a model folder is foreign.
+_FILE_NAME = re.compile(r"\w[\w.+-]*")
 # Entries that are tables of facts, where they are there.
 _TABLES = ("training", "settings_chosen_by", "threshold_chosen_by", "paper_threshold_chosen_by")
 
@@ -66,6 +70,8 @@ def _modalities(pipe: CounterfactualDDIMPipeline, model: str) -> list[str]:
     modalities, classes = known.get("modalities"), known.get("class_names")
     if not (isinstance(modalities, list) and modalities and all(isinstance(name, str) for name in modalities)):
         raise InputError(f"{model}: its preprocessing.json does not name the modalities that it takes")
+    if bad := [name for name in modalities if not _FILE_NAME.fullmatch(name)]:
+        raise InputError(f"{model}: its modality {bad[0]!r} can't be a part of a file's name")
     if len(modalities) != channels:
         raise InputError(f"{model}: takes {channels} channels, but names the modalities {', '.join(modalities)}")
     encoder = pipe.class_encoder

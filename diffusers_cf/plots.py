@@ -23,6 +23,7 @@ def plot_slices(
     row_names: Sequence[str] = (),
     mask_name: str = "lesion",
     references: np.ndarray | None = None,
+    sides: bool = False,
 ) -> None:
     """Writes a PNG with one row a slice: input, counterfactual, heatmap over the input and, if given, the mask.
 
@@ -39,6 +40,7 @@ def plot_slices(
         row_names: one a slice.
         mask_name: title of the last column.
         references: `(N, H, W)`, above 0 = lesion, drawn in green below `masks` to compare with.
+        sides: write L and R beside each picture, where column 0 is the patient's left.
     """
     from matplotlib.figure import Figure
 
@@ -50,6 +52,9 @@ def plot_slices(
         for axis in row:
             axis.imshow(images[i, channel], **GREY)
             axis.set(xticks=[], yticks=[])
+            for side, x in (("L", 0.03), ("R", 0.97)) if sides else ():
+                align = "left" if side == "L" else "right"
+                axis.text(x, 0.5, side, color="white", fontsize=9, ha=align, va="center", transform=axis.transAxes)
         row[1].imshow(counterfactuals[i, channel], **GREY)
         heat = row[2].imshow(heatmaps[i], cmap="inferno", vmin=0, vmax=heat_maximum, alpha=0.8)
         if masks is not None:
@@ -60,7 +65,9 @@ def plot_slices(
             row[0].set_ylabel(row_names[i], fontsize=8)
     for axis, column in zip(axes[0], columns, strict=True):
         axis.set_title(column, fontsize=9)
-    figure.colorbar(heat, ax=axes, shrink=min(1, 2 / len(images)), label="heatmap: change / p99")
+    figure.colorbar(
+        heat, ax=axes, shrink=min(1, 2 / len(images)), extend="max", label="heatmap: change, 1 = 99th percentile"
+    )
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=100)
 

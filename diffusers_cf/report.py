@@ -3,7 +3,7 @@
 import argparse
 import base64
 import itertools
-import json
+import os
 import re
 import sys
 import warnings
@@ -18,19 +18,15 @@ from tqdm.auto import tqdm
 from diffusers_cf.arguments import make_folder
 from diffusers_cf.cohorts import find_patients
 from diffusers_cf.data.nifti import Scan, check_same_grid, find_file, read_nifti, to_canonical
+from diffusers_cf.data.scans import scan_errors
 from diffusers_cf.dicom import find_series, read_series, series_sha256
 from diffusers_cf.errors import InputError
 from diffusers_cf.loading import sha256_of
 from diffusers_cf.pixel_counts import renamed_when_whole
+from diffusers_cf.results import REPORT, own_file, read_preview, read_report, read_summary
 
 
 COLUMNS = ("Patient", "Lesion, ml", "Slices with lesion", "Largest, mm²", "Highest heat", "Threshold")
-REPORT = "report.json"
-# what the page needs of it, and of which kind
-FACTS = {
-    "patient": str, "model": str, "model_sha256": str, "settings": dict, "threshold": float, "postprocessed": bool,
-    "inputs": dict, "lesion_volume_ml": float, "n_slices": int,
-}  # fmt: skip
 
 
 @dataclass
@@ -50,6 +46,7 @@ class PatientReport:
         dice: With the expert's mask; None without one.
         model: Name and fingerprint.
         settings: In words.
+        postprocessed: Whether the mask is that of the post-processed heat.
         heat: RAS-canonical.
         scan: What the heat is shown over, RAS-canonical.
         background: What that is.
@@ -69,6 +66,7 @@ class PatientReport:
     dice: float | None
     model: str
     settings: str
+    postprocessed: bool
     heat: Scan
     scan: Scan
     background: str
@@ -77,24 +75,24 @@ class PatientReport:
 
 
 def read_patient(folder: Path, scans: Mapping[str, Path]) -> PatientReport:
-    """Reads what `segment` has written about a patient.
+    """Reads what `segment` has written about a patient, or somebody else has put in its place.
 
     Args:
         folder: `OUT/PATIENT`.
         scans: Folders of scans by patient; one that is not among them is shown over its counterfactual.
 
     Raises:
-        InputError: A file is missing or damaged, or the scans are not those that were segmented.
+        InputError: A file is missing or damaged, a link or not what `segment` writes, or the scans are not those that
+            were segmented.
     """
-    facts = _facts(folder)
-    heat, mask = (to_canonical(read_nifti(folder / f"{name}.nii.gz")) for name in ("heatmap", "mask"))
+    facts = read_report(folder)
+    heat, mask = (to_canonical(read_nifti(own_file(folder, f"{name}.nii.gz"))) for name in ("heatmap", "mask"))
     check_same_grid([heat, mask])
+    foreign = mask.data[(mask.data != 0) & (mask.data != 1)]
+    if foreign.size:
+        raise InputError(f"{mask.path}: holds {foreign[0]:g}: a mask of segment holds 0 and 1 alone")
     scan, background = _background(folder, facts, scans.get(facts["patient"]))
     check_same_grid([heat, scan])
-    try:
-        preview = base64.b64encode((folder / "preview.png").read_bytes()).decode()
-    except OSError as error:
-        raise InputError(f"{folder / 'preview.png'}: can't be read ({error.strerror})") from None
     lesion_mm2 = (mask.data > 0).sum(axis=(0, 1)) * float(mask.spacing_mm[0] * mask.spacing_mm[1])
     return PatientReport(
         name=facts["patient"],
@@ -109,44 +107,30 @@ def read_patient(folder: Path, scans: Mapping[str, Path]) -> PatientReport:
         dice=facts.get("dice"),
         model=f"{Path(facts['model']).name}, SHA-256 {facts['model_sha256'][:12]}",
         settings=_in_words(facts),
+        postprocessed=facts["postprocessed"],
         heat=heat,
         scan=scan,
         background=background,
-        preview=preview,
+        preview=base64.b64encode(read_preview(folder)).decode(),
     )
-
-
-def _facts(folder: Path) -> dict:
-    path = folder / REPORT
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [
-            name for name, kind in FACTS.items() if not isinstance(facts[name], (kind, int) if kind is float else kind)
-        ]
-        names = ("guidance_scale", "strength", "num_inference_steps", "map")
-        wrong += [name for name in names if name not in facts["settings"]]
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror})") from None
-    except KeyError as error:
-        raise InputError(f"{path}: lacks {error.args[0]}: not a report of segment") from None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error})") from None
-    if wrong:
-        raise InputError(f"{path}: {wrong[0]} is not what segment writes")
-    return facts
 
 
 def _background(folder: Path, facts: dict, scans: Path | None) -> tuple[Scan, str]:
     """The first modality of the scan itself, or else its counterfactual; and what it is."""
-    modality = next(iter(facts["inputs"]))
+    modality = next(name for name in facts["inputs"] if name != "seg")
     if scans is None:
-        path = folder / f"counterfactual_{modality}.nii.gz"
-        return to_canonical(read_nifti(path)), f"the counterfactual of {modality} (--scans shows the scan itself)"
-    path = find_file(scans, modality) or find_series(scans, modality)
-    is_folder = path is not None and path.is_dir()
-    if path is None or (series_sha256 if is_folder else sha256_of)(path) != facts["inputs"][modality]:
-        raise InputError(f"{scans}: its {modality} is not the one that was segmented as {facts['patient']}")
-    return to_canonical((read_series if is_folder else read_nifti)(path)), modality
+        name = f"the counterfactual of {modality}"
+        scan = read_nifti(own_file(folder, f"counterfactual_{modality}.nii.gz"))
+        shown = f"{name} (--scans shows the scan itself)"
+    else:
+        path = find_file(scans, modality) or find_series(scans, modality)
+        is_folder = path is not None and path.is_dir()
+        if path is None or (series_sha256 if is_folder else sha256_of)(path) != facts["inputs"][modality]:
+            raise InputError(f"{scans}: its {modality} is not the one that was segmented as {facts['patient']}")
+        scan, name, shown = (read_series if is_folder else read_nifti)(path), modality, modality
+    if errors := scan_errors(name, scan):
+        raise InputError(errors[0])
+    return to_canonical(scan), shown
 
 
 def _in_words(facts: dict) -> str:
@@ -176,31 +160,54 @@ def volume_viewer(patient: PatientReport, vmax: float) -> str:
     except ImportError:
         raise InputError("report needs nilearn: pip install 'diffusers_cf[phantom]'") from None
     heat, scan = (nibabel.Nifti1Image(s.data.astype(np.float32), s.affine) for s in (patient.heat, patient.scan))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an empty map, and that several views are open
-        view = view_img(
-            heat, bg_img=scan, threshold=patient.threshold, vmax=vmax, cmap="inferno", symmetric_cmap=False,
-            black_bg=True, opacity=0.6, width_view=900, title=patient.name,
-        )  # fmt: skip
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an empty map, and that several views are open
+            view = view_img(
+                heat, bg_img=scan, threshold=patient.threshold, vmax=vmax, cmap="inferno", symmetric_cmap=False,
+                black_bg=True, opacity=0.6, width_view=900, title=patient.name,
+            )  # fmt: skip
+    except Exception as error:  # whatever it likes about a geometry or a scale that it can't show
+        raise InputError(f"{patient.heat.path}: no viewer shows it ({error})") from None
     # the one thing that it would fetch
     return re.sub(r"<link[^>]*favicon[^>]*>", "", view.html)
 
 
-def write_report(patients: Sequence[PatientReport], failures: Sequence[str], output: Path) -> None:
+def add_viewers(patients: Sequence[PatientReport]) -> tuple[list[PatientReport], list[str], float]:
+    """Fills in `viewer`, on one scale of colours, so that patients compare.
+
+    Returns:
+        The patients that have one, a line for each of the others, and the heat that has the brightest colour.
+    """
+    vmax = max(float(np.percentile(p.heat.data[p.heat.data > 0], 99.5)) if p.max_heat > 0 else 0 for p in patients)
+    vmax = max(vmax, 1.5 * max(p.threshold for p in patients))
+    shown, failures = [], []
+    for patient in tqdm(patients, desc="Viewers", unit="patient"):
+        try:
+            patient.viewer = volume_viewer(patient, vmax)
+            shown.append(patient)
+        except InputError as error:
+            failures.append(" ".join(str(error).split()))
+    return shown, failures, vmax
+
+
+def write_report(
+    patients: Sequence[PatientReport], failures: Sequence[str], unsegmented: Sequence[str], vmax: float, output: Path
+) -> None:
     """Writes the page, whole or not at all.
 
     Args:
-        patients: In the order of the table; their `viewer` is filled in.
-        failures: Lines about patients that are missing.
+        patients: In the order of the table, with their viewers.
+        failures: Lines about patients that can't be shown.
+        unsegmented: Lines about patients that `segment` failed on.
+        vmax: The heat that has the brightest colour in the viewers.
         output: An .html file.
+
+    Raises:
+        InputError: It can't be written.
     """
     from jinja2 import Environment, PackageLoader
 
-    # one scale for all, so that patients compare
-    vmax = max(float(np.percentile(p.heat.data[p.heat.data > 0], 99.5)) if p.max_heat > 0 else 0 for p in patients)
-    vmax = max(vmax, 1.5 * max(p.threshold for p in patients))
-    for patient in tqdm(patients, desc="Viewers", unit="patient"):
-        patient.viewer = volume_viewer(patient, vmax)
     with_dice = any(patient.dice is not None for patient in patients)
     columns = [*COLUMNS, *(["Dice"] if with_dice else []), "Settings"]
     title = f"Lesions of {patients[0].name}" if len(patients) == 1 else f"Lesions of {len(patients)} patients"
@@ -208,11 +215,15 @@ def write_report(patients: Sequence[PatientReport], failures: Sequence[str], out
         "report.html"
     )
     page = template.render(
-        title=title, columns=columns, patients=patients, failures=failures, with_dice=with_dice, vmax=vmax,
-        numeric_columns=len(columns) - 1,
+        title=title, columns=columns, patients=patients, failures=failures, unsegmented=unsegmented,
+        with_dice=with_dice, vmax=vmax, numeric_columns=len(columns) - 1,
     )  # fmt: skip
-    with renamed_when_whole(output) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    try:
+        with renamed_when_whole(output) as temporary:
+            # a foreign name may hold what is no character
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise InputError(f"{output}: can't be written ({error.strerror or error})") from None
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -242,16 +253,22 @@ def run_report(args: argparse.Namespace) -> int:
     if output.suffix != ".html" or output.is_dir():
         raise InputError(f"{output}: the output must be a file REPORT.html")
     folders = [folder for given in args.folders for folder in _finished(Path(given))]
-    scans, patients, failures = _scans(args.scans, folders), [], []
+    (scans, failures), patients = _scans(args.scans, folders), []
+    unsegmented = _unsegmented(args.folders, failures)
     for folder in tqdm(folders, desc="Patients", unit="patient"):
         try:
+            if folder.is_symlink() and folder not in map(Path, args.folders):  # it could lead to anybody's patient
+                raise InputError(f"{folder}: a link: give the folder that it leads to")
             patients.append(read_patient(folder, scans))
         except InputError as error:
             failures.append(" ".join(str(error).split()))
+    if patients:
+        patients, without_viewer, vmax = add_viewers(patients)
+        failures += without_viewer
     if not patients:
         raise InputError(failures[0])
     make_folder(output.parent)
-    write_report(patients, failures, output)
+    write_report(patients, failures, unsegmented, vmax, output)
     print(f"{len(patients)} patients, {len(failures)} failed -> {output}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
@@ -260,20 +277,46 @@ def run_report(args: argparse.Namespace) -> int:
 
 def _finished(folder: Path) -> list[Path]:
     """Folders that `segment` has written: this one, or those in it."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
-    found = [folder] if (folder / REPORT).exists() else sorted(path.parent for path in folder.glob(f"*/{REPORT}"))
+    try:
+        below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder}: can't be read ({error.strerror})") from None
+    found = [path for path in (folder, *below) if os.path.lexists(path / REPORT)]
     if not found:
         raise InputError(f"{folder}: segment has written nothing in it ({REPORT} is missing)")
-    return found
+    return found[:1] if found[0] == folder else found
 
 
-def _scans(folders: Sequence[str], finished: Sequence[Path]) -> dict[str, Path]:
-    """Folders of scans by patient; which files are scans is known from the first finished patient that can be read."""
+def _unsegmented(folders: Sequence[str], failures: list[str]) -> list[str]:
+    """What `segment` says about patients that it failed on; a summary that can't be read is one of our `failures`."""
+    lines = []
+    for folder in folders:
+        try:
+            patients = read_summary(Path(folder))
+        except InputError as error:
+            failures.append(" ".join(str(error).split()))
+            continue
+        reasons = [(name, outcome["reason"]) for name, outcome in patients.items() if outcome["state"] == "failed"]
+        lines += [reason if name in reason else f"{name}: {reason}" for name, reason in reasons]
+    return lines
+
+
+def _scans(folders: Sequence[str], finished: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
+    """Folders of scans by patient, and what can't be looked into.
+
+    Which files are scans is known from the first finished patient that can be read.
+    """
+    scans, problems = {}, []
     for folder in finished if folders else ():
         try:
-            modalities = [name for name in _facts(folder)["inputs"] if name != "seg"]
+            modalities = [name for name in read_report(folder)["inputs"] if name != "seg"]
         except InputError:  # said again when its turn comes
             continue
-        return {name: path for given in folders for name, path in find_patients(given, modalities)}
-    return {}
+        for given in folders:
+            patients, unread = find_patients(given, modalities)
+            scans |= dict(patients)
+            problems += unread.values()
+        break
+    return scans, problems

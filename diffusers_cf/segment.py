@@ -165,7 +165,9 @@ def map_slices(
         out = pipe(images, **settings)
         return out.heatmaps, out.counterfactuals
 
-    with tqdm(total=len(found.images), desc=volumes.patient, unit="slice", disable=progress is not True) as bar:
+    # below a bar of patients it goes when it is full
+    options = {"unit": "slice", "disable": progress is not True, "leave": None}
+    with tqdm(total=len(found.images), desc=volumes.patient, **options) as bar:
         patient = [(volumes.patient, found.images)]
         ((_, (heatmaps, counterfactuals), _),) = map_in_batches(call, patient, batch_size, pipe.device, bar)
     maps = SliceMaps(found, heatmaps, counterfactuals - found.images)
@@ -278,8 +280,9 @@ def write_preview(
         heatmaps[rows],
         masks=shown[rows],
         channel_names=list(volumes.files),
-        title=title,
+        title=f"{title}\nL, R: the patient's left and right",
         row_names=[f"axial slice {slices[row]}" for row in rows],
-        mask_name="found" if volumes.seg is None else "found (green: expert)",
+        mask_name="found (red)" if volumes.seg is None else "found (red), expert (green)",
+        sides=True,
         references=None if volumes.seg is None else maps.found.masks[rows],
     )

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from diffusers_cf.model_facts import usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.provenance import model_fingerprint
+from diffusers_cf.results import REPORT, read_report
 from diffusers_cf.segment import (
     PatientVolumes,
     SliceMaps,
@@ -33,9 +33,9 @@ from diffusers_cf.segment import (
     write_preview,
     write_volume,
 )
+from diffusers_cf.whole_folders import alone_at, new_folder, tidy
 
 
-REPORT = "report.json"
 # Facts of a finished patient that must agree for it to be skipped, and how to call them.
 _MUST_AGREE = {
     "model_sha256": "another model",
@@ -81,33 +81,42 @@ def segment_patient(
 
     Returns:
         The content of report.json. `dice` (of the mask) and `auprc` (of the heatmap) over all voxels where a seg file
-        lies beside the scans, None where that is empty; `lesion_volume_ml`; `seconds` of the whole patient.
+        lies beside the scans, None where that is empty; `lesion_volume_ml`; `seconds` of the whole patient;
+        `dicom_error` where a DICOM series can't carry mask or heatmap, which are then written as NIfTI alone.
 
     Raises:
-        InputError: Model, settings, scans or output can't be used; the message names file and reason.
+        InputError: Model, settings, scans or output can't be used, another process is at this patient, or memory does
+            not suffice; the message names file and reason.
     """
-    start, folder, patient = time.perf_counter(), Path(folder), patient or patient_name(folder)
+    folder, patient = Path(folder), patient or patient_name(folder)
     facts = segmentation_facts(pipe, model=model, **settings)
-    target = Path(output) / check_patient_id(patient)
+    try:
+        return _segment(pipe, folder, Path(output), patient, facts, overwrite, (batch_size, progress))
+    except MemoryError as error:
+        reason = " ".join(str(error).split()) or "its scans are too large"
+        raise InputError(f"{folder}: not enough memory ({reason})") from None
+
+
+def _segment(
+    pipe, folder: Path, output: Path, patient: str, facts: dict, overwrite: bool, how: tuple[int | None, object]
+) -> dict:
+    start = time.perf_counter()
+    target = output / check_patient_id(patient)
     files = patient_files(folder, facts["preprocessing"]["modalities"])
     facts["inputs"] = {name: _scan_sha256(path) for name, path in files.items()}
-    finished = _finished_report(target, folder, facts, overwrite)
-    if finished:
+    if finished := _finished_report(target, files, facts, overwrite):
+        tidy(target)
         return finished
     volumes = read_volumes(patient, files)
-    maps = map_slices(pipe, volumes, facts, batch_size, progress)
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        measured = _write_volumes(temporary, volumes, maps, facts)
-        report = {"patient": patient, **facts, **measured, "seconds": round(time.perf_counter() - start, 3)}
-        (temporary / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        _put_in_place(temporary, target)
-    except OSError as error:
-        raise InputError(f"{target}: can't be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with alone_at(target):
+        if finished := _finished_report(target, files, facts, overwrite):  # by another process, meanwhile
+            return finished
+        maps = map_slices(pipe, volumes, facts, *how)
+        with new_folder(target) as temporary:
+            measured = _write_volumes(temporary, volumes, maps, facts)
+            report = {"patient": patient, **facts, **measured, "seconds": round(time.perf_counter() - start, 3)}
+            text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+            (temporary / REPORT).write_text(text, encoding="utf-8")
     return report
 
 
@@ -162,13 +171,12 @@ def _write_volumes(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts
     write_volume(folder / "heatmap.nii.gz", heat, first, np.float32)
     mask = lesion_mask(volumes, maps, heat, facts)
     write_volume(folder / "mask.nii.gz", mask, first, np.uint8)
-    if first.path.is_dir():
-        _write_dicom(folder, heat, mask, first, volumes.patient)
+    written = _write_dicom(folder, heat, mask, first, volumes.patient) if first.path.is_dir() else {}
     for channel, (modality, like) in enumerate(volumes.files.items()):
         counterfactual = counterfactual_volume(volumes, maps, channel, field_mm, percentile)
         write_volume(folder / f"counterfactual_{modality}.nii.gz", counterfactual, like, np.float32)
     millilitres = float(mask.sum() * abs(np.linalg.det(first.affine[:3, :3])) / 1000)
-    measured = {"lesion_volume_ml": millilitres, "n_slices": len(maps.found.slices)}
+    measured = {"lesion_volume_ml": millilitres, "n_slices": len(maps.found.slices), **written}
     title = f"{volumes.patient}: {millilitres:.1f} ml above {facts['threshold']:.3g}"
     if volumes.seg is not None:
         counts = PixelCounts()
@@ -179,19 +187,32 @@ def _write_volumes(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts
     return measured
 
 
-def _write_dicom(folder: Path, heat: np.ndarray, mask: np.ndarray, like: Scan, patient: str) -> None:
-    """Mask and heatmap on the grid of the DICOM series that the first modality came from."""
-    for name, values, write in (("mask", mask, write_segmentation), ("heatmap", heat, write_parametric_map)):
-        description = f"{name} of {patient}, not for clinical use"
-        write(folder / f"{name}.dcm", from_ras(values, like.affine), like.affine, like.path, description)
+def _write_dicom(folder: Path, heat: np.ndarray, mask: np.ndarray, like: Scan, patient: str) -> dict:
+    """Mask and heatmap on the grid of the DICOM series that the first modality came from.
+
+    Returns:
+        `dicom_error`, why there are none: a series that can't carry them costs nobody the NIfTI files. Else {}.
+    """
+    written = []
+    try:
+        for name, values, write in (("mask", mask, write_segmentation), ("heatmap", heat, write_parametric_map)):
+            description = f"{name} of {patient}, not for clinical use"
+            written.append(folder / f"{name}.dcm")
+            write(written[-1], from_ras(values, like.affine), like.affine, like.path, description)
+    except InputError as error:
+        for path in written:
+            path.unlink(missing_ok=True)
+        return {"dicom_error": " ".join(str(error).split())}
+    return {}
 
 
-def _finished_report(target: Path, folder: Path, facts: dict, overwrite: bool) -> dict | None:
+def _finished_report(target: Path, files: dict[str, Path], facts: dict, overwrite: bool) -> dict | None:
     """The report of a patient that is finished with just these facts; None if there is work to do.
 
     Raises:
         InputError: Something else is there that must not, or not without `overwrite`, be replaced.
     """
+    folder = next(iter(files.values())).parent
     if not os.path.lexists(target):
         return None
     if target.is_symlink() or not target.is_dir() or target.resolve() == folder.resolve():
@@ -203,24 +224,17 @@ def _finished_report(target: Path, folder: Path, facts: dict, overwrite: bool) -
     if overwrite:
         return None
     try:
-        report = json.loads((target / REPORT).read_text(encoding="utf-8"))
-        differing = [text for key, text in _MUST_AGREE.items() if report[key] != facts[key]]
-    except (OSError, ValueError, KeyError, TypeError):
+        report = read_report(target)
+    except InputError:
         raise InputError(f"{target}: holds no readable {REPORT}: --overwrite replaces the folder") from None
+    differing = [text for key, text in _MUST_AGREE.items() if report.get(key) != facts[key]]
     volumes = ["heatmap", "mask", *(f"counterfactual_{name}" for name in facts["preprocessing"]["modalities"])]
-    missing = sorted({"preview.png", *(f"{name}.nii.gz" for name in volumes)} - set(names))
+    due = {"preview.png", *(f"{name}.nii.gz" for name in volumes)}
+    if next(iter(files.values())).is_dir() and "dicom_error" not in report:
+        due |= {"mask.dcm", "heatmap.dcm"}
+    missing = sorted(due - set(names))
     if missing:
         raise InputError(f"{target}: {missing[0]} is missing: --overwrite makes all anew")
     if differing:
         raise InputError(f"{target}: finished with {' and '.join(differing)}: --overwrite replaces it")
     return report
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Renames a finished folder; an old one steps aside first, since no rename replaces a full folder."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(temporary, target)
-    shutil.rmtree(old, ignore_errors=True)

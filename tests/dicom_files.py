@@ -47,3 +47,14 @@ def write_series(folder, voxels, affine, study=None, seed=0, slope=2.0):
         image.PixelData = (voxels[:, :, number].T / slope).astype(np.uint16).tobytes()
         image.save_as(folder / f"{random.integers(10**9)}", enforce_file_format=True)
     return folder
+
+
+def without_preamble(path, with_meta=False):
+    """Rewrites a file as some archives do: no preamble, and perhaps no header that names the encoding either."""
+    image = pydicom.dcmread(path)
+    image.preamble = None
+    if not with_meta:
+        image.file_meta = pydicom.dataset.FileMetaDataset()
+    options = {} if with_meta else {"implicit_vr": True, "little_endian": True}
+    image.save_as(path, enforce_file_format=False, **options)
+    assert path.read_bytes()[128:132] != b"DICM"

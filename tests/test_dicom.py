@@ -18,8 +18,9 @@ from diffusers_cf.volumes import segment_patient
 
 
 highdicom = pytest.importorskip("highdicom")
-from dicom_files import oblique_affine, write_series  # noqa: E402
+from dicom_files import oblique_affine, without_preamble, write_series  # noqa: E402
 from segmentation_files import SETTINGS, BrightnessPipeline, make_pipe  # noqa: E402
+from test_volumes import run  # noqa: E402
 
 
 SHAPE = (10, 12, 7)
@@ -106,6 +107,41 @@ def test_a_series_is_the_same_whatever_its_files_are_called(series):
     assert series_sha256(series) != before
 
 
+@pytest.mark.parametrize("with_meta", [True, False])
+def test_files_without_preamble_are_read_if_they_are_dicom(series, with_meta):
+    expected, sha256 = read_series(series), series_sha256(series)
+    for path in series.iterdir():
+        without_preamble(path, with_meta)
+    (series / "notes").write_bytes(b"\x08\x00" + b"not DICOM " * 30)
+    (series / "short").write_bytes(b"\x02\x00")
+    found = read_series(series)
+    assert is_series(series) and series_sha256(series) != sha256
+    np.testing.assert_array_equal(found.data, expected.data)
+    np.testing.assert_array_equal(found.affine, expected.affine)
+
+
+def test_voxels_that_are_not_finite_after_rescaling_are_refused(tmp_path, voxels):
+    series = write_series(tmp_path / "flair", voxels, oblique_affine())
+    import pydicom
+
+    for path in series.iterdir():
+        image = pydicom.dcmread(path)
+        image.RescaleSlope = 1e38
+        image.save_as(path)
+    with pytest.raises(InputError, match=r"flair: \d+ of 840 voxels are NaN or infinite"):
+        read_series(series)
+
+
+def test_a_folder_that_can_not_be_read_is_one_line(series, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(series), "open", refuse)
+    for function in (is_series, series_sha256, read_series):
+        with pytest.raises(InputError, match=r"FLAIR/\d+: can't be read \(Permission denied\)"):
+            function(series)
+
+
 def test_what_is_no_series_is_refused_in_one_line(series, voxels, tmp_path):
     files = sorted(series.iterdir())
     files[3].write_bytes(files[3].read_bytes()[:400])
@@ -121,17 +157,27 @@ def test_what_is_no_series_is_refused_in_one_line(series, voxels, tmp_path):
         read_series(tmp_path / "two")
 
 
-def test_a_patient_of_series_is_segmented_to_nifti_and_dicom(tmp_path):
-    import nibabel
-
+@pytest.fixture
+def patient_of_series(tmp_path):
     block = np.zeros((24, 28, 10), int)
     block[2:22, 3:25, 1:9] = 100
     block[12:17, 5:10, 4:7] = 1000
     patient = tmp_path / "cohort" / "P_01"
     for name, factor in (("FLAIR", 1), ("t1n", 2)):
         write_series(patient / name, factor * block, oblique_affine(angle=0.1))
-    assert find_patients(tmp_path / "cohort", ["flair", "t1"]) == [("P_01", patient)]
-    pipe = make_pipe(BrightnessPipeline, settings=SETTINGS | {"threshold": 0.5})
+    return patient
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipe(BrightnessPipeline, settings=SETTINGS | {"threshold": 0.5})
+
+
+def test_a_patient_of_series_is_segmented_to_nifti_and_dicom(pipe, patient_of_series, tmp_path):
+    import nibabel
+
+    patient = patient_of_series
+    assert find_patients(tmp_path / "cohort", ["flair", "t1"]) == ([("P_01", patient)], {})
     report = segment_patient(pipe, patient, tmp_path / "out", progress=False)
     assert set(report["inputs"]) == {"flair", "t1"}
     out = tmp_path / "out" / "P_01"
@@ -145,3 +191,30 @@ def test_a_patient_of_series_is_segmented_to_nifti_and_dicom(tmp_path):
     np.testing.assert_allclose(heat.array, nibabel.load(out / "heatmap.nii.gz").get_fdata(), atol=1e-6)
     again = segment_patient(pipe, patient, tmp_path / "out", progress=False)
     assert again == report
+    for name in ("mask.dcm", "heatmap.dcm"):
+        (out / name).rename(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name} is missing: --overwrite"):
+            segment_patient(pipe, patient, tmp_path / "out", progress=False)
+        (tmp_path / name).rename(out / name)
+
+
+def test_a_series_that_can_not_carry_a_mask_costs_nobody_the_nifti_files(
+    pipe, patient_of_series, tmp_path, monkeypatch, capsys
+):
+    import pydicom
+
+    for path in (patient_of_series / "FLAIR").iterdir():
+        image = pydicom.dcmread(path)
+        del image.StudyInstanceUID
+        image.save_as(path)
+    monkeypatch.setattr("diffusers_cf.commands_segment.open_pipeline", lambda *_: pipe)
+    for state in ("s ->", "finished before, skipped"):
+        assert run(patient_of_series, "--model", "any", "--output", tmp_path / "out") == 2
+        printed = capsys.readouterr()
+        errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "holds NIfTI files alone: " in errors[0]
+        assert "FLAIR: the series can't carry mask.dcm (" in errors[0] and "StudyInstanceUID" in errors[0]
+        assert state in printed.out
+    written = sorted(path.name for path in (tmp_path / "out" / "P_01").iterdir())
+    assert {"heatmap.nii.gz", "mask.nii.gz", "report.json"} < set(written)
+    assert not any(name.endswith(".dcm") for name in written)

@@ -127,6 +127,7 @@ def test_preview(patient, tmp_path, monkeypatch):
     affine = nib.load(patient / "P_01_seg.nii.gz").affine
     seg = to_ras(voxels(patient / "P_01_seg.nii.gz"), affine)
     mask = to_ras(voxels(tmp_path / "out" / "P_01" / "mask.nii.gz"), affine)
+    assert drawn["sides"] is True
     rows = [int(name.split()[-1]) for name in drawn["row_names"]]
     areas = mask.sum(axis=(0, 1))
     assert areas[rows[0]] >= 0.9 * areas.max() and "Dice" in drawn["title"]
@@ -134,6 +135,20 @@ def test_preview(patient, tmp_path, monkeypatch):
     for name, volume in (("masks", mask), ("references", seg)):
         expected = volume[..., rows].sum(axis=(0, 1)) * voxel_pixels
         np.testing.assert_allclose(drawn[name].sum(axis=(1, 2)), expected, rtol=0.1, atol=10)
+
+
+def test_pictures_name_the_patients_sides_and_the_unit(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    images = np.zeros((2, 1, 8, 8))
+    plot_slices(tmp_path / "picture.png", images, images, images[:, 0], masks=images[:, 0], sides=True)
+    *pictures, bar = figures[0].axes
+    assert len(pictures) == 8
+    for axes in pictures:  # column 0 of the image, the patient's left, is at the left
+        assert axes.get_xlim()[0] < axes.get_xlim()[1]
+        places = {text.get_text(): text.get_position()[0] for text in axes.texts}
+        assert places.keys() == {"L", "R"} and places["L"] < 0.1 and places["R"] > 0.9
+    assert bar.get_ylabel() == "heatmap: change, 1 = 99th percentile"
 
 
 def test_preview_shows_the_worst_slices_that_lie_apart():

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from data_files import SPACING_MM, save, write_brats
+from filelock import FileLock
 from segmentation_files import MODALITIES, SETTINGS, make_pipe, voxels
 
+from diffusers_cf import volumes
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.commands_segment import add_segment_arguments, run_segment
 from diffusers_cf.data.geometry import slices_from_volume, to_ras, volume_from_slices
@@ -172,6 +174,39 @@ def test_a_finished_patient_is_skipped_and_never_overwritten_unasked(model, pati
     assert "holds no readable report.json" in capsys.readouterr().err
 
 
+def test_a_patient_that_another_process_is_at_is_left_to_it(pipe, patient, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".P_01.lock"):
+        with pytest.raises(InputError, match="P_01: another process is writing it"):
+            segment_patient(pipe, patient, tmp_path / "out", progress=False)
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / ".P_01.lock"]
+    read, first = volumes.read_volumes, {}
+
+    def overtaken(*args):
+        monkeypatch.setattr(volumes, "read_volumes", read)
+        first.update(segment_patient(pipe, patient, tmp_path / "out", progress=False))
+        return read(*args)
+
+    monkeypatch.setattr(volumes, "read_volumes", overtaken)
+    report = segment_patient(pipe, patient, tmp_path / "out", progress=False)
+    # not done again: another run would have taken another time
+    assert report == first == json.loads((tmp_path / "out" / "P_01" / "report.json").read_text())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["P_01"]
+
+
+def test_what_a_killed_process_left_goes_with_a_finished_patient_too(pipe, patient, segmented, tmp_path):
+    (tmp_path / "out" / ".P_01.lock").touch()
+    (tmp_path / "out" / ".P_01.old").mkdir()
+    segment_patient(pipe, patient, tmp_path / "out", model="MODEL", progress=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["P_01"]
+
+
+def test_a_report_too_deep_to_read_is_no_report(pipe, patient, segmented, tmp_path):
+    (segmented[1] / "report.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(InputError, match="holds no readable report.json: --overwrite"):
+        segment_patient(pipe, patient, tmp_path / "out", model="MODEL", progress=False)
+
+
 def test_files_that_segment_did_not_write_are_never_replaced(pipe, patient, tmp_path):
     before = sorted(patient.iterdir())
     with pytest.raises(InputError, match="would replace what segment did not write"):
@@ -214,7 +249,7 @@ def test_one_bad_patient_does_not_stop_the_others(model, tmp_path, capsys):
     assert f"{folders[1]}: modality missing: t1 (" in errors[1]
     assert f"{folders[3]}: shape or geometry differ: D_flair" in errors[2]
     assert f"{tmp_path / 'E'}: no such folder" in errors[3]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["C"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["C", "summary.json"]
     assert len(list((tmp_path / "out" / "C").iterdir())) == 6
 
 
@@ -232,6 +267,15 @@ def test_scans_that_cannot_be_used(pipe, patient, tmp_path, modality, data, mess
     with pytest.raises(InputError, match=message):
         segment_patient(pipe, patient, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_intensities_that_overflow_in_units_of_their_percentile(pipe, patient, tmp_path):
+    scan = np.full((26, 32, 12), 1e-40, np.float32)
+    scan[5, 5, 5] = 3e38
+    save(patient / "P_01_t1.nii.gz", scan, "LPS")
+    with pytest.raises(InputError, match="P_01: intensities lie too far apart"):
+        segment_patient(pipe, patient, tmp_path / "out", progress=False)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_doubtful_scans_are_segmented_with_a_warning(pipe, patient, tmp_path, caplog):

@@ -127,7 +127,7 @@ def slices_from_volume(
         percentile: Percentile of the foreground that becomes 1.
 
     Raises:
-        InputError: A channel has no voxel above 0.
+        InputError: A channel has no voxel above 0, or some that are infinite in units of its percentile.
     """
     first, last = content_range(volume)
     scales = []
@@ -137,8 +137,11 @@ def slices_from_volume(
         scales.append(foreground_percentile(channel, percentile))
     images = np.empty((last - first, len(volume), size, size), dtype=np.float32)
     for index, channel in enumerate(volume):
-        shown = np.clip(display(channel[..., first:last]), 0, None) / np.float32(scales[index])
-        images[:, index] = resample_slices(shown, spacing_mm, size, field_mm)
+        with np.errstate(over="ignore", invalid="ignore"):  # said below
+            shown = np.clip(display(channel[..., first:last]), 0, None) / np.float32(scales[index])
+            images[:, index] = resample_slices(shown, spacing_mm, size, field_mm)
+    if not np.isfinite(images).all():
+        raise InputError(f"{patient}: intensities lie too far apart: divided by their percentile some are infinite")
     labels, masks = np.zeros(last - first, dtype=np.int64), None
     if mask is not None:
         lesion = display(mask[..., first:last] > 0)

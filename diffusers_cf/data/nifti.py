@@ -72,7 +72,7 @@ def read_nifti(
 
     Raises:
         InputError: The file is missing, truncated, damaged, no real-valued NIfTI image, has other dimensions, no
-            usable geometry, or voxels that are NaN or infinite.
+            usable geometry, voxels that are NaN or infinite, or more of them than fit into memory.
     """
     import nibabel
 
@@ -86,11 +86,18 @@ def read_nifti(
         raise
     except (nibabel.spatialimages.HeaderDataError, nibabel.filebasedimages.ImageFileError, ValueError) as error:
         raise InputError(f"{path}: not a usable NIfTI file ({_first_line(error)})") from None
+    except MemoryError:
+        raise InputError(f"{path}: too large for this machine's memory") from None
     affine = _checked_affine(path, image.header)
+    check_finite(path, data)
+    return Scan(data, affine, image.header, path)
+
+
+def check_finite(path: Path, data: np.ndarray) -> None:
+    """Raises InputError, naming the file, if a voxel is NaN or infinite."""
     bad = data.size - int(np.isfinite(data).sum())
     if bad:
         raise InputError(f"{path}: {bad} of {data.size} voxels are NaN or infinite")
-    return Scan(data, affine, image.header, path)
 
 
 def to_canonical(scan: Scan) -> Scan:
@@ -132,7 +139,11 @@ def find_file(folder: str | Path, name: str) -> Path | None:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    found = sorted(f for f in folder.iterdir() if canonical_modality(nifti_suffix(f.name)) == canonical_modality(name))
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: can't be read ({error.strerror or error})") from None
+    found = [f for f in files if canonical_modality(nifti_suffix(f.name)) == canonical_modality(name)]
     if len(found) > 1:
         raise InputError(f"{folder}: several files are {name}: {', '.join(f.name for f in found)}")
     return found[0] if found else None
