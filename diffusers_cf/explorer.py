@@ -217,6 +217,8 @@ class Explorer:
             self._finished = dict(settings), mask
             if before:
                 shutil.rmtree(before, ignore_errors=True)
+        except InputError as error:  # what it was at may have vanished under it
+            raise (InputError(CLOSED) if self._closed else error) from None
         finally:
             shutil.rmtree(output, ignore_errors=True)
             if self._closed:

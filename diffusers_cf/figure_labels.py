@@ -22,7 +22,8 @@ def label_points(
     """Writes each name beside its point: over no point or name, within the axes, nearer to its own than to others.
 
     Args:
-        figure, axis: where the points are drawn already.
+        figure: where the points are drawn already.
+        axis: of them.
         labels: place and name of each point.
         nameless: places of further points.
     """

@@ -20,7 +20,18 @@ from diffusers_cf.postprocessing import foreground_mask
 
 ROOT = Path(__file__).parent.parent
 DIFFUSERS = "from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel"
-HEAVY = ("datasets", "gradio", "matplotlib", "nibabel", "nilearn", "pandas", "pyarrow", "scipy", "sklearn", "torchvision")
+HEAVY = (
+    "datasets",
+    "gradio",
+    "matplotlib",
+    "nibabel",
+    "nilearn",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "sklearn",
+    "torchvision",
+)
 
 
 def python(code: str) -> str:
@@ -30,7 +41,9 @@ def python(code: str) -> str:
 
 
 def test_importing_brings_no_heavy_library_that_diffusers_does_not():
-    code = f"import sys; {DIFFUSERS}; before = set(sys.modules); import diffusers_cf; print(*set(sys.modules) - before)"
+    code = (
+        f"import sys; {DIFFUSERS}; before = set(sys.modules); import diffusers_cf; print(*set(sys.modules) - before)"
+    )
     assert not {name.partition(".")[0] for name in python(code).split()} & set(HEAVY)
 
 
@@ -103,4 +116,3 @@ def test_the_fast_path_finds_what_float32_finds_on_whole_images(phantom_slices):
     scores = [auprc(pipe(images).heatmaps, images, masks) for pipe in (fast, exact)]
     assert scores[1] > 5 * masks.sum() / foreground_mask(images.numpy()).sum()
     assert scores[0] == pytest.approx(scores[1], abs=0.01)
-

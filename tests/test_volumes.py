@@ -325,6 +325,7 @@ def test_an_output_that_is_a_file(model, patient, tmp_path, capsys):
     [
         ({"settings": {}}, "MODEL recommends no threshold for the mask: give one by --threshold"),
         ({"modalities": None}, "MODEL: its preprocessing.json does not name the modalities"),
+        ({"modalities": ["flair", "../../t1"]}, "MODEL: its modality '../../t1' can't be a part of a file's name"),
         ({"modalities": ["flair"]}, "MODEL: takes 2 channels, but names the modalities flair$"),
         ({"field_mm": -1}, "field_mm must be above 0"),
         ({"percentile": "99"}, "MODEL: preprocessing.json holds a value of a wrong type"),
