@@ -1,4 +1,4 @@
-"""What the package costs: time to import, memory of an evaluation, and what the fast path gives up."""
+"""What the package costs: time to import, memory of an evaluation, and what half precision gives up."""
 
 import json
 import statistics
@@ -15,7 +15,7 @@ from diffusers_cf.data.phantom import FROZEN_SEED, PhantomSource
 from diffusers_cf.demo import SHIPPED_MODEL
 from diffusers_cf.inference_options import computes_in_bfloat16, open_pipeline
 from diffusers_cf.pixel_counts import PixelCounts
-from diffusers_cf.postprocessing import foreground_mask
+from diffusers_cf.postprocessing import foreground_mask, postprocess_maps
 
 
 ROOT = Path(__file__).parent.parent
@@ -94,25 +94,26 @@ def test_memory_does_not_grow_with_the_number_of_patients(tmp_path):
 
 @pytest.fixture(scope="module")
 def phantom_slices():
-    """Slices of a phantom patient with a lesion, 64 x 64, every fourth of them."""
-    source = PhantomSource(FROZEN_SEED, size=64)
-    patient = next(found for found in map(source.read, source.fixed_splits()["validation"]) if found.masks.any())
-    return torch.from_numpy(patient.images[::4]), patient.masks[::4]
+    """Slices of three phantom patients with a lesion, 64 x 64, every sixth of them."""
+    source, found = PhantomSource(FROZEN_SEED, size=64), []
+    for patient in map(source.read, source.fixed_splits()["validation"]):
+        found += [patient] * bool(patient.masks.any())
+        if len(found) == 3:
+            break
+    return tuple(np.concatenate([getattr(patient, name)[::6] for patient in found]) for name in ("images", "masks"))
 
 
-def auprc(maps: torch.Tensor, images: torch.Tensor, masks: np.ndarray) -> float:
-    inside, counts = foreground_mask(images.numpy()), PixelCounts()
-    counts.update(maps.float().numpy()[inside], masks[inside])
+def auprc(maps: torch.Tensor, images: np.ndarray, masks: np.ndarray) -> float:
+    inside, counts = foreground_mask(images), PixelCounts()
+    counts.update(postprocess_maps(maps.float().numpy(), images)[inside], masks[inside])
     return counts.average_precision()
 
 
-def test_the_fast_path_finds_what_float32_finds_on_whole_images(phantom_slices):
-    """Windows, bfloat16 and channels last against the paper's computation: within 1 point of AUPRC."""
+@pytest.mark.skipif(not computes_in_bfloat16("cpu"), reason="bfloat16 is emulated here")
+def test_bfloat16_finds_what_float32_finds(phantom_slices):
+    """Within 3 points of AUPRC, post-processed, on these few slices."""
     images, masks = phantom_slices
-    dtype = "bfloat16" if computes_in_bfloat16("cpu") else "float32"
-    fast, exact = open_pipeline(str(SHIPPED_MODEL), "cpu", dtype), open_pipeline(str(SHIPPED_MODEL), "cpu", "float32")
-    exact.register_to_config(crop_background=False)
-    exact.unet.to(memory_format=torch.contiguous_format)
-    scores = [auprc(pipe(images).heatmaps, images, masks) for pipe in (fast, exact)]
-    assert scores[1] > 5 * masks.sum() / foreground_mask(images.numpy()).sum()
-    assert scores[0] == pytest.approx(scores[1], abs=0.01)
+    pipes = [open_pipeline(str(SHIPPED_MODEL), "cpu", dtype) for dtype in ("float32", "bfloat16")]
+    scores = [auprc(pipe(torch.from_numpy(images)).heatmaps, images, masks) for pipe in pipes]
+    assert scores[0] > 5 * masks.sum() / foreground_mask(images).sum()
+    assert scores[1] == pytest.approx(scores[0], abs=0.03)
