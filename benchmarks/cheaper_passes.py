@@ -11,17 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from frontier import slices_to_measure
 
 from diffusers_cf import implicit_guidance
 from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
-from diffusers_cf.data.slices import SliceDataset
-from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import write_result
 from diffusers_cf.heatmaps import heatmap
 from diffusers_cf.images import resize_images
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
-from diffusers_cf.sweep import SweepPoint, evenly_spread, has_lesion, score_maps
+from diffusers_cf.sweep import SweepPoint, score_maps
 
 
 class Walk:
@@ -156,10 +155,7 @@ def maps_of(pipe, settings: dict, images: torch.Tensor) -> Iterator[tuple[str, t
 def main(args) -> None:
     """Measures every variant on the same slices."""
     check_device_arguments(args)
-    dataset = SliceDataset(args.dataset, args.split)
-    rows = evenly_spread(len(dataset), args.max_slices) if len(dataset) else []
-    if not rows or not dataset.has_masks or not has_lesion(dataset, rows, args.batch_size):
-        raise InputError(f"{args.dataset}: the split {args.split} has no slices with lesion masks to measure on")
+    dataset, rows = slices_to_measure(args)
     pipe = open_pipeline(args.model, args.device, args.dtype)
     settings = pipe.resolve_settings()
     make_folder(Path(args.output).parent)

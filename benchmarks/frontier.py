@@ -99,13 +99,23 @@ def papers(points: list[dict]) -> list[dict]:
     return [point for point in points if all(point[name] == value for name, value in fixed.items())]
 
 
-def main(args) -> None:
-    """Measures what the output doesn't hold yet, and writes it after each grid."""
-    check_device_arguments(args)
+def slices_to_measure(args) -> tuple[SliceDataset, list[int]]:
+    """The split that the options name, and its rows in use.
+
+    Raises:
+        InputError: There is no lesion in them.
+    """
     dataset = SliceDataset(args.dataset, args.split)
     rows = evenly_spread(len(dataset), args.max_slices) if len(dataset) else []
     if not rows or not dataset.has_masks or not has_lesion(dataset, rows, args.batch_size):
         raise InputError(f"{args.dataset}: the split {args.split} has no slices with lesion masks to measure on")
+    return dataset, rows
+
+
+def main(args) -> None:
+    """Measures what the output doesn't hold yet, and writes it after each grid."""
+    check_device_arguments(args)
+    dataset, rows = slices_to_measure(args)
     pipe = open_pipeline(args.model, args.device, args.dtype)
     set_solver(pipe, "first order")  # a network is the same whatever solver its folder recommends
     output = Path(args.output)
