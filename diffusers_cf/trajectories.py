@@ -116,20 +116,18 @@ def heatmaps_of_settings(
         maps: kinds of maps.
         num_inference_steps: n, steps of the full grid.
     """
-    prepared, groups, encodings = encode_images(pipe, images, max(strengths), num_inference_steps)
+    encoding = encode_images(pipe, images, max(strengths), num_inference_steps)
     for strength in sorted(strengths):
         walk = {"strength": strength, "num_inference_steps": num_inference_steps}
-        latents = [encoding[round(num_inference_steps * strength)] for encoding in encodings]
         # x_cf is compared with the image itself, or with what the null condition decodes
-        references = {"counterfactual": [(encoding[0] + 1) / 2 for encoding in encodings]}
+        references = {"counterfactual": [(latents[0] + 1) / 2 for latents in encoding.latents]}
         if set(maps) != {"counterfactual"}:
-            null = [pipe.denoise(encoded, None, 0, **walk) for encoded in latents]
-            references |= dict.fromkeys(set(maps) - {"counterfactual"}, null)
+            references |= dict.fromkeys(set(maps) - {"counterfactual"}, decode_null(pipe, encoding, walk))
         for scale in guidance_scales:
-            decoded = [pipe.denoise(encoded, None, scale, **walk) for encoded in latents]
+            decoded = [pipe.denoise(encoded, None, scale, **walk) for encoded in _encoded(encoding, walk)]
             for kind in maps:
-                heat = torch.zeros_like(prepared[:, 0])
-                for group, *pair in zip(groups, references[kind], decoded, strict=True):
+                heat = torch.zeros_like(encoding.prepared[:, 0])
+                for group, *pair in zip(encoding.groups, references[kind], decoded, strict=True):
                     group.paste(heat, heatmap(kind, *pair, pipe.preprocessing.get("signs")))
                 heat = resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0]
                 yield (strength, scale, kind), heat.cpu().numpy()

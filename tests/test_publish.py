@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from model_files import CONFIGS, FACTS, UNET, load, tiny_pipeline
+from model_files import CONFIGS, FACTS, UNET, load, tiny_pipeline, write_model
 from PIL import Image
 
 from diffusers_cf.cards import model_card
@@ -29,11 +29,7 @@ MODEL_FACTS = FACTS | {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    pipe = tiny_pipeline()
-    pipe.preprocessing = MODEL_FACTS
-    pipe.save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", MODEL_FACTS)
 
 
 @pytest.fixture

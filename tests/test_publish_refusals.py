@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from hub_client import client_process, command_line
-from model_files import UNET, edit_json, tiny_pipeline
+from model_files import UNET, edit_json, tiny_pipeline, write_model
 from PIL import Image
 
 from diffusers_cf import InputError
@@ -26,11 +26,7 @@ RESULT = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    pipe = tiny_pipeline()
-    pipe.preprocessing = FACTS
-    pipe.save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", FACTS)
 
 
 @pytest.fixture
