@@ -31,12 +31,14 @@ from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import write_result
 from diffusers_cf.images import network_images
 from diffusers_cf.inference_options import (
+    DTYPES,
     add_compile_argument,
     add_device_arguments,
     check_device_arguments,
     compile_network,
     open_pipeline,
 )
+from diffusers_cf.precision import compute_in
 from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.segment import map_slices, patient_files, read_volumes
 from diffusers_cf.settings import PAPER_SETTINGS
@@ -112,12 +114,13 @@ def load(args: argparse.Namespace, way: str) -> tuple[CounterfactualDDIMPipeline
 
 def _untrained(args, dtype: str) -> CounterfactualDDIMPipeline:
     """A network of a size that no shipped model has, with the shipped model's everything else."""
-    pipe = open_pipeline(args.model, args.device, dtype)
+    pipe = open_pipeline(args.model, args.device)
     torch.manual_seed(0)
     channels = pipe.unet.config.in_channels
     unet = counterfactual_unet(args.unet_size, "attention", 64, channels).eval()
-    pipe.unet = unet.to(pipe.unet.device, pipe.unet.dtype).to(memory_format=torch.channels_last)
-    pipe.class_encoder = class_token_encoder(args.unet_size).to(pipe.unet.device, pipe.unet.dtype)
+    pipe.unet = unet.to(args.device, memory_format=torch.channels_last)
+    pipe.class_encoder = class_token_encoder(args.unet_size).to(args.device)
+    compute_in(pipe.unet, DTYPES[dtype])
     return pipe
 
 

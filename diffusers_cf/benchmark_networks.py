@@ -16,6 +16,7 @@ from diffusers_cf.benchmark_presets import Preset
 from diffusers_cf.benchmark_protocol import BenchmarkData, as_json
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import write_result
+from diffusers_cf.precision import compute_in
 from diffusers_cf.provenance import package_commit
 
 
@@ -87,7 +88,7 @@ class Networks:
             _remove_checkpoints(folder)
             network = NETWORKS[name].cls.from_pretrained(folder).to(self.device).eval()
             if isinstance(network, CounterfactualDiffusion):
-                network.network.to(self.dtype)
+                compute_in(network.network.unet, self.dtype)
             self._loaded = folder, network, _record(folder / RECORD_FILE)
         _, network, record = self._loaded
         if different := [key for key in facts if record.get(key) != facts[key]]:

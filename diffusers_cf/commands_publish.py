@@ -128,6 +128,6 @@ def _read_result(path: Path, model: str) -> Mapping:
         raise InputError(f"{path}: no RESULT.json of evaluate (lacks a known dtype)")
     if "model_sha256" not in result:
         raise InputError(f"{path}: does not say which weights it measured: evaluate again with this version")
-    if result["model_sha256"] != model_fingerprint(open_pipeline(model, dtype=result["dtype"])):
+    if result["model_sha256"] != model_fingerprint(open_pipeline(model)):
         raise InputError(f"{path}: was measured with other weights than those of {model}")
     return result

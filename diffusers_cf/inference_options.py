@@ -9,6 +9,7 @@ import torch
 from diffusers_cf.errors import InputError
 from diffusers_cf.heatmaps import MAPS
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+from diffusers_cf.precision import compute_in
 from diffusers_cf.processes import Share
 from diffusers_cf.settings import NAMES
 
@@ -97,7 +98,7 @@ def open_pipeline(
     Args:
         model (`str`): folder or Hub id.
         device (`str`): where to put it.
-        dtype (`str`): a key of `DTYPES`.
+        dtype (`str`): a key of `DTYPES`, in which the network computes where it does no harm ([`compute_in`]).
         compile (`bool`): whether to compile the network, now.
         variant (`str`, *optional*): of the weights.
 
@@ -107,7 +108,7 @@ def open_pipeline(
     # Several bars would hide the one that counts slices.
     diffusers.utils.logging.disable_progress_bar()
     try:
-        pipe = CounterfactualDDIMPipeline.from_pretrained(model, dtype=DTYPES[dtype], variant=variant)
+        pipe = CounterfactualDDIMPipeline.from_pretrained(model, dtype=torch.float32, variant=variant)
     except InputError:
         raise
     except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -118,6 +119,7 @@ def open_pipeline(
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)  # how convolutions are fastest on CPUs and GPUs alike
     pipe.to(device)
+    compute_in(pipe.unet, DTYPES[dtype])
     if compile:
         compile_network(pipe)
     return pipe

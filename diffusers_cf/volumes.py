@@ -19,6 +19,7 @@ from diffusers_cf.loading import sha256_of
 from diffusers_cf.model_facts import usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.pixel_counts import PixelCounts
+from diffusers_cf.precision import computing_dtype
 from diffusers_cf.provenance import model_fingerprint
 from diffusers_cf.results import REPORT, read_report
 from diffusers_cf.segment import (
@@ -39,6 +40,7 @@ from diffusers_cf.whole_folders import alone_at, new_folder, tidy
 # Facts of a finished patient that must agree for it to be skipped, and how to call them.
 _MUST_AGREE = {
     "model_sha256": "another model",
+    "dtype": "another dtype",
     "preprocessing": "another preprocessing",
     "settings": "other settings",
     "postprocessed": "other post-processing",
@@ -149,6 +151,7 @@ def segmentation_facts(
     return {
         "model": model,
         "model_sha256": model_fingerprint(pipe),
+        "dtype": computing_dtype(pipe.unet),
         **usable,
         "threshold": threshold,
         "postprocessed": pipe.preprocessing.get("settings", {}).get("postprocess") is True,

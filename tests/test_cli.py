@@ -115,6 +115,5 @@ def test_a_processor_that_torch_tells_nothing_about_computes_in_float32(monkeypa
 
 
 def test_a_model_in_use_is_laid_out_for_convolutions():
-    pipe = open_pipeline(str(SHIPPED_MODEL), dtype="bfloat16")
-    weight = pipe.unet.conv_in.weight
-    assert weight.dtype == torch.bfloat16 and weight.is_contiguous(memory_format=torch.channels_last)
+    weight = open_pipeline(str(SHIPPED_MODEL)).unet.conv_in.weight
+    assert weight.dtype == torch.float32 and weight.is_contiguous(memory_format=torch.channels_last)

@@ -152,6 +152,8 @@ def test_a_finished_patient_is_skipped_and_never_overwritten_unasked(model, pati
 
     assert run(*options, "--strength", "0.1") == 2
     assert "P_01: finished with other settings: --overwrite replaces it" in capsys.readouterr().err
+    assert run(*options, "--dtype", "float16") == 2
+    assert "P_01: finished with another dtype: --overwrite replaces it" in capsys.readouterr().err
     other = tmp_path / "other"
     make_pipe(seed=1).save_pretrained(other)
     assert run(patient, "--model", other, "--output", tmp_path / "out") == 2
