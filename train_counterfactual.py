@@ -307,7 +307,7 @@ def train(run: Run, step: int) -> None:
     noise_scheduler = DDPMScheduler(
         args.ddpm_num_steps, beta_schedule=args.ddpm_beta_schedule, prediction_type=args.prediction_type
     )
-    validation = Validation(args, accelerator, run.output)
+    validation = Validation(args, accelerator, run.output, run.global_batch)
     with tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, desc="step") as bar:
         progress = Progress(accelerator, bar, step, args.gradient_accumulation_steps, run.global_batch)
         for batch in batches(run, step):

@@ -1,12 +1,13 @@
 """Validation during training: heatmaps of fixed slices as a picture and, where the data has masks, their scores."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from diffusers_cf.data.slices import SliceDataset, batches_of
-from diffusers_cf.evaluation import evaluate
+from diffusers_cf.evaluation import evaluate, write_result
 from diffusers_cf.plots import plot_slices
 
 
@@ -22,11 +23,13 @@ class Validation:
     Args:
         args: options of the training script (`dataset`, `validation_steps`, `num_validation_slices`).
         accelerator: its trackers log what is measured; the main process alone works.
-        output (`Path`): pictures go to `output/validation`.
+        output (`Path`): pictures and the scores of all steps, scores.json, go to `output/validation`.
+        global_batch (`int`): images an optimiser step.
     """
 
-    def __init__(self, args, accelerator, output: Path):
+    def __init__(self, args, accelerator, output: Path, global_batch: int):
         self.accelerator, self.folder, self.dataset = accelerator, output / "validation", None
+        self.global_batch = global_batch
         if not args.validation_steps or not accelerator.is_main_process:
             return
         dataset = SliceDataset(args.dataset, "validation")
@@ -45,9 +48,19 @@ class Validation:
 
         scores = self._scores(anomaly_map)
         self._picture(pipe, step, scores)
+        self._add_to_curve(step, scores)
         self.accelerator.log({f"validation/{key}": value for key, value in scores.items()}, step=step)
         self.accelerator.print(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
         return scores
+
+    def _add_to_curve(self, step: int, scores: dict[str, float]) -> None:
+        """A run that goes on from a checkpoint replaces what came after it."""
+        path = self.folder / "scores.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        images = step * self.global_batch
+        write_result(
+            [row for row in before if row["step"] < step] + [{"step": step, "images": images, **scores}], path
+        )
 
     def _scores(self, anomaly_map) -> dict[str, float]:
         if not self.dataset.has_masks:

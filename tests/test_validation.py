@@ -1,5 +1,6 @@
 """Validation during training: scores where there are masks, means of each class where there are none, pictures."""
 
+import json
 from types import SimpleNamespace
 
 import datasets
@@ -30,7 +31,7 @@ def test_validation(tmp_path, monkeypatch, masks):
         counterfactual_unet("small", "attention", 16, 2), class_token_encoder(), scheduler, inverse
     )
     pipe.set_progress_bar_config(disable=True)
-    validation = Validation(args, acc, tmp_path / "out")
+    validation = Validation(args, acc, tmp_path / "out", global_batch=8)
     assert validation.indices.tolist() == [0, 1, 3, 5, 7]
     scores = validation.run(pipe, 4)
     assert acc.logged == [(4, {f"validation/{key}": value for key, value in scores.items()})]
@@ -47,11 +48,17 @@ def test_validation(tmp_path, monkeypatch, masks):
             f"mean_{name}": maps[batch["labels"] == i].mean().item() for i, name in enumerate(dataset.class_names)
         }
         assert scores == pytest.approx(expected, rel=1e-4)
-    assert [path.name for path in (tmp_path / "out" / "validation").iterdir()] == ["step-0000004.png"]
-    ((step, image),) = pictures
+    folder = tmp_path / "out" / "validation"
+    assert sorted(path.name for path in folder.iterdir()) == ["scores.json", "step-0000004.png"]
+    curve = [{"step": 2, "auprc": 0.1}, {"step": 4, "auprc": 0.2}, {"step": 6, "auprc": 0.3}]
+    (folder / "scores.json").write_text(json.dumps(curve))  # a run that was stopped after step 6 goes on from step 2
+    again = validation.run(pipe, 4)
+    expected = [curve[0], {"step": 4, "images": 32, **again}]
+    assert json.loads((folder / "scores.json").read_text()) == expected
+    (step, image), _ = pictures
     assert step == 4 and image.dtype == np.uint8 and image.ndim == 4 and image.shape[-1] == 3 and image.std() > 5
 
 
 def test_validation_has_nothing_to_do_without_slices(tmp_path):
     args = SimpleNamespace(dataset="missing", validation_steps=0, num_validation_slices=5)
-    assert Validation(args, stub_accelerator(), tmp_path).run(None, 1) == {}
+    assert Validation(args, stub_accelerator(), tmp_path, 8).run(None, 1) == {}
