@@ -324,11 +324,12 @@ def train(run: Run, step: int) -> None:
             if save_now or step % args.logging_steps == 0:
                 progress.report(step, run.lr_scheduler.get_last_lr()[0])
             with progress.paused():
-                if save_now:
-                    save(run, step)
+                # before the checkpoint: a run that goes on from it does not come back to this step
                 if args.validation_steps and (last or step % args.validation_steps == 0):
                     with averaged_weights(run.network, run.ema):
                         validation.run(run.pipeline(), step)
+                if save_now:
+                    save(run, step)
 
 
 def save(run: Run, step: int) -> None:

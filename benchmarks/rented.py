@@ -1,19 +1,21 @@
 """Every heavy run, in order of what it is worth, on a machine that is rented by the minute and has no network.
 
-python benchmarks/rented.py --work WORK --output OUT --minutes 9 [--input msd_flair.npz --split_file SPLITS.json]
+PYTHONPATH=. python benchmarks/rented.py --work WORK --output OUT --minutes 9 [--input msd_flair.npz --split_file SPLITS.json]
 
 Each call ends in time and the next one goes on where it was, as long as WORK stays. OUT gets what is to be taken home:
-scores.tar.gz, and each finished model in half precision as a tar in parts.
+scores.tar.gz, and one finished model a call in half precision as a tar in parts.
 """
 
 import json
 import math
+import os
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +29,13 @@ ROOT = Path(__file__).parent.parent
 PART_BYTES = 15 * 2**20  # of what is taken home
 GRACE_SECONDS = 20  # at the end of a call, for packing
 SPLITS = ("split_1", "split_2", "split_3")
+KEPT = (".json", ".md", ".png")  # of the scores
+# rows of the benchmark: the model's ablation and its nearest rivals first
+ROWS = {
+    "diffusion": ("ours", "forward-map", "ours-clipped", "ours-unclipped", "cdpm-adagn", "cdpm-adagn-guided")
+    + ("cdpm-healthy", "cdpm-classifier"),
+    "others": ("threshold", "threshold-flair", "dae", "vae", "vae-restoration", "fanogan", "cam"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,9 @@ class Size:
         rate: options of `benchmarks/training_speed.py`.
         sweep: options of `sweep`.
         benchmark: options of `benchmark`.
+        rows: of the benchmark, a command for each group.
         speed: options of `benchmarks/speed.py`.
+        patient: whether it segments a whole scan, too, which takes a CPU half an hour.
     """
 
     data: tuple[str, ...]
@@ -54,7 +65,9 @@ class Size:
     rate: tuple[str, ...]
     sweep: tuple[str, ...]
     benchmark: tuple[str, ...]
+    rows: dict[str, tuple[str, ...]]
     speed: tuple[str, ...]
+    patient: bool
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -73,28 +86,32 @@ SIZES = {
         sweep=_words(
             "--guidance_scales 3 --strengths 0.5 --maps counterfactual --num_inference_steps 4 --max_slices 4"
         ),
-        benchmark=_words("--preset smoke --seeds 1"),
+        benchmark=_words("--preset smoke"),
+        rows={"diffusion": ("ours",), "others": ("threshold-flair", "cam")},
         speed=_words("--unet_size small --max_slices 1 --rounds 1"),
+        patient=False,
     ),
     # a rate four times that of batch 32 for eight times its images: what Adam bears
     "paper": Size(
-        data=_words("--size 128"),
+        data=(*_words("--size 128 --num_workers"), str(os.cpu_count())),
         arrays=(),
         train=_words(
             "--resolution 64 --unet_size paper --learning_rate 4e-4 --lr_scheduler cosine --lr_warmup_steps 200 --snr_gamma 5"
-            " --first_timesteps 0.2 --mixed_precision bf16 --compile --dataloader_num_workers 12 --checkpointing_steps 200"
-            " --num_validation_slices 128"
+            " --first_timesteps 0.2 --mixed_precision bf16 --compile --dataloader_num_workers 12 --checkpointing_steps 500"
+            " --checkpoints_total_limit 1 --num_validation_slices 128"
         ),
         batch_size=256,
         seconds=360,
         limit=50_000,
-        rate=_words("--unet_size paper --batch_size 256 --steps 20 --rounds 2 --dataloader_num_workers 12 --compile"),
+        rate=_words("--unet_size paper --batch_size 256 --steps 100 --rounds 2 --dataloader_num_workers 12 --compile"),
         sweep=_words(
             "--guidance_scales 3 6 9 12 --strengths 0.5 0.75 --maps counterfactual reconstruction --num_inference_steps 20"
             " --max_slices 256"
         ),
-        benchmark=_words("--preset paper --seeds 1 --dtype bfloat16"),
-        speed=_words("--unet_size paper --batch_size 512 --max_slices 512 --dtype bfloat16"),
+        benchmark=_words("--preset paper --train_seconds 240 --dtype bfloat16"),
+        rows=ROWS,
+        speed=_words("--unet_size paper --batch_size 512 --max_slices 128 --rounds 2 --dtype bfloat16"),
+        patient=True,
     ),
 }
 
@@ -105,12 +122,12 @@ class Step:
 
     Attributes:
         name: of its mark in WORK/done.
-        chain: steps of one chain need those before them.
+        needs: names of those that must be done before.
         command: made when it is called.
     """
 
     name: str
-    chain: str
+    needs: tuple[str, ...]
     command: Callable[[], list[str]]
 
 
@@ -143,23 +160,27 @@ class Rental:
         return [step for step in self._all_steps() if step.name in self._wanted]
 
     def _all_steps(self) -> Iterator[Step]:
-        yield Step("phantom", "phantom", self._prepare_phantom)
-        yield Step("rate", "phantom", self._rate)
+        splits = SPLITS if self.arrays else ()
+        yield Step("phantom", (), self._prepare_phantom)
+        yield Step("rate", ("phantom",), self._rate)
         yield from self._model("phantom", ())
-        for split in SPLITS if self.arrays else ():
-            yield Step(split, split, lambda split=split: self._prepare_arrays(split))
+        for split in splits:
+            yield Step(split, (), partial(self._prepare_arrays, split))
             yield from self._model(split, ("--augment",))
-        yield Step("benchmark-phantom", "phantom", lambda: self._benchmark("phantom", ["phantom"]))
-        if self.arrays:
-            more = ("--augment", "--no_pictures")
-            yield Step("benchmark-arrays", SPLITS[-1], lambda: self._benchmark("arrays", [*SPLITS], more))
-        yield Step("speed", "phantom", self._speed)
+        for group in self.size.rows:
+            yield Step(f"{group}-phantom", ("phantom",), partial(self._benchmark, "phantom", ("phantom",), group))
+            if splits:
+                more = ("--augment", "--no_pictures")
+                yield Step(f"{group}-arrays", splits, partial(self._benchmark, "arrays", splits, group, more))
+        if self.size.patient:
+            yield Step("patient", (), self._patient)
+        yield Step("speed", ("phantom", "patient") if self.size.patient else ("phantom",), self._speed)
 
     def _model(self, data: str, more: tuple[str, ...]) -> Iterator[Step]:
         """Training on a data set, settings by its validation split, scores on its test split."""
-        yield Step(f"train-{data}", data, lambda: self._train(data, more))
-        yield Step(f"settings-{data}", data, lambda: self._sweep(data))
-        yield Step(f"scores-{data}", data, lambda: self._evaluate(data))
+        yield Step(f"train-{data}", (data, "rate"), partial(self._train, data, more))
+        yield Step(f"settings-{data}", (f"train-{data}",), partial(self._sweep, data))
+        yield Step(f"scores-{data}", (f"settings-{data}",), partial(self._evaluate, data))
 
     def data(self, name: str) -> str:
         return str(self.work / "data" / name)
@@ -208,20 +229,20 @@ class Rental:
         given = ["--model", str(self.model(data)), "--dataset", self.data(data)]
         return _cli("evaluate", *given, "--output", str(self.scores / data / "model.json"))
 
-    def _benchmark(self, name: str, data: list[str], more: tuple[str, ...] = ()) -> list[str]:
-        options = _without_seeds(self.size.benchmark) if len(data) > 1 else self.size.benchmark
+    def _benchmark(self, name: str, data: tuple[str, ...], group: str, more: tuple[str, ...] = ()) -> list[str]:
+        seeds = () if len(data) > 1 else ("--seeds", "1")  # several data sets stand in the place of seeds
         given = ["--output", str(self.scores / f"benchmark-{name}"), "--models", str(self.work / f"benchmark-{name}")]
-        return _cli("benchmark", "--dataset", *map(self.data, data), *given, *options, *more)
+        given += ["--methods", *self.size.rows[group]]
+        return _cli("benchmark", "--dataset", *map(self.data, data), *given, *self.size.benchmark, *seeds, *more)
+
+    def _patient(self) -> list[str]:
+        return _cli("demo", "--output", str(self.work / "demo"))
 
     def _speed(self) -> list[str]:
-        output = str(self.scores / "speed.json")
-        return _script("benchmarks/speed.py", "--dataset", self.data("phantom"), "--output", output, *self.size.speed)
-
-
-def _without_seeds(options: tuple[str, ...]) -> list[str]:
-    """Several data sets stand in the place of seeds."""
-    at = options.index("--seeds")
-    return [*options[:at], *options[at + 2 :]]
+        given = ["--dataset", self.data("phantom"), "--output", str(self.scores / "speed.json")]
+        if self.size.patient:
+            given += ["--patient", str(next((self.work / "demo" / "scan").iterdir()))]
+        return _script("benchmarks/speed.py", *given, *self.size.speed)
 
 
 def _cli(*words: str) -> list[str]:
@@ -233,16 +254,15 @@ def _script(name: str, *words: str) -> list[str]:
 
 
 def run_steps(rental: Rental, deadline: float) -> list[str]:
-    """Calls what is not done yet until the deadline; a failure ends its chain alone.
+    """Calls what is not done yet until the deadline; of a failure only those suffer that need it.
 
     Returns:
         Names of the steps that failed.
     """
-    (rental.work / "done").mkdir(parents=True, exist_ok=True)
-    failed: dict[str, str] = {}
+    done, failed = rental.work / "done", []
+    done.mkdir(parents=True, exist_ok=True)
     for step in rental.steps:
-        mark = rental.work / "done" / step.name
-        if mark.exists() or step.chain in failed:
+        if (done / step.name).exists() or not all((done / need).exists() for need in step.needs):
             continue
         seconds = deadline - time.monotonic()
         if seconds < 1:
@@ -252,15 +272,17 @@ def run_steps(rental: Rental, deadline: float) -> list[str]:
         if code is None:
             break
         if code:
-            failed[step.chain] = step.name
+            failed.append(step.name)
         else:
-            mark.touch()
-    return list(failed.values())
+            (done / step.name).touch()
+    return failed
 
 
 def _call(command: list[str], seconds: float) -> int | None:
     """Exit code of a command; None where it had to be stopped."""
-    process = subprocess.Popen(command, cwd=ROOT)
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -274,19 +296,22 @@ def _call(command: list[str], seconds: float) -> int | None:
 
 
 def take_home(rental: Rental, output: Path) -> None:
-    """Packs all scores, and each model whose scores are there and that was not packed before."""
+    """Packs all scores, and one trained model that has changed since it was packed: the files of several are too many."""
     make_folder(output)
-    if rental.scores.is_dir():
-        with tarfile.open(output / "scores.tar.gz", "w:gz") as tar:
-            tar.add(rental.scores, "scores")
-            for curve in rental.work.glob("models/*/validation/scores.json"):
-                tar.add(curve, f"scores/{curve.parent.parent.name}/learning_curve.json")
-    for done in sorted((rental.work / "done").glob("scores-*")):
-        name = done.name.removeprefix("scores-")
+    with tarfile.open(output / "scores.tar.gz", "w:gz") as tar:
+        for path in sorted(rental.scores.rglob("*")):
+            if path.suffix in KEPT and ".parts" not in str(path):
+                tar.add(path, Path("scores") / path.relative_to(rental.scores))
+        for curve in rental.work.glob("models/*/validation/scores.json"):
+            tar.add(curve, f"scores/{curve.parent.parent.name}/learning_curve.json")
+    for trained in sorted((rental.work / "done").glob("train-*")):
+        name = trained.name.removeprefix("train-")
+        state = str((rental.model(name) / "preprocessing.json").stat().st_mtime_ns)
         packed = rental.work / "done" / f"packed-{name}"
-        if not packed.exists():
+        if not packed.exists() or packed.read_text(encoding="utf-8") != state:
             _pack_model(rental.model(name), rental.work / "half" / name, output)
-            packed.touch()
+            packed.write_text(state, encoding="utf-8")
+            return
 
 
 def _pack_model(model: Path, half: Path, output: Path) -> None:

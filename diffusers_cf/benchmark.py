@@ -54,6 +54,8 @@ class Benchmark:
     def __init__(self, output: Path, networks: Networks, preset_name: str):
         self.output, self.networks, self.preset = output, networks, networks.preset
         dtype = str(networks.dtype).removeprefix("torch.")
+        # "bfloat16" alone stands in cells of networks that computed in it as a whole
+        dtype += "" if dtype == "float32" else ", finest level float32"
         self.facts = as_json({"preset": preset_name, **asdict(self.preset), "dtype": dtype})
 
     def check_cells(self, data: dict[int, BenchmarkData]) -> None:

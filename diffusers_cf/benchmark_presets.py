@@ -50,7 +50,7 @@ PRESETS = {
         figure_strengths=(0.25, 0.5),
         figure_slices=4,
     ),
-    # two and a half hours a seed on 2 cores; small batches: what a condition means takes some 1,000 steps
+    # about two hours a seed on 2 cores; small batches: what a condition means takes some 1,000 steps
     "cpu": Preset(
         image_size=32,
         size="small",

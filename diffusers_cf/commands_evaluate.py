@@ -44,7 +44,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add_compile_argument(parser)
     add_settings_arguments(parser)
     parser.add_argument(
-        "--threshold", type=float, help="for Dice per patient; without one the split's ideal threshold"
+        "--threshold",
+        type=float,
+        help="for Dice per patient, default: what the model recommends, else the split's ideal one",
     )
     parser.add_argument("--max_patients", type=int, help="only the first patients in alphabetical order")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, default: %(default)s")

@@ -31,14 +31,16 @@ def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the code, too, for users without this package: DiffusionPipeline with trust_remote_code=True",
     )
-    add("--data_license", help="of the training data, where their source does not say it: phantom and decathlon do")
+    add("--data_license", help="of the training data, where their source does not say it, as the decathlon's does")
     _add_repository_arguments(add, "of the weights")
 
 
 def add_publish_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `diffusers-cf publish-dataset`."""
     parser.add_argument("dataset", metavar="DATASET", help="a folder written by diffusers-cf prepare")
-    _add_repository_arguments(parser.add_argument, "of the data set, needed where its source does not say it")
+    _add_repository_arguments(
+        parser.add_argument, "of the data set, needed unless it comes from phantom, decathlon or brats"
+    )
 
 
 def _add_repository_arguments(add, whose_licence: str) -> None:

@@ -39,7 +39,11 @@ def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threshold", type=float, help="heat from which on a voxel is lesion; a change of 1 = 99th percentile")
     add_device_arguments(parser)
     add_compile_argument(parser)
-    add("--overwrite", action="store_true", help="replace patients finished with another model or other settings")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="do every patient again, which another model, settings, dtype or scans need",
+    )
     add_shard_argument(parser, "does what shards have left")
 
 

@@ -330,7 +330,7 @@ def plot_frontier(path: str | Path, points: Sequence[Mapping], papers: Sequence[
     figure = _figure(COLUMN, 3.0)
     axis = figure.subplots()
     colors = dict(zip(dict.fromkeys(p["map"] for p in points), (BLUE, VERMILLION, "#009E73"), strict=False))
-    styles = dict(zip(dict.fromkeys(p["solver"] for p in points), ("--", "-", ":"), strict=False))
+    styles = dict(zip(dict.fromkeys(p["solver"] for p in points), ("--", "-", ":", "-."), strict=False))
     for (kind, color), (solver, style) in itertools.product(colors.items(), styles.items()):
         family = [p for p in points if (p["map"], p["solver"]) == (kind, solver)]
         family.sort(key=lambda p: p["network_evaluations"])

@@ -1,4 +1,4 @@
-"""What segment, evaluate, sweep and demo share: the options of a model in use, and opening it."""
+"""What commands share that use a model: its options, and opening it."""
 
 import argparse
 import logging
@@ -60,8 +60,11 @@ def add_shard_argument(parser: argparse.ArgumentParser, last: str) -> None:
 
 
 def take_device(args: argparse.Namespace, share: Share) -> None:
-    """Gives each process that a launcher started on a machine a GPU of its own, unless `--device` names one."""
-    if share.launched and args.device == "cuda":
+    """Gives each process that a launcher started on a machine a GPU of its own, unless `--device` names one.
+
+    Whether there is any, `check_device_arguments` says.
+    """
+    if share.launched and args.device == "cuda" and torch.cuda.is_available():
         args.device = f"cuda:{share.local_index % torch.cuda.device_count()}"
 
 

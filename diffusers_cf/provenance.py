@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -17,12 +18,12 @@ import diffusers_cf
 def package_commit() -> str:
     """Returns `git describe` of the checkout that the package runs from, else the package's version.
 
-    Asked once a process: a commit made meanwhile is not the code that runs.
+    A copy without its history is told its commit by the variable DIFFUSERS_CF_COMMIT. Asked once a process: a commit made meanwhile is not the code that runs.
     """
     root = Path(diffusers_cf.__file__).resolve().parent.parent
     version = f"diffusers_cf {diffusers_cf.__version__}"
     if not (root / ".git").exists():
-        return version
+        return os.environ.get("DIFFUSERS_CF_COMMIT") or version
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

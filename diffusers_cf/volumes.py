@@ -66,7 +66,8 @@ def segment_patient(
     Written are heatmap.nii.gz (float32, in units of the 99th percentile, 0 outside the foreground, before any
     post-processing), mask.nii.gz (uint8, 1 = lesion), counterfactual_<modality>.nii.gz (float32, the scan's units),
     preview.png and report.json. Heatmap and mask have shape, axes and affine of the first modality's file, each
-    counterfactual those of its own. A patient that is finished with the same model, settings and scans is left as it is.
+    counterfactual those of its own. A patient that is finished with the same model, settings, dtype and scans is left
+    as it is.
 
     Args:
         pipe: The pipeline; `pipe.preprocessing` names its modalities.
@@ -76,7 +77,7 @@ def segment_patient(
         model: Name of the model for the report; the folder it was loaded from if empty.
         patient: Its name; that of `folder` if empty.
         batch_size: Slices at a time; None = 64 on a CPU, on an accelerator the largest that fits.
-        overwrite: Replace what was made with another model, settings or scans.
+        overwrite: Replace what is there, which another model, settings, dtype or scans need.
         progress: Whether to show a progress bar, or what is told after each step which share of them is done.
         **settings: `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; None = what the model
             recommends, or with `settings="paper"` the paper's.

@@ -1,12 +1,14 @@
 """The script for rented machines: in order, in time, on from where it was, and packed."""
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,12 +35,40 @@ def call(tmp_path, minutes, *options):
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=900)
 
 
-def test_a_model_from_nothing_to_what_is_taken_home(tmp_path):
-    done = call(tmp_path, 12, "--steps", *MODEL)
+def write_arrays(folder: Path) -> tuple[Path, Path]:
+    """Slices of 6 patients with a bright square in every other one, and their three splits."""
+    patients, rng = [f"p{number}" for number in range(6)], np.random.default_rng(0)
+    images = rng.uniform(0.2, 0.5, (6 * 4, 1, 32, 32)).astype(np.float32)
+    images[:, :, :4] = 0
+    masks = np.zeros((6 * 4, 32, 32), np.uint8)
+    masks[::2, 8:20, 8:20] = 1
+    images[:, 0] += 0.5 * masks
+    names = {"patient": np.repeat(patients, 4), "slice": np.tile(np.arange(4), 6), "modalities": np.array(["flair"])}
+    np.savez(
+        folder / "slices.npz", images=(255 * images).astype(np.uint8), masks=masks, scale=np.float32(255), **names
+    )
+    turned = [patients[turn:] + patients[:turn] for turn in range(3)]
+    splits = {f"split_{i + 1}": {"train": p[:4], "validation": p[4:5], "test": p[5:]} for i, p in enumerate(turned)}
+    (folder / "splits.json").write_text(json.dumps(splits))
+    return folder / "slices.npz", folder / "splits.json"
+
+
+@pytest.mark.slow
+def test_every_run_from_nothing_to_what_is_taken_home(tmp_path):
+    slices, splits = write_arrays(tmp_path)
+    done = call(tmp_path, 14, "--input", slices, "--split_file", splits)
     assert done.returncode == 0 and "left: nothing" in done.stdout, done.stderr
     with tarfile.open(tmp_path / "out" / "scores.tar.gz") as tar:
         tar.extractall(tmp_path / "home", filter="data")
+        assert {Path(name).suffix for name in tar.getnames()} == {".json", ".md", ".png"}
     scores = tmp_path / "home" / "scores"
+    for split in rented.SPLITS:
+        assert json.loads((scores / split / "model.json").read_text())["auprc"] > 0
+    for name, count in (("phantom", 1), ("arrays", 3)):
+        table = json.loads((scores / f"benchmark-{name}" / "table1.json").read_text())
+        assert {row["method"] for row in table["rows"]} == {"ours", "threshold-flair", "cam"}
+        assert {len(row["raw"]["auprc"]["values"]) for row in table["rows"]} == {count}
+    assert json.loads((scores / "speed.json").read_text())["ways"]["ours"]["peak_memory_mib"] > 0
     curve = json.loads((scores / "phantom" / "learning_curve.json").read_text())
     assert [row["images"] for row in curve] == [4 * row["step"] for row in curve] and len(curve) > 1
     assert json.loads((scores / "phantom" / "model.json").read_text())["auprc"] > 0
@@ -57,8 +87,9 @@ def test_a_model_from_nothing_to_what_is_taken_home(tmp_path):
 def test_the_most_valuable_comes_first():
     given = {"arrays": Path("slices.npz"), "split_file": Path("splits.json"), "only": None}
     names = [step.name for step in rented.Rental(Path("work"), rented.SIZES["paper"], **given).steps]
-    first = [names.index(name) for name in ("train-phantom", "train-split_1", "benchmark-phantom", "speed")]
-    assert first == sorted(first) and names[-1] == "speed"
+    worth = ("train-phantom", "train-split_1", "diffusion-phantom", "diffusion-arrays", "others-phantom", "speed")
+    places = [names.index(name) for name in worth]
+    assert places == sorted(places) and names[-1] == "speed"
 
 
 def test_a_call_ends_in_time_and_the_next_goes_on(tmp_path, monkeypatch):
@@ -79,7 +110,7 @@ def test_a_call_ends_in_time_and_the_next_goes_on(tmp_path, monkeypatch):
     assert called == ["phantom", "rate", "rate"]  # what is done is not done again
 
 
-def test_a_failure_ends_its_chain_alone(tmp_path, monkeypatch):
+def test_of_a_failure_only_those_suffer_that_need_it(tmp_path, monkeypatch):
     made = dict.fromkeys(("phantom", "rate", "split_1"), "pass") | {"phantom": "raise SystemExit(3)"}
     called = []
 
@@ -105,6 +136,23 @@ def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(tmp_path):
     (work.model("phantom") / "checkpoint-2").mkdir(parents=True)
     command = work._train("phantom", ())
     assert command[command.index("--resume_from_checkpoint") + 1] == "latest"
+
+
+def test_one_model_a_call_and_each_as_it_is_now(tmp_path, monkeypatch):
+    """Several would be more files than come home from a rental."""
+    work, packed = rental(tmp_path), []
+    monkeypatch.setattr(rented, "_pack_model", lambda model, half, output: packed.append(half.name))
+    (work.work / "done").mkdir(parents=True)
+    for name in ("phantom", "split_1"):
+        work.model(name).mkdir(parents=True)
+        (work.model(name) / "preprocessing.json").write_text("{}")
+        (work.work / "done" / f"train-{name}").touch()
+    for _ in range(3):
+        rented.take_home(work, tmp_path / "out")
+    assert packed == ["phantom", "split_1"]
+    os.utime(work.model("phantom") / "preprocessing.json", (1, 1))  # settings were stored since
+    rented.take_home(work, tmp_path / "out")
+    assert packed == ["phantom", "split_1", "phantom"]
 
 
 @pytest.mark.parametrize(

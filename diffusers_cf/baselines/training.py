@@ -212,6 +212,7 @@ class MethodTraining:
             batch_sampler=positions,
             collate_fn=self.slices.collate,
             num_workers=self.budget.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
             # without one of its own a loader draws from the global generator, which a checkpoint has just restored
             generator=torch.Generator(),
         )
