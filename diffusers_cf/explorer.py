@@ -26,7 +26,7 @@ from diffusers_cf.segment import (
     patient_files,
     read_volumes,
 )
-from diffusers_cf.trajectories import decode_images, decode_null, encode_images
+from diffusers_cf.trajectories import Encoding, decode_images, decode_null, encode_images
 from diffusers_cf.volumes import segment_patient
 
 
@@ -95,6 +95,10 @@ class Recent:
         if len(self._made) > self.limit:
             del self._made[next(iter(self._made))]
         return self._made[key]
+
+    def drop(self, key: Hashable) -> None:
+        """Forgets what was made for a key."""
+        self._made.pop(key, None)
 
 
 class Explorer:
@@ -243,7 +247,7 @@ class Explorer:
         row = index - self.slices[0]
         images = torch.from_numpy(self.found.images[row : row + 1])
         try:
-            encoding = self._encodings.get(grid, lambda: encode_images(self.pipe, images, 1.0, grid[1]))
+            encoding = self._encoding(grid, images, settings["strength"])
             null = None
             if settings["map"] != "counterfactual":  # it depends on no guidance scale
                 null = self._nulls.get(
@@ -260,6 +264,18 @@ class Explorer:
         )
         heatmaps = resize_images(heat[:, None], size)[:, 0].float().cpu().numpy()
         return SliceMaps(found, heatmaps, resize_images(changes, size).float().cpu().numpy())
+
+    def _encoding(self, grid: tuple[int, int], images: torch.Tensor, strength: float) -> Encoding:
+        """One for each slice and number of steps, made anew where a strength lies beyond its end."""
+
+        def make() -> Encoding:
+            return encode_images(self.pipe, images, strength, grid[1])
+
+        encoding = self._encodings.get(grid, make)
+        if encoding.steps < round(grid[1] * strength):
+            self._encodings.drop(grid)
+            encoding = self._encodings.get(grid, make)
+        return encoding
 
     def _mask(self, index: int, settings: Mapping, volumes, maps: SliceMaps, heat: np.ndarray):
         """The lesion of a slice, (X, Y, 1), and whether it is that of the whole volume."""

@@ -1,5 +1,6 @@
 """Many settings of inference from one encoding, which depends on neither guidance scale nor strength."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,11 @@ class Encoding(NamedTuple):
     prepared: torch.Tensor
     groups: list[Windows]
     latents: list[list[torch.Tensor]]
+
+    @property
+    def steps(self) -> float:
+        """How far it goes; without limit where there is nothing to encode."""
+        return min((len(latents) - 1 for latents in self.latents), default=math.inf)
 
 
 def encode_images(pipe, images: torch.Tensor, strength: float, num_inference_steps: int) -> Encoding:

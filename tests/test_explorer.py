@@ -65,14 +65,15 @@ def test_a_slider_costs_only_what_it_changes(explorer, settings, record_calls):
 
     grid = settings["num_inference_steps"]
     first, heat = cost()
-    assert first == grid + STEPS  # a batched pair is one call; encoding goes to strength 1
+    assert first == 2 * STEPS  # there and back; a batched pair is one call
     assert cost(threshold=0.5)[0] == 0
     dearer, guided = cost(guidance_scale=5.0)
     assert dearer == STEPS and not np.allclose(guided, heat)
     longer, further = cost(strength=0.5)
-    assert longer == round(0.5 * grid) and not np.allclose(further, heat)
-    assert cost(num_inference_steps=20)[0] == 20 + round(0.2 * 20)
-    assert cost(index=INDEX + 1)[0] == grid + STEPS
+    assert longer == 2 * round(0.5 * grid) and not np.allclose(further, heat)
+    assert cost(strength=0.3)[0] == round(0.3 * grid)  # on the way of the encoding to 0.5
+    assert cost(num_inference_steps=20)[0] == 2 * round(0.2 * 20)
+    assert cost(index=INDEX + 1)[0] == 2 * STEPS
     assert cost(guidance_scale=3.0)[0] == STEPS  # back on a slice whose encoding is still there
     assert cost()[0] == 0
 
@@ -80,12 +81,12 @@ def test_a_slider_costs_only_what_it_changes(explorer, settings, record_calls):
 def test_what_depends_on_no_guidance_is_decoded_once(explorer, settings, record_calls):
     calls = record_calls(explorer.pipe)
     view = explorer.view(INDEX, settings | {"map": "reconstruction"})
-    assert len(calls) == settings["num_inference_steps"] + 2 * STEPS
+    assert len(calls) == 3 * STEPS
     guided = explorer.view(INDEX, settings | {"map": "reconstruction", "guidance_scale": 5.0})
-    assert len(calls) == settings["num_inference_steps"] + 3 * STEPS
+    assert len(calls) == 4 * STEPS
     assert not np.allclose(view.heatmap, guided.heatmap)
     explorer.view(INDEX, settings | {"map": "reconstruction", "strength": 0.5})
-    assert len(calls) == settings["num_inference_steps"] + 3 * STEPS + 2 * round(0.5 * settings["num_inference_steps"])
+    assert len(calls) == 4 * STEPS + 3 * round(0.5 * settings["num_inference_steps"])
     image = torch.from_numpy(explorer.found.images[INDEX - explorer.slices[0]][None])
     heat = explorer.pipe(image, map="reconstruction", guidance_scale=5.0).heatmaps[0].numpy()
     assert guided.score == pytest.approx(heat[(image[0] > 0).any(dim=0).numpy()].mean(), rel=1e-4)
