@@ -43,7 +43,8 @@ class Size:
     """How large the runs are.
 
     Attributes:
-        data: options of `prepare` for phantoms; arrays: for real slices.
+        data: options of `prepare` for phantoms.
+        arrays: the same for real slices.
         train: options of the training script.
         batch_size: images a step.
         seconds: of each training of the model alone.
@@ -209,25 +210,21 @@ class Rental:
 
     def _train(self, data: str, more: tuple[str, ...]) -> list[str]:
         steps, output = self.training_steps(), self.model(data)
-        given = [
-            "--dataset",
-            self.data(data),
-            "--output_dir",
-            str(output),
-            "--train_batch_size",
-            str(self.size.batch_size),
-        ]
+        given = ["--dataset", self.data(data), "--output_dir", str(output)]
+        given += ["--train_batch_size", str(self.size.batch_size)]
         given += ["--max_train_steps", str(steps), "--validation_steps", str(max(1, steps // 6)), "--random_flip"]
         given += ["--resume_from_checkpoint", "latest"] if any(output.glob("checkpoint-*")) else []
         return _script("train_counterfactual.py", *given, *self.size.train, *more)
 
+    def _with_model(self, command: str, data: str, output: Path) -> list[str]:
+        given = ["--model", str(self.model(data)), "--dataset", self.data(data), "--output", str(output)]
+        return _cli(command, *given)
+
     def _sweep(self, data: str) -> list[str]:
-        given = ["--model", str(self.model(data)), "--dataset", self.data(data), "--output", str(self.scores / data)]
-        return _cli("sweep", *given, *self.size.sweep, "--store")
+        return [*self._with_model("sweep", data, self.scores / data), *self.size.sweep, "--store"]
 
     def _evaluate(self, data: str) -> list[str]:
-        given = ["--model", str(self.model(data)), "--dataset", self.data(data)]
-        return _cli("evaluate", *given, "--output", str(self.scores / data / "model.json"))
+        return self._with_model("evaluate", data, self.scores / data / "model.json")
 
     def _benchmark(self, name: str, data: tuple[str, ...], group: str, more: tuple[str, ...] = ()) -> list[str]:
         seeds = () if len(data) > 1 else ("--seeds", "1")  # several data sets stand in the place of seeds
@@ -300,8 +297,9 @@ def take_home(rental: Rental, output: Path) -> None:
     make_folder(output)
     with tarfile.open(output / "scores.tar.gz", "w:gz") as tar:
         for path in sorted(rental.scores.rglob("*")):
-            if path.suffix in KEPT and ".parts" not in str(path):
-                tar.add(path, Path("scores") / path.relative_to(rental.scores))
+            name = path.relative_to(rental.scores)
+            if path.suffix in KEPT and ".parts" not in str(name):  # those of a command that was stopped
+                tar.add(path, Path("scores") / name)
         for curve in rental.work.glob("models/*/validation/scores.json"):
             tar.add(curve, f"scores/{curve.parent.parent.name}/learning_curve.json")
     for trained in sorted((rental.work / "done").glob("train-*")):

@@ -18,7 +18,8 @@ import diffusers_cf
 def package_commit() -> str:
     """Returns `git describe` of the checkout that the package runs from, else the package's version.
 
-    A copy without its history is told its commit by the variable DIFFUSERS_CF_COMMIT. Asked once a process: a commit made meanwhile is not the code that runs.
+    A copy without its history is told its commit by the variable DIFFUSERS_CF_COMMIT. Asked once a process: a commit
+    made meanwhile is not the code that runs.
     """
     root = Path(diffusers_cf.__file__).resolve().parent.parent
     version = f"diffusers_cf {diffusers_cf.__version__}"
