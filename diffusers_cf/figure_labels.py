@@ -33,7 +33,7 @@ def label_points(
     taken = [_around(point, figure.dpi) for point in points]
     for own, (x, y, name) in enumerate(labels):
         text = axis.annotate(
-            name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=6.5,
+            name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=6.5, path_effects=_halo(),
             arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": INK, "shrinkA": 0, "shrinkB": 2},
         )  # fmt: skip
         faults = {}
@@ -49,6 +49,13 @@ def label_points(
         text.set(position=shift, ha=alignment)
         text.arrow_patch.set_visible(np.hypot(*shift) > NEAR)
         taken.append(_text_box(text))
+
+
+def _halo() -> list:
+    """Keeps names legible where they lie over an error bar."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=1.6, foreground="white")]
 
 
 def _distance(box, point: np.ndarray) -> float:
