@@ -238,6 +238,8 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--strengths", type=float, nargs="+", default=list(STRENGTHS), help=f"L, default: {strengths}")
     add("--maps", nargs="+", choices=MAPS, default=list(MAPS))
     add("--num_inference_steps", type=int, default=100)
+    add("--solver_order", type=int, choices=(1, 2), help="of encoding, 2 costs nothing more and pays where steps are few; "
+        "default: what the model has, --store makes it the model's")  # fmt: skip
     add("--max_slices", type=int, default=256, help="evenly spread over the split (256, the paper's number)")
     add("--max_evaluations", type=int, help="recommend a setting of at most so many network evaluations a slice")
     add_device_arguments(parser, batch_size=32)
@@ -258,6 +260,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     indices = evenly_spread(len(dataset), args.max_slices)
     _check_slices(dataset, indices, args)
     pipe = open_pipeline(args.model, args.device, args.dtype)
+    _set_solver_order(pipe, args)
     grid = (args.guidance_scales, args.strengths, args.maps, args.num_inference_steps)
     try:
         pipe.scheduler.set_timesteps(args.num_inference_steps)
@@ -277,11 +280,19 @@ def run_sweep(args: argparse.Namespace) -> int:
     plot_sweep(output / "sweep.png", points)
     print(f"best: {asdict(best)}")
     if args.store:
-        kept = {"signs": pipe.preprocessing["signs"]} if "signed" in args.maps else {}
-        kept["evaluation_size"] = dataset.preprocessing["size"]
-        store = store_settings if args.store == "recommended" else store_paper_threshold
-        store(args.model, best, facts, kept)
+        _store(args, pipe, dataset, best, facts)
     return 0
+
+
+def _store(args: argparse.Namespace, pipe, dataset: SliceDataset, best: SweepPoint, facts: dict) -> None:
+    """Makes what the sweep has found the model's own, as `--store` says."""
+    if args.solver_order:
+        pipe.inverse_scheduler.save_pretrained(Path(args.model) / "inverse_scheduler")
+        saving.forget_origin(args.model)
+    kept = {"signs": pipe.preprocessing["signs"]} if "signed" in args.maps else {}
+    kept["evaluation_size"] = dataset.preprocessing["size"]
+    store = store_settings if args.store == "recommended" else store_paper_threshold
+    store(args.model, best, facts, kept)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -298,6 +309,23 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.store == "paper" and swept != [[scale], [strength], steps, [kind]]:
         options = "--guidance_scales 3 --strengths 0.75 --maps counterfactual --num_inference_steps 100"
         raise InputError(f"--store paper needs a sweep of the paper's setting alone: {options}")
+    if args.store == "paper" and args.solver_order:
+        raise InputError("--store paper adds a threshold alone: it can't change the model's --solver_order")
+
+
+def _set_solver_order(pipe, args: argparse.Namespace) -> None:
+    """Gives the pipeline an inverse scheduler of the order that the options ask for."""
+    if not args.solver_order:
+        return
+    inverse = pipe.inverse_scheduler
+    try:
+        if "solver_order" not in inverse.config:
+            raise ValueError(f"a {type(inverse).__name__} knows no solver_order")
+        pipe.register_modules(
+            inverse_scheduler=type(inverse).from_config(inverse.config, solver_order=args.solver_order)
+        )
+    except ValueError as error:
+        raise InputError(f"{args.model}: {error}") from None
 
 
 def _check_slices(dataset: SliceDataset, indices: Sequence[int], args: argparse.Namespace) -> None:

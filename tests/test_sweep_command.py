@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler
 from training_data import CLASSES, made_patient, write_training_set
 
 from diffusers_cf import CounterfactualDDIMPipeline
@@ -78,6 +79,47 @@ def test_the_threshold_of_another_setting_is_not_stored_as_the_papers(option, fi
     other[PAPER.index(option) + 1] = {"--maps": "reconstruction", "--num_inference_steps": 10}.get(option, 0.5)
     assert sweep(files, *other, "--store", "paper") == 2
     assert "--store paper needs a sweep of the paper's setting alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_order_of_encoding_is_swept_and_stored(files, order):
+    def latents():
+        pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
+        return pipe.invert(
+            torch.linspace(0, 1, 512).reshape(4, 2, 8, 8), 0.5, 10
+        ), pipe.inverse_scheduler.config.solver_order
+
+    (before, first), options = latents(), ("--solver_order", order)
+    assert sweep(files, *options) == 0
+    swept = json.loads((files / "out" / "sweep.json").read_text())["points"]
+    assert torch.equal(latents()[0], before)  # without --store the model stays as it is
+    assert sweep(files, *options, "--store") == 0
+    after, second = latents()
+    assert (first, second) == (1, order) and torch.equal(after, before) == (order == 1)
+    assert sweep(files) == 0
+    assert (
+        json.loads((files / "out" / "sweep.json").read_text())["points"] == swept
+    )  # what was swept is what is stored
+
+
+def test_an_order_that_the_model_cannot_have_is_refused(files, no_sweep, capsys):
+    assert sweep(files, *PAPER, "--store", "paper", "--solver_order", 2) == 2
+    assert "--store paper adds a threshold alone" in capsys.readouterr().err
+    path = files / "model" / "inverse_scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_fixed_point_iterations": 1}))
+    assert sweep(files, "--solver_order", 2) == 2
+    assert f"{files / 'model'}: num_fixed_point_iterations refine steps" in capsys.readouterr().err
+    CounterfactualDDIMPipeline.from_pretrained(files / "model")
+    index = json.loads((files / "model" / "model_index.json").read_text())
+    index |= {
+        name: ["diffusers", kind]
+        for name, kind in (("scheduler", "DDIMScheduler"), ("inverse_scheduler", "DDIMInverseScheduler"))
+    }
+    (files / "model" / "model_index.json").write_text(json.dumps(index))
+    for name, scheduler in (("scheduler", DDIMScheduler), ("inverse_scheduler", DDIMInverseScheduler)):
+        scheduler(clip_sample=False).save_pretrained(files / "model" / name)
+    assert sweep(files, "--solver_order", 2) == 2
+    assert "a DDIMInverseScheduler knows no solver_order" in capsys.readouterr().err
 
 
 def test_a_sweep_without_store_leaves_the_model_as_it_is(files):
