@@ -16,6 +16,6 @@ accelerate launch --num_processes 1 "$(dirname "$0")/../train_counterfactual.py"
   --validation_steps 0
 diffusers-cf sweep --model "$OUT/model" --dataset "$OUT/data" --output "$OUT/sweep" \
   --guidance_scales 3 6 9 12 --strengths 0.5 0.75 --maps counterfactual reconstruction \
-  --num_inference_steps "$GRID" --max_slices "$SLICES" --store
+  --num_inference_steps "$GRID" --solver_order 2 --max_slices "$SLICES" --store
 diffusers-cf evaluate --model "$OUT/model" --dataset "$OUT/data" --output "$OUT/model.json"
 diffusers-cf evaluate --method threshold-flair --dataset "$OUT/data" --output "$OUT/threshold-flair.json"
