@@ -134,6 +134,11 @@ def set_up_run(dataset, output, **changes):
     return set_up(args, start_accelerator(args, output), output)
 
 
+def test_weights_are_laid_out_as_the_device_trains_fastest(data, tmp_path):
+    weight = set_up_run(data, tmp_path / "out").network.unet.mid_block.resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == (weight.device.type != "cpu")
+
+
 def test_a_run_ends_with_a_pipeline_of_the_averaged_weights(reference, data):
     pipe = CounterfactualDDIMPipeline.from_pretrained(reference)
     assert pipe.image_size == (16, 16) and pipe.unet.config.in_channels == 2
