@@ -85,21 +85,21 @@ def test_the_threshold_of_another_setting_is_not_stored_as_the_papers(option, fi
 def test_the_order_of_encoding_is_swept_and_stored(files, order):
     def latents():
         pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
-        return pipe.invert(
-            torch.linspace(0, 1, 512).reshape(4, 2, 8, 8), 0.5, 10
-        ), pipe.inverse_scheduler.config.solver_order
+        images = torch.linspace(0, 1, 512).reshape(4, 2, 8, 8)
+        return pipe.invert(images, 0.5, 10), pipe.inverse_scheduler.config.solver_order
+
+    def points():
+        return json.loads((files / "out" / "sweep.json").read_text())["points"]
 
     (before, first), options = latents(), ("--solver_order", order)
     assert sweep(files, *options) == 0
-    swept = json.loads((files / "out" / "sweep.json").read_text())["points"]
+    swept = points()
     assert torch.equal(latents()[0], before)  # without --store the model stays as it is
     assert sweep(files, *options, "--store") == 0
     after, second = latents()
     assert (first, second) == (1, order) and torch.equal(after, before) == (order == 1)
     assert sweep(files) == 0
-    assert (
-        json.loads((files / "out" / "sweep.json").read_text())["points"] == swept
-    )  # what was swept is what is stored
+    assert points() == swept  # what was swept is what is stored
 
 
 def test_an_order_that_the_model_cannot_have_is_refused(files, no_sweep, capsys):
@@ -109,15 +109,11 @@ def test_an_order_that_the_model_cannot_have_is_refused(files, no_sweep, capsys)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_fixed_point_iterations": 1}))
     assert sweep(files, "--solver_order", 2) == 2
     assert f"{files / 'model'}: num_fixed_point_iterations refine steps" in capsys.readouterr().err
-    CounterfactualDDIMPipeline.from_pretrained(files / "model")
     index = json.loads((files / "model" / "model_index.json").read_text())
-    index |= {
-        name: ["diffusers", kind]
-        for name, kind in (("scheduler", "DDIMScheduler"), ("inverse_scheduler", "DDIMInverseScheduler"))
-    }
+    for name, stock in (("scheduler", DDIMScheduler), ("inverse_scheduler", DDIMInverseScheduler)):
+        index[name] = ["diffusers", stock.__name__]
+        stock(clip_sample=False).save_pretrained(files / "model" / name)
     (files / "model" / "model_index.json").write_text(json.dumps(index))
-    for name, scheduler in (("scheduler", DDIMScheduler), ("inverse_scheduler", DDIMInverseScheduler)):
-        scheduler(clip_sample=False).save_pretrained(files / "model" / name)
     assert sweep(files, "--solver_order", 2) == 2
     assert "a DDIMInverseScheduler knows no solver_order" in capsys.readouterr().err
 
