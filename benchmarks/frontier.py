@@ -1,24 +1,19 @@
 """Quality of the map against network passes: steps, strength, guidance scale, kind of map and solver on validation slices."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
-from diffusers_cf.baselines.forward_map import ForwardMap
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import write_result
 from diffusers_cf.figures import plot_frontier
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
-from diffusers_cf.measuring import maps_at_size
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 from diffusers_cf.settings import PAPER_SETTINGS
-from diffusers_cf.sweep import SweepPoint, evenly_spread, has_lesion, score_maps, sweep
+from diffusers_cf.sweep import evenly_spread, has_lesion, sweep
 
 
 # How an image is encoded and decoded: options of the inverse scheduler and of the scheduler.
@@ -28,8 +23,9 @@ SOLVERS = {
     "second order in both": ({"solver_order": 2}, {"solver_order": 2}),
     "fixed point": ({"num_fixed_point_iterations": 1}, {}),
 }
-WALKED_FORWARD = ("first order", "second order")  # the forward map knows neither decoding nor refinement
-MAPS = ("counterfactual", "reconstruction")
+DECODED = ("counterfactual", "reconstruction")
+# no decoding to be of second order, and what refines the encoding for decoding's sake is left out
+FORWARD = ("first order", "second order")
 LIMIT = 24  # passes a slice of the setting that is recommended
 
 
@@ -42,29 +38,11 @@ def set_solver(pipe, solver: str) -> None:
     pipe.register_modules(scheduler=scheduler, inverse_scheduler=inverse)
 
 
-def forward_points(pipe, dataset, rows, args, steps: int, strengths: list[float]) -> list[SweepPoint]:
-    """Scores of the forward map for every strength and scale, from one walk."""
-    method = ForwardMap(pipe)
-    grid = [(strength, scale) for strength in strengths for scale in args.guidance_scales]
-    method.choose_among([dict(strength=L, guidance_scale=w, num_inference_steps=steps) for L, w in grid])
-    points = {
-        index: SweepPoint(**settings, map="forward", network_evaluations=2 * round(steps * settings["strength"]))
-        for index, settings in enumerate(method.candidates)
-    }
-
-    def maps_of(images: torch.Tensor) -> Iterator:
-        for index, maps in method.maps_of_candidates(images):
-            yield index, maps_at_size(maps, tuple(images.shape[-2:]))
-
-    return score_maps(maps_of, points, dataset, rows, args.batch_size)
-
-
 def points_of(pipe, dataset, rows, args, solver: str, steps: int, strengths: list[float]) -> list[dict]:
     """Every point of one solver and grid at some strengths."""
     set_solver(pipe, solver)
-    found = sweep(pipe, dataset, rows, args.guidance_scales, strengths, MAPS, steps, args.batch_size)
-    if solver in WALKED_FORWARD:
-        found += forward_points(pipe, dataset, rows, args, steps, strengths)
+    maps = (*DECODED, "forward") if solver in FORWARD else DECODED
+    found = sweep(pipe, dataset, rows, args.guidance_scales, strengths, maps, steps, args.batch_size)
     return [asdict(point) | {"solver": solver} for point in found]
 
 

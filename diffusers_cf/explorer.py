@@ -247,13 +247,7 @@ class Explorer:
         row = index - self.slices[0]
         images = torch.from_numpy(self.found.images[row : row + 1])
         try:
-            encoding = self._encoding(grid, images, settings["strength"])
-            null = None
-            if settings["map"] != "counterfactual":  # it depends on no guidance scale
-                null = self._nulls.get(
-                    (*grid, settings["strength"]), lambda: decode_null(self.pipe, encoding, settings)
-                )
-            changes, heat = decode_images(self.pipe, encoding, settings, null)
+            changes, heat = self._changes_and_heat(grid, images, settings)
         except ValueError as error:
             raise InputError(str(error)) from None
         if not (torch.isfinite(changes).all() and torch.isfinite(heat).all()):
@@ -264,6 +258,16 @@ class Explorer:
         )
         heatmaps = resize_images(heat[:, None], size)[:, 0].float().cpu().numpy()
         return SliceMaps(found, heatmaps, resize_images(changes, size).float().cpu().numpy())
+
+    def _changes_and_heat(self, grid: tuple[int, int], images: torch.Tensor, settings: Mapping):
+        """What `decode_images` gives, with all that is still there of earlier settings."""
+        if settings["map"] == "forward":  # guidance is a part of its only walk
+            out = self.pipe(images, **{name: value for name, value in settings.items() if name != "threshold"})
+            return out.counterfactuals.cpu() - images, out.heatmaps
+        encoding, null = self._encoding(grid, images, settings["strength"]), None
+        if settings["map"] != "counterfactual":  # it depends on no guidance scale
+            null = self._nulls.get((*grid, settings["strength"]), lambda: decode_null(self.pipe, encoding, settings))
+        return decode_images(self.pipe, encoding, settings, null)
 
     def _encoding(self, grid: tuple[int, int], images: torch.Tensor, strength: float) -> Encoding:
         """One for each slice and number of steps, made anew where a strength lies beyond its end."""

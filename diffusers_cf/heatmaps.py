@@ -5,16 +5,18 @@ from collections.abc import Sequence
 import torch
 
 
-MAPS = ("counterfactual", "reconstruction", "signed")
+# Of a decoded counterfactual; `forward` decodes nothing (forward.py).
+DECODED_MAPS = ("counterfactual", "reconstruction", "signed")
+MAPS = (*DECODED_MAPS, "forward")
 
 
 def heatmap(
     map: str, reference: torch.Tensor, counterfactual: torch.Tensor, signs: Sequence[float] | None = None
 ) -> torch.Tensor:
-    """Heatmaps `(N, H, W)` of a map by name.
+    """Heatmaps `(N, H, W)` of a decoded counterfactual.
 
     Args:
-        map (`str`): one of `MAPS`. `counterfactual` and `reconstruction` differ in their reference alone.
+        map (`str`): one of `DECODED_MAPS`. `counterfactual` and `reconstruction` differ in their reference alone.
         reference (`torch.Tensor`): `(N, C, H, W)`, the image, or its reconstruction by the null condition.
         counterfactual (`torch.Tensor`): `(N, C, H, W)`.
         signs (`Sequence[float]`, *optional*): for `signed`, 1 or -1 for each channel.

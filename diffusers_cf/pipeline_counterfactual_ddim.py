@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 
+from diffusers_cf.forward import ForwardChange, check_forward
 from diffusers_cf.guidance import implicit_guidance
 from diffusers_cf.heatmaps import heatmap
 from diffusers_cf.images import Windows, check_images, foreground_windows, network_images, resize_images, to_device
@@ -86,14 +87,25 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         Args:
             settings: `paper` for the authors' in the place of what the model recommends.
             **given: any of `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; checked.
+
+        Raises:
+            ValueError: one is out of its range, or the pipeline can't make the map `forward`.
         """
-        return settings_in_use(self.preprocessing, given, settings)
+        found = settings_in_use(self.preprocessing, given, settings)
+        if found["map"] == "forward":
+            check_forward(self)
+        return found
 
     def network_evaluations(self, **settings) -> int:
-        """Network evaluations for one image: K to encode, K or 2K to decode, K more for a reconstruction."""
+        """Network evaluations for one image: K to encode, K or 2K to decode, K more for a reconstruction.
+
+        For the map `forward` 2K in all, and K more for each fixed-point iteration, as in every encoding.
+        """
         settings = self.resolve_settings(**settings)
         steps = round(settings["num_inference_steps"] * settings["strength"])
         refinements = self.inverse_scheduler.config.get("num_fixed_point_iterations", 0)
+        if settings["map"] == "forward":
+            return steps * (2 + refinements)
         decoding = 2 if self.class_encoder is not None and settings["guidance_scale"] not in (0, 1) else 1
         return steps * (1 + refinements + decoding + (settings["map"] != "counterfactual"))
 
@@ -163,16 +175,30 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         return self.encode(self.prepare_images(images), settings, callback_on_step_end)
 
     @torch.no_grad()
-    def encode(self, latents: torch.Tensor, settings: dict, callback_on_step_end: Callable | None = None):
-        """[`invert`] of what `prepare_images` made, or of windows of it, `(N, C, h, w)`; `settings` are resolved."""
+    def encode(
+        self,
+        latents: torch.Tensor,
+        settings: dict,
+        callback_on_step_end: Callable | None = None,
+        predict: Callable | None = None,
+    ) -> torch.Tensor:
+        """[`invert`] of what `prepare_images` made, or of windows of it.
+
+        Args:
+            latents (`torch.Tensor`): `(N, C, h, w)` in [-1, 1].
+            settings (`dict`): as from `resolve_settings`.
+            callback_on_step_end (`Callable`, *optional*): as in `invert`.
+            predict (`Callable`, *optional*): `(x, t) -> eps` in the place of the null prediction that a step begins with.
+        """
         timesteps = self._timesteps(settings["strength"], settings["num_inference_steps"])
         null = self.encode_classes(None, len(latents))
         refinements = self.inverse_scheduler.config.get("num_fixed_point_iterations", 0)
         told = getattr(self.inverse_scheduler, "network_timestep", lambda timestep: timestep)
+        predict = predict or (lambda sample, t: self.predict_noise(sample, told(t), null))
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 nearer = latents
-                latents = self.inverse_scheduler.step(self.predict_noise(nearer, told(t), null), t, nearer).prev_sample
+                latents = self.inverse_scheduler.step(predict(nearer, t), t, nearer).prev_sample
                 for _ in range(refinements):
                     noise = self.predict_noise(latents, t, null)
                     latents = self.inverse_scheduler.refine(noise, t, nearer, latents)
@@ -276,7 +302,9 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
             num_inference_steps (`int`, *optional*): steps of the full grid, a divisor of the training steps.
             map (`str`, *optional*): `counterfactual`, |x - x_cf|; `reconstruction`, |x_null - x_cf| with x_null
                 decoded by the null condition: it takes out what the inversion itself changed, for K more evaluations;
-                or `signed`, the same with a sign for each modality in the place of the absolute value.
+                `signed`, the same with a sign for each modality in the place of the absolute value; or `forward`, the
+                mean of |x0_null - x0_guided| along the encoding, for 2K evaluations in all: nothing is decoded, and
+                the counterfactual is the image plus the mean change.
             generator (`torch.Generator`, *optional*): for a stochastic scheduler in the place of DDIM.
             output_type (`str`): `pt` or `np`.
             return_dict (`bool`): [`CounterfactualOutput`], or the tuple of its fields.
@@ -329,6 +357,11 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         self, prepared, target, settings: dict, generator, callback
     ) -> tuple[torch.Tensor, ...]:
         """Algorithm 1 at the network's size: latents and change, each `(n, C, h, w)`, and heatmaps `(n, h, w)`."""
+        if settings["map"] == "forward":
+            scale = settings["guidance_scale"]
+            forward = ForwardChange(self, prepared, [scale], target)
+            latents = self.encode(prepared, settings, callback, forward)
+            return latents, forward.change(scale), forward.heatmaps(scale)
         walk = {k: settings[k] for k in ("strength", "num_inference_steps")} | {"callback_on_step_end": callback}
         latents = self.encode(prepared, settings, callback)
         decoded = self.denoise(latents, target, settings["guidance_scale"], generator=generator, **walk)

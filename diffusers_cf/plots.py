@@ -92,7 +92,7 @@ def plot_sweep(path: str | Path, points: Sequence) -> None:
     axes = figure.subplots(1, 2)
     scales = sorted({p.guidance_scale for p in points})
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(scales)))
-    for kind, style in zip(sorted({p.map for p in points}), ("-", "--", ":"), strict=False):
+    for kind, style in zip(sorted({p.map for p in points}), ("-", "--", ":", "-."), strict=False):
         for scale, color in zip(scales, colors, strict=True):
             curve = sorted((p for p in points if (p.map, p.guidance_scale) == (kind, scale)), key=lambda p: p.strength)
             strengths = [p.strength for p in curve]

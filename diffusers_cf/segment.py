@@ -178,7 +178,7 @@ def map_slices(
 
 def _share_of_steps(tell: Callable[[float], None], settings: dict, n_slices: int) -> Callable:
     """A callback of the pipeline that tells the share of all steps of all slices; empty slices take none."""
-    walks = 2 if settings["map"] == "counterfactual" else 3
+    walks = {"forward": 1, "counterfactual": 2}.get(settings["map"], 3)
     total, done = n_slices * walks * round(settings["num_inference_steps"] * settings["strength"]), 0
 
     def count(_, step, timestep, tensors):

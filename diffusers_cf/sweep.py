@@ -15,7 +15,8 @@ from diffusers_cf.arguments import make_folder
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import write_result
-from diffusers_cf.heatmaps import MAPS
+from diffusers_cf.forward import check_forward
+from diffusers_cf.heatmaps import DECODED_MAPS, MAPS
 from diffusers_cf.images import resize_images
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
@@ -95,7 +96,7 @@ def sweep(
     indices: Sequence[int],
     guidance_scales: Sequence[float] = GUIDANCE_SCALES,
     strengths: Sequence[float] = STRENGTHS,
-    maps: Sequence[str] = MAPS,
+    maps: Sequence[str] = DECODED_MAPS,
     num_inference_steps: int = 100,
     batch_size: int = 32,
 ) -> list[SweepPoint]:
@@ -107,7 +108,7 @@ def sweep(
         indices: rows of the split to use.
         guidance_scales: values of w.
         strengths: values of L in (0, 1].
-        maps: names of maps.
+        maps: names of maps, of `heatmaps.MAPS`.
         num_inference_steps: steps of the full grid.
         batch_size: slices at a time.
 
@@ -236,7 +237,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     scales, strengths = (" ".join(map(str, values)) for values in (GUIDANCE_SCALES, STRENGTHS))
     add("--guidance_scales", type=float, nargs="+", default=list(GUIDANCE_SCALES), help=f"w, default: {scales}")
     add("--strengths", type=float, nargs="+", default=list(STRENGTHS), help=f"L, default: {strengths}")
-    add("--maps", nargs="+", choices=MAPS, default=list(MAPS))
+    add("--maps", nargs="+", choices=MAPS, help="default: all that the model can make")
     add("--num_inference_steps", type=int, default=100)
     add("--solver_order", type=int, choices=(1, 2), help="of encoding, 2 costs nothing more and pays where steps are few; "
         "default: what the model has, --store makes it the model's")  # fmt: skip
@@ -261,6 +262,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     _check_slices(dataset, indices, args)
     pipe = open_pipeline(args.model, args.device, args.dtype)
     _set_solver_order(pipe, args)
+    args.maps = args.maps or _possible_maps(pipe)
     grid = (args.guidance_scales, args.strengths, args.maps, args.num_inference_steps)
     try:
         pipe.scheduler.set_timesteps(args.num_inference_steps)
@@ -311,6 +313,14 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--store paper needs a sweep of the paper's setting alone: {options}")
     if args.store == "paper" and args.solver_order:
         raise InputError("--store paper adds a threshold alone: it can't change the model's --solver_order")
+
+
+def _possible_maps(pipe) -> list[str]:
+    try:
+        check_forward(pipe)
+    except ValueError:
+        return list(DECODED_MAPS)
+    return list(MAPS)
 
 
 def _set_solver_order(pipe, args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Many settings of inference from one encoding, which depends on neither guidance scale nor strength."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from diffusers_cf.forward import ForwardChange
 from diffusers_cf.heatmaps import heatmap
 from diffusers_cf.images import Windows, resize_images
 
@@ -81,7 +83,7 @@ def decode_images(
     Args:
         pipe: a `CounterfactualDDIMPipeline`.
         encoding: to the strength of `settings` or beyond, on a grid of as many steps.
-        settings: as from `pipe.resolve_settings`.
+        settings: as from `pipe.resolve_settings`, with a map of `DECODED_MAPS`.
         null: from `decode_null` with the same settings, for a map other than `counterfactual`; None = made here.
 
     Returns:
@@ -112,7 +114,7 @@ def heatmaps_of_settings(
     """Yields `((strength, guidance_scale, map), heatmaps (N, H, W))` of every combination, strengths rising.
 
     Costs one encoding to the largest strength, one decoding for each strength and scale, and one more a strength where
-    a map other than `counterfactual` is asked for.
+    a map other than `counterfactual` is asked for; for `forward`, one encoding of two branches and nothing else.
 
     Args:
         pipe: a `CounterfactualDDIMPipeline`.
@@ -122,6 +124,17 @@ def heatmaps_of_settings(
         maps: kinds of maps.
         num_inference_steps: n, steps of the full grid.
     """
+    grid = (strengths, guidance_scales, num_inference_steps)
+    if "forward" in maps:
+        yield from _forward_heatmaps(pipe, images, *grid)
+    if decoded := [kind for kind in maps if kind != "forward"]:
+        yield from _decoded_heatmaps(pipe, images, *grid, decoded)
+
+
+def _decoded_heatmaps(
+    pipe, images, strengths, guidance_scales, num_inference_steps: int, maps: Sequence[str]
+) -> Iterator:
+    """The part of [`heatmaps_of_settings`] for maps of a decoded counterfactual."""
     encoding = encode_images(pipe, images, max(strengths), num_inference_steps)
     for strength in sorted(strengths):
         walk = {"strength": strength, "num_inference_steps": num_inference_steps}
@@ -137,3 +150,24 @@ def heatmaps_of_settings(
                     group.paste(heat, heatmap(kind, *pair, pipe.preprocessing.get("signs")))
                 heat = resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0]
                 yield (strength, scale, kind), heat.cpu().numpy()
+
+
+def _forward_heatmaps(pipe, images, strengths, guidance_scales, num_inference_steps: int) -> Iterator:
+    """The part of [`heatmaps_of_settings`] for the map `forward`, all of it from one walk."""
+    pipe.check_inputs(images)
+    settings = pipe.resolve_settings(strength=max(strengths), num_inference_steps=num_inference_steps, map="forward")
+    prepared = pipe.prepare_images(images)
+    heats = {key: torch.zeros_like(prepared[:, 0]) for key in itertools.product(sorted(strengths), guidance_scales)}
+    for group in pipe.windows(prepared):
+        windows = group.cut(prepared)
+        forward = ForwardChange(pipe, windows, guidance_scales)
+
+        def keep(_, step, timestep, tensors, group=group, forward=forward):
+            for (strength, scale), heat in heats.items():
+                if round(num_inference_steps * strength) == step + 1:
+                    group.paste(heat, forward.heatmaps(scale))
+            return {}
+
+        pipe.encode(windows, settings, keep, forward)
+    for (strength, scale), heat in heats.items():
+        yield (strength, scale, "forward"), resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0].cpu().numpy()

@@ -5,7 +5,6 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from diffusers_cf import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
-from diffusers_cf.baselines.forward_map import ForwardMap
 
 
 WALK = {"strength": 0.5, "num_inference_steps": 10}
@@ -41,13 +40,8 @@ def test_the_loops_of_algorithm_1_run_ahead_of_the_device(far, schedulers):
         assert decoded.device.type == "meta" and decoded.shape == (3, 2, 8, 8)
 
 
-def test_a_whole_call_reads_images_where_they_are_and_nothing_back(far, images):
-    out = far(images, guidance_scale=3.0, map="reconstruction", **WALK)
+@pytest.mark.parametrize("map", ["reconstruction", "forward"])
+def test_a_whole_call_reads_images_where_they_are_and_nothing_back(far, images, map):
+    out = far(images, guidance_scale=3.0, map=map, **WALK)
     assert out.heatmaps.device.type == "meta" and out.heatmaps.shape == (4, 8, 8)
     assert out.counterfactuals.shape == images.shape
-
-
-def test_the_forward_map_runs_ahead_of_the_device(far, images):
-    method = ForwardMap(far)
-    method.settings = method.settings | {"num_inference_steps": 10}
-    assert method.anomaly_map(images).device.type == "meta"

@@ -77,6 +77,7 @@ def test_the_network_begins_with_low_timesteps_and_is_validated_on_all():
         ("ours-unclipped", {"thresholding": False, "clip_sample": False}, {}),
         ("ours", {"thresholding": True, "use_clipped_model_output": True}, {}),
         ("ours-reconstruction", {"thresholding": True, "use_clipped_model_output": True}, {}),
+        ("forward-map", {"thresholding": True, "use_clipped_model_output": True}, {}),
         ("ours-raw-epsilon", {"thresholding": True, "use_clipped_model_output": False}, {}),
         ("ours-fixed-point", {"thresholding": True}, {"num_fixed_point_iterations": 3}),
     ],
@@ -100,6 +101,7 @@ def test_a_row_is_what_its_title_says(row, both, encoding):
         ("cdpm-classifier", {30.0}, "counterfactual"),
         ("ours", {3.0}, "counterfactual"),
         ("ours-reconstruction", {3.0}, "reconstruction"),
+        ("forward-map", {3.0}, "forward"),
     ],
 )
 def test_a_row_chooses_among_its_own_scales(row, scales, kind):

@@ -92,6 +92,19 @@ def test_what_depends_on_no_guidance_is_decoded_once(explorer, settings, record_
     assert guided.score == pytest.approx(heat[(image[0] > 0).any(dim=0).numpy()].mean(), rel=1e-4)
 
 
+def test_the_forward_map_is_what_the_pipeline_makes(explorer, settings, record_calls):
+    calls, chosen = record_calls(explorer.pipe), settings | {"map": "forward"}
+    view = explorer.view(INDEX, chosen)
+    assert len(calls) == STEPS and (view.heatmap > 0).any()
+    image = torch.from_numpy(explorer.found.images[INDEX - explorer.slices[0]][None])
+    heat = explorer.pipe(image, map="forward").heatmaps[0].numpy()
+    assert view.score == pytest.approx(heat[(image[0] > 0).any(dim=0).numpy()].mean(), rel=1e-4)
+    calls.clear()
+    explorer.view(INDEX, chosen)
+    assert not calls
+    assert not np.allclose(explorer.view(INDEX, chosen | {"guidance_scale": 6.0}).heatmap, view.heatmap)
+
+
 def test_only_the_latest_are_kept():
     made, recent = [], Recent(limit=2)
     for key in "abacbac":

@@ -117,12 +117,12 @@ def test_cost_of_the_papers_settings(pipe):
     assert pipe.network_evaluations() == 225
 
 
-@pytest.mark.parametrize("map", ["counterfactual", "reconstruction"])
+@pytest.mark.parametrize("map", ["counterfactual", "reconstruction", "forward"])
 def test_empty_slices_never_reach_the_network(pipe, record_calls, images, map):
     images[[0, 2]] = 0
     calls = record_calls(pipe)
     out = pipe(images, ["unhealthy", "healthy", "healthy", "unhealthy"], guidance_scale=1, map=map, **SHORT)
-    assert {len(call.sample) for call in calls} == {2}
+    assert {len(call.sample) for call in calls} == {4 if map == "forward" else 2}  # both branches at once
     assert not out.heatmaps[[0, 2]].any() and not out.counterfactuals[[0, 2]].any() and not out.latents[[0, 2]].any()
     alone = pipe(images[[1, 3]], ["healthy", "unhealthy"], guidance_scale=1, map=map, **SHORT)
     for field in ("heatmaps", "counterfactuals", "latents"):
@@ -133,7 +133,7 @@ def test_empty_slices_never_reach_the_network(pipe, record_calls, images, map):
     assert calls == []
 
 
-@pytest.mark.parametrize("map", ["counterfactual", "reconstruction"])
+@pytest.mark.parametrize("map", ["counterfactual", "reconstruction", "forward"])
 @pytest.mark.parametrize("size", [8, 24, 4])
 def test_zero_steps_change_nothing(pipe, images, map, size):
     images = functional.interpolate(images, (size, size))
@@ -143,7 +143,7 @@ def test_zero_steps_change_nothing(pipe, images, map, size):
         assert torch.equal(out.counterfactuals, images)
 
 
-@pytest.mark.parametrize("map", ["counterfactual", "reconstruction"])
+@pytest.mark.parametrize("map", ["counterfactual", "reconstruction", "forward"])
 def test_a_batch_equals_its_samples(pipe, images, map):
     targets = ["healthy", "unhealthy", "healthy", "unhealthy"]
     together = pipe(images, targets, map=map, **SHORT)
@@ -230,7 +230,7 @@ def test_bad_images_are_refused(pipe, record_calls, name):
         ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
         ({"num_inference_steps": 30}, "num_inference_steps is 30"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
-        ({"map": "sum"}, "map is 'sum': it must be one of counterfactual, reconstruction, signed"),
+        ({"map": "sum"}, "map is 'sum': it must be one of counterfactual, reconstruction, signed, forward"),
         ({"output_type": "pil"}, "output_type is 'pil': it must be one of pt, np"),
     ],
 )

@@ -30,6 +30,7 @@ ALLOWED = {
     "processes": {"errors"},
     "evaluation": {"errors", "measuring", "pixel_counts", "processes"},
     "guidance": set(),
+    "forward": {"guidance"},
     "images": set(),
     "heatmaps": set(),
     "settings": {"heatmaps"},
@@ -54,6 +55,7 @@ ALLOWED = {
     },
     "model_folder": {"loading", "saving"},
     "pipeline_counterfactual_ddim": {
+        "forward",
         "guidance",
         "heatmaps",
         "images",
@@ -62,7 +64,7 @@ ALLOWED = {
         "settings",
         "models",
     },
-    "trajectories": {"heatmaps", "images"},
+    "trajectories": {"forward", "heatmaps", "images"},
     "baselines": {"errors", "guidance", "images", "pipeline_counterfactual_ddim", "training", "trajectories", *BOTTOM},
 }
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home|Users)/")

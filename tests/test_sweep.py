@@ -36,7 +36,7 @@ class Slices:
         return {"images": self.images[rows], "masks": self.masks[rows], "labels": self.labels[rows]}
 
 
-@pytest.mark.parametrize("map", ["counterfactual", "reconstruction", "signed"])
+@pytest.mark.parametrize("map", ["counterfactual", "reconstruction", "signed", "forward"])
 def test_a_point_is_what_calls_of_the_pipeline_score(pipe, map):
     slices, setting = Slices(), {"guidance_scale": 2.0, "strength": 0.4, "num_inference_steps": 10, "map": map}
     pipe.preprocessing = {"signs": [1, -1]}

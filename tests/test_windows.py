@@ -102,7 +102,7 @@ def test_the_batch_that_an_image_comes_in_changes_nothing(large, images):
 
 
 def test_a_sweep_crops_as_a_call_does(large, images):
-    kinds = ["counterfactual", "reconstruction"]
+    kinds = ["counterfactual", "reconstruction", "forward"]
     for (strength, scale, kind), heat in heatmaps_of_settings(large, images, [0.1, 0.3], [1.0, 3.0], kinds, 10):
         single = large(images, None, scale, strength, 10, kind).heatmaps
         torch.testing.assert_close(torch.from_numpy(heat), single, rtol=0, atol=1e-5)

@@ -12,7 +12,6 @@ from diffusers_cf.baselines.diffusion import (
     HealthyDiffusion,
 )
 from diffusers_cf.baselines.fanogan import FAnoGAN
-from diffusers_cf.baselines.forward_map import ForwardMap
 from diffusers_cf.baselines.method import AnomalyMethod, TrainableMethod
 from diffusers_cf.baselines.thresholding import EqualizedThresholding, IntensityThresholding
 from diffusers_cf.baselines.vae import VAERestoration, VariationalAutoencoder
@@ -117,13 +116,6 @@ def _counterfactual(scales: Sequence[float] | str, kind: str = "counterfactual",
     return make
 
 
-def _forward(trained: CounterfactualDiffusion, grid: Grid) -> ForwardMap:
-    method = ForwardMap(trained.pipeline())
-    names = ("guidance_scale", "strength", "num_inference_steps")
-    method.choose_among([{name: c[name] for name in names} for c in grid.settings(grid.guidance_scales)])
-    return method
-
-
 def _restoration(trained: VariationalAutoencoder, grid: Grid) -> VAERestoration:
     method = VAERestoration(trained)
     if steps := grid.restoration_steps:
@@ -172,7 +164,7 @@ ROWS = {
         "ours",
         _counterfactual("guidance_scales", encoding={"num_fixed_point_iterations": 3}),
     ),
-    "forward-map": Row("Forward map of our model", (1,), "ours", _forward),
+    "forward-map": Row("Forward map of our model", (1,), "ours", _counterfactual("guidance_scales", "forward")),
     "cam": Row("Class activation map", (1,), "cam", _itself),
 }
 BASELINES = ("threshold", "threshold-<modality>")  # what needs no training
