@@ -155,6 +155,13 @@ def test_the_whole_volume_is_that_of_segment(explorer, settings, pipe, tmp_path)
     assert "Patient: healthy" in empty and "guidance scale 4, strength 0.2, 10 steps, threshold 0.1" in empty
 
 
+@pytest.mark.parametrize(("kind", "walks"), [("forward", 1), ("counterfactual", 2), ("reconstruction", 3)])
+def test_progress_counts_the_steps_of_each_map(explorer, settings, kind, walks):
+    shares = []
+    explorer.segment(settings | {"map": kind, "threshold": 0.1}, shares.append)
+    np.testing.assert_allclose(shares, np.arange(1, walks * STEPS + 1) / (walks * STEPS))
+
+
 def test_without_a_threshold_there_is_no_verdict(explorer, settings):
     for threshold in (None, 0):
         view = explorer.view(INDEX, settings | {"threshold": threshold})

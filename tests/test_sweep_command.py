@@ -58,6 +58,17 @@ def test_the_best_point_of_the_file_is_what_the_model_recommends(files):
     assert facts["settings_chosen_by"]["command"] == document["command"]
 
 
+def test_a_model_that_knows_no_classes_is_swept_without_the_forward_map(files, make_pipeline, capsys):
+    pipe = make_pipeline(unconditional=True)
+    pipe.preprocessing = {"modalities": ["flair", "t1"]}
+    pipe.save_pretrained(files / "model")
+    assert sweep(files) == 0
+    points = json.loads((files / "out" / "sweep.json").read_text())["points"]
+    assert {point["map"] for point in points} == {"counterfactual", "reconstruction", "signed"}
+    assert sweep(files, "--maps", "forward") == 2
+    assert "map is 'forward': it compares conditions, and this model has no class_encoder" in capsys.readouterr().err
+
+
 PAPER = ("--guidance_scales", 3, "--strengths", 0.75, "--maps", "counterfactual", "--num_inference_steps", 100)
 
 
