@@ -106,8 +106,8 @@ SIZES = {
         limit=50_000,
         rate=_words("--unet_size paper --batch_size 256 --steps 100 --rounds 2 --dataloader_num_workers 12 --compile"),
         sweep=_words(
-            "--guidance_scales 3 6 9 12 --strengths 0.5 0.75 --maps counterfactual reconstruction --num_inference_steps 20"
-            " --solver_order 2 --max_slices 256"
+            "--guidance_scales 3 6 9 12 --strengths 0.5 0.75 --maps counterfactual reconstruction forward"
+            " --num_inference_steps 8 20 --solver_order 1 2 --max_slices 256"
         ),
         benchmark=_words("--preset paper --train_seconds 240 --dtype bfloat16"),
         rows=ROWS,

@@ -81,28 +81,49 @@ def draw_contour(axes, mask: np.ndarray, color: str, linewidth: float = 1) -> No
 def plot_sweep(path: str | Path, points: Sequence) -> None:
     """Writes Fig. 3: ideal Dice and AUPRC in the foreground over strength, a curve for each guidance scale and map.
 
+    Each number of steps and each order of the solver is a row of its own.
+
     Args:
         path: the PNG.
         points: `SweepPoint`s.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
+    grids = list(dict.fromkeys((p.num_inference_steps, p.solver_order) for p in points))
+    figure = Figure(figsize=(10, 4 * len(grids)), layout="constrained")
+    rows = figure.subplots(len(grids), 2, squeeze=False)
+    looks = _looks_of_curves(points)
+    for axes, (steps, order) in zip(rows, grids, strict=True):
+        chosen = [p for p in points if (p.num_inference_steps, p.solver_order) == (steps, order)]
+        _plot_curves(axes, chosen, looks)
+        if len(grids) > 1:
+            axes[0].set_title(f"{steps} steps" + (f", solver of order {order}" if order else ""), fontsize=9)
+    handles, names = rows[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", fontsize=7, handlelength=3.5)
+    figure.savefig(path, dpi=110)
+
+
+def _looks_of_curves(points: Sequence) -> dict[tuple[str, float], dict]:
+    """For each map and guidance scale of a sweep how its curve is drawn."""
+    from matplotlib import colormaps
+
     scales = sorted({p.guidance_scale for p in points})
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(scales)))
-    for kind, style in zip(sorted({p.map for p in points}), ("-", "--", ":", "-."), strict=False):
-        for scale, color in zip(scales, colors, strict=True):
-            curve = sorted((p for p in points if (p.map, p.guidance_scale) == (kind, scale)), key=lambda p: p.strength)
-            strengths = [p.strength for p in curve]
-            look = {"linestyle": style, "marker": ".", "color": color, "label": f"{kind}, w = {scale:g}"}
-            axes[0].plot(strengths, [p.foreground_ideal_dice for p in curve], **look)
-            axes[1].plot(strengths, [p.foreground_auprc for p in curve], **look)
+    return {
+        (kind, scale): {"linestyle": style, "marker": ".", "color": color, "label": f"{kind}, w = {scale:g}"}
+        for kind, style in zip(sorted({p.map for p in points}), ("-", "--", ":", "-."), strict=False)
+        for scale, color in zip(scales, colors, strict=True)
+    }
+
+
+def _plot_curves(axes, points: Sequence, looks: dict) -> None:
+    """One row of Fig. 3: ideal Dice into the first of two axes, AUPRC into the second."""
+    for (kind, scale), look in looks.items():
+        curve = sorted((p for p in points if (p.map, p.guidance_scale) == (kind, scale)), key=lambda p: p.strength)
+        strengths = [p.strength for p in curve]
+        axes[0].plot(strengths, [p.foreground_ideal_dice for p in curve], **look)
+        axes[1].plot(strengths, [p.foreground_auprc for p in curve], **look)
     for axis, name in zip(axes, ("ideal Dice in the foreground", "AUPRC in the foreground"), strict=True):
         axis.set_xlabel("strength L")
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", fontsize=7, handlelength=3.5)
-    figure.savefig(path, dpi=110)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from diffusers_cf import InputError
+from diffusers_cf.commands_sweep import store_settings
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.postprocessing import foreground_mask
-from diffusers_cf.sweep import SweepPoint, best_point, evenly_spread, learn_signs, store_settings, sweep
+from diffusers_cf.sweep import SweepPoint, best_point, evenly_spread, learn_signs, sweep
 
 
 class Slices:

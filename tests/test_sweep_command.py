@@ -35,7 +35,7 @@ def files(make_pipeline, tmp_path):
 def no_sweep(monkeypatch):
     """Fails the test if the sweep, or what comes before it and takes long, begins."""
     for name in ("sweep", "learn_signs"):
-        monkeypatch.setattr(f"diffusers_cf.sweep.{name}", lambda *_, **__: pytest.fail("it begins"))
+        monkeypatch.setattr(f"diffusers_cf.commands_sweep.{name}", lambda *_, **__: pytest.fail("it begins"))
 
 
 def sweep(files, *options):
@@ -111,6 +111,29 @@ def test_the_order_of_encoding_is_swept_and_stored(files, order):
     assert (first, second) == (1, order) and torch.equal(after, before) == (order == 1)
     assert sweep(files) == 0
     assert points() == swept  # what was swept is what is stored
+
+
+def test_one_sweep_chooses_among_steps_and_orders(files):
+    """Its points are those of a sweep each, and the best of all is what the model recommends, solver included."""
+    single = {}
+    for order in (1, 2):
+        for steps in (10, 20):
+            assert sweep(files, "--solver_order", order, "--num_inference_steps", steps, "--maps", "forward") == 0
+            single[order, steps] = json.loads((files / "out" / "sweep.json").read_text())["points"]
+    both = ["--num_inference_steps", 10, 20, "--solver_order", 1, 2, "--maps", "forward", "--store"]
+    assert sweep(files, *both) == 0
+    document = json.loads((files / "out" / "sweep.json").read_text())
+    assert document["points"] == [point for points in single.values() for point in points]
+    assert {(p["solver_order"], p["num_inference_steps"]) for p in document["points"]} == set(single)
+    best = max(document["points"], key=lambda point: point["postprocessed_auprc"])
+    pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
+    assert document["best"] == best and pipe.inverse_scheduler.config.solver_order == best["solver_order"]
+    assert pipe.resolve_settings()["num_inference_steps"] == best["num_inference_steps"]
+    assert sweep(files, *both[:-1], "--max_evaluations", 4, "--store") == 0
+    cheap = json.loads((files / "out" / "sweep.json").read_text())["best"]
+    assert cheap["network_evaluations"] <= 4
+    pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
+    assert pipe.inverse_scheduler.config.solver_order == cheap["solver_order"]
 
 
 def test_an_order_that_the_model_cannot_have_is_refused(files, no_sweep, capsys):
