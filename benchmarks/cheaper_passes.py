@@ -15,8 +15,9 @@ from frontier import slices_to_measure
 
 from diffusers_cf import implicit_guidance
 from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
+from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import write_result
-from diffusers_cf.heatmaps import heatmap
+from diffusers_cf.heatmaps import DECODED_MAPS, heatmap
 from diffusers_cf.images import resize_images
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
@@ -158,6 +159,10 @@ def main(args) -> None:
     dataset, rows = slices_to_measure(args)
     pipe = open_pipeline(args.model, args.device, args.dtype)
     settings = pipe.resolve_settings()
+    if settings["map"] not in DECODED_MAPS:
+        raise InputError(
+            f"{args.model}: recommends the map {settings['map']}, which decodes nothing that could be cheaper"
+        )
     make_folder(Path(args.output).parent)
     names = [*VARIANTS, *MEANS]
     setting = {name: settings[name] for name in ("guidance_scale", "strength", "num_inference_steps", "map")}

@@ -22,8 +22,10 @@ def heatmap(
         signs (`Sequence[float]`, *optional*): for `signed`, 1 or -1 for each channel.
 
     Raises:
-        ValueError: for `signed` without a sign for each channel.
+        ValueError: for another map, or for `signed` without a sign for each channel.
     """
+    if map not in DECODED_MAPS:
+        raise ValueError(f"map is {map!r}: of a decoded counterfactual it must be one of {', '.join(DECODED_MAPS)}")
     if map != "signed":
         return anomaly_heatmap(reference, counterfactual)
     check_signs(signs, reference.shape[1])

@@ -107,6 +107,16 @@ def test_what_else_could_save_passes(files, monkeypatch):
                 torch.testing.assert_close(heat, pipe(images).heatmaps)
 
 
+def test_nothing_cheaper_is_sought_where_nothing_is_decoded(files):
+    path = files / "model" / "preprocessing.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"settings": SETTINGS | {"map": "forward"}}))
+    paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "none" / "passes.json"]
+    done = run("cheaper_passes", *paths, "--dtype", "float32")
+    assert done.returncode == 2 and "recommends the map forward, which decodes nothing" in done.stderr
+    assert not (files / "none").exists()
+
+
 def test_two_settings_compared_on_the_same_patients(files):
     for name, scale in (("one", 1), ("three", 3)):
         options = ["--dataset", files / "slices", "--guidance_scale", scale, "--output", files / f"{name}.json"]

@@ -25,3 +25,10 @@ def test_the_signed_map_counts_changes_of_the_expected_sign_alone():
 def test_the_signed_map_needs_a_sign_for_each_channel(signs):
     with pytest.raises(ValueError, match="signs"):
         heatmap("signed", REFERENCE, COUNTERFACTUAL, signs)
+
+
+def test_a_map_that_decodes_nothing_is_not_made_of_a_counterfactual():
+    with pytest.raises(
+        ValueError, match="map is 'forward': of a decoded counterfactual it must be one of counterfactual"
+    ):
+        heatmap("forward", REFERENCE, COUNTERFACTUAL)
