@@ -129,11 +129,10 @@ def test_one_sweep_chooses_among_steps_and_orders(files):
     pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
     assert document["best"] == best and pipe.inverse_scheduler.config.solver_order == best["solver_order"]
     assert pipe.resolve_settings()["num_inference_steps"] == best["num_inference_steps"]
-    assert sweep(files, *both[:-1], "--max_evaluations", 4, "--store") == 0
-    cheap = json.loads((files / "out" / "sweep.json").read_text())["best"]
-    assert cheap["network_evaluations"] <= 4
+    assert sweep(files, *both, "--solver_order", 2, 1) == 0  # whatever solver came last
+    assert json.loads((files / "out" / "sweep.json").read_text())["best"] == best
     pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
-    assert pipe.inverse_scheduler.config.solver_order == cheap["solver_order"]
+    assert pipe.inverse_scheduler.config.solver_order == best["solver_order"]
 
 
 def test_an_order_that_the_model_cannot_have_is_refused(files, no_sweep, capsys):
