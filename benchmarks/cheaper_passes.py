@@ -166,6 +166,7 @@ def main(args) -> None:
     make_folder(Path(args.output).parent)
     names = [*VARIANTS, *MEANS]
     setting = {name: settings[name] for name in ("guidance_scale", "strength", "num_inference_steps", "map")}
+    setting["solver_order"] = pipe.inverse_scheduler.config.get("solver_order")
     points = {name: SweepPoint(**setting, network_evaluations=passes(name, settings)) for name in names}
     found = score_maps(lambda images: maps_of(pipe, settings, images), points, dataset, rows, args.batch_size)
     variants = {name: asdict(point) for name, point in zip(names, found, strict=True)}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffusers_cf.errors import InputError
+from diffusers_cf.provenance import package_commit
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -38,6 +39,7 @@ def make_folder(path: str | Path) -> None:
 
 def run_command(command: Callable[[], int | None]) -> int:
     """Exit code of a command: 0 done, or 2 with one line on stderr where the input was bad."""
+    package_commit()  # asked now: a commit made while it runs is not the code that runs
     try:
         return command() or 0
     except InputError as error:

@@ -13,7 +13,10 @@ COMMANDS = {
     "prepare": ("diffusers_cf.data.prepare", "scans, arrays, pictures or the phantom to a slice data set"),
     "segment": ("diffusers_cf.commands_segment", "patients or cohorts to heatmap, mask and counterfactual as NIfTI"),
     "evaluate": ("diffusers_cf.commands_evaluate", "a model or method on a data set to RESULT.json"),
-    "sweep": ("diffusers_cf.commands_sweep", "guidance scale, strength and map on validation slices (Fig. 3)"),
+    "sweep": (
+        "diffusers_cf.commands_sweep",
+        "guidance scale, strength, steps, solver and map on validation slices (Fig. 3)",
+    ),
     "calibrate": ("diffusers_cf.calibrate", "a threshold for the mask from labels of slices alone"),
     "benchmark": ("diffusers_cf.benchmark", "every method of the paper under one protocol to tables and figures"),
     "report": ("diffusers_cf.report", "what segment found, in one patient or a cohort, to one HTML page"),

@@ -162,8 +162,9 @@ def _check_slices(dataset: SliceDataset, indices: Sequence[int], args: argparse.
 
 
 def _signs_for_sweep(args: argparse.Namespace, pipe, dataset, indices: Sequence[int]) -> list[int]:
-    """Signs from about 64 of the slices, at the largest guidance scale, the middle strength, the first grid of the sweep."""
-    *_, steps = next(_grids(args, pipe))
+    """Signs from about 64 of the slices, at the largest guidance scale, the middle strength, the most exact encoding."""
+    if args.solver_order:
+        _set_solver_order(pipe, args.model, max(args.solver_order))
     return learn_signs(
         pipe,
         dataset,
@@ -171,7 +172,7 @@ def _signs_for_sweep(args: argparse.Namespace, pipe, dataset, indices: Sequence[
         args.batch_size,
         guidance_scale=max(args.guidance_scales),
         strength=sorted(args.strengths)[len(args.strengths) // 2],
-        num_inference_steps=steps,
+        num_inference_steps=max(args.num_inference_steps),
     )
 
 

@@ -260,7 +260,7 @@ class Explorer:
         return SliceMaps(found, heatmaps, resize_images(changes, size).float().cpu().numpy())
 
     def _changes_and_heat(self, grid: tuple[int, int], images: torch.Tensor, settings: Mapping):
-        """What `decode_images` gives, with all that is still there of earlier settings."""
+        """Changes `(1, C, h, w)` and heatmap `(1, h, w)` of a slice, with all that is still there of earlier settings."""
         if settings["map"] == "forward":  # guidance is a part of its only walk
             out = self.pipe(images, **{name: value for name, value in settings.items() if name != "threshold"})
             return out.counterfactuals.cpu() - images, out.heatmaps

@@ -1,6 +1,6 @@
 """Forward map: what the classes disagree on while an image is encoded, without decoding (after AnoFPDM, Che et al. 2025)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -21,7 +21,7 @@ class ForwardChange:
 
     Takes the place of the null prediction in the first loop of Algorithm 1 (`pipe.encode(.., predict=..)`): each step
     predicts the noise under null and target in one batch, the inverse scheduler makes a clean image of either, and the
-    null one alone goes on. The idea is AnoFPDM's, which compares with the image itself, and chooses weights and end by
+    null one alone goes on. A step from the clean image adds nothing, since there is no noise to predict. The idea is AnoFPDM's, which compares with the image itself, and chooses weights and end by
     itself.
 
     Args:
@@ -32,7 +32,7 @@ class ForwardChange:
     """
 
     def __init__(
-        self, pipe, latents: torch.Tensor, guidance_scales: Iterable[float], target: str | Sequence[str] | None = None
+        self, pipe, latents: torch.Tensor, guidance_scales: Sequence[float], target: str | Sequence[str] | None = None
     ):
         target = pipe.class_encoder.config.class_names[0] if target is None else target
         pair = (pipe.encode_classes(names, len(latents)) for names in (None, target))

@@ -28,7 +28,7 @@ class CounterfactualOutput(BaseOutput):
         heatmaps (`torch.Tensor` or `np.ndarray`): `(N, H, W)`, at least 0, in input units: 1 is a change by the
             intensity of the 99th percentile, the same scale for all images.
         counterfactuals (`torch.Tensor` or `np.ndarray`): `(N, C, H, W)`, the image as it would look in the target
-            class, in the input's range.
+            class, in the input's range; with the map `forward` the image plus the mean change along the encoding.
         latents (`torch.Tensor` or `np.ndarray`): `(N, C, h, w)`, where encoding ended, at the network's size; 0 for
             empty images.
     """
@@ -95,6 +95,10 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         if found["map"] == "forward":
             check_forward(self)
         return found
+
+    def _resolve_walk(self, **given) -> dict:
+        """[`resolve_settings`] where no map is made: a recommended one that is impossible here does not matter."""
+        return self.resolve_settings(**given, map="counterfactual")
 
     def network_evaluations(self, **settings) -> int:
         """Network evaluations for one image: K to encode, K or 2K to decode, K more for a reconstruction.
@@ -170,7 +174,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         Returns:
             `torch.Tensor`: latents, float32 `(N, C, h, w)`.
         """
-        settings = self.resolve_settings(strength=strength, num_inference_steps=num_inference_steps)
+        settings = self._resolve_walk(strength=strength, num_inference_steps=num_inference_steps)
         self.check_inputs(images)
         return self.encode(self.prepare_images(images), settings, callback_on_step_end)
 
@@ -233,7 +237,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
             `torch.Tensor`: counterfactuals at the network's size, float32 `(N, C, h, w)` in input units.
         """
         given = {"strength": strength, "num_inference_steps": num_inference_steps}
-        settings = self.resolve_settings(guidance_scale=guidance_scale, **given)
+        settings = self._resolve_walk(guidance_scale=guidance_scale, **given)
         timesteps = self._timesteps(settings["strength"], settings["num_inference_steps"]).flip(0)
         predict = self._guided_prediction(target, settings["guidance_scale"], len(latents))
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}

@@ -26,7 +26,7 @@ def settings_in_use(facts: Mapping, given: Mapping, name: str | None = None) -> 
 
     Args:
         facts: a model's preprocessing.json: its `settings` are recommended (those unknown here are left out), its
-            `paper_threshold` belongs to the paper's.
+            `paper_threshold` belongs to the paper's. A threshold goes with its map: another map has none.
         given: by the caller; comes first.
         name: where the others come from: `recommended`, the default, or `paper`.
 
@@ -40,6 +40,8 @@ def settings_in_use(facts: Mapping, given: Mapping, name: str | None = None) -> 
         raise ValueError(f"settings is {name!r}: it must be one of {', '.join(NAMES)}")
     chosen = {"threshold": facts.get("paper_threshold")} if name == "paper" else facts.get("settings", {})
     settings = dict(PAPER_SETTINGS)
+    if given.get("map") not in (None, chosen.get("map") or settings["map"]):
+        chosen = {**chosen, "threshold": None}  # each map has a scale of its own
     for source in (chosen, given):
         settings |= {k: v for k, v in source.items() if k in PAPER_SETTINGS and v is not None}
     steps = settings["num_inference_steps"]

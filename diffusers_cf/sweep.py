@@ -92,7 +92,7 @@ def sweep(
     num_inference_steps: int = 100,
     batch_size: int = 32,
 ) -> list[SweepPoint]:
-    """Scores of every combination; one encoding, kept at each strength, serves all scales and maps.
+    """Scores of every combination; one encoding, kept at each strength, serves all scales and maps, `forward` another.
 
     Args:
         pipe: the pipeline.

@@ -28,7 +28,8 @@ def encode_trajectory(pipe, prepared: torch.Tensor, strength: float, num_inferen
         latents.append(tensors["latents"])
         return {}
 
-    settings = pipe.resolve_settings(strength=strength, num_inference_steps=num_inference_steps)
+    walk = {"strength": strength, "num_inference_steps": num_inference_steps}
+    settings = pipe.resolve_settings(**walk, map="counterfactual")  # no map is made here
     pipe.encode(prepared, settings, keep)
     return latents
 
@@ -111,7 +112,7 @@ def heatmaps_of_settings(
     maps: Sequence[str],
     num_inference_steps: int,
 ) -> Iterator[tuple[tuple[float, float, str], np.ndarray]]:
-    """Yields `((strength, guidance_scale, map), heatmaps (N, H, W))` of every combination, strengths rising.
+    """Yields `((strength, guidance_scale, map), heatmaps (N, H, W))` of every combination, strengths rising; `forward` first.
 
     Costs one encoding to the largest strength, one decoding for each strength and scale, and one more a strength where
     a map other than `counterfactual` is asked for; for `forward`, one encoding of two branches and nothing else.

@@ -11,6 +11,7 @@ from diffusers_cf.cli import COMMANDS, main
 from diffusers_cf.demo import SHIPPED_MODEL
 from diffusers_cf.errors import InputError
 from diffusers_cf.inference_options import check_device_arguments, open_pipeline
+from diffusers_cf.provenance import package_commit
 
 
 def test_options_may_be_written_with_either_dash():
@@ -21,6 +22,13 @@ def test_options_may_be_written_with_either_dash():
         assert parser.parse_args(arguments).batch_size == 3
     assert parser.parse_args(["--name", "a-b"]).name == "a-b"
     assert parser.parse_args(["--name=--a-b"]).name == "--a-b"
+
+
+def test_the_commit_is_asked_before_a_command_begins():
+    package_commit.cache_clear()
+    known = []
+    run_command(lambda: known.append(package_commit.cache_info().currsize))
+    assert known == [1]
 
 
 def test_bad_input_is_one_line_and_exit_code_2(capsys):

@@ -149,6 +149,18 @@ def test_a_pipeline_that_knows_no_classes_or_has_a_stock_scheduler_is_refused(ma
         pipe.network_evaluations(**SHORT)
 
 
+def test_a_recommended_map_that_is_impossible_stops_nothing_else(pipe, images):
+    pipe.preprocessing = {"settings": {"map": "forward", "strength": 0.4, "num_inference_steps": 10}}
+    scheduler = DDIMScheduler(clip_sample=False)
+    pipe.scheduler, pipe.inverse_scheduler = scheduler, DDIMInverseScheduler.from_config(scheduler.config)
+    out = pipe(images, map="counterfactual")
+    assert torch.equal(out.latents, pipe.invert(images))
+    assert dict(heatmaps_of_settings(pipe, images, [0.4], [3.0], ["reconstruction"], 10))
+    assert pipe(images, settings="paper", num_inference_steps=4).heatmaps.any()
+    with pytest.raises(ValueError, match="map is 'forward'"):
+        pipe(images)
+
+
 def test_it_finds_the_square_of_the_trivial_phantom():
     torch.manual_seed(0)
     method = CounterfactualMap(train_briefly(CounterfactualDiffusion(num_channels=1, image_size=16), steps=60))

@@ -258,7 +258,7 @@ def test_settings_come_from_the_call_else_the_model_else_the_paper(pipe, record_
     recommended = {"guidance_scale": 3.0, "strength": 0.2, "num_inference_steps": 10, "map": "reconstruction"}
     assert pipe.resolve_settings() == recommended | {"threshold": 0.1}
     given = {"guidance_scale": 0, "strength": 0.0, "num_inference_steps": 20, "map": "counterfactual"}
-    assert pipe.resolve_settings(**given) == given | {"threshold": 0.1}
+    assert pipe.resolve_settings(**given) == given | {"threshold": None}
     assert pipe.resolve_settings(**dict.fromkeys(given)) == pipe.resolve_settings()
     pipe.preprocessing |= {"paper_threshold": 0.3}
     assert pipe.resolve_settings(settings="paper") == paper | {"threshold": 0.3}

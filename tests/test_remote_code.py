@@ -2,6 +2,7 @@
 
 import ast
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from hub_client import command_line
 from model_files import FACTS, UNET, fingerprint, load, tiny_pipeline
 from without_package import load_without_package
 
+import diffusers_cf
 from diffusers_cf.errors import InputError
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
-from diffusers_cf.remote_code import bundled_pipeline, code_names
+from diffusers_cf.remote_code import _MODULES, bundled_pipeline, code_names
 
 
 RECOMMENDED = {"settings": FACTS["settings"]}
@@ -133,6 +135,13 @@ def test_a_folder_without_weights_is_not_pushed(hub, client, model, tmp_path):
     assert "models/user/empty" not in hub.repositories
 
 
+def names_from_siblings():
+    """What the bundled modules take from each other."""
+    trees = [ast.parse((Path(diffusers_cf.__file__).parent / f"{name}.py").read_text()) for name in _MODULES]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {a.name for n in nodes if n.module.startswith("diffusers_cf.") for a in n.names}
+
+
 def test_the_bundle_is_one_module_on_its_own():
     tree = ast.parse(bundled_pipeline())
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -144,3 +153,4 @@ def test_the_bundle_is_one_module_on_its_own():
     names += [target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
     assert [name for name, count in Counter(names).items() if count > 1] == []
     assert torch.__name__ in names and "CounterfactualDDIMPipeline" in names
+    assert names_from_siblings() <= set(names)

@@ -135,6 +135,22 @@ def test_one_sweep_chooses_among_steps_and_orders(files):
     assert pipe.inverse_scheduler.config.solver_order == best["solver_order"]
 
 
+def test_signs_are_learned_from_the_most_exact_encoding(files, monkeypatch):
+    seen = []
+
+    def learn_signs(pipe, *_, num_inference_steps, **__):
+        seen.append((pipe.inverse_scheduler.config.solver_order, num_inference_steps))
+        return [1, 1]
+
+    monkeypatch.setattr("diffusers_cf.commands_sweep.learn_signs", learn_signs)
+    options = ["--solver_order", 2, 1, "--num_inference_steps", 10, 20, 5, "--maps", "signed", "--strengths", 0.4]
+    assert sweep(files, *options) == 0 and seen == [(2, 20)]
+    points = json.loads((files / "out" / "sweep.json").read_text())["points"]
+    assert [(p["solver_order"], p["num_inference_steps"]) for p in points] == [
+        (order, steps) for order in (2, 1) for steps in (10, 20, 5)
+    ]
+
+
 def test_an_order_that_the_model_cannot_have_is_refused(files, no_sweep, capsys):
     assert sweep(files, *PAPER, "--store", "paper", "--solver_order", 2) == 2
     assert "--store paper adds a threshold alone" in capsys.readouterr().err
