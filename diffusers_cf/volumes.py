@@ -146,9 +146,8 @@ def segmentation_facts(
     usable = usable_facts(pipe, model, **settings)
     threshold = usable["settings"]["threshold"]
     if threshold is None and needs_threshold:
-        raise InputError(
-            f"{model} recommends no threshold for the mask: give one by --threshold (a change of 1 = p99)"
-        )
+        kind = usable["settings"]["map"]
+        raise InputError(f"{model} recommends no threshold for the map {kind}: give one by --threshold (1 = p99)")
     return {
         "model": model,
         "model_sha256": model_fingerprint(pipe),

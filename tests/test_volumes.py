@@ -68,7 +68,7 @@ def test_zero_steps_give_the_scan_and_no_lesion(pipe, patient, tmp_path):
 def test_the_papers_settings_by_name(model, patient, tmp_path, capsys):
     options = ["--model", model, "--output", tmp_path / "out", "--settings", "paper", "--strength", 0]
     assert run(patient, *options) == 2  # the model's threshold belongs to its own settings
-    assert "recommends no threshold for the mask: give one by --threshold" in capsys.readouterr().err
+    assert "recommends no threshold for the map counterfactual: give one by --threshold" in capsys.readouterr().err
     assert run(patient, *options, "--threshold", 0.5) == 0
     report = json.loads((tmp_path / "out" / "P_01" / "report.json").read_text())
     paper = {"guidance_scale": 3.0, "num_inference_steps": 100, "map": "counterfactual"}
@@ -325,7 +325,7 @@ def test_an_output_that_is_a_file(model, patient, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"settings": {}}, "MODEL recommends no threshold for the mask: give one by --threshold"),
+        ({"settings": {}}, "MODEL recommends no threshold for the map counterfactual: give one by --threshold"),
         ({"modalities": None}, "MODEL: its preprocessing.json does not name the modalities"),
         ({"modalities": ["flair", "../../t1"]}, "MODEL: its modality '../../t1' can't be a part of a file's name"),
         ({"modalities": ["flair"]}, "MODEL: takes 2 channels, but names the modalities flair$"),
