@@ -343,6 +343,7 @@ def plot_frontier(path: str | Path, points: Sequence[Mapping], papers: Sequence[
         axis.plot(*place, "*", color=BLACK, markersize=5)
         axis.annotate(f"w = {point['guidance_scale']:g}", place, (3, 3), textcoords="offset points", fontsize=6)
     axis.set_xscale("log", base=2)
+    axis.set_xlim(right=1.6 * axis.get_xlim()[1])  # room for the words beside the last star
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("network passes a slice (stars: the paper's L and steps)", **FONT)
     axis.set_ylabel("best AUPRC, post-processed", **FONT)
