@@ -121,7 +121,8 @@ def write_figure2(benchmark, data: BenchmarkData, seed: int, cells: dict[str, di
     maps = {}
     for name in (method for method in FIGURE2 if method in cells):
         method, _ = benchmark.make_method(name, data, seed)
-        method.settings = cells[name]["settings"]
+        # a cell may be older than one of the settings, which then is what all candidates have in common
+        method.settings = method.settings | cells[name]["settings"]
         maps[row_of(name).title] = np.concatenate(
             [_map_of_row(method, data, row, tuple(batch["masks"].shape[1:])) for row in rows]
         )
