@@ -21,11 +21,12 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
-from diffusers_cf.arguments import make_folder, run_command
+from diffusers_cf.arguments import run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.fine_tuning import inherited_facts, open_base, public_name
 from diffusers_cf.hub import model_repository, push_model
+from diffusers_cf.images import window_multiple
 from diffusers_cf.inference_options import computes_in_bfloat16
 from diffusers_cf.loading import SWITCHES
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
@@ -43,7 +44,7 @@ from diffusers_cf.training import (
     averaged_weights,
     check_weights,
     find_checkpoint,
-    finished_checkpoints,
+    open_output_folder,
     save_checkpoint,
 )
 from diffusers_cf.training_options import command_of, parse_args
@@ -56,23 +57,6 @@ GPU_WORKERS = 4  # processes that read ahead for a GPU; on a CPU they would take
 logger = get_logger(__name__)
 
 
-def open_output_folder(args) -> Path:
-    """The output folder, made now: finding out at the first checkpoint would be late.
-
-    Raises:
-        InputError: it can't be made, or holds another run's checkpoints, which `latest` would mix with this one's.
-    """
-    output = Path(args.output_dir)
-    make_folder(output)
-    finished = finished_checkpoints(output)
-    if finished and not args.resume_from_checkpoint:
-        raise InputError(
-            f"{output} already holds {finished[-1].name}: go on from it with --resume_from_checkpoint latest,"
-            " or start in another --output_dir"
-        )
-    return output
-
-
 def start_accelerator(args, output: Path) -> Accelerator:
     """Processes, devices, precision and trackers.
 
@@ -80,6 +64,7 @@ def start_accelerator(args, output: Path) -> Accelerator:
         InputError: this machine lacks the precision or the tracker; accelerate would often go on without it.
     """
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cudnn.benchmark = not args.crop_background  # windows change the size of images all the time
     precision = args.mixed_precision
     if precision == "auto":
         precision = "bf16" if computes_in_bfloat16(PartialState().device) else "no"
@@ -193,6 +178,8 @@ def build_pipeline(
         )
         inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
     switches = {name: base.config[name] for name in SWITCHES} if base else {}
+    if args.crop_background:
+        switches["crop_background"] = True
     pipe = CounterfactualDDIMPipeline(unet, class_encoder, scheduler, inverse, **switches)
     pipe.preprocessing = facts
     pipe.set_progress_bar_config(disable=True)
@@ -201,7 +188,7 @@ def build_pipeline(
 
 def main(args: Namespace) -> None:
     """Trains; every number of the run is in `args`."""
-    output = open_output_folder(args)
+    output = open_output_folder(args.output_dir, args.resume_from_checkpoint)
     accelerator = start_accelerator(args, output)
     if args.push_to_hub and accelerator.is_main_process:
         name = args.hub_model_id or output.resolve().name
@@ -227,21 +214,13 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     set_seed(args.seed)
     base = open_base(args, dataset)
     network = build_model(args, dataset, base).to(memory_format=fastest_layout(accelerator.device))
-    side = network.unet.config.sample_size
-    settings = (args.seed, (side, side), args.ddpm_num_steps, args.random_flip, args.augment)
-    if args.streaming:
-        slices = TrainingStream(dataset, *settings, buffer_size=args.shuffle_buffer)
-    else:
-        slices = TrainingSlices(dataset, *settings, max_samples=args.max_train_samples)
-    if network.class_encoder and (missing := set(range(len(dataset.class_names))) - slices.classes()):
-        names = ", ".join(dataset.class_names[index] for index in sorted(missing))
-        raise InputError(f"{args.dataset}: no slice to train on is labelled {names}")
+    slices = training_slices(args, dataset, network)
 
     # 2. Model, optimiser, schedule, average.
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.num_train_epochs:
         args.max_train_steps = args.num_train_epochs * math.ceil(slices.num_slices / global_batch)
-    facts = model_facts(args, dataset, side, global_batch, base)
+    facts = model_facts(args, dataset, network.unet.config.sample_size, global_batch, base)
     rate = args.learning_rate * (global_batch if args.scale_lr else 1)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(
@@ -263,6 +242,28 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     return Run(
         args, accelerator, base, output, slices, network, model, optimizer, lr_scheduler, ema, facts, global_batch
     )
+
+
+def training_slices(
+    args: Namespace, dataset: SliceDataset | SliceStream, network: ConditionalNoisePredictor
+) -> TrainingSlices | TrainingStream:
+    """What the network is trained on, at its size.
+
+    Raises:
+        InputError: there is no slice of one of its classes.
+    """
+    config = network.unet.config
+    size = (config.sample_size, config.sample_size)
+    windows = (args.crop_background, window_multiple(size, len(config.block_out_channels) - 1))
+    settings = (args.seed, size, args.ddpm_num_steps, args.random_flip, args.augment, *windows)
+    if args.streaming:
+        slices = TrainingStream(dataset, *settings, buffer_size=args.shuffle_buffer)
+    else:
+        slices = TrainingSlices(dataset, *settings, max_samples=args.max_train_samples)
+    if network.class_encoder and (missing := set(range(len(dataset.class_names))) - slices.classes()):
+        names = ", ".join(dataset.class_names[index] for index in sorted(missing))
+        raise InputError(f"{args.dataset}: no slice to train on is labelled {names}")
+    return slices
 
 
 def model_facts(
@@ -344,7 +345,7 @@ def save(run: Run, step: int) -> None:
 
 
 def batches(run: Run, step: int):
-    """This process's batches on its device, from a step to the last one."""
+    """This process's batches on its device, each in parts of one image size, from a step to the last one."""
     args, accelerator = run.args, run.accelerator
     positions = PositionBatches(
         step, args.max_train_steps, args.train_batch_size, args.gradient_accumulation_steps,
@@ -354,27 +355,36 @@ def batches(run: Run, step: int):
     workers = GPU_WORKERS * on_gpu if workers is None else workers
     loader = run.slices.batches(positions, workers, on_gpu)
     for batch in loader:
-        yield {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+        yield [{k: v.to(accelerator.device, non_blocking=True) for k, v in part.items()} for part in batch]
 
 
 def train_on_batch(
-    run: Run, noise_scheduler: DDPMScheduler, batch: dict[str, torch.Tensor], progress: float
+    run: Run, noise_scheduler: DDPMScheduler, batch: list[dict[str, torch.Tensor]], progress: float
 ) -> torch.Tensor:
     """One accumulation step of Eq. 1, and of the optimiser where the last one is due; the loss."""
-    args, accelerator, encoder = run.args, run.accelerator, run.network.class_encoder
-    null_id = encoder.null_id if encoder else 0
-    timesteps = rising_timesteps(batch["timesteps"], progress, args.first_timesteps)
+    accelerator, count = run.accelerator, sum(len(part["images"]) for part in batch)
     with accelerator.accumulate(run.model):
-        class_ids = drop_condition(batch["labels"], null_id, args.guidance_dropout_prob, batch["uniform"])
-        loss = noise_prediction_loss(
-            run.model, noise_scheduler, batch["images"], class_ids, batch["noise"], timesteps, args.snr_gamma
-        )
+        losses = [loss_of_part(run, noise_scheduler, part, progress) * len(part["images"]) / count for part in batch]
+        loss = torch.stack(losses).sum()
         accelerator.backward(loss)
         if accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+            accelerator.clip_grad_norm_(run.model.parameters(), run.args.max_grad_norm)
         run.optimizer.step()
         run.optimizer.zero_grad()
     return loss.detach()
+
+
+def loss_of_part(
+    run: Run, noise_scheduler: DDPMScheduler, part: dict[str, torch.Tensor], progress: float
+) -> torch.Tensor:
+    """Eq. 1 for images of one size: the mean over them."""
+    args, encoder = run.args, run.network.class_encoder
+    timesteps = rising_timesteps(part["timesteps"], progress, args.first_timesteps)
+    null_id = encoder.null_id if encoder else 0
+    class_ids = drop_condition(part["labels"], null_id, args.guidance_dropout_prob, part["uniform"])
+    return noise_prediction_loss(
+        run.model, noise_scheduler, part["images"], class_ids, part["noise"], timesteps, args.snr_gamma
+    )
 
 
 if __name__ == "__main__":

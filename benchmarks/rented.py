@@ -22,6 +22,7 @@ import torch
 
 from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
+from diffusers_cf.demo import SHIPPED_MODEL
 from diffusers_cf.errors import InputError
 
 
@@ -49,6 +50,7 @@ class Size:
         batch_size: images a step.
         seconds: of each training of the model alone.
         limit: most steps of it.
+        small: options of the training script for the shipped model, trained on from what it is.
         rate: options of `benchmarks/training_speed.py`.
         sweep: options of `sweep`.
         benchmark: options of `benchmark`.
@@ -63,6 +65,7 @@ class Size:
     batch_size: int
     seconds: int
     limit: int
+    small: tuple[str, ...]
     rate: tuple[str, ...]
     sweep: tuple[str, ...]
     benchmark: tuple[str, ...]
@@ -83,6 +86,7 @@ SIZES = {
         batch_size=4,
         seconds=1,
         limit=4,
+        small=_words("--train_batch_size 4 --max_train_steps 2 --crop_background 0.7 --validation_steps 0"),
         rate=_words("--unet_size small --resolution 16 --batch_size 4 --steps 1 --rounds 1"),
         sweep=_words(
             "--guidance_scales 3 --strengths 0.5 --maps counterfactual --num_inference_steps 4 --max_slices 4"
@@ -104,14 +108,19 @@ SIZES = {
         batch_size=256,
         seconds=360,
         limit=50_000,
-        rate=_words("--unet_size paper --batch_size 256 --steps 100 --rounds 2 --dataloader_num_workers 12 --compile"),
+        small=_words(
+            "--train_batch_size 512 --max_train_steps 2500 --crop_background 0.7 --learning_rate 2e-3 --lr_scheduler cosine"
+            " --lr_warmup_steps 200 --snr_gamma 5 --mixed_precision bf16 --random_flip --dataloader_num_workers 12"
+            " --checkpointing_steps 500 --checkpoints_total_limit 1 --validation_steps 500"
+        ),
+        rate=_words("--unet_size paper --batch_size 256 --steps 40 --rounds 2 --dataloader_num_workers 12 --compile"),
         sweep=_words(
-            "--guidance_scales 3 6 9 12 --strengths 0.5 0.75 --maps counterfactual reconstruction forward"
-            " --num_inference_steps 8 20 --solver_order 1 2 --max_slices 256"
+            "--guidance_scales 3 6 9 --strengths 0.5 0.75 --maps counterfactual reconstruction forward"
+            " --num_inference_steps 8 --solver_order 1 2 --max_slices 128"
         ),
         benchmark=_words("--preset paper --train_seconds 240 --dtype bfloat16"),
         rows=ROWS,
-        speed=_words("--unet_size paper --batch_size 512 --max_slices 128 --rounds 2 --dtype bfloat16"),
+        speed=_words("--unet_size paper --batch_size 512 --max_slices 64 --rounds 2 --dtype bfloat16"),
         patient=True,
     ),
 }
@@ -165,6 +174,7 @@ class Rental:
         yield Step("phantom", (), self._prepare_phantom)
         yield Step("rate", ("phantom",), self._rate)
         yield from self._model("phantom", ())
+        yield Step("train-small", ("phantom",), self._train_small)
         for split in splits:
             yield Step(split, (), partial(self._prepare_arrays, split))
             yield from self._model(split, ("--augment",))
@@ -213,8 +223,16 @@ class Rental:
         given = ["--dataset", self.data(data), "--output_dir", str(output)]
         given += ["--train_batch_size", str(self.size.batch_size)]
         given += ["--max_train_steps", str(steps), "--validation_steps", str(max(1, steps // 6)), "--random_flip"]
-        given += ["--resume_from_checkpoint", "latest"] if any(output.glob("checkpoint-*")) else []
-        return _script("train_counterfactual.py", *given, *self.size.train, *more)
+        return self._script_of_training(data, *given, *self.size.train, *more)
+
+    def _train_small(self) -> list[str]:
+        given = ["--dataset", self.data("phantom"), "--output_dir", str(self.model("small"))]
+        return self._script_of_training("small", *given, "--pretrained_model", str(SHIPPED_MODEL), *self.size.small)
+
+    def _script_of_training(self, name: str, *given: str) -> list[str]:
+        """The training script; on from its last checkpoint, where there is one."""
+        more = ["--resume_from_checkpoint", "latest"] if any(self.model(name).glob("checkpoint-*")) else []
+        return _script("train_counterfactual.py", *given, *more)
 
     def _with_model(self, command: str, data: str, output: Path) -> list[str]:
         given = ["--model", str(self.model(data)), "--dataset", self.data(data), "--output", str(output)]

@@ -1,5 +1,6 @@
 """Slices at another size, and the windows of them that hold what is worth computing."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from torch.nn import functional
 
 
 MARGIN = 2  # pixels of background that a window keeps around the foreground
-LEAST_SIDE = 16  # pixels; a smaller window would leave a U-Net nothing to look at on its coarsest level
+LEAST_MULTIPLES = 3  # of a window's side; more sizes would be more calls with few images, and rare in a training
 
 
 def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -81,6 +82,11 @@ class Windows:
             yield images[number, ..., top : top + height, left : left + width]
 
 
+def window_multiple(image_size: tuple[int, int], halvings: int) -> int:
+    """What the sides of windows are multiples of: quarters of the image, as each size is a call of its own."""
+    return math.lcm(2**halvings, max(image_size) // 4 or 1)
+
+
 def foreground_windows(inside: torch.Tensor, multiple: int | None) -> list[Windows]:
     """Windows around the foreground of each image, one group for each size; empty images are in none.
 
@@ -88,7 +94,7 @@ def foreground_windows(inside: torch.Tensor, multiple: int | None) -> list[Windo
 
     Args:
         inside: bool `(N, H, W)`, the foreground.
-        multiple: sides are a multiple of it, or the image's own; None = all of them the image's own.
+        multiple: sides are three of it or more, or the image's own; None = all of them the image's own.
     """
     rows, columns = (inside.any(dim=axis).cpu() for axis in (2, 1))
     groups: dict[tuple[int, int], tuple[list, list]] = {}
@@ -107,7 +113,7 @@ def _span(filled: torch.Tensor, multiple: int | None) -> tuple[int, int]:
     if multiple is None:
         return 0, side
     first, last = int(found[0]) - MARGIN, int(found[-1]) + MARGIN
-    length = -(-max(LEAST_SIDE, last - first + 1) // multiple) * multiple
+    length = max(LEAST_MULTIPLES, -(-(last - first + 1) // multiple)) * multiple
     if length >= side:
         return 0, side
     return max(0, min(side - length, (first + last + 1 - length) // 2)), length

@@ -1,7 +1,6 @@
 """CounterfactualDDIMPipeline: Algorithm 1 of "What is Healthy?" (Sanchez et al. 2022), from image to heatmap."""
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,15 @@ from diffusers.utils import BaseOutput
 from diffusers_cf.forward import ForwardChange, check_forward
 from diffusers_cf.guidance import implicit_guidance
 from diffusers_cf.heatmaps import heatmap
-from diffusers_cf.images import Windows, check_images, foreground_windows, network_images, resize_images, to_device
+from diffusers_cf.images import (
+    Windows,
+    check_images,
+    foreground_windows,
+    network_images,
+    resize_images,
+    to_device,
+    window_multiple,
+)
 from diffusers_cf.model_folder import ModelFolderMixin
 from diffusers_cf.models import ClassTokenEncoder, predict_noise
 from diffusers_cf.schedulers import check_mirrored
@@ -53,8 +60,9 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         clip_input (`bool`): cut the input at its 99th percentile before encoding, and compare with that. The authors
             don't; then dynamic normalisation holds x0 at 1 while the noise that is left takes up the peaks, divided by
             almost nothing, and latents leave the network's range just where lesions are bright.
-        crop_background (`bool`): compute each image in a window around its foreground, about half of a brain slice; the
-            quantile of dynamic normalisation then is that of the window. False computes all of it, as the paper does.
+        crop_background (`bool`): compute each image in a window around its foreground, about two thirds of a brain slice;
+            the quantile of dynamic normalisation then is that of the window. For networks that were trained on windows
+            (`train_counterfactual.py --crop_background`): others lose accuracy. False computes all of it, as the paper.
     """
 
     model_cpu_offload_seq = "class_encoder->unet"
@@ -68,7 +76,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         scheduler: SchedulerMixin,
         inverse_scheduler: SchedulerMixin,
         clip_input: bool = True,
-        crop_background: bool = True,
+        crop_background: bool = False,
     ):
         super().__init__()
         self.register_modules(
@@ -133,9 +141,8 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
 
     def windows(self, prepared: torch.Tensor) -> list[Windows]:
         """Where the network has something to do in what `prepare_images` made, `(N, C, h, w)`."""
-        # Sides in quarters: each size is a call of its own, and calls with few images are slow.
-        halvings, quarter = len(self.unet.config.get("block_out_channels", (1,))) - 1, max(self.image_size) // 4 or 1
-        multiple = math.lcm(2**halvings, quarter) if self.config.crop_background else None
+        halvings = len(self.unet.config.get("block_out_channels", (1,))) - 1
+        multiple = window_multiple(self.image_size, halvings) if self.config.crop_background else None
         return foreground_windows((prepared > -1).any(dim=1), multiple)
 
     def _timesteps(self, strength: float, num_inference_steps: int) -> torch.Tensor:

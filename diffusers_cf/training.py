@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from diffusers_cf.arguments import make_folder
 from diffusers_cf.errors import InputError
-from diffusers_cf.images import resize_images
+from diffusers_cf.images import foreground_windows, resize_images
 
 
 _CHUNK = 8192
@@ -39,14 +40,17 @@ class TrainingImages:
         num_train_timesteps (`int`): T; timesteps are drawn uniformly from [0, T).
         random_flip (`bool`): mirror left and right with probability 0.5.
         augment (`bool`): small rotation, scale, shift and per-channel gain, see [`augment_images`].
+        crop_background (`float`): share of the images that are trained on in the window around their foreground alone.
+        window_multiple (`int`): the sides of windows are multiples of it.
     """
 
     def __init__(
         self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
-        random_flip: bool = False, augment: bool = False,
+        random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_multiple: int = 16,
     ):  # fmt: skip
         self.slices, self.seed, self.image_size = slices, seed, image_size
         self.num_train_timesteps, self.random_flip, self.augment = num_train_timesteps, random_flip, augment
+        self.crop_background, self.window_multiple = crop_background, window_multiple
 
     def collate(self, items: list[tuple]) -> dict[str, torch.Tensor]:
         """A batch of `(position, row)`: `images` in [-1, 1] and `noise` `(N, C, h, w)`; `labels`, `timesteps`, `uniform` `(N,)`."""
@@ -63,7 +67,23 @@ class TrainingImages:
             "noise": torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators]),
             "timesteps": (draws[:, 0].double() * self.num_train_timesteps).long(),
             "uniform": draws[:, 1],
+            # the last draw, so that all others are the same with and without windows
+            "is_cropped": torch.cat([torch.rand(1, generator=g) for g in generators]) < self.crop_background,
         }
+
+    def collate_parts(self, items: list[tuple]) -> list[dict[str, torch.Tensor]]:
+        """[`collate`] in parts of one image size each: whole images first, then those of each size of window."""
+        batch = self.collate(items)
+        is_cropped = batch.pop("is_cropped")
+        inside = (batch["images"] > -1).any(dim=1) & is_cropped[:, None, None]
+        windows = foreground_windows(inside, self.window_multiple)
+        windows = [group for group in windows if group.size != tuple(self.image_size)]
+        is_whole = torch.ones(len(is_cropped), dtype=torch.bool)
+        is_whole[[number for group in windows for number in group.index]] = False
+        parts = [{key: value[is_whole] for key, value in batch.items()}] if is_whole.any() else []
+        for group in windows:
+            parts.append({k: group.cut(v) if v.ndim == 4 else v[group.index] for k, v in batch.items()})
+        return parts
 
 
 class TrainingSlices(TrainingImages, torch.utils.data.Dataset):
@@ -72,15 +92,18 @@ class TrainingSlices(TrainingImages, torch.utils.data.Dataset):
     Args:
         slices: a `SliceDataset` (anything with `labels`, `__getitems__` and `collate`).
         seed (`int`): of the run.
-        image_size, num_train_timesteps, random_flip, augment: as in [`TrainingImages`].
+        image_size, num_train_timesteps, random_flip, augment, crop_background, window_multiple: as in [`TrainingImages`].
         max_samples (`int`, *optional*): use only the first so many slices.
     """
 
     def __init__(
         self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
-        random_flip: bool = False, augment: bool = False, max_samples: int | None = None,
+        random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_multiple: int = 16,
+        max_samples: int | None = None,
     ):  # fmt: skip
-        super().__init__(slices, seed, image_size, num_train_timesteps, random_flip, augment)
+        super().__init__(
+            slices, seed, image_size, num_train_timesteps, random_flip, augment, crop_background, window_multiple
+        )
         self.labels = np.asarray(slices.labels)[:max_samples]
         self.num_slices = len(self.labels)
         if not self.num_slices:
@@ -107,12 +130,12 @@ class TrainingSlices(TrainingImages, torch.utils.data.Dataset):
         rows = self.slices.__getitems__([self.index_at(position) for position in positions])
         return list(zip(positions, rows, strict=True))
 
-    def batches(self, positions: Iterable[list[int]], num_workers: int, pin_memory: bool) -> Iterable[dict]:
-        """Batches for lists of global positions, by the workers of a `DataLoader`."""
+    def batches(self, positions: Iterable[list[int]], num_workers: int, pin_memory: bool) -> Iterable[list[dict]]:
+        """Batches, as [`collate_parts`] makes them, for lists of global positions, by the workers of a `DataLoader`."""
         return torch.utils.data.DataLoader(
             self,
             batch_sampler=positions,
-            collate_fn=self.collate,
+            collate_fn=self.collate_parts,
             num_workers=num_workers,
             pin_memory=pin_memory,
             # without one of its own a loader draws from the global generator, whose state a checkpoint has just restored
@@ -248,6 +271,23 @@ def finished_checkpoints(folder: Path) -> list[Path]:
         p for p in Path(folder).glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name) and (p / STATE_FILE).is_file()
     ]
     return sorted(found, key=_step)
+
+
+def open_output_folder(folder: str | Path, resume_from: str | None) -> Path:
+    """The output folder, made now: finding out at the first checkpoint would be late.
+
+    Raises:
+        InputError: it can't be made, or holds another run's checkpoints, which `latest` would mix with this one's.
+    """
+    output = Path(folder)
+    make_folder(output)
+    finished = finished_checkpoints(output)
+    if finished and not resume_from:
+        raise InputError(
+            f"{output} already holds {finished[-1].name}: go on from it with --resume_from_checkpoint latest,"
+            " or start in another --output_dir"
+        )
+    return output
 
 
 def save_checkpoint(accelerator, folder: Path, step: int, facts: dict, save_model, limit: int | None) -> None:

@@ -41,8 +41,9 @@ def parse_args(args: list[str] | None = None) -> Namespace:
         value = getattr(args, name)
         if value is not None and not value >= least:
             parser.error(f"--{name} is {value}: it must be {least} or more")
-    if not 0 <= args.guidance_dropout_prob <= 1:
-        parser.error(f"--guidance_dropout_prob is {args.guidance_dropout_prob}: it must lie in [0, 1]")
+    for name in ("guidance_dropout_prob", "crop_background"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} is {getattr(args, name)}: it must lie in [0, 1]")
     if not 0 < args.first_timesteps <= 1:
         parser.error(f"--first_timesteps is {args.first_timesteps}: it must lie in (0, 1]")
     if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
@@ -83,6 +84,10 @@ def _add_model_options(add) -> None:
     add("--max_train_samples", type=int, help="train on the first so many slices only")
     add("--random_flip", action="store_true", help="mirror left and right")
     add("--augment", action="store_true", help="small rotations, scales, shifts and gains")
+    add(
+        "--crop_background", type=float, default=0.0, metavar="SHARE",
+        help="train on so many of the images in the windows that the pipeline computes them in, not whole",
+    )  # fmt: skip
     add("--guidance_dropout_prob", type=float, default=0.35, help="share of images whose condition is dropped")
     add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual")
     add(

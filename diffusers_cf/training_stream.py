@@ -22,7 +22,7 @@ class TrainingStream(TrainingImages):
     Args:
         slices: a `SliceStream`.
         seed (`int`): of the run.
-        image_size, num_train_timesteps, random_flip, augment: as in [`TrainingImages`].
+        image_size, num_train_timesteps, random_flip, augment, crop_background, window_multiple: as in [`TrainingImages`].
         buffer_size (`int`): slices in all pools of a process together.
 
     Raises:
@@ -31,9 +31,12 @@ class TrainingStream(TrainingImages):
 
     def __init__(
         self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
-        random_flip: bool = False, augment: bool = False, buffer_size: int = 2048,
+        random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_multiple: int = 16,
+        buffer_size: int = 2048,
     ):  # fmt: skip
-        super().__init__(slices, seed, image_size, num_train_timesteps, random_flip, augment)
+        super().__init__(
+            slices, seed, image_size, num_train_timesteps, random_flip, augment, crop_background, window_multiple
+        )
         self.num_slices = len(slices)
         if not self.num_slices:
             raise InputError(f"{slices.folder}: the training split is empty")
@@ -49,14 +52,14 @@ class TrainingStream(TrainingImages):
 
     def batches(
         self, positions: Iterable[list[int]], num_workers: int = 0, pin_memory: bool = False
-    ) -> Iterator[dict]:
-        """Batches for lists of global positions; `positions` is a [`PositionBatches`], which knows process and step."""
+    ) -> Iterator[list[dict]]:
+        """Batches, as `collate_parts` makes them, for lists of global positions; `positions` is a [`PositionBatches`], which knows process and step."""
         images_before = positions.steps.start * positions.parts * positions.batch_size
         rows = self.slices.endless_rows(self.seed, positions.rank, positions.world_size, skip=images_before)
         random = np.random.default_rng([self.seed, positions.rank, positions.steps.start])
         pools = self._filled_pools(rows, random, positions.world_size)
         for batch in positions:
-            yield self.collate([(position, self._drawn(pools, next(rows), random)) for position in batch])
+            yield self.collate_parts([(position, self._drawn(pools, next(rows), random)) for position in batch])
 
     def _filled_pools(self, rows: Iterator[dict], random: np.random.Generator, world_size: int) -> dict[int, list]:
         """Pools after the first rows: as many as all pools hold, more where a class is still missing.

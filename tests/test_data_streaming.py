@@ -38,7 +38,7 @@ class CountedStream:
 class IdsOfRows(TrainingStream):
     """Gives the rows that were drawn, in the place of batches of images."""
 
-    def collate(self, items):
+    def collate_parts(self, items):
         return [(position, row["id"], row["label"]) for position, row in items]
 
 
@@ -185,6 +185,6 @@ def test_batches_of_a_stream_are_those_of_training(tmp_path):
     training = TrainingStream(stream, 0, (8, 8), augment=True)
     assert training.classes() == {0, 1} and training.num_slices == 16
     first, second = (list(training.batches(PositionBatches(0, 3, 4, 1, 0, 1))) for _ in range(2))
-    assert [batch["images"].shape for batch in first] == [(4, 2, 8, 8)] * 3
-    assert all(torch.equal(one[key], two[key]) for one, two in zip(first, second, strict=True) for key in one)
-    assert first[0]["images"].min() == -1 and first[0]["images"].max() > 0
+    assert [batch[0]["images"].shape for batch in first] == [(4, 2, 8, 8)] * 3
+    assert all(torch.equal(one[key], two[key]) for (one,), (two,) in zip(first, second, strict=True) for key in one)
+    assert first[0][0]["images"].min() == -1 and first[0][0]["images"].max() > 0

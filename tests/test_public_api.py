@@ -69,7 +69,7 @@ def test_module_paths_in_model_index(pipe, tmp_path):
     assert index == {
         "_class_name": "CounterfactualDDIMPipeline",
         "clip_input": True,
-        "crop_background": True,
+        "crop_background": False,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "class_encoder": ["diffusers_cf.models", "ClassTokenEncoder"],
         "scheduler": ["diffusers_cf.schedulers", "DynamicDDIMScheduler"],

@@ -130,7 +130,7 @@ def set_up_run(dataset, output, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     args = parse_args(options(dataset, output, **changes))
-    open_output_folder(args)
+    open_output_folder(args.output_dir, args.resume_from_checkpoint)
     return set_up(args, start_accelerator(args, output), output)
 
 

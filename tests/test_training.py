@@ -94,7 +94,7 @@ def test_draws_do_not_depend_on_the_batch():
     again = training_slices(random_flip=True, augment=True)
     for positions in ([5], [7, 2, 3], [0, 1, 4, 6]):
         part = batch_at(again, positions)
-        assert set(part) == {"images", "labels", "noise", "timesteps", "uniform"}
+        assert set(part) == {"images", "labels", "noise", "timesteps", "uniform", "is_cropped"}
         for key, value in part.items():
             assert torch.equal(value, whole[key][positions]), key
     assert len({row.sum().item() for row in whole["noise"]}) == 8

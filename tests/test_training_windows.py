@@ -1,0 +1,131 @@
+"""Training on windows: the images are those of whole batches, and each weighs the same wherever it is cut."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from training_data import write_training_set
+
+from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.data.streaming import SliceStream
+from diffusers_cf.images import MARGIN
+from diffusers_cf.losses import noise_prediction_loss
+from diffusers_cf.training import PositionBatches, TrainingSlices
+from diffusers_cf.training_stream import TrainingStream
+from train_counterfactual import train_on_batch
+
+
+SIDE, COUNT = 32, 200
+
+
+class MadeSlices:
+    """Two images in memory: one with a foreground of 20 x 12 pixels, one that is filled."""
+
+    folder, labels = "made", (0, 1)
+
+    def __getitems__(self, indices):
+        return indices
+
+    def collate(self, rows):
+        images = torch.rand(2, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) + 0.1
+        images[0, :, :5] = images[0, :, 25:] = images[0, :, :, :10] = images[0, :, :, 22:] = 0
+        return {"images": images[rows], "labels": torch.tensor(rows)}
+
+
+def made(share):
+    return TrainingSlices(MadeSlices(), 0, (SIDE, SIDE), crop_background=share, window_multiple=8)
+
+
+def parts_of(share, positions=range(COUNT)):
+    slices = made(share)
+    return slices.collate_parts(slices.__getitems__(list(positions)))
+
+
+def test_parts_hold_every_image_once_with_its_draws():
+    slices = made(0.5)
+    batch = slices.collate(slices.__getitems__(list(range(COUNT))))
+    (whole,) = parts_of(0)
+    assert set(whole) == {"images", "labels", "noise", "timesteps", "uniform"}
+    assert all(torch.equal(value, batch[key]) for key, value in whole.items())
+
+    parts = parts_of(0.5)
+    drawn = torch.cat([part["uniform"] for part in parts])
+    assert sorted(drawn.tolist()) == sorted(whole["uniform"].tolist())
+    for part in parts:
+        rows = [int((whole["uniform"] == uniform).nonzero()) for uniform in part["uniform"]]
+        assert torch.equal(part["labels"], whole["labels"][rows])
+        assert torch.equal(part["timesteps"], whole["timesteps"][rows])
+        top, left = (SIDE - part["images"].shape[2]) // 2 - 1, (SIDE - part["images"].shape[3]) // 2
+        if part["images"].shape[2] == SIDE:
+            top, left = 0, 0
+        window = (slice(None), slice(top, top + part["images"].shape[2]), slice(left, left + part["images"].shape[3]))
+        for key in ("images", "noise"):
+            expected = torch.stack([whole[key][row][window] for row in rows])
+            assert torch.equal(part[key], expected), (key, part["images"].shape)
+
+
+def test_a_share_of_the_images_is_cut_to_windows():
+    sizes = {tuple(part["images"].shape[2:]): part for part in parts_of(0.5)}
+    assert set(sizes) == {(24, 24), (SIDE, SIDE)} and MARGIN < 4
+    small = sizes[(24, 24)]
+    assert not small["labels"].any()  # the filled image has no smaller window
+    of_it = len(small["labels"]) / int((torch.cat([p["labels"] for p in parts_of(0)]) == 0).sum())
+    assert 0.35 < of_it < 0.65
+    assert not (small["images"][:, :, 0] > -1).any() and (small["images"][:, :, 2:-2, 8:-8] > -1).all()
+
+    # of the filled image the window is the whole
+    everything = parts_of(1)
+    assert sorted(tuple(part["images"].shape[2:]) for part in everything) == [(24, 24), (SIDE, SIDE)]
+    assert sum(len(part["labels"]) for part in everything) == COUNT
+
+
+class Network(torch.nn.Module):
+    """Predicts its only weight times the image; counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.calls = torch.nn.Parameter(torch.ones(())), 0
+
+    def forward(self, sample, timesteps, class_ids):
+        self.calls += 1
+        return self.weight * sample
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_each_image_weighs_the_same_in_the_loss(share):
+    network, accelerator = Network(), Accelerator(cpu=True)
+    args = SimpleNamespace(first_timesteps=1.0, guidance_dropout_prob=0.35, snr_gamma=5.0, max_grad_norm=1e9)
+    encoder = SimpleNamespace(null_id=2)
+    optimizer = torch.optim.SGD(network.parameters(), 0.5)
+    run = SimpleNamespace(
+        args=args, accelerator=accelerator, optimizer=optimizer, model=network,
+        network=SimpleNamespace(class_encoder=encoder),
+    )  # fmt: skip
+    scheduler, parts = DDPMScheduler(), parts_of(share, range(10))
+    assert len(parts) == (2 if share else 1)
+
+    singles = [{k: v[i : i + 1] for k, v in part.items()} for part in parts for i in range(len(part["labels"]))]
+    expected = torch.stack(
+        [
+            noise_prediction_loss(network, scheduler, s["images"], s["labels"], s["noise"], s["timesteps"], 5.0)
+            for s in singles
+        ]
+    ).mean()
+    (gradient,) = torch.autograd.grad(expected, network.weight)
+    network.calls = 0
+    loss = train_on_batch(run, scheduler, parts, 1.0)
+    assert network.calls == len(parts)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(network.weight.detach(), 1 - 0.5 * gradient)
+
+
+def test_a_stream_cuts_windows_too(tmp_path):
+    data = write_training_set(tmp_path / "data", size=32)
+    for kind, source in ((TrainingStream, SliceStream(data, "train")), (TrainingSlices, SliceDataset(data, "train"))):
+        slices = kind(source, 0, (64, 64), crop_background=1.0, window_multiple=16)
+        positions = PositionBatches(0, 2, 8, 1, 0, 1)
+        for parts in slices.batches(positions, 0, False):
+            assert sum(len(part["images"]) for part in parts) == 8
+            assert all("is_cropped" not in part for part in parts)
