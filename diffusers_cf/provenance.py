@@ -18,13 +18,15 @@ import diffusers_cf
 def package_commit() -> str:
     """Returns `git describe` of the checkout that the package runs from, else the package's version.
 
-    A copy without its history is told its commit by the variable DIFFUSERS_CF_COMMIT. Asked once a process: a commit
-    made meanwhile is not the code that runs.
+    A copy that has not its own history is told its commit by the variable DIFFUSERS_CF_COMMIT. Asked once a process: a
+    commit made meanwhile is not the code that runs.
     """
+    if told := os.environ.get("DIFFUSERS_CF_COMMIT"):
+        return told
     root = Path(diffusers_cf.__file__).resolve().parent.parent
     version = f"diffusers_cf {diffusers_cf.__version__}"
     if not (root / ".git").exists():
-        return os.environ.get("DIFFUSERS_CF_COMMIT") or version
+        return version
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
