@@ -125,3 +125,12 @@ def test_a_processor_that_torch_tells_nothing_about_computes_in_float32(monkeypa
 def test_a_model_in_use_is_laid_out_for_convolutions():
     weight = open_pipeline(str(SHIPPED_MODEL)).unet.conv_in.weight
     assert weight.dtype == torch.float32 and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_copy_is_told_its_commit(monkeypatch):
+    package_commit.cache_clear()
+    monkeypatch.setenv("DIFFUSERS_CF_COMMIT", "0123456")
+    assert package_commit() == "0123456"
+    package_commit.cache_clear()
+    monkeypatch.delenv("DIFFUSERS_CF_COMMIT")
+    assert package_commit() != "0123456"

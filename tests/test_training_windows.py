@@ -14,7 +14,7 @@ from diffusers_cf.images import MARGIN
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.training import PositionBatches, TrainingSlices
 from diffusers_cf.training_stream import TrainingStream
-from train_counterfactual import train_on_batch
+from train_counterfactual import build_pipeline, parse_args, train_on_batch
 
 
 SIDE, COUNT = 32, 200
@@ -129,3 +129,16 @@ def test_a_stream_cuts_windows_too(tmp_path):
         for parts in slices.batches(positions, 0, False):
             assert sum(len(part["images"]) for part in parts) == 8
             assert all("is_cropped" not in part for part in parts)
+
+
+@pytest.mark.parametrize(
+    "trained, inherited, expected", [(0, None, False), (0.5, None, True), (0, True, True), (0.5, False, True)]
+)
+def test_a_pipeline_computes_in_windows_where_it_was_trained_on_them(pipe, trained, inherited, expected):
+    args = parse_args(["--dataset", "data", "--output_dir", "out", "--crop_background", str(trained)])
+    base = None
+    if inherited is not None:
+        base = pipe
+        base.register_to_config(crop_background=inherited)
+    made = build_pipeline(args, pipe.unet, pipe.class_encoder, {}, base)
+    assert made.config.crop_background is expected and made.config.clip_input
