@@ -14,7 +14,7 @@ from diffusers_cf.images import MARGIN
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.training import PositionBatches, TrainingSlices
 from diffusers_cf.training_stream import TrainingStream
-from train_counterfactual import build_pipeline, parse_args, train_on_batch
+from train_counterfactual import build_pipeline, parse_args, train_on_batch, training_slices
 
 
 SIDE, COUNT = 32, 200
@@ -142,3 +142,16 @@ def test_a_pipeline_computes_in_windows_where_it_was_trained_on_them(pipe, train
         base.register_to_config(crop_background=inherited)
     made = build_pipeline(args, pipe.unet, pipe.class_encoder, {}, base)
     assert made.config.crop_background is expected and made.config.clip_input
+
+
+def test_windows_are_those_of_the_network(pipe, tmp_path):
+    data = write_training_set(tmp_path / "data")
+    args = parse_args(["--dataset", str(data), "--output_dir", "out", "--crop_background", "0.5"])
+    pipe.unet.register_to_config(sample_size=16)
+    slices = training_slices(args, SliceDataset(data, "train"), pipe)
+    assert (slices.crop_background, slices.image_size) == (0.5, (16, 16))
+    inside = torch.zeros(1, 2, 16, 16)
+    inside[:, :, 4:6, 4:6] = 1
+    pipe.register_to_config(crop_background=True)
+    (group,) = pipe.windows(inside * 2 - 1)
+    assert group.size == (3 * slices.window_multiple,) * 2
