@@ -86,9 +86,13 @@ def start_accelerator(args, output: Path) -> Accelerator:
     return accelerator
 
 
-def fastest_layout(device: torch.device) -> torch.memory_format:
-    """Of weights in training: channels_last, but on a CPU the backward pass of group normalisation is slow in it."""
-    return torch.contiguous_format if device.type == "cpu" else torch.channels_last
+def fastest_layout(device: torch.device, compiled: bool) -> torch.memory_format:
+    """Of weights in training: channels_last where the network is compiled for a GPU.
+
+    Group normalisation is slow in it otherwise, on a CPU backwards, on an H200 as well: 0.135 s in the place of 0.119 for
+    a step of 512 images through the small network.
+    """
+    return torch.channels_last if compiled and device.type != "cpu" else torch.contiguous_format
 
 
 def build_model(
@@ -213,7 +217,7 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
         dataset = (SliceStream if args.streaming else SliceDataset)(args.dataset, "train")
     set_seed(args.seed)
     base = open_base(args, dataset)
-    network = build_model(args, dataset, base).to(memory_format=fastest_layout(accelerator.device))
+    network = build_model(args, dataset, base).to(memory_format=fastest_layout(accelerator.device, args.compile))
     slices = training_slices(args, dataset, network)
 
     # 2. Model, optimiser, schedule, average.

@@ -136,7 +136,10 @@ def set_up_run(dataset, output, **changes):
 
 def test_weights_are_laid_out_as_the_device_trains_fastest(data, tmp_path):
     weight = set_up_run(data, tmp_path / "out").network.unet.mid_block.resnets[0].conv1.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last) == (weight.device.type != "cpu")
+    assert weight.is_contiguous()
+    devices, fastest = [torch.device(name) for name in ("cpu", "cuda")], train_counterfactual.fastest_layout
+    layouts = [fastest(device, compiled) for device in devices for compiled in (False, True)]
+    assert layouts == 3 * [torch.contiguous_format] + [torch.channels_last]
 
 
 def test_a_run_ends_with_a_pipeline_of_the_averaged_weights(reference, data):
