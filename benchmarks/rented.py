@@ -106,10 +106,10 @@ SIZES = {
             " --checkpoints_total_limit 1 --num_validation_slices 128"
         ),
         batch_size=256,
-        seconds=360,
+        seconds=270,
         limit=50_000,
         small=_words(
-            "--train_batch_size 512 --max_train_steps 2500 --crop_background 0.7 --learning_rate 2e-3 --lr_scheduler cosine"
+            "--train_batch_size 512 --max_train_steps 1000 --crop_background 0.7 --learning_rate 2e-3 --lr_scheduler cosine"
             " --lr_warmup_steps 200 --snr_gamma 5 --mixed_precision bf16 --random_flip --dataloader_num_workers 12"
             " --checkpointing_steps 500 --checkpoints_total_limit 1 --validation_steps 500"
         ),
@@ -174,10 +174,10 @@ class Rental:
         yield Step("phantom", (), self._prepare_phantom)
         yield Step("rate", ("phantom",), self._rate)
         yield from self._model("phantom", ())
-        yield Step("train-small", ("phantom",), self._train_small)
         for split in splits:
             yield Step(split, (), partial(self._prepare_arrays, split))
             yield from self._model(split, ("--augment",))
+        yield Step("train-small", ("phantom",), self._train_small)
         for group in self.size.rows:
             yield Step(f"{group}-phantom", ("phantom",), partial(self._benchmark, "phantom", ("phantom",), group))
             if splits:

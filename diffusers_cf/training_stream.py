@@ -53,7 +53,10 @@ class TrainingStream(TrainingImages):
     def batches(
         self, positions: Iterable[list[int]], num_workers: int = 0, pin_memory: bool = False
     ) -> Iterator[list[dict]]:
-        """Batches, as `collate_parts` makes them, for lists of global positions; `positions` is a [`PositionBatches`], which knows process and step."""
+        """Batches, as `collate_parts` makes them, for lists of global positions.
+
+        `positions` is a [`PositionBatches`], which knows process and step.
+        """
         images_before = positions.steps.start * positions.parts * positions.batch_size
         rows = self.slices.endless_rows(self.seed, positions.rank, positions.world_size, skip=images_before)
         random = np.random.default_rng([self.seed, positions.rank, positions.steps.start])

@@ -179,7 +179,7 @@ def test_the_card_of_the_shipped_model_is_what_publish_would_write():
     scores = Path(__file__).parents[1] / "results/phantom/phantom_small.json"
     text = model_card(SHIPPED_MODEL, "USER/phantom_small", "apache-2.0", [json.loads(scores.read_text())])
     assert (SHIPPED_MODEL / "README.md").read_text(encoding="utf-8") == text
-    assert "240000 images in all" in text and "300 patients, 14317 slices" in text
+    assert "617344 images in all" in text and "300 patients, 14317 slices" in text
 
 
 def test_a_pipeline_without_facts_has_a_card_too(tmp_path):
