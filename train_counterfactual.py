@@ -26,7 +26,7 @@ from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.fine_tuning import inherited_facts, open_base, public_name
 from diffusers_cf.hub import model_repository, push_model
-from diffusers_cf.images import window_multiple
+from diffusers_cf.images import window_side
 from diffusers_cf.inference_options import computes_in_bfloat16
 from diffusers_cf.loading import SWITCHES
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
@@ -35,6 +35,7 @@ from diffusers_cf.models import (
     ConditionalNoisePredictor,
     class_token_encoder,
     counterfactual_unet,
+    fastest_layout,
 )
 from diffusers_cf.provenance import package_commit
 from diffusers_cf.training import (
@@ -52,6 +53,7 @@ from diffusers_cf.training_stream import TrainingStream
 from diffusers_cf.validation import Validation
 
 
+WINDOWS_OF_BASE = 0.7  # share of the images that go on in windows, where the base computes in them
 GPU_WORKERS = 4  # processes that read ahead for a GPU; on a CPU they would take the network's cores
 
 logger = get_logger(__name__)
@@ -64,7 +66,6 @@ def start_accelerator(args, output: Path) -> Accelerator:
         InputError: this machine lacks the precision or the tracker; accelerate would often go on without it.
     """
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    torch.backends.cudnn.benchmark = not args.crop_background  # windows change the size of images all the time
     precision = args.mixed_precision
     if precision == "auto":
         precision = "bf16" if computes_in_bfloat16(PartialState().device) else "no"
@@ -84,15 +85,6 @@ def start_accelerator(args, output: Path) -> Accelerator:
     if args.report_to and not accelerator.log_with:
         raise InputError(f"--report_to {args.report_to}: this tracker is not installed")
     return accelerator
-
-
-def fastest_layout(device: torch.device, compiled: bool) -> torch.memory_format:
-    """Of weights in training: channels_last where the network is compiled for a GPU.
-
-    Group normalisation is slow in it otherwise, on a CPU backwards, on an H200 as well: 0.135 s in the place of 0.119 for
-    a step of 512 images through the small network.
-    """
-    return torch.channels_last if compiled and device.type != "cpu" else torch.contiguous_format
 
 
 def build_model(
@@ -152,7 +144,8 @@ class Run:
     @property
     def fingerprint(self) -> dict:
         """What must be the same for a checkpoint to go on as if never stopped."""
-        return {"seed": self.args.seed, "global_batch": self.global_batch, "slices": self.slices.num_slices}
+        facts = {"seed": self.args.seed, "global_batch": self.global_batch, "slices": self.slices.num_slices}
+        return facts | {"crop_background": self.args.crop_background or None}  # older checkpoints have none
 
     def pipeline(self) -> CounterfactualDDIMPipeline:
         """The pipeline around the network as it is now."""
@@ -182,8 +175,7 @@ def build_pipeline(
         )
         inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
     switches = {name: base.config[name] for name in SWITCHES} if base else {}
-    if args.crop_background:
-        switches["crop_background"] = True
+    switches["crop_background"] = bool(args.crop_background)  # in windows where it was trained on them
     pipe = CounterfactualDDIMPipeline(unet, class_encoder, scheduler, inverse, **switches)
     pipe.preprocessing = facts
     pipe.set_progress_bar_config(disable=True)
@@ -217,6 +209,8 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
         dataset = (SliceStream if args.streaming else SliceDataset)(args.dataset, "train")
     set_seed(args.seed)
     base = open_base(args, dataset)
+    if args.crop_background is None and base and base.config.crop_background:
+        args.crop_background = WINDOWS_OF_BASE
     network = build_model(args, dataset, base).to(memory_format=fastest_layout(accelerator.device, args.compile))
     slices = training_slices(args, dataset, network)
 
@@ -254,11 +248,13 @@ def training_slices(
     """What the network is trained on, at its size.
 
     Raises:
-        InputError: there is no slice of one of its classes.
+        InputError: there is no slice of one of its classes, or its images have no smaller windows.
     """
     config = network.unet.config
     size = (config.sample_size, config.sample_size)
-    windows = (args.crop_background, window_multiple(size, len(config.block_out_channels) - 1))
+    windows = (args.crop_background or 0.0, window_side(size, len(config.block_out_channels) - 1))
+    if args.crop_background and windows[1] >= size[0]:
+        raise InputError(f"--crop_background: images of {size[0]} pixels are too small to be cut to windows")
     settings = (args.seed, size, args.ddpm_num_steps, args.random_flip, args.augment, *windows)
     if args.streaming:
         slices = TrainingStream(dataset, *settings, buffer_size=args.shuffle_buffer)

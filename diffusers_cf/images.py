@@ -1,6 +1,5 @@
 """Slices at another size, and the windows of them that hold what is worth computing."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +8,6 @@ from torch.nn import functional
 
 
 MARGIN = 2  # pixels of background that a window keeps around the foreground
-LEAST_MULTIPLES = 3  # of a window's side; more sizes would be more calls with few images, and rare in a training
 
 
 def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -82,38 +80,39 @@ class Windows:
             yield images[number, ..., top : top + height, left : left + width]
 
 
-def window_multiple(image_size: tuple[int, int], halvings: int) -> int:
-    """What the sides of windows are multiples of: quarters of the image, as each size is a call of its own."""
-    return math.lcm(2**halvings, max(image_size) // 4 or 1)
+def window_side(image_size: tuple[int, int], halvings: int) -> int:
+    """The side of a window where the foreground fits into it: three quarters of the image, as the network can halve it.
+
+    A single one, since each size is a call of its own, with fewer images, and rarer in a training.
+    """
+    multiple = 2**halvings
+    return -(-3 * max(image_size) // (4 * multiple)) * multiple
 
 
-def foreground_windows(inside: torch.Tensor, multiple: int | None) -> list[Windows]:
+def foreground_windows(inside: torch.Tensor, side: int | None) -> list[Windows]:
     """Windows around the foreground of each image, one group for each size; empty images are in none.
 
     A window depends on its own image alone, so the batch that an image comes in changes nothing.
 
     Args:
         inside: bool `(N, H, W)`, the foreground.
-        multiple: sides are three of it or more, or the image's own; None = all of them the image's own.
+        side: of windows, where the foreground fits into it; else it is the image's own. None = always the image's own.
     """
     rows, columns = (inside.any(dim=axis).cpu() for axis in (2, 1))
     groups: dict[tuple[int, int], tuple[list, list]] = {}
     for number in range(len(inside)):
         if rows[number].any():
-            (top, height), (left, width) = _span(rows[number], multiple), _span(columns[number], multiple)
+            (top, height), (left, width) = _span(rows[number], side), _span(columns[number], side)
             index, corners = groups.setdefault((height, width), ([], []))
             index.append(number)
             corners.append((top, left))
     return [Windows(index, corners, size) for size, (index, corners) in groups.items()]
 
 
-def _span(filled: torch.Tensor, multiple: int | None) -> tuple[int, int]:
-    """First pixel and length of a window around the pixels that are filled, `(side,)`."""
-    side, found = len(filled), filled.nonzero()[:, 0]
-    if multiple is None:
-        return 0, side
+def _span(filled: torch.Tensor, side: int | None) -> tuple[int, int]:
+    """First pixel and length of a window around the pixels that are filled, `(whole,)`."""
+    whole, found = len(filled), filled.nonzero()[:, 0]
     first, last = int(found[0]) - MARGIN, int(found[-1]) + MARGIN
-    length = max(LEAST_MULTIPLES, -(-(last - first + 1) // multiple)) * multiple
-    if length >= side:
-        return 0, side
-    return max(0, min(side - length, (first + last + 1 - length) // 2)), length
+    if side is None or side >= whole or last - first + 1 > side:
+        return 0, whole
+    return max(0, min(whole - side, (first + last + 1 - side) // 2)), side

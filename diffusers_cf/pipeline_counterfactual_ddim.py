@@ -19,7 +19,7 @@ from diffusers_cf.images import (
     network_images,
     resize_images,
     to_device,
-    window_multiple,
+    window_side,
 )
 from diffusers_cf.model_folder import ModelFolderMixin
 from diffusers_cf.models import ClassTokenEncoder, predict_noise
@@ -142,8 +142,8 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
     def windows(self, prepared: torch.Tensor) -> list[Windows]:
         """Where the network has something to do in what `prepare_images` made, `(N, C, h, w)`."""
         halvings = len(self.unet.config.get("block_out_channels", (1,))) - 1
-        multiple = window_multiple(self.image_size, halvings) if self.config.crop_background else None
-        return foreground_windows((prepared > -1).any(dim=1), multiple)
+        side = window_side(self.image_size, halvings) if self.config.crop_background else None
+        return foreground_windows((prepared > -1).any(dim=1), side)
 
     def _timesteps(self, strength: float, num_inference_steps: int) -> torch.Tensor:
         """The K rising timesteps that encoding walks; decoding walks their mirror image.

@@ -41,19 +41,22 @@ class TrainingImages:
         random_flip (`bool`): mirror left and right with probability 0.5.
         augment (`bool`): small rotation, scale, shift and per-channel gain, see [`augment_images`].
         crop_background (`float`): share of the images that are trained on in the window around their foreground alone.
-        window_multiple (`int`): the sides of windows are multiples of it.
+        window_side (`int`): side of a window that the foreground fits into.
     """
 
     def __init__(
         self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
-        random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_multiple: int = 16,
+        random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_side: int = 48,
     ):  # fmt: skip
         self.slices, self.seed, self.image_size = slices, seed, image_size
         self.num_train_timesteps, self.random_flip, self.augment = num_train_timesteps, random_flip, augment
-        self.crop_background, self.window_multiple = crop_background, window_multiple
+        self.crop_background, self.window_side = crop_background, window_side
 
     def collate(self, items: list[tuple]) -> dict[str, torch.Tensor]:
-        """A batch of `(position, row)`: `images` in [-1, 1] and `noise` `(N, C, h, w)`; `labels`, `timesteps`, `uniform` `(N,)`."""
+        """A batch of `(position, row)`: `images` in [-1, 1] and `noise` `(N, C, h, w)`; by image, `(N,)`, the rest.
+
+        That is `labels`, `timesteps`, `uniform` for dropping the condition, and whether it `is_cropped` in `collate_parts`.
+        """
         positions, rows = zip(*items, strict=True)
         batch = self.slices.collate(list(rows))
         images = resize_images(batch["images"].clamp(max=1), self.image_size)
@@ -76,7 +79,7 @@ class TrainingImages:
         batch = self.collate(items)
         is_cropped = batch.pop("is_cropped")
         inside = (batch["images"] > -1).any(dim=1) & is_cropped[:, None, None]
-        windows = foreground_windows(inside, self.window_multiple)
+        windows = foreground_windows(inside, self.window_side)
         windows = [group for group in windows if group.size != tuple(self.image_size)]
         is_whole = torch.ones(len(is_cropped), dtype=torch.bool)
         is_whole[[number for group in windows for number in group.index]] = False
@@ -92,17 +95,17 @@ class TrainingSlices(TrainingImages, torch.utils.data.Dataset):
     Args:
         slices: a `SliceDataset` (anything with `labels`, `__getitems__` and `collate`).
         seed (`int`): of the run.
-        image_size, num_train_timesteps, random_flip, augment, crop_background, window_multiple: as in [`TrainingImages`].
+        image_size, num_train_timesteps, random_flip, augment, crop_background, window_side: as in [`TrainingImages`].
         max_samples (`int`, *optional*): use only the first so many slices.
     """
 
     def __init__(
         self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
-        random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_multiple: int = 16,
+        random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_side: int = 48,
         max_samples: int | None = None,
     ):  # fmt: skip
         super().__init__(
-            slices, seed, image_size, num_train_timesteps, random_flip, augment, crop_background, window_multiple
+            slices, seed, image_size, num_train_timesteps, random_flip, augment, crop_background, window_side
         )
         self.labels = np.asarray(slices.labels)[:max_samples]
         self.num_slices = len(self.labels)

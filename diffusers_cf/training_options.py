@@ -42,7 +42,7 @@ def parse_args(args: list[str] | None = None) -> Namespace:
         if value is not None and not value >= least:
             parser.error(f"--{name} is {value}: it must be {least} or more")
     for name in ("guidance_dropout_prob", "crop_background"):
-        if not 0 <= getattr(args, name) <= 1:
+        if not 0 <= (getattr(args, name) or 0) <= 1:
             parser.error(f"--{name} is {getattr(args, name)}: it must lie in [0, 1]")
     if not 0 < args.first_timesteps <= 1:
         parser.error(f"--first_timesteps is {args.first_timesteps}: it must lie in (0, 1]")
@@ -85,8 +85,9 @@ def _add_model_options(add) -> None:
     add("--random_flip", action="store_true", help="mirror left and right")
     add("--augment", action="store_true", help="small rotations, scales, shifts and gains")
     add(
-        "--crop_background", type=float, default=0.0, metavar="SHARE",
-        help="train on so many of the images in the windows that the pipeline computes them in, not whole",
+        "--crop_background", type=float, metavar="SHARE",
+        help="train on so many of the images in windows round their foreground, and compute in windows later"
+        " (0; in fine-tuning 0.7, if the base computes in windows)",
     )  # fmt: skip
     add("--guidance_dropout_prob", type=float, default=0.35, help="share of images whose condition is dropped")
     add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual")
@@ -124,7 +125,7 @@ def _add_run_options(add) -> None:
     text = "auto: bf16 where the device computes in it; defaults to accelerate's configuration"
     add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], help=text)
     add("--allow_tf32", action="store_true")
-    add("--compile", action="store_true", help="torch.compile the network")
+    add("--compile", action="store_true", help="torch.compile the network; not made for windows, whose sizes vary")
     add("--dataloader_num_workers", type=int, help="default: 4 where a GPU computes, else 0")
     add("--checkpointing_steps", type=int, default=1000)
     add("--checkpoints_total_limit", type=int)

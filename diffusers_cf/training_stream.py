@@ -22,7 +22,7 @@ class TrainingStream(TrainingImages):
     Args:
         slices: a `SliceStream`.
         seed (`int`): of the run.
-        image_size, num_train_timesteps, random_flip, augment, crop_background, window_multiple: as in [`TrainingImages`].
+        image_size, num_train_timesteps, random_flip, augment, crop_background, window_side: as in [`TrainingImages`].
         buffer_size (`int`): slices in all pools of a process together.
 
     Raises:
@@ -31,11 +31,11 @@ class TrainingStream(TrainingImages):
 
     def __init__(
         self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
-        random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_multiple: int = 16,
+        random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_side: int = 48,
         buffer_size: int = 2048,
     ):  # fmt: skip
         super().__init__(
-            slices, seed, image_size, num_train_timesteps, random_flip, augment, crop_background, window_multiple
+            slices, seed, image_size, num_train_timesteps, random_flip, augment, crop_background, window_side
         )
         self.num_slices = len(slices)
         if not self.num_slices:

@@ -5,16 +5,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from training_data import write_training_set
 
+import train_counterfactual
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.streaming import SliceStream
+from diffusers_cf.errors import InputError
 from diffusers_cf.images import MARGIN
 from diffusers_cf.losses import noise_prediction_loss
+from diffusers_cf.models import class_token_encoder, counterfactual_unet
 from diffusers_cf.training import PositionBatches, TrainingSlices
 from diffusers_cf.training_stream import TrainingStream
-from train_counterfactual import build_pipeline, parse_args, train_on_batch, training_slices
+from train_counterfactual import parse_args, train_on_batch, training_slices
 
 
 SIDE, COUNT = 32, 200
@@ -35,7 +39,7 @@ class MadeSlices:
 
 
 def made(share):
-    return TrainingSlices(MadeSlices(), 0, (SIDE, SIDE), crop_background=share, window_multiple=8)
+    return TrainingSlices(MadeSlices(), 0, (SIDE, SIDE), crop_background=share, window_side=24)
 
 
 def parts_of(share, positions=range(COUNT)):
@@ -122,26 +126,37 @@ def test_each_image_weighs_the_same_in_the_loss(share):
 
 
 def test_a_stream_cuts_windows_too(tmp_path):
-    data = write_training_set(tmp_path / "data", size=32)
+    data = write_training_set(tmp_path / "data", size=32, area=0.3)
     for kind, source in ((TrainingStream, SliceStream(data, "train")), (TrainingSlices, SliceDataset(data, "train"))):
-        slices = kind(source, 0, (64, 64), crop_background=1.0, window_multiple=16)
+        slices = kind(source, 0, (64, 64), crop_background=1.0, window_side=48)
         positions = PositionBatches(0, 2, 8, 1, 0, 1)
         for parts in slices.batches(positions, 0, False):
             assert sum(len(part["images"]) for part in parts) == 8
-            assert all("is_cropped" not in part for part in parts)
+            assert [part["images"].shape[2:] for part in parts] == [(48, 48)]
 
 
 @pytest.mark.parametrize(
-    "trained, inherited, expected", [(0, None, False), (0.5, None, True), (0, True, True), (0.5, False, True)]
+    "given, of_base, expected", [("", None, 0), ("0.5", None, 0.5), ("", True, 0.7), ("0", True, 0)]
 )
-def test_a_pipeline_computes_in_windows_where_it_was_trained_on_them(pipe, trained, inherited, expected):
-    args = parse_args(["--dataset", "data", "--output_dir", "out", "--crop_background", str(trained)])
-    base = None
-    if inherited is not None:
-        base = pipe
-        base.register_to_config(crop_background=inherited)
-    made = build_pipeline(args, pipe.unet, pipe.class_encoder, {}, base)
-    assert made.config.crop_background is expected and made.config.clip_input
+def test_a_pipeline_computes_in_windows_where_it_was_trained_on_them(pipe, tmp_path, given, of_base, expected):
+    data = write_training_set(tmp_path / "data", size=32)
+    options = ["--dataset", str(data), "--output_dir", str(tmp_path / "out"), "--resolution", "32"]
+    options += ["--crop_background", given] if given else []
+    if of_base:
+        made = train_counterfactual.build_pipeline(
+            parse_args([*options, "--crop_background", "1"]), counterfactual_unet(image_size=32, num_channels=2),
+            class_token_encoder(), SliceDataset(data, "train").preprocessing,
+        )  # fmt: skip
+        assert made.config.crop_background
+        made.save_pretrained(tmp_path / "base")
+        options += ["--pretrained_model", str(tmp_path / "base")]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    args = parse_args(options)
+    run = train_counterfactual.set_up(args, Accelerator(cpu=True), tmp_path / "out")
+    assert run.slices.crop_background == expected
+    assert run.pipeline().config.crop_background is bool(expected) and run.pipeline().config.clip_input
+    assert run.fingerprint["crop_background"] == (expected or None)
+    assert ("--crop_background 0.7" in run.facts["training"]["command"]) == (expected == 0.7)
 
 
 def test_windows_are_those_of_the_network(pipe, tmp_path):
@@ -154,4 +169,12 @@ def test_windows_are_those_of_the_network(pipe, tmp_path):
     inside[:, :, 4:6, 4:6] = 1
     pipe.register_to_config(crop_background=True)
     (group,) = pipe.windows(inside * 2 - 1)
-    assert group.size == (3 * slices.window_multiple,) * 2
+    assert group.size == (slices.window_side,) * 2
+
+
+def test_images_that_are_too_small_for_windows_are_refused(pipe, tmp_path):
+    data = write_training_set(tmp_path / "data")
+    args = parse_args(["--dataset", str(data), "--output_dir", "out", "--crop_background", "0.5"])
+    pipe.unet.register_to_config(sample_size=8, block_out_channels=(8, 8, 8, 8))
+    with pytest.raises(InputError, match="^--crop_background: images of 8 pixels are too small to be cut to windows$"):
+        training_slices(args, SliceDataset(data, "train"), pipe)

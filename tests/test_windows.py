@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_cf.images import LEAST_MULTIPLES, MARGIN, foreground_windows
+from diffusers_cf.images import MARGIN, foreground_windows, window_side
 from diffusers_cf.trajectories import heatmaps_of_settings
 
 
@@ -34,15 +34,13 @@ def large(pipe):
     return pipe
 
 
-@pytest.mark.parametrize("multiple", [2, 8, 16])
-def test_a_window_holds_the_foreground_and_a_margin(images, multiple):
-    groups = foreground_windows((images > 0).any(dim=1), multiple)
+@pytest.mark.parametrize("short", [24, 32, 40])
+def test_a_window_holds_the_foreground_and_a_margin(images, short):
+    groups = foreground_windows((images > 0).any(dim=1), short)
     assert sorted(number for group in groups for number in group.index) == [0, 1, 3, 4, 5]
     for group in groups:
         height, width = group.size
-        assert all(
-            side == SIDE or (side % multiple == 0 and LEAST_MULTIPLES * multiple <= side < SIDE) for side in group.size
-        )
+        assert set(group.size) <= {short, SIDE}
         for number, (y, x) in zip(group.index, group.corners, strict=True):
             top, bottom, left, right = BOXES[number]
             assert 0 <= y <= max(0, top - MARGIN) and min(SIDE, bottom + MARGIN) <= y + height <= SIDE
@@ -50,13 +48,19 @@ def test_a_window_holds_the_foreground_and_a_margin(images, multiple):
 
 
 def test_windows_are_as_small_as_their_foreground_allows(images):
-    sizes = {n: g.size for g in foreground_windows((images > 0).any(dim=1), 8) for n in g.index}
-    assert sizes == {0: (48, 48), 1: (24, 32), 3: (24, 24), 4: (24, 24), 5: (24, 24)}
+    sizes = {n: g.size for g in foreground_windows((images > 0).any(dim=1), 24) for n in g.index}
+    assert sizes == {0: (48, 48), 1: (24, 48), 3: (24, 24), 4: (24, 24), 5: (24, 24)}
+
+
+def test_a_window_has_three_quarters_of_a_side_as_the_network_can_halve_it():
+    found = {side: window_side((side, side), 3) for side in (16, 40, 48, 56, 64, 80, 128, 240)}
+    assert found == {16: 16, 40: 32, 48: 40, 56: 48, 64: 48, 80: 64, 128: 96, 240: 184}
+    assert window_side((32, 64), 3) == 48 and window_side((48, 48), 2) == 36
 
 
 def test_what_is_cut_comes_back_to_its_place(images):
     numbered, copy = torch.rand(6, 2, SIDE, SIDE) + 1, torch.zeros(6, 2, SIDE, SIDE)
-    for group in foreground_windows((images > 0).any(dim=1), 8):
+    for group in foreground_windows((images > 0).any(dim=1), 24):
         group.paste(copy, group.cut(numbered))
     assert torch.equal(copy[images > 0], numbered[images > 0])
     assert ((copy == numbered) | (copy == 0)).all() and not copy[2].any()
@@ -72,7 +76,7 @@ def test_without_cropping_one_group_holds_what_is_not_empty(images):
 def test_the_network_computes_windows_alone(large, images, record_calls):
     calls = record_calls(large)
     out = large(images, **SHORT)
-    assert {tuple(call.sample.shape[-2:]) for call in calls} == {(48, 48), (36, 36)}  # quarters
+    assert {tuple(call.sample.shape[-2:]) for call in calls} == {(48, 48), (36, 36)}  # three quarters
     outside = torch.ones_like(images[:, 0], dtype=torch.bool)
     for group in large.windows(2 * images - 1):
         group.paste(outside, torch.zeros(len(group.index), *group.size, dtype=torch.bool))

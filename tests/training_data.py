@@ -12,11 +12,11 @@ from diffusers_cf.data.slices import PatientSlices, slices_to_table, write_table
 CLASSES = ("healthy", "unhealthy")
 
 
-def made_patient(index: int, channels: int, masks: bool, size: int) -> PatientSlices:
+def made_patient(index: int, channels: int, masks: bool, size: int, area: float) -> PatientSlices:
     """8 slices of a grey disc, the last 3 with a bright lesion."""
     rng = np.random.default_rng(index)
     y, x = np.mgrid[:size, :size] / (size - 1) * 2 - 1
-    disc, lesion = x**2 + y**2 < 0.8, (x - 0.3) ** 2 + y**2 < 0.06
+    disc, lesion = x**2 + y**2 < area, (x - 0.3) ** 2 + y**2 < 0.06
     drawn = np.zeros((8, size, size), dtype=np.uint8)
     drawn[5:] = lesion
     images = (0.5 + 0.05 * rng.standard_normal((8, channels, size, size))) * disc + 0.4 * drawn[:, None]
@@ -31,13 +31,14 @@ def write_training_set(
     classes=CLASSES,
     size: int = 16,
     test: tuple[int, ...] = (),
+    area: float = 0.8,
     **changes,
 ):
     """Patients 0 and 1 for training, 2 for validation, those of `test` for test; returns the folder."""
     (folder / "data").mkdir(parents=True)
     splits = {}
     for split, patients in {"train": (0, 1), "validation": (2,), "test": test}.items():
-        made = [made_patient(index, channels, masks, size) for index in patients]
+        made = [made_patient(index, channels, masks, size, area) for index in patients]
         splits[split] = {"patients": len(made), "slices": 8 * len(made), "unhealthy": 3 * len(made)}
         if made:
             tables = [slices_to_table(patient, classes) for patient in made]

@@ -144,7 +144,6 @@ class MethodTraining:
         )
         self.validation_batches = self._validation_batches(validation, side)
         self.accelerator = Accelerator(mixed_precision=budget.mixed_precision, cpu=device == "cpu")
-        # convolutions are fastest this way on CPUs and GPUs alike
         self.method.to(self.accelerator.device, memory_format=torch.channels_last).train()
         self.optimizers = {name: self.accelerator.prepare(o) for name, o in method.optimizers().items()}
         self.rates = {name: [g["lr"] for g in o.param_groups] for name, o in self.optimizers.items()}
