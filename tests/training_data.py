@@ -12,7 +12,7 @@ from diffusers_cf.data.slices import PatientSlices, slices_to_table, write_table
 CLASSES = ("healthy", "unhealthy")
 
 
-def made_patient(index: int, channels: int, masks: bool, size: int, area: float) -> PatientSlices:
+def made_patient(index: int, channels: int, masks: bool, size: int, area: float = 0.8) -> PatientSlices:
     """8 slices of a grey disc, the last 3 with a bright lesion."""
     rng = np.random.default_rng(index)
     y, x = np.mgrid[:size, :size] / (size - 1) * 2 - 1
