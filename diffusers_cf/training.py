@@ -78,6 +78,8 @@ class TrainingImages:
         """[`collate`] in parts of one image size each: whole images first, then those of each size of window."""
         batch = self.collate(items)
         is_cropped = batch.pop("is_cropped")
+        if not is_cropped.any():
+            return [batch]
         inside = (batch["images"] > -1).any(dim=1) & is_cropped[:, None, None]
         windows = foreground_windows(inside, self.window_side)
         windows = [group for group in windows if group.size != tuple(self.image_size)]
