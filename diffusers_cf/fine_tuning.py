@@ -1,15 +1,20 @@
 """What `train_counterfactual.py --pretrained_model` takes over from the pipeline that it fine-tunes."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from diffusers import UNet2DConditionModel
 
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.errors import InputError
+from diffusers_cf.heatmaps import check_signs
+from diffusers_cf.model_facts import modalities_of
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 
 
 def open_base(args, dataset: SliceDataset | SliceStream) -> CounterfactualDDIMPipeline | None:
-    """The pipeline to fine-tune, if there is one and it fits the data set.
+    """The pipeline to fine-tune, if there is one and it fits the data set; of its modalities those of the data set.
 
     Raises:
         InputError: it can't be loaded, or was made for other images, classes or timesteps.
@@ -17,8 +22,41 @@ def open_base(args, dataset: SliceDataset | SliceStream) -> CounterfactualDDIMPi
     if not args.pretrained_model:
         return None
     pipe = CounterfactualDDIMPipeline.from_pretrained(args.pretrained_model)
+    known, given = pipe.preprocessing.get("modalities"), dataset.preprocessing.get("modalities")
+    if known and given and known != given:
+        _take_modalities(args, pipe, given)
     _check_fits(args, pipe, dataset)
     return pipe
+
+
+def _take_modalities(args, pipe: CounterfactualDDIMPipeline, wanted: Sequence[str]) -> None:
+    known = modalities_of(pipe, args.pretrained_model)
+    if missing := [name for name in wanted if name not in known]:
+        raise InputError(
+            f"{args.pretrained_model}: takes {', '.join(known)}, {args.dataset} has {', '.join(missing)} as well"
+        )
+    channels = [known.index(name) for name in wanted]
+    pipe.register_modules(unet=keep_channels(pipe.unet, channels))
+    if signs := pipe.preprocessing.get("signs"):
+        try:
+            check_signs(signs, len(known))
+        except ValueError as error:
+            raise InputError(f"{args.pretrained_model}: {error}") from None
+        pipe.preprocessing = pipe.preprocessing | {"signs": [signs[channel] for channel in channels]}
+
+
+def keep_channels(unet: UNet2DConditionModel, channels: Sequence[int]) -> UNet2DConditionModel:
+    """A network for some of another's channels, in the order given.
+
+    The first and the last convolution keep the weights of these channels, everything between them stays as it is: what
+    the other channels told the network is missing until it is trained without them.
+    """
+    kept = UNet2DConditionModel.from_config(unet.config, in_channels=len(channels), out_channels=len(channels))
+    weights = unet.state_dict()
+    weights["conv_in.weight"] = weights["conv_in.weight"][:, channels]
+    weights |= {name: weights[name][channels] for name in ("conv_out.weight", "conv_out.bias")}
+    kept.load_state_dict(weights)
+    return kept
 
 
 def _check_fits(args, pipe: CounterfactualDDIMPipeline, dataset: SliceDataset | SliceStream) -> None:
@@ -31,9 +69,6 @@ def _check_fits(args, pipe: CounterfactualDDIMPipeline, dataset: SliceDataset | 
         raise InputError(
             f"{args.pretrained_model}: knows the classes {list(classes)}, {args.dataset} has {list(dataset.class_names)}"
         )
-    known, given = pipe.preprocessing.get("modalities"), dataset.preprocessing.get("modalities")
-    if known and given and known != given:
-        raise InputError(f"{args.pretrained_model}: takes {', '.join(known)}, {args.dataset} has {', '.join(given)}")
     scheduler = pipe.scheduler.config
     for option, theirs, ours in (
         ("resolution", pipe.unet.config.sample_size, args.resolution or pipe.unet.config.sample_size),

@@ -29,7 +29,7 @@ def usable_facts(pipe: CounterfactualDDIMPipeline, model: str, **settings) -> di
         InputError: The model does not say what it takes, or says what its network contradicts; or a setting is out of
             range.
     """
-    known, modalities = pipe.preprocessing, _modalities(pipe, model)
+    known, modalities = pipe.preprocessing, modalities_of(pipe, model)
     try:
         settings = pipe.resolve_settings(**settings)
         pipe.scheduler.set_timesteps(settings["num_inference_steps"])
@@ -65,7 +65,12 @@ def check_publishable(pipe: CounterfactualDDIMPipeline, model: str) -> None:
         raise InputError(f"{model}: `postprocess` in its preprocessing.json is neither true nor false")
 
 
-def _modalities(pipe: CounterfactualDDIMPipeline, model: str) -> list[str]:
+def modalities_of(pipe: CounterfactualDDIMPipeline, model: str) -> list[str]:
+    """The modalities that a model takes, a name for each of its channels.
+
+    Raises:
+        InputError: they are not named, or not as its network and its class encoder are.
+    """
     known, channels = pipe.preprocessing, pipe.unet.config.in_channels
     modalities, classes = known.get("modalities"), known.get("class_names")
     if not (isinstance(modalities, list) and modalities and all(isinstance(name, str) for name in modalities)):

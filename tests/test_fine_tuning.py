@@ -1,12 +1,14 @@
 """What a fine-tuned model keeps of the one it began with, and in which precision a training runs."""
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from model_files import tiny_pipeline
 from training_data import write_training_set
 
 import train_counterfactual
-from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler
+from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, InputError
+from diffusers_cf.fine_tuning import keep_channels
 from train_counterfactual import main, parse_args, start_accelerator
 
 
@@ -26,11 +28,11 @@ def _own_accelerator():
     forget_accelerator()
 
 
-def fine_tuned(folder, model):
-    """The facts and the pipeline after a step."""
-    write_training_set(folder / "data")
+def fine_tuned(folder, model, modalities=("flair", "t1"), **changes):
+    """The pipeline after a step."""
+    write_training_set(folder / "data", channels=len(modalities), modalities=list(modalities))
     options = {"dataset": folder / "data", "output_dir": folder / "tuned", "pretrained_model": model}
-    options |= {"max_train_steps": 1, "train_batch_size": 2, "validation_steps": 0, "mixed_precision": "no"}
+    options |= {"max_train_steps": 1, "train_batch_size": 2, "validation_steps": 0, "mixed_precision": "no"} | changes
     main(parse_args([f"--{name}={value}" for name, value in options.items()]))
     return CounterfactualDDIMPipeline.from_pretrained(folder / "tuned")
 
@@ -54,6 +56,51 @@ def test_a_model_that_recommends_nothing_hands_on_nothing(tmp_path):
     pipe.save_pretrained(tmp_path / "base")
     facts = fine_tuned(tmp_path, tmp_path / "base").preprocessing
     assert "settings" not in facts and "signs" not in facts and facts["modalities"] == ["flair", "t1"]
+
+
+@pytest.mark.parametrize("channels", [[2], [3, 0], [2, 1, 0, 3]])
+def test_a_network_of_some_channels_is_the_whole_one_where_the_others_tell_it_nothing(channels):
+    unet, encoder = tiny_pipeline(channels=4).unet, tiny_pipeline().class_encoder
+    with torch.no_grad():
+        unet.conv_in.weight[:, [c for c in range(4) if c not in channels]] = 0
+    tokens, vector = encoder(torch.tensor([1, 0]))
+    given = {"timestep": torch.tensor([3, 700]), "encoder_hidden_states": tokens, "class_labels": vector}
+    images = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    kept = keep_channels(unet, channels)
+    assert kept.config.in_channels == kept.config.out_channels == len(channels)
+    with torch.no_grad():
+        whole, part = unet(images, **given).sample, kept(images[:, channels], **given).sample
+    torch.testing.assert_close(part, whole[:, channels])
+
+
+@pytest.mark.parametrize("modalities", [["t1"], ["t1", "flair"]])
+def test_fine_tuning_takes_the_modalities_of_the_data_set(modalities, tmp_path):
+    pipe = tiny_pipeline()
+    pipe.preprocessing = pipe.preprocessing | {"modalities": ["flair", "t1"], "signs": [1, -1]}
+    pipe.save_pretrained(tmp_path / "base")
+    tuned = fine_tuned(tmp_path, tmp_path / "base", modalities, learning_rate=0)
+    channels = [["flair", "t1"].index(name) for name in modalities]
+    assert tuned.preprocessing["modalities"] == modalities
+    assert tuned.preprocessing["signs"] == [[1, -1][channel] for channel in channels]
+    torch.testing.assert_close(tuned.unet.conv_in.weight, pipe.unet.conv_in.weight[:, channels])
+    torch.testing.assert_close(tuned.unet.conv_out.weight, pipe.unet.conv_out.weight[channels])
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"modalities": ["flair", "t2"]}, "base: takes flair, t2, {data} has t1 as well"),
+        ({"modalities": ["flair"]}, "base: takes 2 channels, but names the modalities flair"),
+        ({"modalities": ["t1", "flair"], "signs": [1]}, "no `signs`, one for each channel"),
+    ],
+)
+def test_a_base_whose_modalities_cannot_be_taken(facts, words, tmp_path):
+    pipe = tiny_pipeline()
+    pipe.preprocessing = pipe.preprocessing | facts
+    pipe.save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError) as caught:
+        fine_tuned(tmp_path, tmp_path / "base")
+    assert words.format(data=tmp_path / "data") in str(caught.value)
 
 
 @pytest.mark.parametrize(
