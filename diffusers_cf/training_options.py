@@ -80,7 +80,11 @@ def _add_model_options(add) -> None:
     add("--unet_size", choices=list(UNET_SIZES), default="small")
     add("--conditioning", choices=CONDITIONINGS, default="attention")
     add("--resolution", type=int, help="side of the network's input in pixels, a multiple of 8 (64)")
-    add("--pretrained_model", help="pipeline folder or Hub id to fine-tune: its network replaces the three above")
+    add(
+        "--pretrained_model",
+        help="pipeline folder or Hub id to fine-tune, on all or some of its modalities: its"
+        " network replaces the three above",
+    )
     add("--max_train_samples", type=int, help="train on the first so many slices only")
     add("--random_flip", action="store_true", help="mirror left and right")
     add("--augment", action="store_true", help="small rotations, scales, shifts and gains")

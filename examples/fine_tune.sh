@@ -14,7 +14,7 @@ shift
 case $STAGE in
   prepare)
     # LABELS: a CSV with patient, slice and label; without it the labels come from segmentations beside the scans.
-    # MODALITIES: those of the model, in its order, if they aren't flair t1 t1ce t2
+    # MODALITIES: those of the model, or the ones there are of them, if they aren't flair t1 t1ce t2
     diffusers-cf prepare --source brats --input "${SCANS:?"where the patients are: SCANS=folder"}" --size "$SIZE" \
       ${LABELS:+--labels "$LABELS"} ${MODALITIES:+--modalities $MODALITIES} --output "$WORK/data" "$@" ;;
   train)

@@ -89,6 +89,7 @@ def test_fine_tuning_takes_the_modalities_of_the_data_set(modalities, tmp_path):
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
+        ({"modalities": []}, "base: takes 2 channels, {data} has 3"),
         ({"modalities": ["flair", "t2"]}, "base: takes flair, t2, {data} has t1 as well"),
         ({"modalities": ["flair"]}, "base: takes 2 channels, but names the modalities flair"),
         ({"modalities": ["t1", "flair"], "signs": [1]}, "no `signs`, one for each channel"),
@@ -98,8 +99,9 @@ def test_a_base_whose_modalities_cannot_be_taken(facts, words, tmp_path):
     pipe = tiny_pipeline()
     pipe.preprocessing = pipe.preprocessing | facts
     pipe.save_pretrained(tmp_path / "base")
+    modalities = ("flair", "t1") if facts["modalities"] else ("flair", "t1", "t2")
     with pytest.raises(InputError) as caught:
-        fine_tuned(tmp_path, tmp_path / "base")
+        fine_tuned(tmp_path, tmp_path / "base", modalities)
     assert words.format(data=tmp_path / "data") in str(caught.value)
 
 
