@@ -49,11 +49,11 @@ setup(
         "torch",
         "diffusers>=0.38",
         "accelerate",
-        "datasets",
+        "datasets>=4.2",  # fragment_scan_options
         "transformers",
         "safetensors",
         "numpy",
-        "huggingface_hub",
+        "huggingface_hub>=1.0",  # RemoteEntryNotFoundError
         "nibabel",
         "scikit-learn",
         "scipy",

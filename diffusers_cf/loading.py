@@ -31,12 +31,10 @@ ALLOWED_COMPONENTS: dict[str, tuple] = {
     "scheduler": (
         ("diffusers_cf.schedulers", "DynamicDDIMScheduler"),
         ("diffusers", "DDIMScheduler"),
-        ("diffusers", "DPMSolverMultistepScheduler"),
     ),
     "inverse_scheduler": (
         ("diffusers_cf.schedulers", "DynamicDDIMInverseScheduler"),
         ("diffusers", "DDIMInverseScheduler"),
-        ("diffusers", "DPMSolverMultistepInverseScheduler"),
     ),
 }
 

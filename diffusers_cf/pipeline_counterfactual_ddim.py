@@ -21,9 +21,9 @@ from diffusers_cf.images import (
     to_device,
     window_side,
 )
+from diffusers_cf.mirrored import check_mirrored
 from diffusers_cf.model_folder import ModelFolderMixin
 from diffusers_cf.models import ClassTokenEncoder, predict_noise
-from diffusers_cf.schedulers import check_mirrored
 from diffusers_cf.settings import settings_in_use
 
 

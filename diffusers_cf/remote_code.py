@@ -12,7 +12,7 @@ PIPELINE_MODULE = "pipeline_counterfactual_ddim"
 PIPELINE_CLASS = [PIPELINE_MODULE, "CounterfactualDDIMPipeline"]  # `_class_name` in model_index.json
 
 # In the order in which they build on each other.
-_MODULES = ("errors", "guidance", "forward", "heatmaps", "images", "models", "schedulers", "settings")
+_MODULES = ("errors", "guidance", "forward", "heatmaps", "images", "models", "schedulers", "mirrored", "settings")
 _MODULES += ("hub_download", "loading", "saving", "model_folder", PIPELINE_MODULE)
 _COMPONENTS = {"class_encoder": "models", "scheduler": "schedulers", "inverse_scheduler": "schedulers"}
 

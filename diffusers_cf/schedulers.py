@@ -71,36 +71,15 @@ def mirrored_timesteps(num_train_timesteps: int, num_inference_steps: int, spaci
     return np.arange(num_inference_steps, dtype=np.int64) * stride + offset
 
 
-# What two schedulers must share for decoding to undo encoding.
-_MIRRORED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-_MIRRORED += ("set_alpha_to_one", "rescale_betas_zero_snr", "clip_sample")
-
-
-def check_mirrored(scheduler: SchedulerMixin, inverse_scheduler: SchedulerMixin) -> None:
-    """Raises ValueError unless the two, with their timesteps set, walk the same path in opposite directions.
-
-    Args:
-        scheduler ([`SchedulerMixin`]): for decoding, ours or a stock one.
-        inverse_scheduler ([`SchedulerMixin`]): for encoding.
-    """
-    down, up = scheduler.config, inverse_scheduler.config
-    differing = [name for name in _MIRRORED if name in down and name in up and down[name] != up[name]]
-    if not torch.equal(inverse_scheduler.timesteps.flip(0), scheduler.timesteps):
-        differing.append("timesteps")
-    if differing:
-        raise ValueError(
-            f"scheduler and inverse_scheduler differ in {', '.join(differing)}: make one from_config of the other"
-        )
-
-
 class _Step(NamedTuple):
-    """What a step of second order remembers of the one before: where it began, with what, and how long it was."""
+    """What a step of second order remembers of the one before: from where, with what and how far it went, and to where."""
 
     sample: torch.Tensor
     epsilon: torch.Tensor
     start: torch.Tensor
     length: torch.Tensor
     is_first: bool
+    reached: torch.Tensor | None = None
 
 
 class _DynamicDDIM:
@@ -141,13 +120,14 @@ class _DynamicDDIM:
         DDIM is Euler's method for d(x / sqrt(abar)) = epsilon d(rho) with rho = sqrt(1 / abar - 1) (Song et al. 2021,
         Eq. 14). Extrapolated linearly to the middle of the step, epsilon makes it the Adams-Bashforth method of second
         order. The first step, which has nothing to extrapolate from, is walked again with the mean of both ends' epsilon
-        once the second one is known. Steps from and to the clean image stay of first order: they are far shorter.
+        once the second one is known; what a caller has made of its result since then is kept. Steps from and to the clean image stay of first order: they are far shorter.
         """
         length, last = (1 / end - 1).sqrt() - (1 / start - 1).sqrt(), self._last
         if start == 1 or length == 0:
             return sample, epsilon
         if last and last.is_first:
-            sample, _ = self._move((last.epsilon + epsilon) / 2, last.sample, last.start, start)
+            again, _ = self._move((last.epsilon + epsilon) / 2, last.sample, last.start, start)
+            sample = again + (sample - last.reached)
         self._last = _Step(sample, epsilon, start, length, is_first=last is None)
         if last is None or end == 1:
             return sample, epsilon
@@ -206,6 +186,8 @@ class _DynamicDDIM:
         if self.config.solver_order == 2:
             x0, (working, epsilon) = None, self._second_order(working, epsilon, start, end)
         reached, x0 = (tensor.to(sample.dtype) for tensor in self._move(epsilon, working, start, end, x0))
+        if self._last:
+            self._last = self._last._replace(reached=reached)
         return DDIMSchedulerOutput(prev_sample=reached, pred_original_sample=x0) if return_dict else (reached, x0)
 
 
@@ -221,8 +203,8 @@ def _working_precision(*tensors: torch.Tensor) -> list[torch.Tensor]:
 class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
     """Decoding: deterministic DDIM (Eq. 2) with dynamic normalisation of the predicted clean image (Sec. 3.4).
 
-    Arithmetic is float32 whatever the dtype of the sample. The defaults are the behaviour of the authors' code; every
-    other choice is an option. Encoding counterpart: [`DynamicDDIMInverseScheduler`], made by
+    Arithmetic is float32 whatever the dtype of the sample. The defaults are the behaviour of the authors' code but for
+    the step that ends at the image (`threshold_clean_sample`) and the levels that a step of encoding pairs. Encoding counterpart: [`DynamicDDIMInverseScheduler`], made by
     `DynamicDDIMInverseScheduler.from_config(scheduler.config)`.
 
     Args:

@@ -315,24 +315,6 @@ def test_stochastic_scheduler_uses_the_generator(make_pipeline, images):
     assert torch.equal(maps[0], maps[1]) and not torch.equal(maps[0], maps[2])
 
 
-@pytest.mark.parametrize(
-    "forward, backward",
-    [
-        (DynamicDDIMScheduler(), DynamicDDIMInverseScheduler(steps_offset=1)),
-        (DynamicDDIMScheduler(timestep_spacing="trailing"), DynamicDDIMInverseScheduler()),
-        (DDIMScheduler(timestep_spacing="trailing"), DDIMInverseScheduler()),
-        (DDIMScheduler(timestep_spacing="linspace"), DDIMInverseScheduler()),
-        (DDIMScheduler(num_train_timesteps=500), DDIMInverseScheduler()),
-        (DynamicDDIMScheduler(), DDIMInverseScheduler()),
-        (DynamicDDIMScheduler(), DynamicDDIMInverseScheduler(beta_end=0.01)),
-        (DynamicDDIMScheduler(), DynamicDDIMInverseScheduler(prediction_type="v_prediction")),
-    ],
-)
-def test_schedulers_that_do_not_mirror_each_other_are_refused(make_pipeline, images, forward, backward):
-    with pytest.raises(ValueError, match="scheduler and inverse_scheduler differ in"):
-        make_pipeline((forward, backward))(images, **SHORT)
-
-
 def test_unconditional_pipeline_reconstructs(make_pipeline, record_calls, images):
     pipe = make_pipeline(unconditional=True)
     assert pipe.class_encoder is None

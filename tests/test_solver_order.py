@@ -109,3 +109,23 @@ def test_the_order_survives_saving(tmp_path):
     assert (
         DynamicDDIMInverseScheduler.from_config(DynamicDDIMScheduler(solver_order=2).config).config.solver_order == 2
     )
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("edited", [0, 1, 2])
+@pytest.mark.parametrize("scheduler_class", BOTH)
+def test_what_a_caller_makes_of_a_step_moves_the_end_as_much_with_either_order(scheduler_class, edited, order):
+    """The walk is linear in x without normalisation: an edit is scaled by the signal that is left of it, and no more."""
+    scheduler = scheduler_class(solver_order=order, thresholding=False)
+    ends = []
+    for edit in (0.0, 1.0):
+        scheduler.set_timesteps(20)
+        x = noise(1, 1, 4, 4, dtype=torch.float64)
+        walk = scheduler.timesteps[5:10].tolist()
+        for step, t in enumerate(walk):
+            x = scheduler.step(noise(1, 1, 4, 4, seed=t, dtype=torch.float64), t, x).prev_sample
+            x = x + edit * (step == edited)
+        ends.append(x)
+    stride = 0 if scheduler_class is DynamicDDIMInverseScheduler else -50
+    at, end = (ALPHAS[walk[step] + stride] for step in (edited, -1))
+    torch.testing.assert_close(ends[1] - ends[0], torch.full_like(x, (end / at).sqrt()), atol=1e-6, rtol=1e-6)
