@@ -53,6 +53,8 @@ from diffusers_cf.training_stream import TrainingStream
 from diffusers_cf.validation import Validation
 
 
+NOISE_LEVELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+NOISE_LEVELS += ("rescale_betas_zero_snr",)
 WINDOWS_OF_BASE = 0.7  # share of the images that go on in windows, where the base computes in them
 GPU_WORKERS = 4  # processes that read ahead for a GPU; on a CPU they would take the network's cores
 
@@ -175,7 +177,8 @@ def build_pipeline(
         )
         inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
     switches = {name: base.config[name] for name in SWITCHES} if base else {}
-    switches["crop_background"] = bool(args.crop_background)  # in windows where it was trained on them
+    # in windows where it was trained on them, with peaks where it has seen them
+    switches |= {"crop_background": bool(args.crop_background), "clip_input": not args.no_clip_input}
     pipe = CounterfactualDDIMPipeline(unet, class_encoder, scheduler, inverse, **switches)
     pipe.preprocessing = facts
     pipe.set_progress_bar_config(disable=True)
@@ -211,6 +214,7 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     base = open_base(args, dataset)
     if args.crop_background is None and base and base.config.crop_background:
         args.crop_background = WINDOWS_OF_BASE
+    args.no_clip_input |= bool(base) and not base.config.clip_input
     network = build_model(args, dataset, base).to(memory_format=fastest_layout(accelerator.device, args.compile))
     slices = training_slices(args, dataset, network)
 
@@ -218,7 +222,7 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.num_train_epochs:
         args.max_train_steps = args.num_train_epochs * math.ceil(slices.num_slices / global_batch)
-    facts = model_facts(args, dataset, network.unet.config.sample_size, global_batch, base)
+    facts = model_facts(args, slices, global_batch, base)
     rate = args.learning_rate * (global_batch if args.scale_lr else 1)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(
@@ -257,9 +261,9 @@ def training_slices(
         raise InputError(f"--crop_background: images of {size[0]} pixels are too small to be cut to windows")
     settings = (args.seed, size, args.ddpm_num_steps, args.random_flip, args.augment, *windows)
     if args.streaming:
-        slices = TrainingStream(dataset, *settings, buffer_size=args.shuffle_buffer)
+        slices = TrainingStream(dataset, *settings, not args.no_clip_input, buffer_size=args.shuffle_buffer)
     else:
-        slices = TrainingSlices(dataset, *settings, max_samples=args.max_train_samples)
+        slices = TrainingSlices(dataset, *settings, not args.no_clip_input, max_samples=args.max_train_samples)
     if network.class_encoder and (missing := set(range(len(dataset.class_names))) - slices.classes()):
         names = ", ".join(dataset.class_names[index] for index in sorted(missing))
         raise InputError(f"{args.dataset}: no slice to train on is labelled {names}")
@@ -268,19 +272,18 @@ def training_slices(
 
 def model_facts(
     args: Namespace,
-    dataset: SliceDataset | SliceStream,
-    side: int,
+    slices: TrainingSlices | TrainingStream,
     global_batch: int,
     base: CounterfactualDDIMPipeline | None,
 ) -> dict:
     """preprocessing.json of the model: the data set's, at the network's size, and how it was trained."""
-    facts = {k: v for k, v in dataset.preprocessing.items() if k != "splits"} | {"size": side}
+    facts = {k: v for k, v in slices.slices.preprocessing.items() if k != "splits"} | {"size": slices.image_size[0]}
     training = {
         "command": command_of(args),
         "commit": package_commit(),
         "images": args.max_train_steps * global_batch,
-        "slices": len(dataset),
-        "patients": dataset.preprocessing["splits"]["train"].get("patients"),
+        "slices": slices.num_slices,
+        "patients": slices.num_patients,
     }
     if base:
         training["base_model"] = public_name(args.pretrained_model)
@@ -309,9 +312,8 @@ def resume(run: Run) -> int:
 def train(run: Run, step: int) -> None:
     """Trains from a step to the last one, with checkpoints, logs and validation on the way."""
     args, accelerator = run.args, run.accelerator
-    noise_scheduler = DDPMScheduler(
-        args.ddpm_num_steps, beta_schedule=args.ddpm_beta_schedule, prediction_type=args.prediction_type
-    )
+    levels = run.pipeline().scheduler.config  # those that decoding walks
+    noise_scheduler = DDPMScheduler(**{name: levels[name] for name in NOISE_LEVELS})
     validation = Validation(args, accelerator, run.output, run.global_batch)
     with tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, desc="step") as bar:
         progress = Progress(accelerator, bar, step, args.gradient_accumulation_steps, run.global_batch)

@@ -39,6 +39,11 @@ _DOWN_BLOCKS = {"attention": "SimpleCrossAttnDownBlock2D", "adagn": "AttnDownBlo
 _UP_BLOCKS = {"attention": "SimpleCrossAttnUpBlock2D", "adagn": "AttnUpBlock2D"}
 
 
+def _check_size(size: str) -> None:
+    if size not in UNET_SIZES:
+        raise ValueError(f"size is {size!r}: it must be one of {', '.join(UNET_SIZES)}")
+
+
 def unet_config(
     size: str = "small", conditioning: str = "attention", image_size: int = 64, num_channels: int = 4
 ) -> dict[str, object]:
@@ -58,8 +63,7 @@ def unet_config(
     Raises:
         ValueError: for an unknown name or a side that the three halvings don't divide.
     """
-    if size not in UNET_SIZES:
-        raise ValueError(f"size is {size!r}: it must be one of {', '.join(UNET_SIZES)}")
+    _check_size(size)
     if conditioning not in CONDITIONINGS:
         raise ValueError(f"conditioning is {conditioning!r}: it must be one of {', '.join(CONDITIONINGS)}")
     if image_size < 8 or image_size % 8:
@@ -126,6 +130,8 @@ class ClassTokenEncoder(ModelMixin, ConfigMixin):
         super().__init__()
         if len(class_names) < 2 or len(set(class_names)) < len(class_names):
             raise ValueError(f"class_names is {list(class_names)}: it must hold two or more different names")
+        if num_tokens is not None and num_tokens < 1:
+            raise ValueError(f"num_tokens is {num_tokens}: it must be 1 or more, or None for the outer product")
         if num_tokens is None and token_dim != vector_dim:
             raise ValueError(f"token_dim {token_dim} must equal vector_dim {vector_dim} for the outer product")
         rows, padding = len(class_names) + 1, len(class_names) if num_tokens is None else None
@@ -161,7 +167,12 @@ class ClassTokenEncoder(ModelMixin, ConfigMixin):
 
 
 def class_token_encoder(size: str = "small", class_names: Sequence[str] = ("healthy", "unhealthy")):
-    """A freshly initialised [`ClassTokenEncoder`] that fits [`counterfactual_unet`] of the same `size`."""
+    """A freshly initialised [`ClassTokenEncoder`] that fits [`counterfactual_unet`] of the same `size`.
+
+    Raises:
+        ValueError: for an unknown size, or names that are too few or not different.
+    """
+    _check_size(size)
     preset = UNET_SIZES[size]
     return ClassTokenEncoder(
         class_names=tuple(class_names), vector_dim=preset["time_embedding_dim"], **preset["class_encoder"]

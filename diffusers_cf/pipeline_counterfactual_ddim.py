@@ -37,7 +37,7 @@ class CounterfactualOutput(BaseOutput):
         counterfactuals (`torch.Tensor` or `np.ndarray`): `(N, C, H, W)`, the image as it would look in the target
             class, in the input's range; with the map `forward` the image plus the mean change along the encoding.
         latents (`torch.Tensor` or `np.ndarray`): `(N, C, h, w)`, where encoding ended, at the network's size; 0 for
-            empty images.
+            empty images and outside the windows of `crop_background`, so that `denoise` can't decode those.
     """
 
     heatmaps: torch.Tensor | np.ndarray
@@ -126,7 +126,11 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         check_images(images, self.unet.config.in_channels, self.image_size)
 
     def encode_classes(self, names: str | None | Sequence[str], batch_size: int) -> tuple | None:
-        """Condition `(tokens, vector)` of class names, one for all or one for each sample; None is the null symbol."""
+        """Condition `(tokens, vector)` of class names, one for all or one for each sample; None is the null symbol.
+
+        Raises:
+            ValueError: a class is unknown, or there are more or fewer names than samples.
+        """
         if self.class_encoder is None:
             return None
         names = [names] * batch_size if names is None or isinstance(names, str) else list(names)
@@ -179,7 +183,11 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*): `(pipe, step, timestep, {"latents"}) -> dict`.
 
         Returns:
-            `torch.Tensor`: latents, float32 `(N, C, h, w)`.
+            `torch.Tensor`: latents, float32 `(N, C, h, w)`, of whole images: this and `denoise` know no windows
+                (`trajectories.encode_images` and `decode_images` do).
+
+        Raises:
+            ValueError: for images or settings outside their range, or schedulers that don't mirror each other.
         """
         settings = self._resolve_walk(strength=strength, num_inference_steps=num_inference_steps)
         self.check_inputs(images)
@@ -242,6 +250,9 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
 
         Returns:
             `torch.Tensor`: counterfactuals at the network's size, float32 `(N, C, h, w)` in input units.
+
+        Raises:
+            ValueError: for settings outside their range, an unknown target, or schedulers that don't mirror each other.
         """
         given = {"strength": strength, "num_inference_steps": num_inference_steps}
         settings = self._resolve_walk(guidance_scale=guidance_scale, **given)
@@ -320,7 +331,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
             output_type (`str`): `pt` or `np`.
             return_dict (`bool`): [`CounterfactualOutput`], or the tuple of its fields.
             callback_on_step_end (`Callable`, *optional*): `(pipe, step, timestep, {"latents"}) -> dict`, called after
-                each step of encoding and of decoding.
+                each step of encoding and of decoding; with `crop_background` of the images of each size of window.
             settings (`str`, *optional*): `paper`, what isn't given is the paper's, whatever the model recommends.
 
         Raises:

@@ -15,7 +15,7 @@ from diffusers_cf.images import resize_images
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.postprocessing import foreground_mask, postprocess_maps
-from diffusers_cf.trajectories import heatmaps_of_settings
+from diffusers_cf.trajectories import decode_images, encode_images, heatmaps_of_settings
 
 
 # The paper's axis of Fig. 3 begins at 0.4; on small networks and real FLAIR slices the best strengths lie below.
@@ -188,13 +188,15 @@ def learn_signs(
         batch_size: slices at a time.
         **settings: `guidance_scale`, `strength`, `num_inference_steps`.
     """
-    walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
+    settings["map"] = "counterfactual"
     changes, sick = [], []
     for batch in batches_of(dataset, indices, batch_size):
-        latents = pipe.invert(batch["images"], **walk)
-        change = pipe.denoise(latents, None, 0, **walk) - pipe.denoise(
-            latents, None, settings["guidance_scale"], **walk
+        encoding = encode_images(pipe, batch["images"], settings["strength"], settings["num_inference_steps"])
+        null, healthy = (
+            decode_images(pipe, encoding, settings | {"guidance_scale": scale})[0]
+            for scale in (0, settings["guidance_scale"])
         )
+        change = null - healthy
         inside = (resize_images(batch["images"], pipe.image_size) > 0).any(dim=1, keepdim=True).to(change)
         changes.append((change.cpu() * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3)).clamp(min=1))
         sick.append(batch["labels"] > 0)

@@ -42,24 +42,28 @@ class TrainingImages:
         augment (`bool`): small rotation, scale, shift and per-channel gain, see [`augment_images`].
         crop_background (`float`): share of the images that are trained on in the window around their foreground alone.
         window_side (`int`): side of a window that the foreground fits into.
+        clip_input (`bool`): cut images at their 99th percentile, as [`CounterfactualDDIMPipeline`] does.
     """
 
     def __init__(
         self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
         random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_side: int = 48,
+        clip_input: bool = True,
     ):  # fmt: skip
         self.slices, self.seed, self.image_size = slices, seed, image_size
         self.num_train_timesteps, self.random_flip, self.augment = num_train_timesteps, random_flip, augment
-        self.crop_background, self.window_side = crop_background, window_side
+        self.crop_background, self.window_side, self.clip_input = crop_background, window_side, clip_input
 
     def collate(self, items: list[tuple]) -> dict[str, torch.Tensor]:
-        """A batch of `(position, row)`: `images` in [-1, 1] and `noise` `(N, C, h, w)`; by image, `(N,)`, the rest.
+        """A batch of `(position, row)`: `images` and `noise` `(N, C, h, w)`; by image, `(N,)`, the rest.
 
-        That is `labels`, `timesteps`, `uniform` for dropping the condition, and whether it `is_cropped` in `collate_parts`.
+        Images are in [-1, 1], above it where peaks are left in or a gain lifts them. The rest is `labels`, `timesteps`,
+        `uniform` for dropping the condition, and whether it `is_cropped` in `collate_parts`.
         """
         positions, rows = zip(*items, strict=True)
         batch = self.slices.collate(list(rows))
-        images = resize_images(batch["images"].clamp(max=1), self.image_size)
+        images = batch["images"].clamp(max=1) if self.clip_input else batch["images"]
+        images = resize_images(images, self.image_size)
         generators = [torch.Generator().manual_seed(position_seed(self.seed, position)) for position in positions]
         draws = torch.stack([torch.rand(_FIXED_DRAWS + images.shape[1], generator=g) for g in generators])
         if self.augment or self.random_flip:
@@ -97,17 +101,26 @@ class TrainingSlices(TrainingImages, torch.utils.data.Dataset):
     Args:
         slices: a `SliceDataset` (anything with `labels`, `__getitems__` and `collate`).
         seed (`int`): of the run.
-        image_size, num_train_timesteps, random_flip, augment, crop_background, window_side: as in [`TrainingImages`].
+        image_size, num_train_timesteps, random_flip, augment, crop_background, window_side, clip_input: as in
+            [`TrainingImages`].
         max_samples (`int`, *optional*): use only the first so many slices.
     """
 
     def __init__(
         self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
         random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_side: int = 48,
-        max_samples: int | None = None,
+        clip_input: bool = True, max_samples: int | None = None,
     ):  # fmt: skip
         super().__init__(
-            slices, seed, image_size, num_train_timesteps, random_flip, augment, crop_background, window_side
+            slices,
+            seed,
+            image_size,
+            num_train_timesteps,
+            random_flip,
+            augment,
+            crop_background,
+            window_side,
+            clip_input,
         )
         self.labels = np.asarray(slices.labels)[:max_samples]
         self.num_slices = len(self.labels)
@@ -119,6 +132,11 @@ class TrainingSlices(TrainingImages, torch.utils.data.Dataset):
     def classes(self) -> set[int]:
         """Indices of the classes that have slices."""
         return set(self.labels.tolist())
+
+    @property
+    def num_patients(self) -> int:
+        """Patients that have slices."""
+        return len(np.unique(self.slices.patients[: self.num_slices]))
 
     def index_at(self, position: int) -> int:
         """Index of the slice at a position: a class uniformly, then one of its slices uniformly."""

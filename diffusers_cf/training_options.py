@@ -89,6 +89,10 @@ def _add_model_options(add) -> None:
     add("--random_flip", action="store_true", help="mirror left and right")
     add("--augment", action="store_true", help="small rotations, scales, shifts and gains")
     add(
+        "--no_clip_input", action="store_true",
+        help="leave in what is brighter than the 99th percentile, as the authors do, in training and later",
+    )  # fmt: skip
+    add(
         "--crop_background", type=float, metavar="SHARE",
         help="train on so many of the images in windows round their foreground, and compute in windows later"
         " (0; in fine-tuning 0.7, if the base computes in windows)",

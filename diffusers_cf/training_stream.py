@@ -22,7 +22,8 @@ class TrainingStream(TrainingImages):
     Args:
         slices: a `SliceStream`.
         seed (`int`): of the run.
-        image_size, num_train_timesteps, random_flip, augment, crop_background, window_side: as in [`TrainingImages`].
+        image_size, num_train_timesteps, random_flip, augment, crop_background, window_side, clip_input: as in
+            [`TrainingImages`].
         buffer_size (`int`): slices in all pools of a process together.
 
     Raises:
@@ -32,10 +33,18 @@ class TrainingStream(TrainingImages):
     def __init__(
         self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
         random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_side: int = 48,
-        buffer_size: int = 2048,
+        clip_input: bool = True, buffer_size: int = 2048,
     ):  # fmt: skip
         super().__init__(
-            slices, seed, image_size, num_train_timesteps, random_flip, augment, crop_background, window_side
+            slices,
+            seed,
+            image_size,
+            num_train_timesteps,
+            random_flip,
+            augment,
+            crop_background,
+            window_side,
+            clip_input,
         )
         self.num_slices = len(slices)
         if not self.num_slices:
@@ -49,6 +58,11 @@ class TrainingStream(TrainingImages):
             return set(self.slices.labels.tolist())
         by_class = (counts["slices"] - counts["unhealthy"], counts["unhealthy"])
         return {label for label, count in enumerate(by_class) if count}
+
+    @property
+    def num_patients(self) -> int | None:
+        """Patients of the training split; None where preprocessing.json does not say."""
+        return self.slices.preprocessing["splits"]["train"].get("patients")
 
     def batches(
         self, positions: Iterable[list[int]], num_workers: int = 0, pin_memory: bool = False

@@ -92,16 +92,28 @@ def decode_images(
         size.
     """
     walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
-    changes, heat = torch.zeros_like(encoding.prepared), torch.zeros_like(encoding.prepared[:, 0])
-    references = inputs = [(latents[0] + 1) / 2 for latents in encoding.latents]
+    changes = torch.zeros_like(encoding.prepared)
+    references = inputs = _inputs(encoding)
     if settings["map"] != "counterfactual":
         references = decode_null(pipe, encoding, settings) if null is None else null
-    parts = zip(encoding.groups, _encoded(encoding, settings), inputs, references, strict=True)
-    for group, encoded, given, reference in parts:
-        decoded = pipe.denoise(encoded, None, settings["guidance_scale"], **walk)
-        group.paste(changes, decoded - given)
-        group.paste(heat, heatmap(settings["map"], reference, decoded, pipe.preprocessing.get("signs")))
-    return changes, heat
+    scale = settings["guidance_scale"]
+    decoded = [pipe.denoise(encoded, None, scale, **walk) for encoded in _encoded(encoding, settings)]
+    for group, given, found in zip(encoding.groups, inputs, decoded, strict=True):
+        group.paste(changes, found - given)
+    return changes, _heat(pipe, encoding, settings["map"], references, decoded)
+
+
+def _inputs(encoding: Encoding) -> list[torch.Tensor]:
+    """For each group the images themselves, in input units."""
+    return [(latents[0] + 1) / 2 for latents in encoding.latents]
+
+
+def _heat(pipe, encoding: Encoding, kind: str, references, decoded) -> torch.Tensor:
+    """Heatmaps `(N, h, w)` of a kind, from what each group is compared with and what was decoded of it."""
+    heat = torch.zeros_like(encoding.prepared[:, 0])
+    for group, *pair in zip(encoding.groups, references, decoded, strict=True):
+        group.paste(heat, heatmap(kind, *pair, pipe.preprocessing.get("signs")))
+    return heat
 
 
 def heatmaps_of_settings(
@@ -140,15 +152,13 @@ def _decoded_heatmaps(
     for strength in sorted(strengths):
         walk = {"strength": strength, "num_inference_steps": num_inference_steps}
         # x_cf is compared with the image itself, or with what the null condition decodes
-        references = {"counterfactual": [(latents[0] + 1) / 2 for latents in encoding.latents]}
+        references = {"counterfactual": _inputs(encoding)}
         if set(maps) != {"counterfactual"}:
             references |= dict.fromkeys(set(maps) - {"counterfactual"}, decode_null(pipe, encoding, walk))
         for scale in guidance_scales:
             decoded = [pipe.denoise(encoded, None, scale, **walk) for encoded in _encoded(encoding, walk)]
             for kind in maps:
-                heat = torch.zeros_like(encoding.prepared[:, 0])
-                for group, *pair in zip(encoding.groups, references[kind], decoded, strict=True):
-                    group.paste(heat, heatmap(kind, *pair, pipe.preprocessing.get("signs")))
+                heat = _heat(pipe, encoding, kind, references[kind], decoded)
                 heat = resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0]
                 yield (strength, scale, kind), heat.cpu().numpy()
 

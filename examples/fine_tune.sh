@@ -24,7 +24,8 @@ case $STAGE in
       --random_flip --augment --snr_gamma 5 --validation_steps 0 "$@"
     diffusers-cf calibrate --model "$WORK/model" --dataset "$WORK/data" --output "$WORK/threshold.json" --store ;;
   compare)
-    for name in before after; do
+    # COMPARE=after: the new model alone, where patients lack a modality that the old one takes
+    for name in ${COMPARE:-before after}; do
       model=$([ "$name" = before ] && echo "$MODEL" || echo "$WORK/model")
       diffusers-cf segment "${SCANS:?"where the patients are: SCANS=folder"}" --model "$model" --output "$WORK/$name" "$@"
       diffusers-cf report "$WORK/$name" --scans "$SCANS" --output "$WORK/$name.html"

@@ -7,8 +7,9 @@ from model_files import tiny_pipeline
 from training_data import write_training_set
 
 import train_counterfactual
-from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, InputError
+from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
 from diffusers_cf.fine_tuning import keep_channels
+from diffusers_cf.losses import noise_prediction_loss
 from train_counterfactual import main, parse_args, start_accelerator
 
 
@@ -48,6 +49,29 @@ def test_schedulers_and_settings_are_kept_but_no_threshold(tmp_path):
     facts = tuned.preprocessing
     assert facts["settings"] == {k: v for k, v in SETTINGS.items() if k != "threshold"} and facts["signs"] == [1, -1]
     assert "paper_threshold" not in facts and facts["training"]["base_model"] == "base"
+    assert "--no_clip_input" in facts["training"]["command"]  # it has seen peaks, and goes on with them
+
+
+def test_noise_is_that_of_the_levels_which_the_pipeline_walks(tmp_path, monkeypatch):
+    pipe, used = tiny_pipeline(), []
+    scheduler = DynamicDDIMScheduler(beta_end=0.04, trained_betas=None)
+    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
+    CounterfactualDDIMPipeline(pipe.unet, pipe.class_encoder, scheduler, inverse).save_pretrained(tmp_path / "base")
+
+    def loss(model, noise_scheduler, *args):
+        used.append(noise_scheduler)
+        return noise_prediction_loss(model, noise_scheduler, *args)
+
+    monkeypatch.setattr(train_counterfactual, "noise_prediction_loss", loss)
+    tuned = fine_tuned(tmp_path, tmp_path / "base")
+    assert torch.equal(used[0].alphas_cumprod, scheduler.alphas_cumprod)
+    assert torch.equal(used[0].alphas_cumprod, tuned.scheduler.alphas_cumprod)
+
+
+def test_a_model_of_some_samples_says_how_many(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    training = fine_tuned(tmp_path, tmp_path / "base", max_train_samples=7).preprocessing["training"]
+    assert (training["slices"], training["patients"]) == (7, 1)
 
 
 def test_a_model_that_recommends_nothing_hands_on_nothing(tmp_path):

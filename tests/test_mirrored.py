@@ -1,6 +1,7 @@
 """Which pairs of schedulers the pipeline takes: those whose decoding can undo their encoding."""
 
 import pytest
+import torch
 from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
@@ -13,6 +14,7 @@ from diffusers_cf import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 
 # what a config that was saved and loaded says: defaults that were not given are left out by from_config
 SAVED = DynamicDDIMScheduler(thresholding=True, clip_sample=False, threshold_per_channel=True).config
+STATIC = {"thresholding": False, "clip_sample": True}
 SHORT = {"num_inference_steps": 10, "strength": 0.4}
 
 
@@ -40,6 +42,8 @@ SHORT = {"num_inference_steps": 10, "strength": 0.4}
         ),
         (DDIMScheduler(clip_sample=True), DynamicDDIMInverseScheduler(thresholding=False, clip_sample=True)),
         (DDIMScheduler(clip_sample_range=2.0), DDIMInverseScheduler()),
+        (DynamicDDIMScheduler.from_config(SAVED), DDIMInverseScheduler.from_config(SAVED)),
+        (DDIMScheduler(), DynamicDDIMInverseScheduler(**STATIC, use_clipped_model_output=False)),
     ],
 )
 def test_schedulers_that_do_not_mirror_each_other_are_refused(make_pipeline, images, forward, backward):
@@ -55,8 +59,15 @@ def test_an_inverse_scheduler_whose_steps_begin_at_their_timestep_is_refused(mak
 
 
 @pytest.mark.parametrize(
-    "options", [{"solver_order": 2}, {"thresholding": False}, {"thresholding": False, "clip_sample": True}]
+    "options", [{"solver_order": 2}, {"thresholding": False}, STATIC, {**STATIC, "threshold_clean_sample": True}]
 )
 def test_normalisation_of_the_same_kind_mirrors_itself(make_pipeline, images, options):
     pair = DynamicDDIMScheduler(**options | {"solver_order": 1}), DynamicDDIMInverseScheduler(**options)
     assert make_pipeline(pair)(images, **SHORT).heatmaps.isfinite().all()
+
+
+def test_a_static_clip_as_the_stock_scheduler_has_it_mirrors_that(make_pipeline, images):
+    options = {**STATIC, "use_clipped_model_output": False, "threshold_clean_sample": True}
+    pairs = [(DDIMScheduler(), DynamicDDIMInverseScheduler(**options)), (DDIMScheduler(), DDIMInverseScheduler())]
+    mixed, stock = (make_pipeline(pair)(images, **SHORT).heatmaps for pair in pairs)
+    torch.testing.assert_close(mixed, stock, atol=1e-4, rtol=0)

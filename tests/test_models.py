@@ -252,6 +252,10 @@ def test_classes_have_names():
             ClassTokenEncoder(class_names=names)
     with pytest.raises(ValueError, match="token_dim 64 must equal vector_dim 192"):
         ClassTokenEncoder(num_tokens=None)
+    with pytest.raises(ValueError, match="num_tokens is 0: it must be 1 or more"):
+        ClassTokenEncoder(num_tokens=0)
+    with pytest.raises(ValueError, match="size is 'medium': it must be one of small, paper"):
+        class_token_encoder("medium")
 
 
 @pytest.mark.parametrize("num_tokens", [2, None])

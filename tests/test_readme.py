@@ -75,6 +75,17 @@ def test_the_walk_through_of_fine_tuning(tmp_path):
     assert facts["settings"]["threshold"] > 0 and facts["threshold_chosen_by"]["rule"] == "slice-labels"
     assert {"before.html", "after.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
+    environment |= {"MODALITIES": "t1 flair", "WORK": "some", "COMPARE": "after", "STEPS": "1"}
+    for patient in (tmp_path / "scans").iterdir():
+        for name in ("t1ce", "t2"):
+            next(patient.glob(f"*{name}.nii.gz")).unlink()
+    for stage in ("prepare", "train", "compare"):
+        command = ["bash", str(ROOT / "examples" / "fine_tune.sh"), stage]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    made = json.loads((tmp_path / "some" / "after" / "summary.json").read_text())
+    assert (tmp_path / "some" / "after.html").exists() and not (tmp_path / "some" / "before").exists(), made
+
 
 def test_the_shipped_model_fits_its_size_limit_and_is_documented():
     weights = list(SHIPPED_MODEL.rglob("*.safetensors"))

@@ -70,16 +70,30 @@ def test_signs_come_from_labels(pipe, monkeypatch):
     slices = Slices()
 
     def denoise(latents, target, guidance_scale, **_):
-        change = (slices.labels == 1).float()[:, None, None, None] * torch.tensor([-0.2, 0.1])[None, :, None, None]
+        labels = slices.labels[-len(latents) :]  # the first image is empty and never decoded
+        change = (labels == 1).float()[:, None, None, None] * torch.tensor([-0.2, 0.1])[None, :, None, None]
         return latents + (change if guidance_scale else 0)
 
-    monkeypatch.setattr(pipe, "invert", lambda images, **_: torch.zeros(len(images), 2, 8, 8))
     monkeypatch.setattr(pipe, "denoise", denoise)
     settings = {"guidance_scale": 2.0, "strength": 0.4, "num_inference_steps": 10}
     assert learn_signs(pipe, slices, range(6), batch_size=6, **settings) == [1, -1]
     with pytest.raises(InputError, match="both labels"):
         slices.labels = torch.zeros(6, dtype=torch.int64)
         learn_signs(pipe, slices, range(6), batch_size=6, **settings)
+
+
+def test_signs_are_learned_in_the_windows_that_they_are_for(pipe, monkeypatch):
+    slices, sizes, denoise = Slices(), set(), pipe.denoise
+    slices.images[:, :, :8], slices.images[:, :, 12:] = 0, 0
+    pipe.register_to_config(crop_background=True)
+
+    def spy(latents, *args, **walk):
+        sizes.add(tuple(latents.shape[-2:]))
+        return denoise(latents, *args, **walk)
+
+    monkeypatch.setattr(pipe, "denoise", spy)
+    learn_signs(pipe, slices, range(6), batch_size=6, guidance_scale=2.0, strength=0.4, num_inference_steps=10)
+    assert sizes == {group.size for group in pipe.windows(pipe.prepare_images(slices.images))} == {(6, 8)}
 
 
 def test_the_best_point_is_the_best_among_those_that_are_cheap_enough():

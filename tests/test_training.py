@@ -126,6 +126,13 @@ def test_images_fill_the_range_of_the_network():
     torch.testing.assert_close(batch["images"][:, 0, 0, 0], torch.where(batch["labels"] == 0, -1.0, 1.0))
 
 
+def test_peaks_stay_where_they_are_not_cut():
+    slices = MadeSlices([0, 1])
+    slices.images[:] = torch.tensor([0.0, 1.5])[:, None, None, None]
+    batch = batch_at(TrainingSlices(slices, 0, (4, 4), clip_input=False), range(6))
+    torch.testing.assert_close(batch["images"][:, 0, 0, 0], torch.where(batch["labels"] == 0, -1.0, 2.0))
+
+
 def positions_of(first, last, batch_size, parts, world):
     """Positions by step, of all processes and parts."""
     found = {step: [] for step in range(first, last)}

@@ -105,8 +105,8 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
         inverse_scheduler ([`SchedulerMixin`]): for encoding, its mirror image.
         classifier ([`NoisyClassifier`]): logits of `(x_t, t)`, one for each class.
         class_names (`Sequence[str]`): names of the logits; the first one is the default target.
-        clip_input (`bool`), crop_background (`bool`): as in [`CounterfactualDDIMPipeline`]; a classifier judges whole
-            images.
+        clip_input (`bool`), crop_background (`bool`): as in [`CounterfactualDDIMPipeline`]; with windows the
+            classifier judges windows, too, and must have been trained on some.
         class_encoder (`None`, *optional*): must stay None; a part of the pipeline that this one extends.
 
     Raises:
