@@ -12,8 +12,8 @@ from diffusers import (
 from diffusers_cf import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 
 
-# what a config that was saved and loaded says: defaults that were not given are left out by from_config
-SAVED = DynamicDDIMScheduler(thresholding=True, clip_sample=False, threshold_per_channel=True).config
+# as it is saved: from_config takes over what was given, not what is a default
+SAVED = {name: value for name, value in DynamicDDIMScheduler().config.items() if not name.startswith("_")}
 STATIC = {"thresholding": False, "clip_sample": True}
 SHORT = {"num_inference_steps": 10, "strength": 0.4}
 
