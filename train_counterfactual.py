@@ -236,11 +236,11 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
         power=args.ema_power, foreach=True,
     )  # fmt: skip
     ema.to(accelerator.device)
+    if args.compile:  # before autocast is put around it: a graph with it inside would not be cached for the next run
+        network.forward = torch.compile(network.forward)
     model, optimizer = accelerator.prepare(network, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler, ema)
     network = accelerator.unwrap_model(model)
-    if args.compile:
-        network.compile()
     return Run(
         args, accelerator, base, output, slices, network, model, optimizer, lr_scheduler, ema, facts, global_batch
     )

@@ -19,11 +19,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rented_sizes import SIZES, Size
 
 from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
 from diffusers_cf.demo import SHIPPED_MODEL
 from diffusers_cf.errors import InputError
+from diffusers_cf.training import finished_checkpoints
 
 
 ROOT = Path(__file__).parent.parent
@@ -31,99 +33,6 @@ PART_BYTES = 15 * 2**20  # of what is taken home
 GRACE_SECONDS = 20  # at the end of a call, for packing
 SPLITS = ("split_1", "split_2", "split_3")
 KEPT = (".json", ".md", ".png")  # of the scores
-# rows of the benchmark: the model's ablation and its nearest rivals first
-ROWS = {
-    "diffusion": ("ours", "forward-map", "ours-clipped", "ours-unclipped", "cdpm-adagn", "cdpm-adagn-guided")
-    + ("cdpm-healthy", "cdpm-classifier"),
-    "others": ("threshold", "threshold-flair", "dae", "vae", "vae-restoration", "fanogan", "cam"),
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large the runs are.
-
-    Attributes:
-        data: options of `prepare` for phantoms.
-        arrays: the same for real slices.
-        train: options of the training script.
-        batch_size: images a step.
-        seconds: of each training of the model alone.
-        limit: most steps of it.
-        small: options of the training script for the shipped model, trained on from what it is.
-        rate: options of `benchmarks/training_speed.py`.
-        sweep: options of `sweep`.
-        benchmark: options of `benchmark`.
-        rows: of the benchmark, a command for each group.
-        speed: options of `benchmarks/speed.py`.
-        patient: whether it segments a whole scan, too, which takes a CPU half an hour.
-    """
-
-    data: tuple[str, ...]
-    arrays: tuple[str, ...]
-    train: tuple[str, ...]
-    batch_size: int
-    seconds: int
-    limit: int
-    small: tuple[str, ...]
-    rate: tuple[str, ...]
-    sweep: tuple[str, ...]
-    benchmark: tuple[str, ...]
-    rows: dict[str, tuple[str, ...]]
-    speed: tuple[str, ...]
-    patient: bool
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-SIZES = {
-    "smoke": Size(
-        data=_words("--size 32 --patients 12"),
-        arrays=_words("--size 32"),
-        train=_words("--resolution 16 --unet_size small --checkpointing_steps 2 --num_validation_slices 4"),
-        batch_size=4,
-        seconds=1,
-        limit=4,
-        small=_words("--train_batch_size 4 --max_train_steps 2 --crop_background 0.7 --validation_steps 0"),
-        rate=_words("--unet_size small --resolution 16 --batch_size 4 --steps 1 --rounds 1"),
-        sweep=_words(
-            "--guidance_scales 3 --strengths 0.5 --maps counterfactual --num_inference_steps 4 --max_slices 4"
-        ),
-        benchmark=_words("--preset smoke"),
-        rows={"diffusion": ("ours",), "others": ("threshold-flair", "cam")},
-        speed=_words("--unet_size small --max_slices 1 --rounds 1"),
-        patient=False,
-    ),
-    # a rate four times that of batch 32 for eight times its images: what Adam bears
-    "paper": Size(
-        data=(*_words("--size 128 --num_workers"), str(os.cpu_count())),
-        arrays=(),
-        train=_words(
-            "--resolution 64 --unet_size paper --learning_rate 4e-4 --lr_scheduler cosine --lr_warmup_steps 200 --snr_gamma 5"
-            " --first_timesteps 0.2 --mixed_precision bf16 --compile --dataloader_num_workers 12 --checkpointing_steps 500"
-            " --checkpoints_total_limit 1 --num_validation_slices 128"
-        ),
-        batch_size=256,
-        seconds=270,
-        limit=50_000,
-        small=_words(
-            "--train_batch_size 512 --max_train_steps 1000 --crop_background 0.7 --learning_rate 2e-3 --lr_scheduler cosine"
-            " --lr_warmup_steps 200 --snr_gamma 5 --mixed_precision bf16 --random_flip --dataloader_num_workers 12"
-            " --checkpointing_steps 500 --checkpoints_total_limit 1 --validation_steps 500"
-        ),
-        rate=_words("--unet_size paper --batch_size 256 --steps 40 --rounds 2 --dataloader_num_workers 12 --compile"),
-        sweep=_words(
-            "--guidance_scales 3 6 9 --strengths 0.5 0.75 --maps counterfactual reconstruction forward"
-            " --num_inference_steps 8 --solver_order 1 2 --max_slices 128"
-        ),
-        benchmark=_words("--preset paper --train_seconds 240 --dtype bfloat16"),
-        rows=ROWS,
-        speed=_words("--unet_size paper --batch_size 512 --max_slices 64 --rounds 2 --dtype bfloat16"),
-        patient=True,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -158,11 +67,18 @@ class Rental:
         self, work: Path, size: Size, arrays: Path | None, split_file: Path | None, only: list[str] | None = None
     ):
         self.work, self.size, self.arrays, self.split_file = work, size, arrays, split_file
-        self.scores = work / "scores"
+        self.scores, self.deadline = work / "scores", math.inf
+        self.taken: str | None = None  # the model that goes home after this call
         known = [step.name for step in self._all_steps()]
         if unknown := sorted(set(only or ()) - set(known)):
             raise InputError(f"--steps {unknown[0]}: it must be one of {', '.join(known)}")
         self._wanted = set(only or known)
+        for step in self.steps:
+            if missing := [need for need in step.needs if need not in self._wanted and not self.is_done(need)]:
+                raise InputError(f"--steps {step.name}: needs {missing[0]}, which is neither done nor asked for")
+
+    def is_done(self, name: str) -> bool:
+        return (self.work / "done" / name).exists()
 
     @property
     def steps(self) -> list[Step]:
@@ -173,10 +89,10 @@ class Rental:
         splits = SPLITS if self.arrays else ()
         yield Step("phantom", (), self._prepare_phantom)
         yield Step("rate", ("phantom",), self._rate)
-        yield from self._model("phantom", ())
+        yield from self._model("phantom", ("phantom",), self._train)
         for split in splits:
             yield Step(split, (), partial(self._prepare_arrays, split))
-            yield from self._model(split, ("--augment",))
+            yield from self._model(split, (split, "train-phantom"), partial(self._tune, split))
         yield Step("train-small", ("phantom",), self._train_small)
         for group in self.size.rows:
             yield Step(f"{group}-phantom", ("phantom",), partial(self._benchmark, "phantom", ("phantom",), group))
@@ -187,9 +103,9 @@ class Rental:
             yield Step("patient", (), self._patient)
         yield Step("speed", ("phantom", "patient") if self.size.patient else ("phantom",), self._speed)
 
-    def _model(self, data: str, more: tuple[str, ...]) -> Iterator[Step]:
+    def _model(self, data: str, needs: tuple[str, ...], train: Callable[[], list[str]]) -> Iterator[Step]:
         """Training on a data set, settings by its validation split, scores on its test split."""
-        yield Step(f"train-{data}", (data, "rate"), partial(self._train, data, more))
+        yield Step(f"train-{data}", needs, train)
         yield Step(f"settings-{data}", (f"train-{data}",), partial(self._sweep, data))
         yield Step(f"scores-{data}", (f"settings-{data}",), partial(self._evaluate, data))
 
@@ -207,31 +123,41 @@ class Rental:
         return _cli("prepare", "--source", "arrays", *given, "--output", self.data(split))
 
     def _rate(self) -> list[str]:
-        output = str(self.scores / "training_speed.json")
-        return _script(
-            "benchmarks/training_speed.py", "--dataset", self.data("phantom"), "--output", output, *self.size.rate
-        )
+        given = ["--dataset", self.data("phantom"), "--output", str(self.scores / "training_speed.json")]
+        return _script("benchmarks/training_speed.py", *given, *self.size.speed_of_training)
+
+    def rate(self) -> float:
+        """Images a second that this machine trains on: as measured, or what came first of a measurement that was stopped."""
+        whole, first = (self.scores / f"training_speed{kind}.json" for kind in ("", ".first"))
+        if whole.exists():
+            return min(json.loads(whole.read_text(encoding="utf-8"))["ways"]["ours"]["images_per_second"])
+        return json.loads(first.read_text(encoding="utf-8"))["images_per_second"] if first.exists() else self.size.rate
 
     def training_steps(self) -> int:
-        """As many as the machine's measured rate makes in the time for a training."""
-        measured = json.loads((self.scores / "training_speed.json").read_text(encoding="utf-8"))
-        rate = min(measured["ways"]["ours"]["images_per_second"])
-        return min(max(2, math.floor(rate * self.size.seconds / self.size.batch_size)), self.size.limit)
+        """As many as there is time for when it begins; kept, since a training that goes on must have the same schedule."""
+        kept = self.work / "training_steps"
+        if not kept.exists():
+            seconds = min(self.size.seconds, self.deadline - time.monotonic() - self.size.after)
+            steps = math.floor(self.rate() * seconds / self.size.batch_size)
+            kept.write_text(str(min(max(2, steps), self.size.limit)), encoding="utf-8")
+        return int(kept.read_text(encoding="utf-8"))
 
-    def _train(self, data: str, more: tuple[str, ...]) -> list[str]:
-        steps, output = self.training_steps(), self.model(data)
-        given = ["--dataset", self.data(data), "--output_dir", str(output)]
-        given += ["--train_batch_size", str(self.size.batch_size)]
-        given += ["--max_train_steps", str(steps), "--validation_steps", str(max(1, steps // 6)), "--random_flip"]
-        return self._script_of_training(data, *given, *self.size.train, *more)
+    def _train(self) -> list[str]:
+        steps = self.training_steps()
+        given = ["--max_train_steps", str(steps), "--validation_steps", str(math.ceil(steps / 3)), "--random_flip"]
+        return self._script_of_training("phantom", "phantom", *given, *self.size.train)
+
+    def _tune(self, split: str) -> list[str]:
+        given = ["--pretrained_model", str(self.model("phantom")), "--random_flip", *self.size.tune]
+        return self._script_of_training(split, split, *given)
 
     def _train_small(self) -> list[str]:
-        given = ["--dataset", self.data("phantom"), "--output_dir", str(self.model("small"))]
-        return self._script_of_training("small", *given, "--pretrained_model", str(SHIPPED_MODEL), *self.size.small)
+        return self._script_of_training("small", "phantom", "--pretrained_model", str(SHIPPED_MODEL), *self.size.small)
 
-    def _script_of_training(self, name: str, *given: str) -> list[str]:
+    def _script_of_training(self, name: str, data: str, *given: str) -> list[str]:
         """The training script; on from its last checkpoint, where there is one."""
         more = ["--resume_from_checkpoint", "latest"] if any(self.model(name).glob("checkpoint-*")) else []
+        given = ("--dataset", self.data(data), "--output_dir", str(self.model(name)), *given)
         return _script("train_counterfactual.py", *given, *more)
 
     def _with_model(self, command: str, data: str, output: Path) -> list[str]:
@@ -268,35 +194,42 @@ def _script(name: str, *words: str) -> list[str]:
     return [sys.executable, str(ROOT / name), *words]
 
 
-def run_steps(rental: Rental, deadline: float) -> list[str]:
+def run_steps(rental: Rental, deadline: float, take: Callable[[], None] = lambda: None) -> list[str]:
     """Calls what is not done yet until the deadline; of a failure only those suffer that need it.
+
+    Args:
+        rental: the runs.
+        deadline: by `time.monotonic`.
+        take: called after each step that ended well.
 
     Returns:
         Names of the steps that failed.
     """
-    done, failed = rental.work / "done", []
-    done.mkdir(parents=True, exist_ok=True)
+    failed, rental.deadline = [], deadline
+    (rental.work / "done").mkdir(parents=True, exist_ok=True)
     for step in rental.steps:
-        if (done / step.name).exists() or not all((done / need).exists() for need in step.needs):
+        if rental.is_done(step.name) or not all(rental.is_done(need) for need in step.needs):
             continue
         seconds = deadline - time.monotonic()
         if seconds < 1:
             break
         print(f"{step.name}: {seconds:.0f} s left", flush=True)
-        code = _call(step.command(), seconds)
+        code = _call(step.command(), seconds, rental.work)
         if code is None:
             break
         if code:
             failed.append(step.name)
         else:
-            (done / step.name).touch()
+            (rental.work / "done" / step.name).touch()
+            take()
     return failed
 
 
-def _call(command: list[str], seconds: float) -> int | None:
+def _call(command: list[str], seconds: float, work: Path) -> int | None:
     """Exit code of a command; None where it had to be stopped."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}  # compiled once for all commands
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     try:
         return process.wait(seconds)
@@ -311,7 +244,7 @@ def _call(command: list[str], seconds: float) -> int | None:
 
 
 def take_home(rental: Rental, output: Path) -> None:
-    """Packs all scores, and one trained model that has changed since it was packed: the files of several are too many."""
+    """Packs all scores, and one trained model of a call as it is now: the files of several are too many."""
     make_folder(output)
     with tarfile.open(output / "scores.tar.gz", "w:gz") as tar:
         for path in sorted(rental.scores.rglob("*")):
@@ -320,13 +253,23 @@ def take_home(rental: Rental, output: Path) -> None:
                 tar.add(path, Path("scores") / name)
         for curve in rental.work.glob("models/*/validation/scores.json"):
             tar.add(curve, f"scores/{curve.parent.parent.name}/learning_curve.json")
-    for trained in sorted((rental.work / "done").glob("train-*")):
-        name = trained.name.removeprefix("train-")
+    trained = sorted(path.name.removeprefix("train-") for path in (rental.work / "done").glob("train-*"))
+    for name in [rental.taken] if rental.taken else trained:
         state = str((rental.model(name) / "preprocessing.json").stat().st_mtime_ns)
         packed = rental.work / "done" / f"packed-{name}"
         if not packed.exists() or packed.read_text(encoding="utf-8") != state:
             _pack_model(rental.model(name), rental.work / "half" / name, output)
             packed.write_text(state, encoding="utf-8")
+            rental.taken = name
+            return
+
+
+def take_unfinished(rental: Rental, output: Path) -> None:
+    """Packs the last checkpoint of a training that was stopped, as NAME-unfinished, where no other model goes home."""
+    unfinished = [path for path in rental.work.glob("models/*") if not rental.is_done(f"train-{path.name}")]
+    for model in [] if rental.taken else sorted(unfinished):
+        if checkpoints := finished_checkpoints(model):
+            _pack_model(checkpoints[-1] / "pipeline", rental.work / "half" / f"{model.name}-unfinished", output)
             return
 
 
@@ -356,8 +299,9 @@ def main(args) -> int:
     make_folder(args.work)
     absolute = [path and path.resolve() for path in (args.work, args.input, args.split_file)]
     rental = Rental(absolute[0], SIZES[args.preset], *absolute[1:], args.steps)
-    failed = run_steps(rental, deadline)
+    failed = run_steps(rental, deadline, partial(take_home, rental, args.output))
     take_home(rental, args.output)
+    take_unfinished(rental, args.output)
     left = [step.name for step in rental.steps if not (rental.work / "done" / step.name).exists()]
     print(f"left: {', '.join(left) or 'nothing'}")
     if failed:

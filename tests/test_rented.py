@@ -1,5 +1,6 @@
 """The script for rented machines: in order, in time, on from where it was, and packed."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_cf import CounterfactualDDIMPipeline
+from diffusers_cf import CounterfactualDDIMPipeline, InputError
+from diffusers_cf.training import STATE_FILE
 
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +28,7 @@ MODEL = ("phantom", "rate", "train-phantom", "settings-phantom", "scores-phantom
 
 def rental(tmp_path, only=MODEL, **arrays):
     given = {"arrays": None, "split_file": None} | arrays
-    return rented.Rental(tmp_path / "work", rented.SIZES["smoke"], only=list(only), **given)
+    return rented.Rental(tmp_path / "work", rented.SIZES["smoke"], only=only, **given)
 
 
 def call(tmp_path, minutes, *options):
@@ -128,14 +130,75 @@ def test_of_a_failure_only_those_suffer_that_need_it(tmp_path, monkeypatch):
 
 def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(tmp_path):
     work = rental(tmp_path)
-    work.scores.mkdir(parents=True)
-    rate = {"ways": {"ours": {"images_per_second": [10.0, 8.0]}}}
-    (work.scores / "training_speed.json").write_text(json.dumps(rate))
-    assert work.training_steps() == 2  # 8 images a second for 1 second, 4 a step
-    assert "--resume_from_checkpoint" not in work._train("phantom", ())
+    work.work.mkdir()
+    assert "--resume_from_checkpoint" not in work._train()
     (work.model("phantom") / "checkpoint-2").mkdir(parents=True)
-    command = work._train("phantom", ())
+    command = work._train()
     assert command[command.index("--resume_from_checkpoint") + 1] == "latest"
+
+
+def test_a_training_is_as_long_as_the_measured_rate_and_the_time_allow(tmp_path, monkeypatch):
+    work = rental(tmp_path)
+    sizes = {"batch_size": 4, "seconds": 30, "after": 5, "rate": 2.0, "limit": 100}
+    work.size = dataclasses.replace(work.size, **sizes)
+    work.scores.mkdir(parents=True)
+    monkeypatch.setattr(rented.time, "monotonic", lambda: 100.0)
+
+    def steps(**files):
+        (work.work / "training_steps").unlink(missing_ok=True)
+        for name, result in files.items():
+            (work.scores / f"{name.replace('__', '.')}.json").write_text(json.dumps(result))
+        return work.training_steps()
+
+    assert steps() == 15  # 2 images a second for 30 seconds, 4 a step
+    assert steps(training_speed__first={"images_per_second": 6.0}) == 45
+    assert steps(training_speed={"ways": {"ours": {"images_per_second": [10.0, 8.0]}}}) == 60
+    work.deadline = 121.0  # 21 seconds left, 5 of them for what comes after
+    assert steps() == 32
+    work.deadline = 101.0
+    assert work.training_steps() == 32  # on with the schedule that it began with
+    assert steps() == 2
+    work.size, work.deadline = dataclasses.replace(work.size, limit=7), 900.0
+    assert steps() == 7
+
+
+def test_real_slices_are_learned_from_the_model_of_phantoms(tmp_path):
+    work = rental(tmp_path, None, arrays=Path("slices.npz"), split_file=Path("splits.json"))
+    (step,) = [step for step in work.steps if step.name == "train-split_2"]
+    command = step.command()
+    assert step.needs == ("split_2", "train-phantom")
+    assert command[command.index("--pretrained_model") + 1] == str(work.model("phantom"))
+    assert command[command.index("--dataset") + 1] == work.data("split_2")
+
+
+def test_what_is_asked_for_without_what_it_needs_is_refused(tmp_path):
+    with pytest.raises(InputError, match="^--steps settings-phantom: needs train-phantom, which is neither done nor"):
+        rental(tmp_path, ("phantom", "settings-phantom"))
+    (tmp_path / "work" / "done").mkdir(parents=True)
+    (tmp_path / "work" / "done" / "train-phantom").touch()
+    assert [step.name for step in rental(tmp_path, ("settings-phantom",)).steps] == ["settings-phantom"]
+
+
+def test_what_is_done_is_taken_home_at_once(tmp_path, monkeypatch):
+    work, taken = rental(tmp_path, MODEL[:2]), []
+    monkeypatch.setattr(rented.Rental, "_prepare_phantom", lambda self: [sys.executable, "-c", "pass"])
+    monkeypatch.setattr(rented.Rental, "_rate", lambda self: [sys.executable, "-c", "raise SystemExit(3)"])
+    take = lambda: taken.append(sorted(path.name for path in (work.work / "done").iterdir()))  # noqa: E731
+    assert rented.run_steps(work, time.monotonic() + 60, take) == ["rate"]
+    assert taken == [["phantom"]]
+
+
+def test_of_a_training_that_was_stopped_its_last_checkpoint_goes_home(tmp_path, monkeypatch):
+    work, packed = rental(tmp_path), []
+    monkeypatch.setattr(rented, "_pack_model", lambda model, half, output: packed.append((model, half.name)))
+    for step in (250, 500):
+        (work.model("phantom") / f"checkpoint-{step}").mkdir(parents=True)
+        (work.model("phantom") / f"checkpoint-{step}" / STATE_FILE).write_text("{}")
+    rented.take_unfinished(work, tmp_path / "out")
+    assert packed == [(work.model("phantom") / "checkpoint-500" / "pipeline", "phantom-unfinished")]
+    work.taken = "small"
+    rented.take_unfinished(work, tmp_path / "out")
+    assert len(packed) == 1
 
 
 def test_one_model_a_call_and_each_as_it_is_now(tmp_path, monkeypatch):
@@ -149,10 +212,15 @@ def test_one_model_a_call_and_each_as_it_is_now(tmp_path, monkeypatch):
         (work.work / "done" / f"train-{name}").touch()
     for _ in range(3):
         rented.take_home(work, tmp_path / "out")
-    assert packed == ["phantom", "split_1"]
+    assert packed == ["phantom"]
     os.utime(work.model("phantom") / "preprocessing.json", (1, 1))  # settings were stored since
     rented.take_home(work, tmp_path / "out")
-    assert packed == ["phantom", "split_1", "phantom"]
+    assert packed == ["phantom", "phantom"]
+    for _ in range(2):
+        later = rental(tmp_path)
+        rented.take_home(later, tmp_path / "out")
+        rented.take_unfinished(later, tmp_path / "out")
+    assert packed == ["phantom", "phantom", "split_1"]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +229,7 @@ def test_one_model_a_call_and_each_as_it_is_now(tmp_path, monkeypatch):
         (("--steps", "train"), "--steps train: it must be one of phantom, rate, train-phantom"),
         (("--input", "slices.npz"), "--input and --split_file belong together"),
         (("--input", "slices.npz", "--split_file", "splits.json"), "slices.npz: is missing"),
+        (("--steps", "rate"), "--steps rate: needs phantom, which is neither done nor asked for"),
         (("--minutes", "0.1"), "--minutes must be more than 0.3, not 0.1"),
     ],
 )
