@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def measure(counter: Counter, work, num_slices: int) -> tuple[dict, dict[str, fl
 
 def one_encoding(pipe, images: torch.Tensor, steps: int) -> dict[tuple[float, float], torch.Tensor]:
     """Maps `(N, H, W)` of every (L, w), all decoded from one encoding."""
-    found = heatmaps_of_settings(pipe, images, STRENGTHS, GUIDANCE_SCALES, ["counterfactual"], steps)
+    found = heatmaps_of_settings(pipe, images, product(STRENGTHS, GUIDANCE_SCALES, ["counterfactual"]), steps)
     return {(strength, scale): torch.from_numpy(heat) for (strength, scale, _), heat in found}
 
 

@@ -47,7 +47,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--solver_order", type=int, nargs="+", choices=(1, 2), help="of encoding, 2 costs nothing more and pays where steps "
         "are few, but not for the forward map; default: what the model has, --store makes the best one the model's")  # fmt: skip
     add("--max_slices", type=int, default=256, help="evenly spread over the split (256, the paper's number)")
-    add("--max_evaluations", type=int, help="recommend a setting of at most so many network evaluations a slice")
+    add("--max_evaluations", type=int, help="leave out settings of more network evaluations a slice")
     add_device_arguments(parser, batch_size=32)
     add("--store", nargs="?", const="recommended", choices=NAMES, help="write the best setting into the model folder as "
         "its recommendation; with `paper` the threshold for the paper's setting, the only one of the sweep")  # fmt: skip
@@ -69,16 +69,18 @@ def run_sweep(args: argparse.Namespace) -> int:
     args.maps = args.maps or _possible_maps(pipe)
     try:
         # A sweep takes hours: whether any setting can be recommended is known before.
-        wanted = [settings_of_sweep(pipe, *grid).values() for grid in _grids(args, pipe)]
-        best_point(list(itertools.chain(*wanted)), args.max_evaluations)
+        if not any([settings_of_sweep(pipe, *grid, args.max_evaluations) for grid in _grids(args, pipe)]):
+            raise InputError(f"no setting of the sweep needs at most {args.max_evaluations} network evaluations")
         make_folder(args.output)
         if "signed" in args.maps:
             pipe.preprocessing = pipe.preprocessing | {"signs": _signs_for_sweep(args, pipe, dataset, indices)}
-        swept = [sweep(pipe, dataset, indices, *grid, args.batch_size) for grid in _grids(args, pipe)]
+        swept = [
+            sweep(pipe, dataset, indices, *grid, args.batch_size, args.max_evaluations) for grid in _grids(args, pipe)
+        ]
         points = list(itertools.chain(*swept))
     except ValueError as error:
         raise InputError(str(error)) from None
-    best = best_point(points, args.max_evaluations)
+    best = best_point(points)
     output = Path(args.output)
     facts = {"command": command_line(), "commit": package_commit(), "split": args.split, "n_slices": len(indices)}
     document = facts | {"best": asdict(best), "points": [asdict(point) for point in points]}

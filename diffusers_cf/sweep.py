@@ -1,6 +1,7 @@
 """The sweep over guidance scale, strength and map on validation slices (Fig. 3), and the best setting of it."""
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -91,8 +92,9 @@ def sweep(
     maps: Sequence[str] = DECODED_MAPS,
     num_inference_steps: int = 100,
     batch_size: int = 32,
+    max_evaluations: int | None = None,
 ) -> list[SweepPoint]:
-    """Scores of every combination; one encoding, kept at each strength, serves all scales and maps, `forward` another.
+    """Scores of every combination that is cheap enough; one encoding, kept at each strength, serves all scales and maps, `forward` another.
 
     Args:
         pipe: the pipeline.
@@ -103,17 +105,18 @@ def sweep(
         maps: names of maps, of `heatmaps.MAPS`.
         num_inference_steps: steps of the full grid.
         batch_size: slices at a time.
+        max_evaluations: most network evaluations for a slice; None = any number.
 
     Returns:
-        A point for each combination, strengths outermost.
+        A point for each combination that is cheap enough, strengths outermost.
 
     Raises:
         InputError: a map holds NaN or infinite values; the message names its setting.
     """
-    points = settings_of_sweep(pipe, guidance_scales, strengths, maps, num_inference_steps)
+    points = settings_of_sweep(pipe, guidance_scales, strengths, maps, num_inference_steps, max_evaluations)
 
     def maps_of(images: torch.Tensor) -> Iterator[tuple[tuple, np.ndarray]]:
-        return heatmaps_of_settings(pipe, images, strengths, guidance_scales, maps, num_inference_steps)
+        return heatmaps_of_settings(pipe, images, points, num_inference_steps)
 
     return score_maps(maps_of, points, dataset, indices, batch_size)
 
@@ -154,17 +157,16 @@ def settings_of_sweep(
     strengths: Sequence[float],
     maps: Sequence[str],
     num_inference_steps: int,
+    max_evaluations: int | None = None,
 ) -> dict[tuple[float, float, str], SweepPoint]:
     """Every combination by strength, scale and map, strengths outermost, without scores; arguments as in [`sweep`]."""
-    points = {}
+    points, most = {}, math.inf if max_evaluations is None else max_evaluations
     for key in itertools.product(sorted(strengths), guidance_scales, maps):
         setting = dict(zip(("strength", "guidance_scale", "map"), key, strict=True))
         setting["num_inference_steps"] = num_inference_steps
-        points[key] = SweepPoint(
-            **setting,
-            network_evaluations=pipe.network_evaluations(**setting),
-            solver_order=pipe.inverse_scheduler.config.get("solver_order"),
-        )
+        if (evaluations := pipe.network_evaluations(**setting)) <= most:
+            order = pipe.inverse_scheduler.config.get("solver_order")
+            points[key] = SweepPoint(**setting, network_evaluations=evaluations, solver_order=order)
     return points
 
 
@@ -206,12 +208,9 @@ def learn_signs(
     return [1 if value >= 0 else -1 for value in changes[sick].mean(dim=0) - changes[~sick].mean(dim=0)]
 
 
-def best_point(points: Sequence[SweepPoint], max_evaluations: int | None = None) -> SweepPoint:
-    """The point with the highest AUPRC in the foreground after post-processing, among those that cost at most so much."""
-    allowed = [p for p in points if max_evaluations is None or p.network_evaluations <= max_evaluations]
-    if not allowed:
-        raise InputError(f"no setting of the sweep needs at most {max_evaluations} network evaluations")
-    return max(allowed, key=lambda point: point.postprocessed_auprc)
+def best_point(points: Sequence[SweepPoint]) -> SweepPoint:
+    """The point with the highest AUPRC in the foreground after post-processing."""
+    return max(points, key=lambda point: point.postprocessed_auprc)
 
 
 def evenly_spread(count: int, limit: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -116,15 +116,14 @@ def _heat(pipe, encoding: Encoding, kind: str, references, decoded) -> torch.Ten
     return heat
 
 
+# strength, guidance scale and map
+Setting = tuple[float, float, str]
+
+
 def heatmaps_of_settings(
-    pipe,
-    images: torch.Tensor,
-    strengths: Sequence[float],
-    guidance_scales: Sequence[float],
-    maps: Sequence[str],
-    num_inference_steps: int,
-) -> Iterator[tuple[tuple[float, float, str], np.ndarray]]:
-    """Yields `((strength, guidance_scale, map), heatmaps (N, H, W))` of every combination, strengths rising; `forward` first.
+    pipe, images: torch.Tensor, settings: Iterable[Setting], num_inference_steps: int
+) -> Iterator[tuple[Setting, np.ndarray]]:
+    """Yields `((strength, guidance_scale, map), heatmaps (N, H, W))` of each setting, strengths rising; `forward` first.
 
     Costs one encoding to the largest strength, one decoding for each strength and scale, and one more a strength where
     a map other than `counterfactual` is asked for; for `forward`, one encoding of two branches and nothing else.
@@ -132,43 +131,41 @@ def heatmaps_of_settings(
     Args:
         pipe: a `CounterfactualDDIMPipeline`.
         images: `(N, C, H, W)` in input units.
-        strengths: values of L.
-        guidance_scales: values of w.
-        maps: kinds of maps.
+        settings: those that are wanted.
         num_inference_steps: n, steps of the full grid.
     """
-    grid = (strengths, guidance_scales, num_inference_steps)
-    if "forward" in maps:
-        yield from _forward_heatmaps(pipe, images, *grid)
-    if decoded := [kind for kind in maps if kind != "forward"]:
-        yield from _decoded_heatmaps(pipe, images, *grid, decoded)
+    settings = sorted(settings, key=lambda setting: setting[0])
+    if forward := [setting for setting in settings if setting[2] == "forward"]:
+        yield from _forward_heatmaps(pipe, images, forward, num_inference_steps)
+    if decoded := [setting for setting in settings if setting[2] != "forward"]:
+        yield from _decoded_heatmaps(pipe, images, decoded, num_inference_steps)
 
 
-def _decoded_heatmaps(
-    pipe, images, strengths, guidance_scales, num_inference_steps: int, maps: Sequence[str]
-) -> Iterator:
+def _decoded_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_steps: int) -> Iterator:
     """The part of [`heatmaps_of_settings`] for maps of a decoded counterfactual."""
-    encoding = encode_images(pipe, images, max(strengths), num_inference_steps)
-    for strength in sorted(strengths):
-        walk = {"strength": strength, "num_inference_steps": num_inference_steps}
+    encoding = encode_images(pipe, images, settings[-1][0], num_inference_steps)
+    for strength, group in itertools.groupby(settings, key=lambda setting: setting[0]):
+        chosen, walk = list(group), {"strength": strength, "num_inference_steps": num_inference_steps}
         # x_cf is compared with the image itself, or with what the null condition decodes
+        null = [kind for _, _, kind in chosen if kind != "counterfactual"]
         references = {"counterfactual": _inputs(encoding)}
-        if set(maps) != {"counterfactual"}:
-            references |= dict.fromkeys(set(maps) - {"counterfactual"}, decode_null(pipe, encoding, walk))
-        for scale in guidance_scales:
+        references |= dict.fromkeys(null, decode_null(pipe, encoding, walk) if null else None)
+        for scale in dict.fromkeys(scale for _, scale, _ in chosen):
             decoded = [pipe.denoise(encoded, None, scale, **walk) for encoded in _encoded(encoding, walk)]
-            for kind in maps:
+            for kind in [setting[2] for setting in chosen if setting[1] == scale]:
                 heat = _heat(pipe, encoding, kind, references[kind], decoded)
                 heat = resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0]
                 yield (strength, scale, kind), heat.cpu().numpy()
 
 
-def _forward_heatmaps(pipe, images, strengths, guidance_scales, num_inference_steps: int) -> Iterator:
+def _forward_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_steps: int) -> Iterator:
     """The part of [`heatmaps_of_settings`] for the map `forward`, all of it from one walk."""
     pipe.check_inputs(images)
-    settings = pipe.resolve_settings(strength=max(strengths), num_inference_steps=num_inference_steps, map="forward")
+    walk = {"strength": settings[-1][0], "num_inference_steps": num_inference_steps}
+    walk = pipe.resolve_settings(**walk, map="forward")
     prepared = pipe.prepare_images(images)
-    heats = {key: torch.zeros_like(prepared[:, 0]) for key in itertools.product(sorted(strengths), guidance_scales)}
+    heats = {setting[:2]: torch.zeros_like(prepared[:, 0]) for setting in settings}
+    guidance_scales = list(dict.fromkeys(scale for _, scale in heats))
     for group in pipe.windows(prepared):
         windows = group.cut(prepared)
         forward = ForwardChange(pipe, windows, guidance_scales)
@@ -179,6 +176,6 @@ def _forward_heatmaps(pipe, images, strengths, guidance_scales, num_inference_st
                     group.paste(heat, forward.heatmaps(scale))
             return {}
 
-        pipe.encode(windows, settings, keep, forward)
+        pipe.encode(windows, walk, keep, forward)
     for (strength, scale), heat in heats.items():
         yield (strength, scale, "forward"), resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0].cpu().numpy()

@@ -1,5 +1,6 @@
 """The forward map against its closed form where each class is a Gaussian, its walk, its cost, and a trivial phantom."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,7 +118,7 @@ def test_the_walk_is_the_encoding_with_both_conditions_in_one_batch(pipe, images
 
 def test_one_walk_serves_all_settings_of_a_grid(pipe, images, record_calls):
     calls, scales, strengths = record_calls(pipe), [1.0, 3.0], [0.0, 0.4, 0.2]
-    found = dict(heatmaps_of_settings(pipe, images, strengths, scales, ["forward"], 10))
+    found = dict(heatmaps_of_settings(pipe, images, itertools.product(strengths, scales, ["forward"]), 10))
     assert [len(call.sample) for call in calls] == [2 * len(images)] * 4
     assert set(found) == {(strength, scale, "forward") for strength in strengths for scale in scales}
     for (strength, scale, _), heat in found.items():
@@ -137,7 +138,7 @@ def test_empty_slices_and_margins_are_not_computed(pipe, images, record_calls):
     assert len(encoded) == 1 + 2 * 3  # the check of the target; for each group null, and null and target together
     assert (maps[0] == 0).all() and (maps[1, 4:] == 0).all() and (maps[2, :4] == 0).all()
     assert all((maps[number] > 0).any() for number in (1, 2, 3))
-    swept = dict(heatmaps_of_settings(pipe, images, [0.3], [3.0], ["forward"], 10))
+    swept = dict(heatmaps_of_settings(pipe, images, [(0.3, 3.0, "forward")], 10))
     np.testing.assert_allclose(swept[0.3, 3.0, "forward"], maps.numpy(), rtol=1e-5, atol=1e-7)
 
 
@@ -155,7 +156,7 @@ def test_a_recommended_map_that_is_impossible_stops_nothing_else(pipe, images):
     pipe.scheduler, pipe.inverse_scheduler = scheduler, DDIMInverseScheduler.from_config(scheduler.config)
     out = pipe(images, map="counterfactual")
     assert torch.equal(out.latents, pipe.invert(images))
-    assert dict(heatmaps_of_settings(pipe, images, [0.4], [3.0], ["reconstruction"], 10))
+    assert dict(heatmaps_of_settings(pipe, images, [(0.4, 3.0, "reconstruction")], 10))
     assert pipe(images, settings="paper", num_inference_steps=4).heatmaps.any()
     with pytest.raises(ValueError, match="map is 'forward'"):
         pipe(images)

@@ -96,12 +96,20 @@ def test_signs_are_learned_in_the_windows_that_they_are_for(pipe, monkeypatch):
     assert sizes == {group.size for group in pipe.windows(pipe.prepare_images(slices.images))} == {(6, 8)}
 
 
-def test_the_best_point_is_the_best_among_those_that_are_cheap_enough():
-    points = [SweepPoint(2.0, 0.5, 20, "counterfactual", n, postprocessed_auprc=s) for n, s in ((30, 0.5), (60, 0.7))]
-    assert best_point(points).network_evaluations == 60
-    assert best_point(points, 40).network_evaluations == 30
-    with pytest.raises(InputError, match="at most 10"):
-        best_point(points, 10)
+def test_the_best_point_has_the_highest_postprocessed_auprc():
+    points = [SweepPoint(2.0, 0.5, 20, "counterfactual", 30, postprocessed_auprc=s) for s in (0.5, 0.7, 0.6)]
+    assert best_point(points) is points[1]
+
+
+def test_settings_that_cost_too_much_are_not_computed(pipe, record_calls):
+    slices, calls = Slices(), record_calls(pipe)
+    maps = ["counterfactual", "reconstruction", "forward"]
+    points = sweep(pipe, slices, range(1, 6), [2.0], [0.2, 0.4], maps, 10, max_evaluations=8)
+    # to walk 2 of 10 steps costs 2 to encode and 4 to decode, 2 more for a reconstruction; forward 4, and 8 for 4 steps
+    found = {(p.strength, p.map): p.network_evaluations for p in points}
+    assert found == {(0.2, maps[0]): 6, (0.2, maps[1]): 8, (0.2, maps[2]): 4, (0.4, maps[2]): 8}
+    assert sum(len(call.sample) for call in calls) == 5 * (8 + 8)
+    assert not sweep(pipe, slices, range(1, 6), [2.0], [0.2], maps, 10, max_evaluations=3)
 
 
 def test_stored_settings_are_recommended(pipe, tmp_path):

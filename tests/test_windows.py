@@ -1,5 +1,7 @@
 """Windows around the foreground: what they hold, and that computing in them is Algorithm 1 of each window."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -110,7 +112,8 @@ def test_the_batch_that_an_image_comes_in_changes_nothing(large, images):
 
 def test_a_sweep_crops_as_a_call_does(large, images):
     kinds = ["counterfactual", "reconstruction", "forward"]
-    for (strength, scale, kind), heat in heatmaps_of_settings(large, images, [0.1, 0.3], [1.0, 3.0], kinds, 10):
+    settings = itertools.product([0.1, 0.3], [1.0, 3.0], kinds)
+    for (strength, scale, kind), heat in heatmaps_of_settings(large, images, settings, 10):
         single = large(images, None, scale, strength, 10, kind).heatmaps
         torch.testing.assert_close(torch.from_numpy(heat), single, rtol=0, atol=1e-5)
 

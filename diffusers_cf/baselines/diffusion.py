@@ -167,17 +167,14 @@ class CounterfactualMap(AnomalyMethod):
 
     def maps_of_candidates(self, images: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields `(index of a candidate, its maps (N, H, W))`; candidates that share a grid share one encoding."""
-        index = {tuple(sorted(c.items())): i for i, c in enumerate(self.candidates)}
-        for steps in {c["num_inference_steps"] for c in self.candidates}:
-            for kind in {c["map"] for c in self.candidates}:
-                chosen = [c for c in self.candidates if (c["num_inference_steps"], c["map"]) == (steps, kind)]
-                strengths, scales = {c["strength"] for c in chosen}, {c["guidance_scale"] for c in chosen}
-                for (strength, scale, _), heat in heatmaps_of_settings(
-                    self.pipe, images, sorted(strengths), sorted(scales), [kind], steps
-                ):
-                    settings = dict(guidance_scale=scale, strength=strength, num_inference_steps=steps, map=kind)
-                    if (found := index.get(tuple(sorted(settings.items())))) is not None:
-                        yield found, torch.from_numpy(heat)
+        for steps in dict.fromkeys(c["num_inference_steps"] for c in self.candidates):
+            index = {
+                (c["strength"], c["guidance_scale"], c["map"]): i
+                for i, c in enumerate(self.candidates)
+                if c["num_inference_steps"] == steps
+            }
+            for setting, heat in heatmaps_of_settings(self.pipe, images, index, steps):
+                yield index[setting], torch.from_numpy(heat)
 
     @property
     def network_evaluations_per_slice(self) -> int:
