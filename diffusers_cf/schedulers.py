@@ -104,6 +104,10 @@ class _DynamicDDIM:
             )
         if config.solver_order not in (1, 2):
             raise ValueError(f"solver_order is {config.solver_order}: it must be 1 or 2")
+        if config.solver_order == 2 and config.rescale_betas_zero_snr:
+            raise ValueError(
+                "solver_order is 2: it measures steps by sqrt(1 / abar - 1), infinite at zero terminal SNR"
+            )
 
     def _begin(self, num_inference_steps: int, falling: bool, device: str | torch.device | None) -> None:
         config = self.config

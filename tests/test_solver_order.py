@@ -99,6 +99,8 @@ def test_a_look_at_the_clean_image_leaves_a_walk_as_it_is():
 def test_orders_that_do_not_exist_are_refused(scheduler_class):
     with pytest.raises(ValueError, match="solver_order is 3"):
         scheduler_class(solver_order=3)
+    with pytest.raises(ValueError, match="infinite at zero terminal SNR"):
+        scheduler_class(solver_order=2, rescale_betas_zero_snr=True, prediction_type="v_prediction")
     with pytest.raises(ValueError, match="num_fixed_point_iterations"):
         DynamicDDIMInverseScheduler(solver_order=2, num_fixed_point_iterations=1)
 
