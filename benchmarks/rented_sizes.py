@@ -86,8 +86,8 @@ SIZES = {
         data=(*_words("--size 128 --num_workers"), str(os.cpu_count())),
         arrays=(),
         train=_words(
-            "--resolution 64 --unet_size paper --train_batch_size 128 --learning_rate 8e-4 --lr_scheduler cosine --lr_warmup_steps 150 --snr_gamma 5"
-            " --first_timesteps 0.2 --mixed_precision bf16 --compile --dataloader_num_workers 12 --checkpointing_steps 250"
+            "--resolution 64 --unet_size paper --train_batch_size 128 --learning_rate 8e-4 --lr_scheduler cosine"
+            " --lr_warmup_steps 150 --snr_gamma 5 --first_timesteps 0.2 --mixed_precision bf16 --compile --dataloader_num_workers 12 --checkpointing_steps 250"
             " --checkpoints_total_limit 1 --num_validation_slices 64"
         ),
         batch_size=128,
@@ -96,8 +96,8 @@ SIZES = {
         rate=900,
         limit=50_000,
         tune=_words(
-            "--train_batch_size 128 --max_train_steps 600 --learning_rate 2e-4 --lr_scheduler cosine --lr_warmup_steps 50 --snr_gamma 5 --augment"
-            " --mixed_precision bf16 --dataloader_num_workers 12 --checkpointing_steps 200 --checkpoints_total_limit 1"
+            "--train_batch_size 128 --max_train_steps 600 --learning_rate 2e-4 --lr_scheduler cosine --lr_warmup_steps 50"
+            " --snr_gamma 5 --augment --mixed_precision bf16 --dataloader_num_workers 12 --checkpointing_steps 200 --checkpoints_total_limit 1"
             " --validation_steps 300 --num_validation_slices 64"
         ),
         small=_words(

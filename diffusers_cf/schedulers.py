@@ -124,7 +124,8 @@ class _DynamicDDIM:
         DDIM is Euler's method for d(x / sqrt(abar)) = epsilon d(rho) with rho = sqrt(1 / abar - 1) (Song et al. 2021,
         Eq. 14). Extrapolated linearly to the middle of the step, epsilon makes it the Adams-Bashforth method of second
         order. The first step, which has nothing to extrapolate from, is walked again with the mean of both ends' epsilon
-        once the second one is known; what a caller has made of its result since then is kept. Steps from and to the clean image stay of first order: they are far shorter.
+        once the second one is known; what a caller has made of its result since then is kept. Steps from and to the
+        clean image stay of first order: they are far shorter.
         """
         length, last = (1 / end - 1).sqrt() - (1 / start - 1).sqrt(), self._last
         if start == 1 or length == 0:
@@ -208,8 +209,8 @@ class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
     """Decoding: deterministic DDIM (Eq. 2) with dynamic normalisation of the predicted clean image (Sec. 3.4).
 
     Arithmetic is float32 whatever the dtype of the sample. The defaults are the behaviour of the authors' code but for
-    the step that ends at the image (`threshold_clean_sample`) and the levels that a step of encoding pairs. Encoding counterpart: [`DynamicDDIMInverseScheduler`], made by
-    `DynamicDDIMInverseScheduler.from_config(scheduler.config)`.
+    the step that ends at the image (`threshold_clean_sample`) and the levels that a step of encoding pairs. Encoding
+    counterpart: [`DynamicDDIMInverseScheduler`], made by `DynamicDDIMInverseScheduler.from_config(scheduler.config)`.
 
     Args:
         num_train_timesteps (`int`): T.

@@ -94,7 +94,9 @@ def sweep(
     batch_size: int = 32,
     max_evaluations: int | None = None,
 ) -> list[SweepPoint]:
-    """Scores of every combination that is cheap enough; one encoding, kept at each strength, serves all scales and maps, `forward` another.
+    """Scores of every combination that is cheap enough.
+
+    One encoding, kept at each strength, serves all scales and maps, `forward` another.
 
     Args:
         pipe: the pipeline.
