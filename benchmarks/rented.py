@@ -142,13 +142,17 @@ class Rental:
             kept.write_text(str(min(max(2, steps), self.size.limit)), encoding="utf-8")
         return int(kept.read_text(encoding="utf-8"))
 
+    @property
+    def _batch(self) -> tuple[str, str]:
+        return "--train_batch_size", str(self.size.batch_size)
+
     def _train(self) -> list[str]:
         steps = self.training_steps()
         given = ["--max_train_steps", str(steps), "--validation_steps", str(math.ceil(steps / 3)), "--random_flip"]
-        return self._script_of_training("phantom", "phantom", *given, *self.size.train)
+        return self._script_of_training("phantom", "phantom", *given, *self._batch, *self.size.train)
 
     def _tune(self, split: str) -> list[str]:
-        given = ["--pretrained_model", str(self.model("phantom")), "--random_flip", *self.size.tune]
+        given = ["--pretrained_model", str(self.model("phantom")), "--random_flip", *self._batch, *self.size.tune]
         return self._script_of_training(split, split, *given)
 
     def _train_small(self) -> list[str]:
