@@ -194,6 +194,10 @@ def test_of_a_training_that_was_stopped_its_last_checkpoint_goes_home(tmp_path, 
     for step in (250, 500):
         (work.model("phantom") / f"checkpoint-{step}").mkdir(parents=True)
         (work.model("phantom") / f"checkpoint-{step}" / STATE_FILE).write_text("{}")
+    (work.model("a") / "checkpoint-1").mkdir(parents=True)
+    (work.model("a") / "checkpoint-1" / STATE_FILE).write_text("{}")
+    (work.work / "done").mkdir()
+    (work.work / "done" / "train-a").touch()  # its last checkpoint is no news
     rented.take_unfinished(work, tmp_path / "out")
     assert packed == [(work.model("phantom") / "checkpoint-500" / "pipeline", "phantom-unfinished")]
     work.taken = "small"

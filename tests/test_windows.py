@@ -118,6 +118,15 @@ def test_a_sweep_crops_as_a_call_does(large, images):
         torch.testing.assert_close(torch.from_numpy(heat), single, rtol=0, atol=1e-5)
 
 
+def test_settings_need_not_be_a_grid(large, images):
+    settings = [(0.3, 3.0, "reconstruction"), (0.1, 1.0, "forward"), (0.3, 2.0, "counterfactual")]
+    found = dict(heatmaps_of_settings(large, images, settings, 10))
+    assert set(found) == set(settings)
+    for (strength, scale, kind), heat in found.items():
+        single = large(images, None, scale, strength, 10, kind).heatmaps
+        torch.testing.assert_close(torch.from_numpy(heat), single, rtol=0, atol=1e-5)
+
+
 def test_cropping_is_kept_in_the_model_folder(large, tmp_path):
     large.save_pretrained(tmp_path)
     assert type(large).from_pretrained(tmp_path).config.crop_background
