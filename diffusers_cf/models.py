@@ -39,7 +39,7 @@ _DOWN_BLOCKS = {"attention": "SimpleCrossAttnDownBlock2D", "adagn": "AttnDownBlo
 _UP_BLOCKS = {"attention": "SimpleCrossAttnUpBlock2D", "adagn": "AttnUpBlock2D"}
 
 
-def _check_size(size: str) -> None:
+def _check_preset(size: str) -> None:
     if size not in UNET_SIZES:
         raise ValueError(f"size is {size!r}: it must be one of {', '.join(UNET_SIZES)}")
 
@@ -63,7 +63,7 @@ def unet_config(
     Raises:
         ValueError: for an unknown name or a side that the three halvings don't divide.
     """
-    _check_size(size)
+    _check_preset(size)
     if conditioning not in CONDITIONINGS:
         raise ValueError(f"conditioning is {conditioning!r}: it must be one of {', '.join(CONDITIONINGS)}")
     if image_size < 8 or image_size % 8:
@@ -172,7 +172,7 @@ def class_token_encoder(size: str = "small", class_names: Sequence[str] = ("heal
     Raises:
         ValueError: for an unknown size, or names that are too few or not different.
     """
-    _check_size(size)
+    _check_preset(size)
     preset = UNET_SIZES[size]
     return ClassTokenEncoder(
         class_names=tuple(class_names), vector_dim=preset["time_embedding_dim"], **preset["class_encoder"]
