@@ -30,6 +30,7 @@ from diffusers_cf.images import window_side
 from diffusers_cf.inference_options import computes_in_bfloat16
 from diffusers_cf.loading import SWITCHES
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
+from diffusers_cf.mirrored import NOISE_LEVELS
 from diffusers_cf.models import (
     ClassTokenEncoder,
     ConditionalNoisePredictor,
@@ -53,8 +54,6 @@ from diffusers_cf.training_stream import TrainingStream
 from diffusers_cf.validation import Validation
 
 
-NOISE_LEVELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-NOISE_LEVELS += ("rescale_betas_zero_snr",)
 WINDOWS_OF_BASE = 0.7  # share of the images that go on in windows, where the base computes in them
 GPU_WORKERS = 4  # processes that read ahead for a GPU; on a CPU they would take the network's cores
 
@@ -256,14 +255,17 @@ def training_slices(
     """
     config = network.unet.config
     size = (config.sample_size, config.sample_size)
-    windows = (args.crop_background or 0.0, window_side(size, len(config.block_out_channels) - 1))
-    if args.crop_background and windows[1] >= size[0]:
+    side = window_side(size, len(config.block_out_channels) - 1)
+    if args.crop_background and side >= size[0]:
         raise InputError(f"--crop_background: images of {size[0]} pixels are too small to be cut to windows")
-    settings = (args.seed, size, args.ddpm_num_steps, args.random_flip, args.augment, *windows)
+    options = {
+        "num_train_timesteps": args.ddpm_num_steps, "random_flip": args.random_flip, "augment": args.augment,
+        "crop_background": args.crop_background or 0.0, "window_side": side, "clip_input": not args.no_clip_input,
+    }  # fmt: skip
     if args.streaming:
-        slices = TrainingStream(dataset, *settings, not args.no_clip_input, buffer_size=args.shuffle_buffer)
+        slices = TrainingStream(dataset, args.seed, size, args.shuffle_buffer, **options)
     else:
-        slices = TrainingSlices(dataset, *settings, not args.no_clip_input, max_samples=args.max_train_samples)
+        slices = TrainingSlices(dataset, args.seed, size, args.max_train_samples, **options)
     if network.class_encoder and (missing := set(range(len(dataset.class_names))) - slices.classes()):
         names = ", ".join(dataset.class_names[index] for index in sorted(missing))
         raise InputError(f"{args.dataset}: no slice to train on is labelled {names}")

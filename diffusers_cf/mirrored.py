@@ -6,9 +6,11 @@ import torch
 from diffusers import DDIMInverseScheduler, SchedulerMixin
 
 
+# What training, encoding and decoding share: the noise of each timestep, and what of it the network predicts.
+NOISE_LEVELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+NOISE_LEVELS += ("rescale_betas_zero_snr",)
 # What two schedulers must share for decoding to undo encoding.
-_MIRRORED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-_MIRRORED += ("set_alpha_to_one", "rescale_betas_zero_snr")
+_MIRRORED = (*NOISE_LEVELS, "set_alpha_to_one")
 # What they must share besides where the clean image is normalised or clipped, and what stock ones do that have no option.
 _CLIPPING = ("clip_sample_range", "threshold_clean_sample", "use_clipped_model_output")
 _THRESHOLDING = ("dynamic_thresholding_ratio", "threshold_per_channel", "sample_max_value", *_CLIPPING[1:])

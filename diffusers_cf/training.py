@@ -101,27 +101,13 @@ class TrainingSlices(TrainingImages, torch.utils.data.Dataset):
     Args:
         slices: a `SliceDataset` (anything with `labels`, `__getitems__` and `collate`).
         seed (`int`): of the run.
-        image_size, num_train_timesteps, random_flip, augment, crop_background, window_side, clip_input: as in
-            [`TrainingImages`].
+        image_size (`tuple[int, int]`): height and width of the network's input.
         max_samples (`int`, *optional*): use only the first so many slices.
+        **options: the others of [`TrainingImages`].
     """
 
-    def __init__(
-        self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
-        random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_side: int = 48,
-        clip_input: bool = True, max_samples: int | None = None,
-    ):  # fmt: skip
-        super().__init__(
-            slices,
-            seed,
-            image_size,
-            num_train_timesteps,
-            random_flip,
-            augment,
-            crop_background,
-            window_side,
-            clip_input,
-        )
+    def __init__(self, slices, seed: int, image_size: tuple[int, int], max_samples: int | None = None, **options):
+        super().__init__(slices, seed, image_size, **options)
         self.labels = np.asarray(slices.labels)[:max_samples]
         self.num_slices = len(self.labels)
         if not self.num_slices:

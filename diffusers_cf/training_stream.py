@@ -22,30 +22,16 @@ class TrainingStream(TrainingImages):
     Args:
         slices: a `SliceStream`.
         seed (`int`): of the run.
-        image_size, num_train_timesteps, random_flip, augment, crop_background, window_side, clip_input: as in
-            [`TrainingImages`].
+        image_size (`tuple[int, int]`): height and width of the network's input.
         buffer_size (`int`): slices in all pools of a process together.
+        **options: the others of [`TrainingImages`].
 
     Raises:
         InputError: the training split is empty.
     """
 
-    def __init__(
-        self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
-        random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_side: int = 48,
-        clip_input: bool = True, buffer_size: int = 2048,
-    ):  # fmt: skip
-        super().__init__(
-            slices,
-            seed,
-            image_size,
-            num_train_timesteps,
-            random_flip,
-            augment,
-            crop_background,
-            window_side,
-            clip_input,
-        )
+    def __init__(self, slices, seed: int, image_size: tuple[int, int], buffer_size: int = 2048, **options):
+        super().__init__(slices, seed, image_size, **options)
         self.num_slices = len(slices)
         if not self.num_slices:
             raise InputError(f"{slices.folder}: the training split is empty")

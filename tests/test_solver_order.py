@@ -105,9 +105,10 @@ def test_orders_that_do_not_exist_are_refused(scheduler_class):
         DynamicDDIMInverseScheduler(solver_order=2, num_fixed_point_iterations=1)
 
 
-def test_the_order_survives_saving(tmp_path):
-    DynamicDDIMInverseScheduler(solver_order=2).save_pretrained(tmp_path)
-    assert DynamicDDIMInverseScheduler.from_pretrained(tmp_path).config.solver_order == 2
+@pytest.mark.parametrize("scheduler_class", BOTH)
+def test_the_order_survives_saving(scheduler_class, tmp_path):
+    scheduler_class(solver_order=2).save_pretrained(tmp_path)
+    assert scheduler_class.from_pretrained(tmp_path).config.solver_order == 2
     assert (
         DynamicDDIMInverseScheduler.from_config(DynamicDDIMScheduler(solver_order=2).config).config.solver_order == 2
     )
