@@ -83,13 +83,13 @@ def peak_memory(folder: Path, output: Path) -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_patients(tmp_path):
-    """200 patients of 2 MB each in memory, against 20, which fill the batches on their way: not a quarter of the others."""
+    """200 patients of 2 MB each in memory, against 40: enough for both to fill the batches that are on their way."""
     peaks = []
-    for count in (20, 200):
+    for count in (40, 200):
         folder = write_dataset(tmp_path / str(count), patients=count, size=256)
         peaks.append(peak_memory(folder, tmp_path / f"{count}.json"))
         assert json.loads((tmp_path / f"{count}.json").read_text())["n_patients"] == count
-    assert peaks[1] - peaks[0] < (200 - 20) * 2 / 4
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 @pytest.fixture(scope="module")
