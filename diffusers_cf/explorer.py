@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusers_cf.data.geometry import display, foreground_percentile, volume_from_slices
+from diffusers_cf.data.geometry import display, volume_from_slices
+from diffusers_cf.data.intensity import unit_intensity
 from diffusers_cf.data.nifti import MAX_BYTES, read_nifti, to_canonical
 from diffusers_cf.errors import InputError
 from diffusers_cf.images import resize_images
@@ -140,8 +141,8 @@ class Explorer:
             self.volumes = read_volumes(PATIENT, files, max_bytes, max_voxels)
             self.found = network_slices(self.volumes, facts)
         self.warnings = [without_path(warning, folder) for warning in warnings]
-        percentile = facts["preprocessing"]["percentile"]
-        self._scales = np.array([foreground_percentile(scan, percentile) for scan in self.volumes.volume], np.float32)
+        normalize = facts["preprocessing"]["normalize"]
+        self._scales = np.array([unit_intensity(scan, normalize) for scan in self.volumes.volume], np.float32)
         self._crop = _crop(self.volumes.foreground, self.volumes.spacing_mm)
 
     @property

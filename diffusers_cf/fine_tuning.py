@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
+from diffusers_cf.data.intensity import check_same_scale
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.errors import InputError
@@ -17,7 +18,7 @@ def open_base(args, dataset: SliceDataset | SliceStream) -> CounterfactualDDIMPi
     """The pipeline to fine-tune, if there is one and it fits the data set; of its modalities those of the data set.
 
     Raises:
-        InputError: it can't be loaded, or was made for other images, classes or timesteps.
+        InputError: it can't be loaded, or was made for other images, classes, timesteps or another intensity scale.
     """
     if not args.pretrained_model:
         return None
@@ -26,6 +27,9 @@ def open_base(args, dataset: SliceDataset | SliceStream) -> CounterfactualDDIMPi
     if known and given and known != given:
         _take_modalities(args, pipe, given)
     _check_fits(args, pipe, dataset)
+    if not args.renormalize:
+        hint = ", or train with --renormalize if the change is meant"
+        check_same_scale(args.pretrained_model, pipe.preprocessing, args.dataset, dataset.preprocessing, hint)
     return pipe
 
 

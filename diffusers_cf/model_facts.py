@@ -2,7 +2,8 @@
 
 import re
 
-from diffusers_cf.data.geometry import FIELD_MM, PERCENTILE, check_geometry
+from diffusers_cf.data.geometry import FIELD_MM, check_geometry
+from diffusers_cf.data.intensity import normalize_of
 from diffusers_cf.errors import InputError
 from diffusers_cf.heatmaps import check_signs
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
@@ -35,7 +36,7 @@ def usable_facts(pipe: CounterfactualDDIMPipeline, model: str, **settings) -> di
         pipe.scheduler.set_timesteps(settings["num_inference_steps"])
         size = known.get("evaluation_size", max(EVALUATION_SIZE, known.get("size", 0)))
         geometry = {"size": size, "field_mm": known.get("field_mm", FIELD_MM)}
-        geometry["percentile"] = known.get("percentile", PERCENTILE)
+        geometry["normalize"] = normalize_of(known)
         check_geometry(**geometry)
         threshold = settings["threshold"]
         if threshold is not None and not 0 < threshold < float("inf"):

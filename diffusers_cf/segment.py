@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 from diffusers_cf.batching import map_in_batches
 from diffusers_cf.data.geometry import (
     display,
-    foreground_percentile,
     from_ras,
     resample_slices,
     slices_from_volume,
     volume_from_slices,
 )
+from diffusers_cf.data.intensity import unit_intensity
 from diffusers_cf.data.nifti import (
     MAX_BYTES,
     Scan,
@@ -133,7 +133,7 @@ def read_volumes(
 
 def network_slices(volumes: PatientVolumes, facts: dict) -> PatientSlices:
     """Every axial slice of a patient from the first to the last one with content, as the pipeline takes it."""
-    geometry = {name: facts["preprocessing"][name] for name in ("size", "field_mm", "percentile")}
+    geometry = {name: facts["preprocessing"][name] for name in ("size", "field_mm", "normalize")}
     return slices_from_volume(volumes.patient, volumes.volume, volumes.seg, volumes.spacing_mm, **geometry)
 
 
@@ -216,7 +216,7 @@ def lesion_mask(volumes: PatientVolumes, maps: SliceMaps, heat: np.ndarray, fact
 
 
 def counterfactual_volume(
-    volumes: PatientVolumes, maps: SliceMaps, channel: int, field_mm: float, percentile: float
+    volumes: PatientVolumes, maps: SliceMaps, channel: int, field_mm: float, normalize: str
 ) -> np.ndarray:
     """One modality as it would look in the target class: float32 (X, Y, Z), RAS, in the scan's own units.
 
@@ -226,7 +226,7 @@ def counterfactual_volume(
     scan = volumes.volume[channel]
     change = volume_from_slices(
         maps.changes[:, channel], maps.found.slices, scan.shape, volumes.spacing_mm, field_mm
-    ) * np.float32(foreground_percentile(scan, percentile))
+    ) * np.float32(unit_intensity(scan, normalize))
     return np.clip(np.where(volumes.foreground, scan + change, scan), 0, None)
 
 

@@ -85,12 +85,16 @@ def _add_model_options(add) -> None:
         help="pipeline folder or Hub id to fine-tune, on all or some of its modalities: its"
         " network replaces the three above",
     )
+    add(
+        "--renormalize", action="store_true",
+        help="fine-tune a model of another intensity scale than the data set's: the new model has the data set's",
+    )  # fmt: skip
     add("--max_train_samples", type=int, help="train on the first so many slices only")
     add("--random_flip", action="store_true", help="mirror left and right")
     add("--augment", action="store_true", help="small rotations, scales, shifts and gains")
     add(
         "--no_clip_input", action="store_true",
-        help="leave in what is brighter than the 99th percentile, as the authors do, in training and later",
+        help="leave in what is brighter than 1 on the data set's intensity scale, as the authors do, in training and later",
     )  # fmt: skip
     add(
         "--crop_background", type=float, metavar="SHARE",

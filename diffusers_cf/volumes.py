@@ -168,7 +168,7 @@ def _scan_sha256(path: Path) -> str:
 
 def _write_volumes(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts: dict) -> dict:
     """Writes volumes and preview, and returns what the report says about them."""
-    field_mm, percentile = facts["preprocessing"]["field_mm"], facts["preprocessing"]["percentile"]
+    field_mm, normalize = facts["preprocessing"]["field_mm"], facts["preprocessing"]["normalize"]
     first = next(iter(volumes.files.values()))
     heat = heat_volume(volumes, maps, maps.heatmaps, field_mm)
     write_volume(folder / "heatmap.nii.gz", heat, first, np.float32)
@@ -176,7 +176,7 @@ def _write_volumes(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts
     write_volume(folder / "mask.nii.gz", mask, first, np.uint8)
     written = _write_dicom(folder, heat, mask, first, volumes.patient) if first.path.is_dir() else {}
     for channel, (modality, like) in enumerate(volumes.files.items()):
-        counterfactual = counterfactual_volume(volumes, maps, channel, field_mm, percentile)
+        counterfactual = counterfactual_volume(volumes, maps, channel, field_mm, normalize)
         write_volume(folder / f"counterfactual_{modality}.nii.gz", counterfactual, like, np.float32)
     millilitres = float(mask.sum() * abs(np.linalg.det(first.affine[:3, :3])) / 1000)
     measured = {"lesion_volume_ml": millilitres, "n_slices": len(maps.found.slices), **written}

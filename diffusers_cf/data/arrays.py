@@ -8,9 +8,12 @@ Arrays of the file, N slices:
     label       (N,) str, name of each slice's class, where there are no masks
     modalities  (C,) str
     scale       number, 1 if absent
+    has_NAME    (N,) bool, False where the patient lacks modality NAME and its channel holds something else
 
-Images are taken as they are: normalised, anterior up, patient's left at the image's left. uint8 is stored unchanged
-unless the slices are resized. Channels are put in the order flair, t1, t1ce, t2.
+Slices are brain-extracted, anterior up, patient's left at the image's left. Each modality of a patient is brought to the
+intensity scale of the data set by all its slices; with `none` the intensities stay as they are, and uint8 is stored
+unchanged unless the slices are resized. Channels are put in the order flair, t1, t1ce, t2. Patients that lack one of the
+modalities asked for are left out.
 """
 
 import zipfile
@@ -20,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.data.geometry import FIELD_MM, check_geometry, resample_slices
+from diffusers_cf.data.intensity import DEFAULT_NORMALIZE, unit_intensity
 from diffusers_cf.data.labels import CLASS_NAMES, apply_labels, read_labels
 from diffusers_cf.data.nifti import MODALITIES, canonical_modality
 from diffusers_cf.data.scans import check_patient_id
@@ -36,6 +40,10 @@ class ArraysSource:
         field_mm: Side of the square field the slices show, in mm; only noted.
         modalities: Which of the file's modalities become the channels, in this order; all by default.
         labels: CSV file of labels (`diffusers_cf.data.labels`).
+        normalize: Intensity scale (`diffusers_cf.data.intensity`).
+
+    Attributes:
+        left_out: By patient that can't be used, why.
 
     Raises:
         InputError: The file can't be used.
@@ -51,8 +59,9 @@ class ArraysSource:
         field_mm: float = FIELD_MM,
         modalities=None,
         labels: str | Path | None = None,
+        normalize: str = DEFAULT_NORMALIZE,
     ):
-        self.path, self.field_mm = Path(path), field_mm
+        self.path, self.field_mm, self.normalize = Path(path), field_mm, normalize
         self.arrays = _load(self.path)
         images = self.arrays["images"]
         _check_shapes(self.path, self.arrays)
@@ -61,20 +70,22 @@ class ArraysSource:
         self.channels = [canonical_modality(str(name)) for name in self.arrays["modalities"]]
         self.modalities = self._choose(modalities)
         self.size = images.shape[-1] if size is None else size
-        check_geometry(self.size, field_mm)
+        check_geometry(self.size, field_mm, normalize)
+        self.left_out = self._patients_without_a_modality()
         self.scale = float(self.arrays.get("scale", 1))
-        self.as_stored = images.dtype == np.uint8 and self.size == images.shape[-1]
+        self.as_stored = images.dtype == np.uint8 and self.size == images.shape[-1] and normalize == "none"
 
     def patients(self) -> list[str]:
         """Sorted ids of the file."""
-        return [check_patient_id(name) for name in sorted(set(self.arrays["patient"].tolist()))]
+        names = set(self.arrays["patient"].tolist()) - set(self.left_out)
+        return [check_patient_id(name) for name in sorted(names)]
 
     def fixed_splits(self) -> None:
         """There are none: patients are split by a seed or a file."""
         return None
 
     def facts(self) -> dict:
-        """What the source adds to preprocessing.json; the percentile is what the file was made with."""
+        """What the source adds to preprocessing.json."""
         stored = {"dtype": "uint8", "scale": self.scale} if self.as_stored else {"dtype": "float16", "scale": 1}
         if "note" in self.arrays:
             stored["note"] = str(self.arrays["note"])
@@ -112,6 +123,9 @@ class ArraysSource:
         images = images[np.argsort(index, kind="stable")]
         masks = (self.arrays["masks"][rows] > 0).astype(np.uint8) if self.has_masks else None
         labels = self._own_labels(rows, masks)
+        images /= np.array([unit_intensity(channel, self.normalize) for channel in images.swapaxes(0, 1)])[
+            None, :, None, None
+        ]
         if images.shape[-1] != self.size:
             # The field stays; only the pixels change: spacing in pixels, not in millimetres.
             spacing, field = (1.0, 1.0), float(images.shape[-1])
@@ -137,6 +151,16 @@ class ArraysSource:
         if "slice" in self.arrays:
             return images, self.arrays["slice"][rows].astype(np.int64)
         return images, np.arange(len(rows), dtype=np.int64)
+
+    def _patients_without_a_modality(self) -> dict[str, str]:
+        lacking = {}
+        for modality in self.modalities:
+            has = self.arrays.get(f"has_{self.arrays['modalities'][self.channels.index(modality)]}")
+            if has is not None:
+                lacking |= dict.fromkeys(self.arrays["patient"][~has].tolist(), f"no {modality}")
+        if len(lacking) == len(set(self.arrays["patient"].tolist())):
+            raise InputError(f"{self.path}: no patient has all of {', '.join(self.modalities)}")
+        return lacking
 
     def _choose(self, modalities) -> tuple[str, ...]:
         if modalities is None:
@@ -171,9 +195,13 @@ def _check_shapes(path: Path, arrays: dict[str, np.ndarray]) -> None:
         raise InputError(f"{path}: images must be (N, C, H, W) with H = W, not {shape}")
     n, channels, size = shape[:3]
     wanted = {"patient": (n,), "slice": (n,), "label": (n,), "modalities": (channels,), "masks": (n, size, size)}
+    wanted |= {f"has_{name}": (n,) for name in arrays["modalities"].tolist()}
     for name, expected in wanted.items():
         if name in arrays and arrays[name].shape != expected:
             raise InputError(f"{path}: {name} must have the shape {expected}, not {arrays[name].shape}")
+    for name in wanted:
+        if name.startswith("has_") and name in arrays and arrays[name].dtype != bool:
+            raise InputError(f"{path}: {name} must be true or false, not {arrays[name].dtype}")
     if arrays["images"].dtype.kind not in "uif":
         raise InputError(f"{path}: images must be numbers, not {arrays['images'].dtype}")
     if not float(arrays.get("scale", 1)) > 0:

@@ -7,7 +7,7 @@ The patient is NAME up to its last `_`, the slice what follows if it is a number
 p07. A NAME without `_` is a patient of its own, slice 0. One patient may have images in several classes.
 
 PNG values are divided by what their type can hold (255 or 65535); .npy files are (H, W) or (C, H, W), floats taken as
-they are. All images must have the same number of channels; one that isn't square is padded with 0 to a square, and
+they are, unless another intensity scale is asked for: pictures carry their own. All images must have the same number of channels; one that isn't square is padded with 0 to a square, and
 all are resampled to the size asked for. There are no masks: such a data set trains, but can't be evaluated by pixels.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.data.geometry import FIELD_MM, check_geometry, resample_slices
+from diffusers_cf.data.intensity import unit_intensity
 from diffusers_cf.data.labels import CLASS_NAMES, apply_labels, read_labels
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.data.slices import PatientSlices
@@ -36,6 +37,7 @@ class FolderSource:
         modalities: Names of the channels; channel0, channel1, .. by default.
         labels: CSV file of labels (`diffusers_cf.data.labels`), for images without class folders.
         field_mm: Side of the field in mm, only noted.
+        normalize: Intensity scale (`diffusers_cf.data.intensity`), by the foreground of all images of a patient.
 
     Raises:
         InputError: The folder or the labels file can't be used.
@@ -52,9 +54,10 @@ class FolderSource:
         modalities=None,
         labels: str | Path | None = None,
         field_mm: float = FIELD_MM,
+        normalize: str = "none",
     ):
-        check_geometry(size, field_mm)
-        self.path, self.size, self.field_mm = Path(path), size, field_mm
+        check_geometry(size, field_mm, normalize)
+        self.path, self.size, self.field_mm, self.normalize = Path(path), size, field_mm, normalize
         if not self.path.is_dir():
             raise InputError(f"{path}: no such folder")
         if labels is None:
@@ -78,9 +81,9 @@ class FolderSource:
         return None
 
     def facts(self) -> dict:
-        """What the source adds to preprocessing.json: values are as in the files, by no percentile."""
+        """What the source adds to preprocessing.json."""
         digest = None if self.labels is None else self.labels.digest
-        return {"percentile": None, "orientation": "as in the files", "labels_sha256": digest}
+        return {"orientation": "as in the files", "labels_sha256": digest}
 
     def problems(self, patient: str) -> list[str]:
         """Every problem of a patient in words; empty if it is good."""
@@ -108,6 +111,9 @@ class FolderSource:
             raise InputError(problems[0])
         files = sorted(self.files[patient], key=lambda file: file[1])
         images = np.stack([to_square(self._read_checked(path), self.size) for path, _, _ in files])
+        for channel in images.swapaxes(0, 1) if self.normalize != "none" else ():
+            if (channel > 0).any():  # a picture may have nothing in one of its colours
+                channel /= unit_intensity(channel, self.normalize)
         indices, labels = (np.array([file[i] for file in files], dtype=np.int64) for i in (1, 2))
         slices = PatientSlices(patient, images, labels, indices)
         return slices if self.labels is None else apply_labels(slices, self.labels)

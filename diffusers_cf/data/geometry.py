@@ -7,22 +7,21 @@ anterior up and the patient's left at the image's left: `volume[:, ::-1, z].T`. 
 
 import numpy as np
 
+from diffusers_cf.data.intensity import DEFAULT_NORMALIZE, check_normalize, unit_intensity
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.errors import InputError
 
 
 FIELD_MM = 240.0
-PERCENTILE = 99.0
 
 
-def check_geometry(size: int, field_mm: float, percentile: float = PERCENTILE) -> None:
-    """Raises ValueError if size, field (mm) or percentile make no sense."""
+def check_geometry(size: int, field_mm: float, normalize: str = DEFAULT_NORMALIZE) -> None:
+    """Raises ValueError if size, field (mm) or intensity scale make no sense."""
     if size < 1:
         raise ValueError(f"size must be at least 1, not {size}")
     if not 0 < field_mm < float("inf"):
         raise ValueError(f"field_mm must be above 0, not {field_mm}")
-    if not 0 < percentile <= 100:
-        raise ValueError(f"percentile must be in (0, 100], not {percentile}")
+    check_normalize(normalize)
 
 
 def area_weights(n_in: int, spacing_mm: float, size: int, field_mm: float) -> np.ndarray:
@@ -64,18 +63,6 @@ def undisplay(slices: np.ndarray) -> np.ndarray:
     return np.swapaxes(np.moveaxis(slices, 0, -1), -3, -2)[..., ::-1, :]
 
 
-def foreground_percentile(volume: np.ndarray, percentile: float = PERCENTILE) -> float:
-    """The percentile of the voxels above 0: the intensity that becomes 1 (Sec. 4 of the paper: 99).
-
-    Raises:
-        InputError: No voxel is above 0.
-    """
-    foreground = volume[volume > 0]
-    if not foreground.size:
-        raise InputError("the scan is empty: no voxel above 0")
-    return float(np.percentile(foreground, percentile))
-
-
 def content_range(volume: np.ndarray) -> tuple[int, int]:
     """First and one past the last axial index with a voxel above 0 in any channel of a RAS volume (C, X, Y, Z).
 
@@ -109,11 +96,11 @@ def slices_from_volume(
     spacing_mm,
     size: int,
     field_mm: float = FIELD_MM,
-    percentile: float = PERCENTILE,
+    normalize: str = DEFAULT_NORMALIZE,
 ) -> PatientSlices:
-    """Cuts a patient's scans into normalised axial slices (the protocol of Sec. 4 of the paper).
+    """Cuts a patient's scans into normalised axial slices (with p99 the protocol of Sec. 4 of the paper).
 
-    Each channel is divided by the percentile of its foreground (voxels > 0); voxels below 0 become background. Kept
+    Each channel is divided by the intensity that becomes 1 (`unit_intensity`); voxels below 0 become background. Kept
     are the slices from the first to the last one with content. A slice is unhealthy (1) if the mask has any voxel
     there at the scan's own resolution, also when the lesion is too small to survive the resampling of the mask.
 
@@ -124,24 +111,24 @@ def slices_from_volume(
         spacing_mm: (3,) voxel size along x, y, z in mm.
         size: Pixels along each side of a slice.
         field_mm: Side of the square in-plane field in mm, centred on the frame.
-        percentile: Percentile of the foreground that becomes 1.
+        normalize: The intensity scale (`intensity.py`).
 
     Raises:
-        InputError: A channel has no voxel above 0, or some that are infinite in units of its percentile.
+        InputError: A channel has no voxel above 0, or some that are infinite in units of the scale.
     """
     first, last = content_range(volume)
     scales = []
     for index, channel in enumerate(volume):
         if not (channel > 0).any():
             raise InputError(f"{patient}: channel {index} is empty: no voxel above 0")
-        scales.append(foreground_percentile(channel, percentile))
+        scales.append(unit_intensity(channel, normalize))
     images = np.empty((last - first, len(volume), size, size), dtype=np.float32)
     for index, channel in enumerate(volume):
         with np.errstate(over="ignore", invalid="ignore"):  # said below
             shown = np.clip(display(channel[..., first:last]), 0, None) / np.float32(scales[index])
             images[:, index] = resample_slices(shown, spacing_mm, size, field_mm)
     if not np.isfinite(images).all():
-        raise InputError(f"{patient}: intensities lie too far apart: divided by their percentile some are infinite")
+        raise InputError(f"{patient}: intensities lie too far apart: on the scale {normalize} some are infinite")
     labels, masks = np.zeros(last - first, dtype=np.int64), None
     if mask is not None:
         lesion = display(mask[..., first:last] > 0)

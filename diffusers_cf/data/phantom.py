@@ -237,6 +237,7 @@ class PhantomSource:
         patients: How many, at least 3 (one for each split).
         size: Side of a slice in pixels.
         field_mm: Side of the square field a slice shows, in mm.
+        normalize: Intensity scale (`diffusers_cf.data.intensity`); the frozen exam has the paper's.
 
     Raises:
         InputError: If there are too few patients for three splits, or the seed is negative.
@@ -247,12 +248,15 @@ class PhantomSource:
     class_names = ("healthy", "unhealthy")
     has_masks = True
 
-    def __init__(self, seed: int = FROZEN_SEED, patients: int = 340, size: int = 128, field_mm: float = 240.0):
+    def __init__(
+        self, seed: int = FROZEN_SEED, patients: int = 340, size: int = 128, field_mm: float = 240.0,
+        normalize: str = "p99",
+    ):  # fmt: skip
         if patients < 3:
             raise InputError(f"the phantom needs at least 3 patients, one for each split, not {patients}")
         if seed < 0:
             raise InputError(f"the phantom's seed must be 0 or more, not {seed}")
-        self.seed, self.size, self.field_mm = seed, size, field_mm
+        self.seed, self.size, self.field_mm, self.normalize = seed, size, field_mm, normalize
         self._index = {f"phantom-s{seed}-{index:04d}": index for index in range(patients)}
 
     def patients(self) -> list[str]:
@@ -267,9 +271,8 @@ class PhantomSource:
 
     def slices(self, made: PhantomPatient) -> PatientSlices:
         """Cut a patient that is already made into slices."""
-        return slices_from_volume(
-            made.patient, made.volumes, made.mask, tuple(SPACING_MM), size=self.size, field_mm=self.field_mm
-        )
+        geometry = {"size": self.size, "field_mm": self.field_mm, "normalize": self.normalize}
+        return slices_from_volume(made.patient, made.volumes, made.mask, tuple(SPACING_MM), **geometry)
 
     def problems(self, patient: str) -> list[str]:
         """What is wrong with the patient, in words: nothing ever is."""

@@ -35,11 +35,11 @@ WORK_FOLDER = ".prepare"
 LOCK_FILE = ".prepare.lock"
 # Which options a source takes. --seed and --patients mean the split elsewhere, but what is made in the phantom.
 SOURCE_OPTIONS = {
-    "phantom": ("seed", "patients", "size", "field_mm"),
-    "brats": ("size", "field_mm", "percentile", "modalities", "labels", "lenient"),
-    "decathlon": ("size", "field_mm", "percentile", "modalities", "labels", "lenient"),
-    "arrays": ("size", "field_mm", "modalities", "labels"),
-    "folder": ("size", "field_mm", "modalities", "labels", "class_names"),
+    "phantom": ("seed", "patients", "size", "field_mm", "normalize"),
+    "brats": ("size", "field_mm", "normalize", "modalities", "labels", "lenient"),
+    "decathlon": ("size", "field_mm", "normalize", "modalities", "labels", "lenient"),
+    "arrays": ("size", "field_mm", "normalize", "modalities", "labels"),
+    "folder": ("size", "field_mm", "normalize", "modalities", "labels", "class_names"),
 }
 
 
@@ -117,7 +117,7 @@ def _prepare(source, output: Path, splits: dict, facts: dict, skip_bad: bool, nu
         logger.warning("skipped %s: %s", patient, problem)
     kept = {name: [patient for patient in ids if patient not in bad] for name, ids in splits.items()}
     counts = _write_shards(work, kept, facts)
-    preprocessing = facts | {"splits": counts, "skipped": sorted(bad)}
+    preprocessing = facts | {"splits": counts, "skipped": sorted({*bad, *getattr(source, "left_out", ())})}
     _finish(output, work, preprocessing)
     return preprocessing
 
@@ -137,7 +137,10 @@ def _choose_splits(source, seed: int, split_file, limit: int | None) -> dict[str
     if limit is not None and (split_file is not None or source.fixed_splits() is not None):
         raise InputError("patients can't be limited where a file or the source says which are in each split")
     patients = patients[:limit]
-    splits = read_splits(split_file, patients) if split_file is not None else source.fixed_splits()
+    left_out = getattr(source, "left_out", {})
+    for patient, reason in left_out.items():
+        logger.warning("left out %s: %s", patient, reason)
+    splits = read_splits(split_file, patients, left_out) if split_file is not None else source.fixed_splits()
     splits = seeded_splits(patients, seed) if splits is None else splits
     if not any(splits.values()):
         raise InputError(f"{split_file}: no patient in any split")
@@ -161,7 +164,7 @@ def _facts(source, seed: int, splits: dict) -> dict:
         "dtype": "float16",
         "scale": 1,
         "field_mm": source.field_mm,
-        "percentile": 99.0,
+        "normalize": source.normalize,
         "orientation": ORIENTATION,
         "has_masks": source.has_masks,
         "seed": seed,
@@ -264,7 +267,12 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     option("output", help="folder to write the slice data set to (not needed with --check)")
     option("size", type=_at_least(1), help="pixels along each side of a slice (128; arrays: as in the file)")
     option("field_mm", type=_above_zero, help="side of the square in-plane field in mm (240)")
-    option("percentile", type=_above_zero, help="percentile of the foreground that becomes 1 (99)")
+    option(
+        "normalize", metavar="SCALE",
+        help="intensity scale, by each patient's foreground: median, 2.5 medians become 1 (the default); p99, the 99th"
+        " percentile becomes 1, as in the paper (the phantom's default); none, for --source arrays and folder: values"
+        " as they are (folder's default)",
+    )  # fmt: skip
     option("modalities", nargs="+", metavar="NAME", help="channels to use, in this order")
     option("class_names", nargs="+", metavar="NAME", help="order of the classes of --source folder")
     option("labels", metavar="FILE.csv", help="labels instead of masks: columns patient, slice (or empty), label")

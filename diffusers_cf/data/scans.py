@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.data.geometry import FIELD_MM, PERCENTILE, check_geometry, slices_from_volume
+from diffusers_cf.data.geometry import FIELD_MM, check_geometry, slices_from_volume
+from diffusers_cf.data.intensity import DEFAULT_NORMALIZE
 from diffusers_cf.data.labels import CLASS_NAMES, apply_labels, read_labels
 from diffusers_cf.data.nifti import Scan, check_same_grid
 from diffusers_cf.data.slices import PatientSlices
@@ -93,7 +94,7 @@ class VolumeSource:
         path: The folder with the data.
         size: Pixels along each side of a slice.
         field_mm: Side of the square in-plane field in mm, centred on the scan's frame.
-        percentile: Percentile of the foreground that becomes 1.
+        normalize: Intensity scale (`diffusers_cf.data.intensity`).
         labels: CSV file of labels (`diffusers_cf.data.labels`); needed where there are no masks.
         lenient: Accept patients that are only doubtful: not skull-stripped, unknown label ids.
 
@@ -111,15 +112,15 @@ class VolumeSource:
         path: str | Path,
         size: int = 128,
         field_mm: float = FIELD_MM,
-        percentile: float = PERCENTILE,
+        normalize: str = DEFAULT_NORMALIZE,
         labels: str | Path | None = None,
         lenient: bool = False,
     ):
-        check_geometry(size, field_mm, percentile)
+        check_geometry(size, field_mm, normalize)
         self.path = Path(path)
         if not self.path.is_dir():
             raise InputError(f"{path}: no such folder")
-        self.size, self.field_mm, self.percentile, self.lenient = size, field_mm, percentile, lenient
+        self.size, self.field_mm, self.normalize, self.lenient = size, field_mm, normalize, lenient
         self.labels = None if labels is None else read_labels(labels, self.class_names)
         self.has_masks = True
 
@@ -137,7 +138,7 @@ class VolumeSource:
 
     def facts(self) -> dict:
         """What the source adds to preprocessing.json."""
-        facts = {"percentile": self.percentile, "labels_sha256": None if self.labels is None else self.labels.digest}
+        facts = {"labels_sha256": None if self.labels is None else self.labels.digest}
         return facts | ({"lenient": True} if self.lenient else {})
 
     def inspect(self, patient: str) -> PatientScans:
@@ -188,7 +189,7 @@ class VolumeSource:
         volume = np.stack([found.scans[modality].data for modality in self.modalities])
         spacing = found.scans[self.modalities[0]].spacing_mm
         mask = None if found.seg is None else found.seg.data
-        slices = slices_from_volume(patient, volume, mask, spacing, self.size, self.field_mm, self.percentile)
+        slices = slices_from_volume(patient, volume, mask, spacing, self.size, self.field_mm, self.normalize)
         if self.labels is not None:
             slices = apply_labels(slices, self.labels)
         return slices if self.has_masks else replace(slices, masks=None)

@@ -33,7 +33,7 @@ class PatientSlices:
 
     Attributes:
         patient: Id of the patient.
-        images: float32 (S, C, H, W), intensity / 99th percentile of the scan's foreground, background exactly 0.
+        images: float32 (S, C, H, W), on the intensity scale of the data set (`intensity.py`), background exactly 0.
         labels: int64 (S,), index into the class names.
         slices: int64 (S,), axial index in the scan, counted from its inferior end.
         masks: uint8 {0, 1} (S, H, W), 1 = lesion, or None where the source has no masks.

@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from diffusers_cf.data.preprocessing import SPLITS
@@ -42,12 +43,13 @@ def seeded_splits(patients: list[str], seed: int) -> dict[str, list[str]]:
     return splits
 
 
-def read_splits(split_file: str | Path, patients: list[str]) -> dict[str, list[str]]:
+def read_splits(split_file: str | Path, patients: list[str], left_out: Iterable[str] = ()) -> dict[str, list[str]]:
     """Reads splits from a JSON file {"train": [ids], "validation": [ids], "test": [ids]}.
 
     Args:
         split_file: FILE.json, or FILE.json:NAME for a file that holds several splits by name.
         patients: The ids there are. Those the file doesn't mention are left out, with a warning.
+        left_out: Ids that the file may name and that are in no split.
 
     Raises:
         InputError: The file can't be used, names an unknown patient, or a patient twice.
@@ -64,7 +66,8 @@ def read_splits(split_file: str | Path, patients: list[str]) -> dict[str, list[s
     twice = sorted({patient for patient in listed if listed.count(patient) > 1})
     if twice:
         raise InputError(f"{path}: in two splits or twice: {_some(twice)}")
-    unknown = sorted(set(listed) - set(patients))
+    splits = {name: [patient for patient in ids if patient not in left_out] for name, ids in splits.items()}
+    unknown = sorted(set(listed) - set(patients) - set(left_out))
     if unknown:
         raise InputError(f"{path}: {len(unknown)} patients are not in the data: {_some(unknown)}")
     left_out = sorted(set(patients) - set(listed))

@@ -1,0 +1,88 @@
+"""The intensity scale of images: which intensity of a scan becomes 1 (`normalize` in preprocessing.json).
+
+    median    2.5 times the median of the foreground, so that the median of healthy tissue lies near 0.4
+    p99       the 99th percentile of the foreground (Sec. 4 of the paper); p98 and the like for other percentiles
+    none      1: images as they are
+
+A lesion is bright and a small share of the brain: it moves the 99th percentile and leaves the median where it is. So
+with `p99` a large lesion makes healthy tissue dark, and no one threshold or network fits all patients.
+"""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from diffusers_cf.errors import InputError
+
+
+DEFAULT_NORMALIZE = "median"
+MEDIANS_OF_ONE = 2.5
+_PERCENTILE = re.compile(r"p(\d{1,2}(?:\.\d+)?|100)")
+
+
+def check_normalize(normalize: str) -> None:
+    """Raises ValueError unless it is the name of an intensity scale."""
+    if not isinstance(normalize, str) or not (normalize in ("median", "none") or _PERCENTILE.fullmatch(normalize)):
+        raise ValueError(f"normalize is {normalize!r}: it must be median, p99 (any percentile) or none")
+
+
+def unit_intensity(volume: np.ndarray, normalize: str) -> float:
+    """The intensity that becomes 1, in the units of one modality of one scan.
+
+    Args:
+        volume: Intensities of any shape; the foreground is what is above 0.
+        normalize: Name of the scale.
+
+    Raises:
+        InputError: No voxel is above 0.
+        ValueError: There is no such scale.
+    """
+    check_normalize(normalize)
+    if normalize == "none":
+        return 1.0
+    foreground = volume[volume > 0]
+    if not foreground.size:
+        raise InputError("the scan is empty: no voxel above 0")
+    if normalize == "median":
+        return MEDIANS_OF_ONE * float(np.median(foreground))
+    return float(np.percentile(foreground, float(normalize[1:])))
+
+
+def normalize_of(facts: Mapping) -> str:
+    """The scale of the images that a preprocessing.json describes, of a data set or of a model.
+
+    Files written before there was a choice name a percentile, or None for images as they are.
+    """
+    if "normalize" in facts:
+        return facts["normalize"]
+    percentile = facts.get("percentile", 99.0)
+    return "none" if percentile is None else f"p{percentile:g}"
+
+
+def unit_in_words(normalize: str) -> str:
+    """What 1 means, for legends and help: `1 = 99th percentile` and the like."""
+    if normalize == "median":
+        return f"1 = {MEDIANS_OF_ONE:g} x the foreground's median"
+    return "1 = value 1 of the images" if normalize == "none" else f"1 = {normalize[1:]}th percentile"
+
+
+def check_same_scale(model: str, of_model: Mapping, dataset: str, of_dataset: Mapping, hint: str = "") -> None:
+    """Refuses to show a model images of another scale than its own.
+
+    Args:
+        model: Its name, for the message.
+        of_model: preprocessing.json of the model.
+        dataset: Its name.
+        of_dataset: preprocessing.json of the data set.
+        hint: What the message says at its end.
+
+    Raises:
+        InputError: The scales differ.
+    """
+    known, given = normalize_of(of_model), normalize_of(of_dataset)
+    if known != given:
+        raise InputError(
+            f"{model}: takes images of the intensity scale {known}, {dataset} has {given}:"
+            f" prepare the data with --normalize {known}{hint}"
+        )
