@@ -94,7 +94,7 @@ def main(args) -> None:
     """Measures what the output doesn't hold yet, and writes it after each grid."""
     check_device_arguments(args)
     dataset, rows = slices_to_measure(args)
-    pipe = open_pipeline(args.model, args.device, args.dtype)
+    pipe = open_pipeline(args.model, args.device, args.dtype, dataset=dataset)
     set_solver(pipe, "first order")  # a network is the same whatever solver its folder recommends
     output = Path(args.output)
     make_folder(output.parent)

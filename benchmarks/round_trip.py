@@ -33,7 +33,7 @@ def main(args) -> None:
     healthy = np.flatnonzero(np.asarray(dataset.labels) == 0)
     if not len(healthy):
         raise InputError(f"{args.dataset}: the split {args.split} has no healthy slice")
-    pipe = open_pipeline(args.model, args.device, args.dtype)
+    pipe = open_pipeline(args.model, args.device, args.dtype, dataset=dataset)
     chosen = healthy[evenly_spread(len(healthy), args.max_slices)]
     rows = []
     for steps in args.num_inference_steps:

@@ -63,7 +63,7 @@ def main(args) -> None:
     dataset = SliceDataset(args.dataset, "validation")
     if not len(dataset):
         raise InputError(f"{args.dataset}: the split validation is empty")
-    pipe = open_pipeline(args.model, args.device, args.dtype)
+    pipe = open_pipeline(args.model, args.device, args.dtype, dataset=dataset)
     if pipe.unet.config.in_channels != dataset.preprocessing["channels"]:
         raise InputError(f"{args.model} is for {pipe.unet.config.in_channels} channels, {args.dataset} has others")
     make_folder(Path(args.output).parent)

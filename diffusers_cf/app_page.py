@@ -10,6 +10,7 @@ from pathlib import Path
 import gradio as gr
 from accelerate.utils.memory import should_reduce_batch_size
 
+from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.data.phantom import make_patient, write_patient
 from diffusers_cf.errors import InputError
 from diffusers_cf.explorer import Explorer
@@ -207,8 +208,8 @@ class Handlers:
 
     def _pictures(self, explorer: Explorer, index: int, channel: str, values: tuple) -> list[str]:
         settings = self.controls.settings(*values)
-        view = explorer.view(index, settings)
-        pictures = slice_html(view, self.modalities.index(channel), self.modalities)
+        view, unit = explorer.view(index, settings), unit_in_words(explorer.facts["preprocessing"]["normalize"])
+        pictures = slice_html(view, self.modalities.index(channel), self.modalities, unit)
         return [pictures, verdict_html(view, settings["threshold"])]
 
     def segment(

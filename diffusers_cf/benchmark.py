@@ -24,6 +24,7 @@ from diffusers_cf.benchmark_protocol import (
     saturated_share,
 )
 from diffusers_cf.bootstrap import bootstraps_of_file
+from diffusers_cf.data.intensity import with_named_scale
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import write_result
 from diffusers_cf.inference_options import (
@@ -72,7 +73,7 @@ class Benchmark:
         first = next(iter(data.values()))
         for cell in collect_cells(self.output):
             kept = cell.get("benchmark", {})
-            of_data = kept.get("data", {})
+            of_data = with_named_scale(kept.get("data", {}))
             different = [name for name, value in self.facts.items() if kept.get(name) != value]
             different += [name for name in KIND if of_data.get(name) != first.facts[name]]
             if cell["seed"] in data and of_data != data[cell["seed"]].facts:

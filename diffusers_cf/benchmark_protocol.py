@@ -8,6 +8,7 @@ import torch
 
 from diffusers_cf.baselines import AnomalyMethod
 from diffusers_cf.benchmark_presets import Preset
+from diffusers_cf.data.intensity import with_named_scale
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import evaluate, maps_at_size
@@ -22,7 +23,7 @@ CLASSIFIER_TIMESTEPS = (100, 200, 300, 400, 500, 600)
 
 
 # Facts of a data set that its splits share, so that several of them may stand in one table.
-KIND = ("source", "size", "modalities", "class_names", "field_mm", "percentile")
+KIND = ("source", "size", "modalities", "class_names", "field_mm", "normalize")
 
 
 def as_json(facts: dict) -> dict:
@@ -65,7 +66,7 @@ class BenchmarkData:
             raise InputError(f"{folder} has slices of {side} px, less than the networks' {preset.image_size}")
         self._check_masks(self.validation, self.validation_rows)
         self._check_masks(self.test, self.test_rows)
-        known = self.train.preprocessing
+        known = with_named_scale(self.train.preprocessing)
         splits = {dataset.split: _fingerprint(dataset) for dataset in (self.train, self.validation, self.test)}
         self.facts = as_json({**{name: known.get(name) for name in KIND}, "seed": known.get("seed"), **splits})
         self.modalities = self.train.preprocessing["modalities"]

@@ -63,7 +63,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     check_device_arguments(args)
     chosen_on, measured_on = _splits(args)
     rows = _rows(chosen_on, args)
-    pipe = open_pipeline(args.model, args.device, args.dtype)
+    pipe = open_pipeline(args.model, args.device, args.dtype, dataset=chosen_on)
     output = Path(args.output)
     try:
         settings = pipe.resolve_settings(args.settings, **{name: getattr(args, name) for name in SETTINGS})

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusers_cf.data.intensity import normalize_of, unit_in_words
 from diffusers_cf.loading import WEIGHTS, read_preprocessing, sha256_of
 from diffusers_cf.public_facts import OF_MODEL, public_command, public_facts
 from diffusers_cf.sources import licence_of_data, source_of
@@ -25,7 +26,7 @@ METRICS = (
 # What the card says about the input, and how it calls it.
 INPUT = {
     "modalities": "modalities, in this order",
-    "percentile": "each is divided by this percentile of its foreground",
+    "normalize": "intensity scale",
     "size": "pixels along a side, for the network",
     "evaluation_size": "pixels along a side, for recommended settings and scores",
     "field_mm": "field of view in mm",
@@ -59,7 +60,8 @@ def model_card(
 
     facts = _names_of_networks(Path(folder)) | public_facts(read_preprocessing(folder), OF_MODEL)
     training, source = facts.get("training", {}), source_of(facts)
-    name = repo_id.split("/")[-1]
+    name, normalize = repo_id.split("/")[-1], normalize_of(facts)
+    known = facts | {"normalize": f"{normalize}, {unit_in_words(normalize)}"}
     environment = Environment(loader=PackageLoader("diffusers_cf"), trim_blocks=True, keep_trailing_newline=True)
     return environment.get_template("model_card.md").render(
         metadata=_metadata(name, licence, results, training.get("base_model"), source.medical),
@@ -71,7 +73,7 @@ def model_card(
         with_code=with_code,
         source=source,
         data_licence=licence_of_data(str(folder), facts, data_licence),
-        preprocessing=[(text, in_words(facts[key])) for key, text in INPUT.items() if key in facts],
+        preprocessing=[(text, in_words(known[key])) for key, text in INPUT.items() if key in known],
         settings=[(key, in_words(value)) for key, value in facts.get("settings", {}).items()],
         settings_by=facts.get("settings_chosen_by"),
         threshold_by=facts.get("threshold_chosen_by"),

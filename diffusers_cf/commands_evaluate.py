@@ -129,14 +129,7 @@ def _output_file(path: str) -> Path:
 
 def _load_model(args: argparse.Namespace, dataset: SliceDataset | SliceStream) -> dict:
     """Returns a model's keyword arguments for `evaluate`, and `settings`."""
-    pipe = open_pipeline(args.model, args.device, args.dtype, args.compile)
-    modalities = pipe.preprocessing.get("modalities", dataset.preprocessing["modalities"])
-    if list(modalities) != list(dataset.preprocessing["modalities"]):
-        given = ", ".join(dataset.preprocessing["modalities"])
-        raise InputError(f"{args.model} takes {', '.join(modalities)}, but {args.dataset} holds {given}")
-    if pipe.unet.config.in_channels != dataset.preprocessing["channels"]:
-        channels = pipe.unet.config.in_channels
-        raise InputError(f"{args.model} takes {channels} channels, not the {dataset.preprocessing['channels']} given")
+    pipe = open_pipeline(args.model, args.device, args.dtype, args.compile, dataset=dataset)
     names = ("settings", "guidance_scale", "strength", "num_inference_steps", "map", "threshold")
     try:
         settings = pipe.resolve_settings(**{name: getattr(args, name) for name in names})

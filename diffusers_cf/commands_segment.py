@@ -36,7 +36,7 @@ def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="folder or Hub id of a model")
     add("--output", required=True, metavar="OUT", help="gets a folder for each patient")
     add_settings_arguments(parser)
-    add("--threshold", type=float, help="heat from which on a voxel is lesion; a change of 1 = 99th percentile")
+    add("--threshold", type=float, help="heat from which on a voxel is lesion, on the model's intensity scale")
     add_device_arguments(parser)
     add_compile_argument(parser)
     add(

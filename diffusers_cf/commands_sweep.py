@@ -65,7 +65,7 @@ def run_sweep(args: argparse.Namespace) -> int:
         raise InputError(f"{args.dataset}: the split {args.split} has no slices with lesion masks to measure on")
     indices = evenly_spread(len(dataset), args.max_slices)
     _check_slices(dataset, indices, args)
-    pipe = open_pipeline(args.model, args.device, args.dtype)
+    pipe = open_pipeline(args.model, args.device, args.dtype, dataset=dataset)
     args.maps = args.maps or _possible_maps(pipe)
     try:
         # A sweep takes hours: whether any setting can be recommended is known before.

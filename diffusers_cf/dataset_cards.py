@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from diffusers_cf.cards import LIBRARY, in_words
+from diffusers_cf.data.intensity import normalize_of, unit_in_words
 from diffusers_cf.data.preprocessing import SPLITS
 from diffusers_cf.sources import source_of
 
@@ -41,6 +42,8 @@ def dataset_card(
         licence=licence,
         pixel_mm=in_words(facts["field_mm"] / facts["size"]) if facts.get("field_mm") else None,
         command=prepare_command(facts),
+        normalize=normalize_of(facts),
+        unit=unit_in_words(normalize_of(facts)),
         preprocessing=[(name, json.dumps(value)) for name, value in facts.items() if name != "splits"],
     )
 
@@ -56,8 +59,7 @@ def prepare_command(facts: Mapping) -> str:
         words.append("--input FOLDER --output DATASET --split_file splits.json")
         words.append(f"--modalities {' '.join(facts['modalities'])}")
     words.append(f"--size {facts['size']} --field_mm {facts['field_mm']:g}")
-    if source in ("brats", "decathlon"):
-        words.append(f"--percentile {facts['percentile']:g}")
+    words.append(f"--normalize {normalize_of(facts)}")
     words += [f"--class_names {' '.join(facts['class_names'])}"] if source == "folder" else []
     words += ["--labels FILE.csv"] if facts.get("labels_sha256") else []
     words += ["--lenient"] if facts.get("lenient") else []

@@ -205,8 +205,10 @@ def write_segmentation(path: Path, mask: np.ndarray, affine: np.ndarray, source:
 
 
 @_made_for_a_series
-def write_parametric_map(path: Path, heat: np.ndarray, affine: np.ndarray, source: Path, description: str) -> None:
-    """Writes a heatmap as a float32 DICOM Parametric Map; arguments as in [`write_segmentation`]."""
+def write_parametric_map(
+    path: Path, heat: np.ndarray, affine: np.ndarray, source: Path, description: str, unit: str
+) -> None:
+    """Writes a heatmap as a float32 DICOM Parametric Map; arguments as in [`write_segmentation`], and what 1 means."""
     highdicom = _package()
     from pydicom.sr.codedict import codes
     from pydicom.uid import generate_uid
@@ -215,7 +217,7 @@ def write_parametric_map(path: Path, heat: np.ndarray, affine: np.ndarray, sourc
     limits = [float(heat.min()), max(float(heat.max()), 1e-6)]
     mapping = highdicom.pm.RealWorldValueMapping(
         lut_label="heat",
-        lut_explanation="change, 1 = 99th percentile",
+        lut_explanation=f"change, {unit}",
         unit=codes.UCUM.NoUnits,
         value_range=limits,
         slope=1,

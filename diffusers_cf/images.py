@@ -23,9 +23,9 @@ def network_images(images: torch.Tensor, size: tuple[int, int], clip: bool) -> t
     """Images `(N, C, H, W)` in input units as a network takes them: float32 `(N, C, *size)` in [-1, 1].
 
     Args:
-        images: intensity / 99th percentile.
+        images: on the data set's intensity scale.
         size: height and width at which the network works.
-        clip: cut what is above the 99th percentile.
+        clip: cut what is above 1.
     """
     images = images.float()
     return resize_images(images.clamp(max=1) if clip else images, size) * 2 - 1
@@ -44,7 +44,7 @@ def check_images(images: torch.Tensor, channels: int, size: tuple[int, int]) -> 
     if images.ndim != 4 or images.shape[1] != channels:
         raise ValueError(f"images has shape {tuple(images.shape)}: it must be (N, {channels}, H, W)")
     if not images.is_floating_point():
-        raise ValueError(f"images is {images.dtype}: it must be floating, intensity / 99th percentile")
+        raise ValueError(f"images is {images.dtype}: it must be floating, on the model's intensity scale")
     if images.shape[2] * width != images.shape[3] * height:
         raise ValueError(f"images has shape {tuple(images.shape)}: its sides must be as {height} to {width}")
     if images.numel() and not (torch.isfinite(images).all() and images.min() >= 0):

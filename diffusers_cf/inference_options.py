@@ -6,6 +6,9 @@ import logging
 import diffusers
 import torch
 
+from diffusers_cf.data.intensity import check_same_scale
+from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.errors import InputError
 from diffusers_cf.heatmaps import MAPS
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
@@ -94,8 +97,9 @@ def check_device_arguments(args: argparse.Namespace) -> None:
 
 
 def open_pipeline(
-    model: str, device: str = "cpu", dtype: str = "float32", compile: bool = False, variant: str | None = None
-):
+    model: str, device: str = "cpu", dtype: str = "float32", compile: bool = False, variant: str | None = None,
+    dataset: SliceDataset | SliceStream | None = None,
+):  # fmt: skip
     """A model folder or Hub id as a [`CounterfactualDDIMPipeline`] without progress bars of its own.
 
     Args:
@@ -104,9 +108,11 @@ def open_pipeline(
         dtype (`str`): a key of `DTYPES`, in which the network computes where it does no harm ([`compute_in`]).
         compile (`bool`): whether to compile the network, now.
         variant (`str`, *optional*): of the weights.
+        dataset (`SliceDataset` or `SliceStream`, *optional*): what it will be shown.
 
     Raises:
-        InputError: the model can't be loaded, or not be compiled; the line names it and the reason.
+        InputError: the model can't be loaded, not be compiled, or takes other images than the data set's; the line names
+            it and the reason.
     """
     # Several bars would hide the one that counts slices.
     diffusers.utils.logging.disable_progress_bar()
@@ -119,6 +125,8 @@ def open_pipeline(
         raise InputError(f"{model}: can't be loaded ({reason})") from None
     finally:
         diffusers.utils.logging.enable_progress_bar()
+    if dataset is not None:
+        _check_takes(pipe, model, dataset)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)  # how convolutions are fastest on CPUs and GPUs alike
     pipe.to(device)
@@ -126,6 +134,18 @@ def open_pipeline(
     if compile:
         compile_network(pipe)
     return pipe
+
+
+def _check_takes(pipe: CounterfactualDDIMPipeline, model: str, dataset: SliceDataset | SliceStream) -> None:
+    known, given = pipe.preprocessing, dataset.preprocessing
+    modalities, channels = known.get("modalities", given["modalities"]), pipe.unet.config.in_channels
+    if list(modalities) != list(given["modalities"]):
+        raise InputError(
+            f"{model} takes {', '.join(modalities)}, but {dataset.folder} holds {', '.join(given['modalities'])}"
+        )
+    if channels != given["channels"]:
+        raise InputError(f"{model} takes {channels} channels, not the {given['channels']} given")
+    check_same_scale(model, known, dataset.folder, given)
 
 
 @torch.no_grad()

@@ -37,6 +37,8 @@ def usable_facts(pipe: CounterfactualDDIMPipeline, model: str, **settings) -> di
         size = known.get("evaluation_size", max(EVALUATION_SIZE, known.get("size", 0)))
         geometry = {"size": size, "field_mm": known.get("field_mm", FIELD_MM)}
         geometry["normalize"] = normalize_of(known)
+        if geometry["normalize"] == "none":
+            raise ValueError(f"{model}: takes images as they are, so that no scan can be brought to its scale")
         check_geometry(**geometry)
         threshold = settings["threshold"]
         if threshold is not None and not 0 < threshold < float("inf"):

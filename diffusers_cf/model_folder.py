@@ -21,7 +21,7 @@ class ModelFolderMixin:
 
     @property
     def preprocessing(self) -> dict:
-        """Facts of the model folder's preprocessing.json: modalities, image size, percentile, recommended settings."""
+        """Facts of the model folder's preprocessing.json: modalities, image size, intensity scale, recommended settings."""
         if self._preprocessing is None:
             origin = self.config.get("_name_or_path")
             if origin and os.path.isdir(origin):

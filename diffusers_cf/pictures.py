@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.errors import InputError
 from diffusers_cf.model_facts import usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
@@ -71,12 +72,17 @@ def phantom_picture(pipe: CounterfactualDDIMPipeline, path: Path) -> list[Path]:
     if facts.get("source") != "phantom" or not set(modalities) <= set(MODALITIES):
         return []
     cohort = seed + 1 if isinstance(seed, int) and seed >= 0 else 1
-    source = PhantomSource(cohort, size=geometry["size"], field_mm=geometry["field_mm"])
+    source = PhantomSource(
+        cohort, size=geometry["size"], field_mm=geometry["field_mm"], normalize=geometry["normalize"]
+    )
     everybody = ((patient, source.read(patient)) for patient in source.patients())
     patient, slices = next(found for found in everybody if found[1].masks.any())
     largest = np.sort(np.argsort(slices.masks.sum(axis=(1, 2)))[-_PHANTOM_SLICES:])
     images = slices.images[largest][:, [MODALITIES.index(name) for name in modalities]]
     out = pipe(images, output_type="np")
+    unit = unit_in_words(geometry["normalize"])
     title = f"{patient}, which the model has never seen: the slices with the most disease"
-    plot_slices(path, images, out.counterfactuals, out.heatmaps, slices.masks[largest], modalities, title=title)
+    plot_slices(
+        path, images, out.counterfactuals, out.heatmaps, slices.masks[largest], modalities, title=title, unit=unit
+    )
     return [path]

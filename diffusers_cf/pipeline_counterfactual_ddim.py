@@ -32,8 +32,8 @@ class CounterfactualOutput(BaseOutput):
     """Output of [`CounterfactualDDIMPipeline`].
 
     Args:
-        heatmaps (`torch.Tensor` or `np.ndarray`): `(N, H, W)`, at least 0, in input units: 1 is a change by the
-            intensity of the 99th percentile, the same scale for all images.
+        heatmaps (`torch.Tensor` or `np.ndarray`): `(N, H, W)`, at least 0, in input units: 1 is a change by
+            the unit of the model's intensity scale, the same for all images.
         counterfactuals (`torch.Tensor` or `np.ndarray`): `(N, C, H, W)`, the image as it would look in the target
             class, in the input's range; with the map `forward` the image plus the mean change along the encoding.
         latents (`torch.Tensor` or `np.ndarray`): `(N, C, h, w)`, where encoding ended, at the network's size; 0 for
@@ -48,8 +48,8 @@ class CounterfactualOutput(BaseOutput):
 class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
     r"""Encodes an image with the null condition, decodes it towards a class, and maps what had to change.
 
-    Images are `(N, C, H, W)`, intensity / 99th percentile of the scan's foreground, background 0; inside they are
-    [-1, 1] at the network's size. Arithmetic of the steps is float32 whatever the dtype of the network.
+    Images are `(N, C, H, W)`, on the intensity scale that the model's preprocessing.json names (`normalize`; see
+    `data/intensity.py`), background 0; inside they are [-1, 1] at the network's size. Arithmetic of the steps is float32 whatever the dtype of the network.
 
     Args:
         unet ([`UNet2DConditionModel`]): epsilon_theta, such as [`counterfactual_unet`] makes.
@@ -57,7 +57,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         scheduler ([`SchedulerMixin`]): for decoding, [`DynamicDDIMScheduler`] or a stock `DDIMScheduler` (Table 2's row
             without dynamic normalisation).
         inverse_scheduler ([`SchedulerMixin`]): for encoding, its mirror image.
-        clip_input (`bool`): cut the input at its 99th percentile before encoding, and compare with that. The authors
+        clip_input (`bool`): cut the input at 1 before encoding, and compare with that. The authors
             don't; then dynamic normalisation holds x0 at 1 while the noise that is left takes up the peaks, divided by
             almost nothing, and latents leave the network's range just where lesions are bright.
         crop_background (`bool`): compute each image in a window around its foreground, about two thirds of a brain slice;
@@ -315,7 +315,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         r"""Algorithm 1: encode with the null condition, decode towards the target, compare.
 
         Args:
-            images (`torch.Tensor` or `np.ndarray`): `(N, C, H, W)`, intensity / 99th percentile, background 0.
+            images (`torch.Tensor` or `np.ndarray`): `(N, C, H, W)`, on the model's intensity scale, background 0.
             target (`str` or list of `str`, *optional*): class by name, one for all or one a sample; defaults to the
                 first class.
             guidance_scale (`float`, *optional*): w of Sec. 3.2. This and the next three default to what the model
@@ -342,7 +342,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         ```py
         >>> from diffusers_cf import CounterfactualDDIMPipeline
         >>> pipe = CounterfactualDDIMPipeline.from_pretrained("folder-or-hub-id")
-        >>> out = pipe(images)  # images: (N, C, H, W), intensity / 99th percentile
+        >>> out = pipe(images)  # images: (N, C, H, W), on the model's intensity scale
         >>> out.heatmaps.shape  # (N, H, W)
         ```
         """

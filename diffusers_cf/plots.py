@@ -7,7 +7,7 @@ import numpy as np
 
 
 GREY = {"cmap": "gray", "vmin": 0, "vmax": 1.1}  # how images in input units are shown: 1 = p99
-HEAT_MAXIMUM = 0.25  # a change by a quarter of the 99th percentile has the brightest colour: one scale for all
+HEAT_MAXIMUM = 0.25  # a change by a quarter of the image's unit has the brightest colour: one scale for all
 
 
 def plot_slices(
@@ -24,6 +24,7 @@ def plot_slices(
     mask_name: str = "lesion",
     references: np.ndarray | None = None,
     sides: bool = False,
+    unit: str = "",
 ) -> None:
     """Writes a PNG with one row a slice: input, counterfactual, heatmap over the input and, if given, the mask.
 
@@ -41,6 +42,7 @@ def plot_slices(
         mask_name: title of the last column.
         references: `(N, H, W)`, above 0 = lesion, drawn in green below `masks` to compare with.
         sides: write L and R beside each picture, where column 0 is the patient's left.
+        unit: what a heat of 1 means, as from `unit_in_words`.
     """
     from matplotlib.figure import Figure
 
@@ -65,9 +67,8 @@ def plot_slices(
             row[0].set_ylabel(row_names[i], fontsize=8)
     for axis, column in zip(axes[0], columns, strict=True):
         axis.set_title(column, fontsize=9)
-    figure.colorbar(
-        heat, ax=axes, shrink=min(1, 2 / len(images)), extend="max", label="heatmap: change, 1 = 99th percentile"
-    )
+    label = f"heatmap: change, {unit}" if unit else "heatmap: change"
+    figure.colorbar(heat, ax=axes, shrink=min(1, 2 / len(images)), extend="max", label=label)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=100)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 # Of a data set's preprocessing.json: not the name of the file or folder that it was made from.
 OF_DATASET = (
     "version", "source", "modalities", "class_names", "size", "channels", "dtype", "scale", "field_mm", "percentile",
-    "orientation", "has_masks", "seed", "split_sha256", "labels_sha256", "lenient", "note", "splits", "skipped",
+    "normalize", "orientation", "has_masks", "seed", "split_sha256", "labels_sha256", "lenient", "note", "splits", "skipped",
 )  # fmt: skip
 # Of a model's, which has what its data set has: not the patients that were left out there.
 OF_MODEL = (

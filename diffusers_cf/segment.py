@@ -18,7 +18,7 @@ from diffusers_cf.data.geometry import (
     slices_from_volume,
     volume_from_slices,
 )
-from diffusers_cf.data.intensity import unit_intensity
+from diffusers_cf.data.intensity import unit_in_words, unit_intensity
 from diffusers_cf.data.nifti import (
     MAX_BYTES,
     Scan,
@@ -265,10 +265,10 @@ def most_suspicious(heatmaps: np.ndarray, masks: np.ndarray, count: int = PREVIE
 
 
 def write_preview(
-    path: Path, volumes: PatientVolumes, maps: SliceMaps, mask: np.ndarray, field_mm: float, title: str
+    path: Path, volumes: PatientVolumes, maps: SliceMaps, mask: np.ndarray, facts: dict, title: str
 ) -> None:
     """Writes a picture of the most suspicious slices: scan, counterfactual, heatmap, and mask beside the expert's."""
-    images, slices = maps.found.images, maps.found.slices
+    images, slices, field_mm = maps.found.images, maps.found.slices, facts["preprocessing"]["field_mm"]
     inside = (images > 0).any(axis=1)
     heatmaps = np.where(inside, maps.heatmaps, 0)
     shown = resample_slices(display(mask)[slices], volumes.spacing_mm, images.shape[-1], field_mm) >= 0.5
@@ -284,5 +284,6 @@ def write_preview(
         row_names=[f"axial slice {slices[row]}" for row in rows],
         mask_name="found (red)" if volumes.seg is None else "found (red), expert (green)",
         sides=True,
+        unit=unit_in_words(facts["preprocessing"]["normalize"]),
         references=None if volumes.seg is None else maps.found.masks[rows],
     )

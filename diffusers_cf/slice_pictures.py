@@ -45,13 +45,14 @@ CSS = """
 """
 
 
-def slice_html(view: SliceView, channel: int, modalities: Sequence[str]) -> str:
+def slice_html(view: SliceView, channel: int, modalities: Sequence[str], unit: str) -> str:
     """Input, counterfactual, heatmap and mask of one modality side by side, with sides, colour scale and legend.
 
     Args:
         view: The slice.
         channel: Index of the modality that is shown.
         modalities: Names of all.
+        unit: What a heat of 1 means, as from `unit_in_words`.
     """
     name = escape(modalities[channel])
     scan = _grey(view.images[channel])
@@ -72,7 +73,7 @@ def slice_html(view: SliceView, channel: int, modalities: Sequence[str]) -> str:
     )
     return (
         f'<div class="cf-slice">{figures}</div><div class="cf-legend"><div>heatmap: 0 {_colour_bar()} {HEAT_MAXIMUM:g}'
-        f" (change / 99th percentile of the scan)</div>{legend}<div>L: the patient’s left, A: anterior</div></div>"
+        f" (change, {escape(unit)})</div>{legend}<div>L: the patient’s left, A: anterior</div></div>"
     )
 
 

@@ -42,7 +42,7 @@ class TrainingImages:
         augment (`bool`): small rotation, scale, shift and per-channel gain, see [`augment_images`].
         crop_background (`float`): share of the images that are trained on in the window around their foreground alone.
         window_side (`int`): side of a window that the foreground fits into.
-        clip_input (`bool`): cut images at their 99th percentile, as [`CounterfactualDDIMPipeline`] does.
+        clip_input (`bool`): cut images at 1, as [`CounterfactualDDIMPipeline`] does.
     """
 
     def __init__(

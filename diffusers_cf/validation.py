@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffusers_cf.data.intensity import normalize_of, unit_in_words
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.evaluation import evaluate, write_result
 from diffusers_cf.plots import plot_slices
@@ -90,6 +91,7 @@ class Validation:
             path, batch["images"].numpy(), out.counterfactuals, out.heatmaps,
             masks=None if batch["masks"] is None else batch["masks"].numpy(),
             channel_names=self.dataset.preprocessing["modalities"],
+            unit=unit_in_words(normalize_of(self.dataset.preprocessing)),
             title=f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in scores.items()),
         )  # fmt: skip
         for tracker in self.accelerator.trackers:

@@ -5,11 +5,13 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from diffusers_cf.data.geometry import from_ras
+from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.data.nifti import Scan
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.dicom import series_sha256, write_parametric_map, write_segmentation
@@ -63,7 +65,7 @@ def segment_patient(
 ) -> dict:
     """Segments one patient and writes `output/PATIENT/`, whole or not at all.
 
-    Written are heatmap.nii.gz (float32, in units of the 99th percentile, 0 outside the foreground, before any
+    Written are heatmap.nii.gz (float32, on the model's intensity scale, 0 outside the foreground, before any
     post-processing), mask.nii.gz (uint8, 1 = lesion), counterfactual_<modality>.nii.gz (float32, the scan's units),
     preview.png and report.json. Heatmap and mask have shape, axes and affine of the first modality's file, each
     counterfactual those of its own. A patient that is finished with the same model, settings, dtype and scans is left
@@ -146,8 +148,8 @@ def segmentation_facts(
     usable = usable_facts(pipe, model, **settings)
     threshold = usable["settings"]["threshold"]
     if threshold is None and needs_threshold:
-        kind = usable["settings"]["map"]
-        raise InputError(f"{model} recommends no threshold for the map {kind}: give one by --threshold (1 = p99)")
+        kind, unit = usable["settings"]["map"], unit_in_words(usable["preprocessing"]["normalize"])
+        raise InputError(f"{model} recommends no threshold for the map {kind}: give one by --threshold ({unit})")
     return {
         "model": model,
         "model_sha256": model_fingerprint(pipe),
@@ -174,7 +176,7 @@ def _write_volumes(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts
     write_volume(folder / "heatmap.nii.gz", heat, first, np.float32)
     mask = lesion_mask(volumes, maps, heat, facts)
     write_volume(folder / "mask.nii.gz", mask, first, np.uint8)
-    written = _write_dicom(folder, heat, mask, first, volumes.patient) if first.path.is_dir() else {}
+    written = _write_dicom(folder, heat, mask, first, volumes.patient, normalize) if first.path.is_dir() else {}
     for channel, (modality, like) in enumerate(volumes.files.items()):
         counterfactual = counterfactual_volume(volumes, maps, channel, field_mm, normalize)
         write_volume(folder / f"counterfactual_{modality}.nii.gz", counterfactual, like, np.float32)
@@ -186,11 +188,11 @@ def _write_volumes(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts
         counts.update(heat, volumes.seg)
         measured |= {"dice": dice(mask, volumes.seg), "auprc": counts.average_precision()}
         title += "" if measured["dice"] is None else f", Dice {measured['dice']:.2f}"
-    write_preview(folder / "preview.png", volumes, maps, mask, field_mm, title)
+    write_preview(folder / "preview.png", volumes, maps, mask, facts, title)
     return measured
 
 
-def _write_dicom(folder: Path, heat: np.ndarray, mask: np.ndarray, like: Scan, patient: str) -> dict:
+def _write_dicom(folder: Path, heat: np.ndarray, mask: np.ndarray, like: Scan, patient: str, normalize: str) -> dict:
     """Mask and heatmap on the grid of the DICOM series that the first modality came from.
 
     Returns:
@@ -198,7 +200,8 @@ def _write_dicom(folder: Path, heat: np.ndarray, mask: np.ndarray, like: Scan, p
     """
     written = []
     try:
-        for name, values, write in (("mask", mask, write_segmentation), ("heatmap", heat, write_parametric_map)):
+        write_heatmap = partial(write_parametric_map, unit=unit_in_words(normalize))
+        for name, values, write in (("mask", mask, write_segmentation), ("heatmap", heat, write_heatmap)):
             description = f"{name} of {patient}, not for clinical use"
             written.append(folder / f"{name}.dcm")
             write(written[-1], from_ras(values, like.affine), like.affine, like.path, description)

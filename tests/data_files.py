@@ -58,6 +58,7 @@ class MadeSource:
     has_masks = True
     field_mm = 240.0
     path = ""
+    normalize = "median"
 
     def __init__(self, patients: int, bad: tuple[str, ...] = (), size: int = 8):
         self.ids, self.bad, self.size = [f"p{i:02d}" for i in range(patients)], bad, size
@@ -70,7 +71,7 @@ class MadeSource:
         return None
 
     def facts(self) -> dict:
-        return {"percentile": 99.0}
+        return {}
 
     def problems(self, patient: str) -> list[str]:
         return [f"{patient}.nii.gz: broken", f"{patient}: twice"] if patient in self.bad else []

@@ -11,7 +11,7 @@ from diffusers_cf.data.slices import PatientSlices, slices_to_table, write_table
 SIZE, MODALITIES = 32, ["flair", "t1"]
 
 
-def write_dataset(folder, has_masks=True, patients=3, size=SIZE):
+def write_dataset(folder, has_masks=True, patients=3, size=SIZE, modalities=MODALITIES):
     """A slice data set of discs with a bright square in FLAIR, all in the split `test`."""
     rng, facts = np.random.default_rng(0), {"dtype": "float16", "scale": 1}
     y, x = np.mgrid[:size, :size] - 15.5
@@ -27,7 +27,7 @@ def write_dataset(folder, has_masks=True, patients=3, size=SIZE):
     (folder / "data").mkdir(parents=True)
     write_tables(folder / "data" / "test-00000-of-00001.parquet", tables, ("healthy", "unhealthy"))
     empty = {"patients": 0, "slices": 0, "unhealthy": 0}
-    facts |= {"version": 1, "source": "arrays", "seed": 3, "size": size, "channels": 2, "modalities": MODALITIES}
+    facts |= {"version": 1, "source": "arrays", "seed": 3, "size": size, "channels": 2, "modalities": modalities}
     facts |= {"class_names": ["healthy", "unhealthy"], "has_masks": has_masks}
     facts["splits"] = {"train": empty, "validation": empty, "test": {"patients": patients, "slices": 4 * patients}}
     (folder / "preprocessing.json").write_text(json.dumps(facts))

@@ -7,6 +7,7 @@ from evaluation_data import MODALITIES, SIZE, write_dataset
 
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.baselines import make_baseline
+from diffusers_cf.cli import main
 from diffusers_cf.commands_evaluate import add_evaluate_arguments, run_evaluate
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.evaluation import evaluate
@@ -127,12 +128,24 @@ def test_bad_options_are_one_line_and_exit_code_2(dataset, model, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_that_a_model_was_not_made_for(model, dataset, tmp_path, capsys):
+@pytest.mark.parametrize("command", ["evaluate", "sweep", "calibrate"])
+def test_a_model_sees_no_images_of_another_scale(command, model, dataset, tmp_path, capsys):
     pipe = CounterfactualDDIMPipeline.from_pretrained(model)
-    pipe.preprocessing = pipe.preprocessing | {"modalities": ["t1", "flair"]}
+    pipe.preprocessing = pipe.preprocessing | {"normalize": "median"}
     pipe.save_pretrained(tmp_path / "other")
-    assert run("--model", tmp_path / "other", "--dataset", dataset, "--output", tmp_path / "RESULT.json") == 2
-    assert "takes t1, flair, but" in capsys.readouterr().err
+    options = ["--model", tmp_path / "other", "--dataset", dataset, "--split", "test", "--output", tmp_path / "R.json"]
+    assert main([command, *map(str, options)]) == 2
+    said = "other: takes images of the intensity scale median, {} has p99: prepare the data with --normalize median"
+    assert said.format(dataset) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep", "calibrate"])
+def test_a_model_sees_no_images_of_other_modalities(command, model, tmp_path, capsys):
+    other = write_dataset(tmp_path / "dataset", modalities=["t1", "flair"])
+    options = ["--model", model, "--dataset", other, "--split", "test", "--output", tmp_path / "R.json"]
+    assert main([command, *map(str, options)]) == 2
+    assert f"takes flair, t1, but {other} holds t1, flair" in capsys.readouterr().err
 
 
 def test_data_without_masks(tmp_path, capsys):

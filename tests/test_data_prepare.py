@@ -117,7 +117,7 @@ def test_written_scans_become_a_data_set(tmp_path):
         counts = {"patients": len(expected), "slices": len(dataset), "unhealthy": int(dataset.labels.sum())}
         assert preprocessing["splits"][name] == counts
     facts = {"version": 1, "modalities": ["flair", "t1", "t1ce", "t2"], "size": 16, "channels": 4, "source": "brats"}
-    facts |= {"dtype": "float16", "scale": 1, "field_mm": 240.0, "percentile": 99.0, "seed": 5, "has_masks": True}
+    facts |= {"dtype": "float16", "scale": 1, "field_mm": 240.0, "normalize": "median", "seed": 5, "has_masks": True}
     assert facts.items() <= preprocessing.items()
     assert json.loads((tmp_path / "set" / "preprocessing.json").read_text()) == preprocessing
     assert set(content(tmp_path / "set")) == {
@@ -305,8 +305,8 @@ BAD_COMMANDS = {
     "no output": (["--source", "brats", "--input", "."], "--output is needed"),
     "no input": (["--source", "folder", "--output", "x"], "--source folder needs --input"),
     "foreign option": (
-        ["--source", "arrays", "--input", "x", "--percentile", "98", "--lenient", "--output", "y"],
-        "--source arrays takes no --lenient, --percentile",
+        ["--source", "arrays", "--input", "x", "--class_names", "a", "--lenient", "--output", "y"],
+        "--source arrays takes no --class_names, --lenient",
     ),
     "input for the phantom": (["--source", "phantom", "--input", "x"], "--source phantom takes no --input"),
 }
@@ -339,6 +339,9 @@ def test_real_arrays_by_their_fixed_split(tmp_path):
         rows = rows[np.lexsort((stored["slice"][rows], stored["patient"][rows]))]
         images, masks = stored["images"][rows], stored["masks"][rows]
     batch = dataset.collate(dataset.__getitems__(list(range(len(dataset)))))
-    np.testing.assert_array_equal(np.rint(batch["images"].numpy() * 200), images)
+    for patient in np.unique(dataset.patients):
+        own = dataset.patients == patient
+        unit = 2.5 * np.median(images[own][images[own] > 0])
+        np.testing.assert_allclose(batch["images"][own].numpy(), images[own] / unit, rtol=1e-3)
     np.testing.assert_array_equal(batch["masks"], masks)
     np.testing.assert_array_equal(dataset.labels, masks.any(axis=(1, 2)))

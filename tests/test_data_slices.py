@@ -17,11 +17,13 @@ from diffusers_cf.data.geometry import (
     undisplay,
     volume_from_slices,
 )
+from diffusers_cf.data.intensity import normalize_of, unit_intensity, with_named_scale
 from diffusers_cf.data.slices import encode_images, slices_to_table, write_patient, write_tables
 from diffusers_cf.errors import InputError
 
 
 NAMES = ("healthy", "unhealthy")
+SCALES = ("median", "p99", "p50", "none")
 
 
 def made(patient="a", n=5, masks=True, seed=0):
@@ -129,27 +131,51 @@ def test_display_orientation():
 
 def test_slices_follow_the_papers_protocol():
     volume, mask = brain()
-    found = slices_from_volume("p", volume, mask, SPACING_MM, 32)
+    found = slices_from_volume("p", volume, mask, SPACING_MM, 32, normalize="p99")
     filled = np.flatnonzero((volume > 0).any(axis=(0, 1, 2)))
     assert found.slices.tolist() == list(range(filled[0], filled[-1] + 1)) and 0 < filled[0] and filled[-1] < 11
     assert found.images.shape == (len(found.slices), 4, 32, 32) and found.images.dtype == np.float32
     np.testing.assert_array_equal(found.labels, mask.any(axis=(0, 1))[found.slices])
     assert 0 < found.labels.sum() < len(found.labels)
-    native = slices_from_volume("p", volume, mask, (1, 1, 1), 32, field_mm=32.0)
+    native = slices_from_volume("p", volume, mask, (1, 1, 1), 32, field_mm=32.0, normalize="p99")
     for channel in range(4):
         foreground = volume[channel][volume[channel] > 0]
         assert np.isclose(native.images[:, channel].max(), foreground.max() / np.percentile(foreground, 99))
     np.testing.assert_array_equal(native.masks.sum(axis=(1, 2)), mask.sum(axis=(0, 1))[found.slices])
 
 
-def test_each_channel_has_its_own_percentile_and_the_gain_cancels():
+def test_each_channel_has_its_own_unit_and_the_gain_cancels():
     volume, mask = brain()
     gain = np.array([1, 3, 0.5, 10], dtype=np.float32)[:, None, None, None]
     first, second = (slices_from_volume("p", v, mask, SPACING_MM, 16).images for v in (volume, volume * gain))
     np.testing.assert_allclose(first, second, atol=1e-5)
-    half = slices_from_volume("p", volume, mask, SPACING_MM, 16, percentile=50).images
-    ratio = np.percentile(volume[1][volume[1] > 0], 99) / np.percentile(volume[1][volume[1] > 0], 50)
-    np.testing.assert_allclose(half[:, 1], first[:, 1] * ratio, rtol=1e-4)
+
+
+def test_scales_of_one_scan_differ_by_one_factor_a_modality():
+    volume, mask = brain()
+    images = {name: slices_from_volume("p", volume, mask, SPACING_MM, 16, normalize=name).images for name in SCALES}
+    for channel, scan in enumerate(volume):
+        foreground = scan[scan > 0]
+        units = {"median": 2.5 * np.median(foreground), "p99": np.percentile(foreground, 99), "none": 1}
+        for name, unit in (units | {"p50": np.median(foreground)}).items():
+            np.testing.assert_allclose(images[name][:, channel] * unit, images["none"][:, channel], rtol=1e-5)
+    default = slices_from_volume("p", volume, mask, SPACING_MM, 16).images
+    np.testing.assert_array_equal(default, images["median"])
+
+
+@pytest.mark.parametrize("name", ["p101", "p", "mean", "P99", "", None, 99.0])
+def test_scales_that_there_are_not(name):
+    with pytest.raises(ValueError, match="it must be median, p99"):
+        unit_intensity(np.ones(3), name)
+
+
+def test_facts_of_before_there_were_scales():
+    assert [normalize_of(facts) for facts in ({"percentile": 98.5}, {"percentile": None}, {})] == [
+        "p98.5",
+        "none",
+        "p99",
+    ]
+    assert with_named_scale({"percentile": 99.0, "size": 3}) == {"size": 3, "normalize": "p99"}
 
 
 def test_background_stays_exactly_zero_and_negative_voxels_become_background():

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusers_cf.data import ArraysSource, BratsSource, FolderSource
+from diffusers_cf.data.prepare import prepare
 from diffusers_cf.errors import InputError
 
 
@@ -29,9 +30,9 @@ def arrays(**changes):
     return {name: value for name, value in (content | changes).items() if value is not None}
 
 
-def test_arrays_are_taken_as_they_are(tmp_path):
+def test_arrays_can_be_taken_as_they_are(tmp_path):
     np.savez(tmp_path / "x.npz", **arrays())
-    source = ArraysSource(tmp_path / "x.npz")
+    source = ArraysSource(tmp_path / "x.npz", normalize="none")
     assert source.patients() == ["a", "b"] and source.modalities == ("flair", "t2") and source.size == 8
     assert (source.facts()["dtype"], source.facts()["scale"]) == ("uint8", 200)
     found = source.read("b")
@@ -39,11 +40,43 @@ def test_arrays_are_taken_as_they_are(tmp_path):
     stored = arrays()["images"][[1, 2, 0]][:, [1, 0]]
     np.testing.assert_array_equal(np.rint(found.images * 200), stored)
     np.testing.assert_array_equal(found.masks, arrays()["masks"][[1, 2, 0]])
-    resized = ArraysSource(tmp_path / "x.npz", size=4)
+    resized = ArraysSource(tmp_path / "x.npz", size=4, normalize="none")
     assert resized.facts()["dtype"] == "float16"
     small = resized.read("b")
     np.testing.assert_allclose(small.images, found.images.reshape(3, 2, 4, 2, 4, 2).mean(axis=(3, 5)), atol=1e-6)
     assert small.masks[0].sum() == 4 and small.masks.dtype == np.uint8
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_arrays_are_scaled_patient_by_patient(tmp_path, dtype):
+    images = arrays()["images"].astype(dtype)
+    np.savez(tmp_path / "x.npz", **arrays(images=images))
+    source = ArraysSource(tmp_path / "x.npz")
+    assert (source.normalize, source.facts()["dtype"], source.facts()["scale"]) == ("median", "float16", 1)
+    for patient, rows in (("a", slice(3, 6)), ("b", slice(0, 3))):
+        t2, flair = images[rows].swapaxes(0, 1)
+        found = source.read(patient).images
+        if patient == "b":
+            t2, flair = t2[[1, 2, 0]], flair[[1, 2, 0]]
+        np.testing.assert_allclose(found[:, 0], flair / (2.5 * np.median(flair[flair > 0])), rtol=1e-5)
+        np.testing.assert_allclose(found[:, 1], t2 / (2.5 * np.median(t2[t2 > 0])), rtol=1e-5)
+    bright = ArraysSource(tmp_path / "x.npz", normalize="p99").read("a").images
+    assert np.isclose(np.percentile(bright[:, 0][bright[:, 0] > 0], 99), 1)
+
+
+def test_patients_that_lack_a_modality_are_left_out(tmp_path, caplog):
+    has = np.array([True, True, True, False, False, False])
+    np.savez(tmp_path / "x.npz", **arrays(has_T2w=has))
+    both = ArraysSource(tmp_path / "x.npz")
+    assert both.patients() == ["b"] and both.left_out == {"a": "no t2"}
+    assert ArraysSource(tmp_path / "x.npz", modalities=["flair"]).patients() == ["a", "b"]
+    np.savez(tmp_path / "y.npz", **arrays(has_T2w=np.zeros(6, dtype=bool)))
+    with pytest.raises(InputError, match="no patient has all of flair, t2"):
+        ArraysSource(tmp_path / "y.npz")
+    (tmp_path / "s.json").write_text('{"train": ["b"], "test": ["a"]}')
+    preprocessing = prepare(both, tmp_path / "set", split_file=tmp_path / "s.json")
+    assert preprocessing["skipped"] == ["a"] and preprocessing["splits"]["test"]["patients"] == 0
+    assert "left out a: no t2" in caplog.text
 
 
 def test_arrays_without_masks(tmp_path):
@@ -79,6 +112,11 @@ BAD_ARRAYS = {
     "modalities": (arrays(modalities=np.array(["t1"])), r"modalities must have the shape \(2,\)"),
     "complex": (arrays(images=np.zeros((6, 2, 8, 8), complex)), "must be numbers, not complex128"),
     "scale 0": (arrays(scale=0), "scale must be above 0"),
+    "modality there or not as a number": (
+        arrays(has_flair=np.ones(6)),
+        "has_flair must be true or false, not float64",
+    ),
+    "has for too few": (arrays(has_flair=np.ones(2, dtype=bool)), r"has_flair must have the shape \(6,\)"),
     "unknown label": (arrays(label=np.array(["sick"] * 6)), "unknown label 'sick'"),
     "pickled objects": (arrays(patient=np.array([{}] * 6)), "not a sound .npz file"),
 }
@@ -220,8 +258,8 @@ class TestRealData:
     pytestmark = needs_data
 
     def test_scans_agree_with_the_stored_slices(self):
-        found = BratsSource(DATA / "volumes").read("MS19")
-        stored = ArraysSource(DATA / "slices" / "ms_mni.npz").read("MS19")
+        found = BratsSource(DATA / "volumes", normalize="p99").read("MS19")
+        stored = ArraysSource(DATA / "slices" / "ms_mni.npz", normalize="none").read("MS19")
         rows = np.searchsorted(found.slices, stored.slices)
         np.testing.assert_array_equal(found.slices[rows], stored.slices)
         # Stored in steps of 1/200, clipped at 1.275, and only where most of a pixel lies in the brain.

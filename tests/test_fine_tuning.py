@@ -140,3 +140,25 @@ def test_auto_precision_is_bf16_where_the_processor_computes_in_it(
     args = parse_args(["--dataset=DATASET", f"--output_dir={tmp_path}", f"--mixed_precision={wanted}"])
     assert start_accelerator(args, tmp_path).mixed_precision == found
     assert ("bf16 is emulated" in caplog.text) == (wanted == "bf16" and not computes)
+
+
+def test_another_intensity_scale_is_taken_only_on_purpose(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.preprocessing = {"normalize": "p99", "settings": SETTINGS}
+    pipe.save_pretrained(tmp_path / "base")
+    write_training_set(tmp_path / "slices", percentile=None, normalize="median")
+    options = [
+        "--dataset",
+        tmp_path / "slices",
+        "--output_dir",
+        tmp_path / "out",
+        "--pretrained_model",
+        tmp_path / "base",
+    ]
+    options += ["--max_train_steps", 1, "--train_batch_size", 2, "--validation_steps", 0, "--mixed_precision", "no"]
+    with pytest.raises(
+        InputError, match="base: takes images of the intensity scale p99, .*slices has median: .*--renorm"
+    ):
+        main(parse_args([str(option) for option in options]))
+    main(parse_args([str(option) for option in [*options, "--renormalize"]]))
+    assert CounterfactualDDIMPipeline.from_pretrained(tmp_path / "out").preprocessing["normalize"] == "median"

@@ -7,6 +7,7 @@ from segmentation_files import CUBE, SETTINGS, BrightnessPipeline, make_pipe, vo
 
 from diffusers_cf import segment
 from diffusers_cf.data.geometry import to_ras, undisplay
+from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.errors import InputError
 from diffusers_cf.plots import plot_slices
@@ -58,7 +59,7 @@ def test_the_lesion_is_found_where_it_is_in_any_orientation(bright, tmp_path, fl
 
 def test_counterfactuals_are_in_the_units_of_their_scan_and_never_negative(tmp_path, monkeypatch):
     folder = write_cube(tmp_path / "P", "LAS", "LAS")
-    pipe = make_pipe(BrightnessPipeline, percentile=50.0)
+    pipe = make_pipe(BrightnessPipeline, normalize="p50")
     segment_patient(pipe, folder, tmp_path / "out", progress=False)
     affine = nib.load(folder / "P_flair.nii.gz").affine
     for modality, gain in (("flair", 1), ("t1", 3)):
@@ -141,14 +142,15 @@ def test_pictures_name_the_patients_sides_and_the_unit(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
     images = np.zeros((2, 1, 8, 8))
-    plot_slices(tmp_path / "picture.png", images, images, images[:, 0], masks=images[:, 0], sides=True)
+    unit = unit_in_words("median")
+    plot_slices(tmp_path / "picture.png", images, images, images[:, 0], masks=images[:, 0], sides=True, unit=unit)
     *pictures, bar = figures[0].axes
     assert len(pictures) == 8
     for axes in pictures:  # column 0 of the image, the patient's left, is at the left
         assert axes.get_xlim()[0] < axes.get_xlim()[1]
         places = {text.get_text(): text.get_position()[0] for text in axes.texts}
         assert places.keys() == {"L", "R"} and places["L"] < 0.1 and places["R"] > 0.9
-    assert bar.get_ylabel() == "heatmap: change, 1 = 99th percentile"
+    assert bar.get_ylabel() == "heatmap: change, 1 = 2.5 x the foreground's median"
 
 
 def test_preview_shows_the_worst_slices_that_lie_apart():

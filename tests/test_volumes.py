@@ -76,11 +76,11 @@ def test_the_papers_settings_by_name(model, patient, tmp_path, capsys):
 
 
 def test_the_heatmap_is_that_of_the_pipeline(patient, tmp_path):
-    pipe = make_pipe(field_mm=220.0, percentile=90.0, evaluation_size=64)
+    pipe = make_pipe(field_mm=220.0, normalize="p90", evaluation_size=64)
     segment_patient(pipe, patient, tmp_path / "out", progress=False)
     affine = nib.load(patient / "P_01_flair.nii.gz").affine
     scans = np.stack([to_ras(voxels(patient / f"P_01_{modality}.nii.gz"), affine) for modality in MODALITIES])
-    found = slices_from_volume("P", scans.astype(np.float32), None, SPACING_MM, 64, 220.0, 90.0)
+    found = slices_from_volume("P", scans.astype(np.float32), None, SPACING_MM, 64, 220.0, "p90")
     expected = pipe(torch.from_numpy(found.images)).heatmaps.numpy()
     expected = volume_from_slices(expected, found.slices, scans.shape[1:], SPACING_MM, 220.0)
     heat = to_ras(voxels(tmp_path / "out" / "P_01" / "heatmap.nii.gz"), affine)
@@ -95,7 +95,7 @@ def test_report(segmented, patient):
     assert (report["patient"], report["model"], report["threshold"]) == ("P_01", "MODEL", 0.05)
     assert report["settings"] == SETTINGS | {"map": "counterfactual"} and report["postprocessed"] is False
     assert report["network_evaluations_per_slice"] == 2 + 2 * 2 and report["seconds"] > 0
-    geometry = {"size": 128, "field_mm": 240.0, "percentile": 99.0}
+    geometry = {"size": 128, "field_mm": 240.0, "normalize": "p99"}
     assert report["preprocessing"] == {"modalities": MODALITIES} | geometry
     scans = np.stack([voxels(patient / f"P_01_{modality}.nii.gz") for modality in MODALITIES])
     assert report["n_slices"] == np.count_nonzero((scans > 0).any(axis=(0, 1, 2)))
@@ -158,7 +158,7 @@ def test_a_finished_patient_is_skipped_and_never_overwritten_unasked(model, pati
     make_pipe(seed=1).save_pretrained(other)
     assert run(patient, "--model", other, "--output", tmp_path / "out") == 2
     assert "finished with another model: --overwrite" in capsys.readouterr().err
-    make_pipe(settings=SETTINGS | {"postprocess": True}, percentile=98.0).save_pretrained(other)
+    make_pipe(settings=SETTINGS | {"postprocess": True}, normalize="p98").save_pretrained(other)
     assert run(patient, "--model", other, "--output", tmp_path / "out") == 2
     assert "finished with another preprocessing and other post-processing" in capsys.readouterr().err
     assert report.stat().st_mtime_ns == written
@@ -271,7 +271,7 @@ def test_scans_that_cannot_be_used(pipe, patient, tmp_path, modality, data, mess
     assert not (tmp_path / "out").exists()
 
 
-def test_intensities_that_overflow_in_units_of_their_percentile(pipe, patient, tmp_path):
+def test_intensities_that_overflow_in_units_of_their_scale(pipe, patient, tmp_path):
     scan = np.full((26, 32, 12), 1e-40, np.float32)
     scan[5, 5, 5] = 3e38
     save(patient / "P_01_t1.nii.gz", scan, "LPS")
@@ -330,7 +330,8 @@ def test_an_output_that_is_a_file(model, patient, tmp_path, capsys):
         ({"modalities": ["flair", "../../t1"]}, "MODEL: its modality '../../t1' can't be a part of a file's name"),
         ({"modalities": ["flair"]}, "MODEL: takes 2 channels, but names the modalities flair$"),
         ({"field_mm": -1}, "field_mm must be above 0"),
-        ({"percentile": "99"}, "MODEL: preprocessing.json holds a value of a wrong type"),
+        ({"normalize": "mean"}, "normalize is 'mean': it must be median, p99"),
+        ({"normalize": "none"}, "MODEL: takes images as they are, so that no scan can be brought to its scale"),
         ({"settings": SETTINGS | {"strength": "high"}}, "MODEL: preprocessing.json holds a value of a wrong type"),
     ],
 )

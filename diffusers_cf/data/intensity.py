@@ -57,7 +57,12 @@ def normalize_of(facts: Mapping) -> str:
     if "normalize" in facts:
         return facts["normalize"]
     percentile = facts.get("percentile", 99.0)
-    return "none" if percentile is None else f"p{percentile:g}"
+    return "none" if percentile is None else f"p{percentile}".removesuffix(".0")
+
+
+def with_named_scale(facts: Mapping) -> dict:
+    """The facts with `normalize`, in the place of the percentile that older files name."""
+    return {name: value for name, value in facts.items() if name != "percentile"} | {"normalize": normalize_of(facts)}
 
 
 def unit_in_words(normalize: str) -> str:
