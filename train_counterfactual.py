@@ -7,21 +7,23 @@ saved as a pipeline that `CounterfactualDDIMPipeline.from_pretrained(MODEL)` ope
 """
 
 import math
+import os
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
-from diffusers_cf.arguments import run_command
+from diffusers_cf.arguments import make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.fine_tuning import inherited_facts, open_base, public_name
@@ -44,14 +46,15 @@ from diffusers_cf.training import (
     Progress,
     TrainingSlices,
     averaged_weights,
+    check_output_folder,
     check_weights,
     find_checkpoint,
-    open_output_folder,
     save_checkpoint,
 )
 from diffusers_cf.training_options import command_of, parse_args
 from diffusers_cf.training_stream import TrainingStream
 from diffusers_cf.validation import Validation
+from diffusers_cf.whole_folders import alone_at
 
 
 WINDOWS_OF_BASE = 0.7  # share of the images that go on in windows, where the base computes in them
@@ -67,18 +70,32 @@ def start_accelerator(args, output: Path) -> Accelerator:
         InputError: this machine lacks the precision or the tracker; accelerate would often go on without it.
     """
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    # Said here, and not left to the environment: in it accelerate looks for the number of parts first, and without
+    # ACCELERATE_USE_CPU it lets each process of a CPU train alone.
+    parts = GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps)
+    wanted = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
+    if wanted not in ("auto", str(parts.num_steps)):
+        raise InputError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {wanted} in the environment, and --gradient_accumulation_steps"
+            f" {parts.num_steps}: give both the same number"
+        )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    on_cpus = started > 1 and not torch.accelerator.is_available()
     precision = args.mixed_precision
     if precision == "auto":
-        precision = "bf16" if computes_in_bfloat16(PartialState().device) else "no"
+        precision = "bf16" if computes_in_bfloat16(PartialState(cpu=on_cpus).device) else "no"
     try:
         accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            cpu=on_cpus,
+            gradient_accumulation_plugin=parts,
             mixed_precision=precision,
             log_with=args.report_to,
             project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / args.logging_dir)),
         )
     except ValueError as error:
         raise InputError(str(error)) from None
+    if accelerator.num_processes != started:
+        raise InputError(f"{started} processes were started, but accelerate counts {accelerator.num_processes}")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs a GPU: this run has a CPU, for which there is auto")
     if accelerator.mixed_precision == "bf16" and not computes_in_bfloat16(accelerator.device):
@@ -186,8 +203,16 @@ def build_pipeline(
 
 def main(args: Namespace) -> None:
     """Trains; every number of the run is in `args`."""
-    output = open_output_folder(args.output_dir, args.resume_from_checkpoint)
+    output = Path(args.output_dir)
+    make_folder(output)
     accelerator = start_accelerator(args, output)
+    with alone_at(output) if accelerator.is_main_process else nullcontext():  # one run a folder
+        check_output_folder(output, args.resume_from_checkpoint)
+        run_training(args, accelerator, output)
+
+
+def run_training(args: Namespace, accelerator: Accelerator, output: Path) -> None:
+    """From set-up to the finished pipeline, in an output folder that no other run writes to."""
     if args.push_to_hub and accelerator.is_main_process:
         name = args.hub_model_id or output.resolve().name
         repository, _ = model_repository(name, args.hub_token, args.hub_private_repo or None)
@@ -317,6 +342,10 @@ def train(run: Run, step: int) -> None:
     levels = run.pipeline().scheduler.config  # those that decoding walks
     noise_scheduler = DDPMScheduler(**{name: levels[name] for name in NOISE_LEVELS})
     validation = Validation(args, accelerator, run.output, run.global_batch)
+    if (
+        step and validation.is_due(step) and not validation.is_done(step)
+    ):  # the run was stopped between checkpoint and scores
+        validate(run, validation, step)
     with tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, desc="step") as bar:
         progress = Progress(accelerator, bar, step, args.gradient_accumulation_steps, run.global_batch)
         for batch in batches(run, step):
@@ -333,12 +362,16 @@ def train(run: Run, step: int) -> None:
             if save_now or step % args.logging_steps == 0:
                 progress.report(step, run.lr_scheduler.get_last_lr()[0])
             with progress.paused():
-                # before the checkpoint: a run that goes on from it does not come back to this step
-                if args.validation_steps and (last or step % args.validation_steps == 0):
-                    with averaged_weights(run.network, run.ema):
-                        validation.run(run.pipeline(), step)
                 if save_now:
                     save(run, step)
+                if validation.is_due(step):
+                    validate(run, validation, step)
+
+
+def validate(run: Run, validation: Validation, step: int) -> None:
+    """Scores of the averaged weights at a step."""
+    with averaged_weights(run.network, run.ema):
+        validation.run(run.pipeline(), step)
 
 
 def save(run: Run, step: int) -> None:

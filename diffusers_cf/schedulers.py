@@ -146,15 +146,18 @@ class _DynamicDDIM:
         nearer = timestep - self.config.num_train_timesteps // self.num_inference_steps
         return self.alphas_cumprod[timestep], self.alphas_cumprod[nearer] if nearer >= 0 else clean
 
-    def _predict(self, model_output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor):
-        """`(x0_hat, epsilon)` of a sample at level `alpha`, whatever the network predicts."""
+    def _predict(self, model_output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor, told=None):
+        """`(x0_hat, epsilon)` of a sample at level `alpha`, whatever the network predicts.
+
+        A network that was `told` another level than the sample's, as in encoding, has answered for that one: there its
+        answer becomes epsilon, and epsilon x0_hat at the sample's own level, as if the network predicted epsilon.
+        """
         signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
-        if self.config.prediction_type == "epsilon":
-            return (sample - noise * model_output) / signal, model_output
+        epsilon = model_output if told is None else self._predict(model_output, sample, told)[1]
+        if self.config.prediction_type == "epsilon" or told is not None:
+            return (sample - noise * epsilon) / signal, epsilon
         if self.config.prediction_type == "v_prediction":
             return signal * sample - noise * model_output, signal * model_output + noise * sample
-        if alpha == 1:
-            raise ValueError("prediction_type 'sample' has no noise at the clean image: use 'epsilon'")
         return model_output, (sample - signal * model_output) / noise
 
     def _normalize(self, x0: torch.Tensor) -> torch.Tensor:
@@ -185,9 +188,9 @@ class _DynamicDDIM:
         x0, epsilon = self._normalized(x0, epsilon, sample, start, torch.maximum(start, end))
         return _to_level(x0, epsilon, end), x0
 
-    def _step(self, model_output: torch.Tensor, sample: torch.Tensor, start, end, return_dict: bool):
+    def _step(self, model_output: torch.Tensor, sample: torch.Tensor, start, end, return_dict: bool, told=None):
         output, working = _working_precision(model_output, sample)
-        x0, epsilon = self._predict(output, working, start)
+        x0, epsilon = self._predict(output, working, start, told)
         if self.config.solver_order == 2:
             x0, (working, epsilon) = None, self._second_order(working, epsilon, start, end)
         reached, x0 = (tensor.to(sample.dtype) for tensor in self._move(epsilon, working, start, end, x0))
@@ -347,13 +350,17 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
             return_dict (`bool`): an output with `prev_sample` (x at `timestep`) and `pred_original_sample`, or a tuple.
         """
         alpha, nearer = self._levels(timestep, self.initial_alpha_cumprod)
-        return self._step(model_output, sample, nearer, alpha, return_dict)
+        told = self.alphas_cumprod[self.network_timestep(timestep)]
+        return self._step(model_output, sample, nearer, alpha, return_dict, told)
 
     def predict_original(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor) -> torch.Tensor:
         """`dn(x0_hat)` by this output alone, arguments as in [`step`]; the scheduler stays as it is."""
         output, working = _working_precision(model_output, sample)
         _, nearer = self._levels(timestep, self.initial_alpha_cumprod)
-        return self._normalized(*self._predict(output, working, nearer), working, nearer, nearer)[0].to(sample.dtype)
+        told = self.alphas_cumprod[self.network_timestep(timestep)]
+        return self._normalized(*self._predict(output, working, nearer, told), working, nearer, nearer)[0].to(
+            sample.dtype
+        )
 
     def refine(
         self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, estimate: torch.Tensor

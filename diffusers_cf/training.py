@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from diffusers_cf.arguments import make_folder
 from diffusers_cf.errors import InputError
 from diffusers_cf.images import foreground_windows, resize_images
 
@@ -282,21 +281,14 @@ def finished_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step)
 
 
-def open_output_folder(folder: str | Path, resume_from: str | None) -> Path:
-    """The output folder, made now: finding out at the first checkpoint would be late.
-
-    Raises:
-        InputError: it can't be made, or holds another run's checkpoints, which `latest` would mix with this one's.
-    """
-    output = Path(folder)
-    make_folder(output)
+def check_output_folder(output: Path, resume_from: str | None) -> None:
+    """Raises InputError where a folder holds another run's checkpoints, which `latest` would mix with this one's."""
     finished = finished_checkpoints(output)
     if finished and not resume_from:
         raise InputError(
             f"{output} already holds {finished[-1].name}: go on from it with --resume_from_checkpoint latest,"
             " or start in another --output_dir"
         )
-    return output
 
 
 def save_checkpoint(accelerator, folder: Path, step: int, facts: dict, save_model, limit: int | None) -> None:

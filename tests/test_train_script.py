@@ -22,7 +22,8 @@ from diffusers_cf.arguments import run_command
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import UNET_SIZES
 from diffusers_cf.training import finished_checkpoints
-from train_counterfactual import build_model, main, open_output_folder, parse_args, resume, set_up, start_accelerator
+from diffusers_cf.whole_folders import alone_at
+from train_counterfactual import build_model, main, parse_args, resume, set_up, start_accelerator
 
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +131,6 @@ def set_up_run(dataset, output, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     args = parse_args(options(dataset, output, **changes))
-    open_output_folder(args.output_dir, args.resume_from_checkpoint)
     return set_up(args, start_accelerator(args, output), output)
 
 
@@ -171,9 +171,42 @@ def test_accumulated_parts_give_the_same_weights(reference, data, tmp_path):
     assert_same_weights(tmp_path / "out", reference / "checkpoint-4" / "pipeline", 1e-5)
 
 
+def test_another_number_of_parts_in_the_environment_is_refused(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    assert run_here(data, tmp_path / "out") == 2
+    assert "GRADIENT_ACCUMULATION_STEPS is 2 in the environment, and --gradient_acc" in capsys.readouterr().err
+    train(data, tmp_path / "out", gradient_accumulation_steps=2, max_train_steps=2, checkpointing_steps=2)
+    assert [path.name for path in finished_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+
+
+def test_a_folder_belongs_to_one_run(data, tmp_path, capsys):
+    with alone_at(tmp_path / "out"):
+        assert run_here(data, tmp_path / "out") == 2
+    assert f"error: {tmp_path / 'out'}: another process is writing it" in capsys.readouterr().err
+    assert list(tmp_path.rglob("*checkpoint*")) == []
+    train(data, tmp_path / "out", max_train_steps=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # and no lock
+
+
+def test_a_run_that_is_stopped_while_it_validates_goes_on_from_there(data, tmp_path, monkeypatch):
+    def stop(self, pipe, step):
+        raise KeyboardInterrupt
+
+    changes = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 2, "num_validation_slices": 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("diffusers_cf.validation.Validation.run", stop)
+        run_here(data, tmp_path / "out", **changes)
+    assert [path.name for path in finished_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    train(data, tmp_path / "out", resume_from_checkpoint="latest", **changes)
+    scores = json.loads((tmp_path / "out" / "validation" / "scores.json").read_text())
+    assert [row["step"] for row in scores] == [2, 4]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_processes_give_the_same_weights(reference, data, tmp_path):
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes need two GPUs here")
+def test_two_processes_give_the_same_weights(reference, data, tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU")  # nobody who follows README.md has set it
     changes = {"train_batch_size": 4, "max_train_steps": 4, "validation_steps": 4, "num_validation_slices": 2}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, ROOT / "train_counterfactual.py", *options(data, tmp_path / "out", **changes)]

@@ -18,7 +18,7 @@ from diffusers_cf.training_options import parse_args
         ({"first_timesteps": 0.0}, "--first_timesteps is 0.0: it must lie in (0, 1]"),
         ({"guidance_dropout_prob": 1.5}, "--guidance_dropout_prob is 1.5: it must lie in [0, 1]"),
         ({"crop_background": -0.1}, "--crop_background is -0.1: it must lie in [0, 1]"),
-        ({"ddpm_num_steps": 50, "validation_steps": 5}, "--ddpm_num_steps is 50: validation needs a multiple of 20"),
+        ({"ddpm_num_steps": 50, "validation_steps": 5}, "--ddpm_num_steps is 50: validation needs a multiple of 8"),
         ({"lr_scheduler": "steep"}, "--lr_scheduler: invalid choice: 'steep'"),
         ({"report_to": "paper"}, "--report_to: invalid choice: 'paper'"),
     ],

@@ -17,7 +17,7 @@ from diffusers_cf.validation import Validation
 def test_validation(tmp_path, monkeypatch, masks):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = write_training_set(tmp_path / "set", masks=masks)
-    args = SimpleNamespace(dataset=str(folder), validation_steps=2, num_validation_slices=5)
+    args = SimpleNamespace(dataset=str(folder), validation_steps=2, num_validation_slices=5, max_train_steps=5)
     acc = stub_accelerator()
     acc.log = lambda values, step: acc.logged.append((step, values))
     pictures = []
@@ -41,15 +41,17 @@ def test_validation(tmp_path, monkeypatch, masks):
     else:
         dataset = validation.dataset
         batch = dataset.collate(dataset.__getitems__(validation.indices.tolist()))
-        maps = pipe(batch["images"], guidance_scale=2.0, strength=0.5, num_inference_steps=20).heatmaps.mean(
-            dim=(1, 2)
-        )
+        maps = pipe(
+            batch["images"], guidance_scale=6.0, strength=0.75, num_inference_steps=8, map="forward"
+        ).heatmaps.mean(dim=(1, 2))
         expected = {
             f"mean_{name}": maps[batch["labels"] == i].mean().item() for i, name in enumerate(dataset.class_names)
         }
         assert scores == pytest.approx(expected, rel=1e-4)
     folder = tmp_path / "out" / "validation"
     assert sorted(path.name for path in folder.iterdir()) == ["scores.json", "step-0000004.png"]
+    assert [step for step in range(1, 7) if validation.is_due(step)] == [2, 4, 5, 6]
+    assert validation.is_done(4) and not validation.is_done(2)
     curve = [{"step": 2, "auprc": 0.1}, {"step": 4, "auprc": 0.2}, {"step": 6, "auprc": 0.3}]
     (folder / "scores.json").write_text(json.dumps(curve))  # a run that was stopped after step 6 goes on from step 2
     again = validation.run(pipe, 4)
@@ -60,5 +62,5 @@ def test_validation(tmp_path, monkeypatch, masks):
 
 
 def test_validation_has_nothing_to_do_without_slices(tmp_path):
-    args = SimpleNamespace(dataset="missing", validation_steps=0, num_validation_slices=5)
+    args = SimpleNamespace(dataset="missing", validation_steps=0, num_validation_slices=5, max_train_steps=5)
     assert Validation(args, stub_accelerator(), tmp_path, 8).run(None, 1) == {}
