@@ -1,7 +1,8 @@
-"""How sure a pooled AUPRC is, and a difference of two: a bootstrap over patients, paired between methods.
+"""How sure a score is, and a difference of two: a bootstrap over runs and patients, paired between methods.
 
 Pixels of a patient are far from independent, so patients are drawn, with replacement, and their pixel counts added up.
-Two methods are compared on the same draws: what makes a patient hard for both cancels out.
+Runs (seeds, splits) are drawn, too: three trainings are a sample of all trainings. Two methods are compared on the same
+draws: what makes a patient or a split hard for both cancels out.
 """
 
 import zlib
@@ -59,36 +60,42 @@ def average_precision(positives: np.ndarray, negatives: np.ndarray) -> np.ndarra
 
 
 def bootstraps_of_file(path: str | Path, samples: int = 1000) -> dict[str, dict]:
-    """Returns for each chain of a file of `evaluate` what a result keeps: `AuprcBootstrap.to_json`."""
+    """Returns for each chain of a file of `evaluate` what a result keeps: `Bootstrap.to_json`."""
     return {chain: bootstrap_auprc(read_patient_counts(path, chain), samples=samples).to_json() for chain in CHAINS}
 
 
 @dataclass(frozen=True)
-class AuprcBootstrap:
-    """AUPRC of a method on the patients as they are and on draws of them; of one run, or the mean of several.
+class Bootstrap:
+    """A score of a method on runs and patients as they are and on draws of them.
 
     Attributes:
-        value: of the patients as they are, None without any lesion pixel.
+        values: of each run on its patients as they are, None without any lesion pixel.
         samples: float64 (samples,), of the draws, NaN for a draw without a lesion pixel for one of the runs.
         test_sets: for each run its patients, with their lesion pixels and all their pixels.
         seed: of the draws.
     """
 
-    value: float | None
+    values: Sequence[float | None]
     samples: np.ndarray
     test_sets: Sequence[Mapping[str, tuple[int, int]]]
     seed: int
+
+    @property
+    def value(self) -> float | None:
+        """Mean of the runs; None where one of them is not defined."""
+        return None if None in self.values else float(np.mean(self.values))
 
     def interval(self) -> list[float] | None:
         """Returns the percentile 95 % interval, [low, high]; None for fewer than two patients or without lesions."""
         return _interval(self.samples, self.test_sets)
 
-    def minus(self, other: "AuprcBootstrap") -> dict:
+    def minus(self, other: "Bootstrap") -> dict:
         """Compares the pooled AUPRC of two methods on the same draws of patients.
 
         Returns:
-            `difference`, self - other on the patients as they are; `interval`, its percentile 95 % interval
-            [low, high]; `p_worse`, the share of draws in which self is not ahead. None where they are not defined.
+            `difference`, self - other on the patients as they are; `by_run` the same for each run where both have as
+            many; `interval`, its percentile 95 % interval [low, high]; `p_worse`, the share of draws in which self is
+            not ahead. None where they are not defined.
 
         Raises:
             InputError: The test sets differ.
@@ -100,27 +107,29 @@ class AuprcBootstrap:
         differences = self.samples - other.samples
         interval = _interval(differences, self.test_sets)
         defined = differences[np.isfinite(differences)]
+        pairs = zip(self.values, other.values, strict=True) if len(self.values) == len(other.values) else ()
         return {
             "difference": None if self.value is None else self.value - other.value,
+            "by_run": [None if None in pair else pair[0] - pair[1] for pair in pairs],
             "interval": interval,
             "p_worse": None if interval is None else float(np.mean(defined <= 0)),
         }
 
     def to_json(self) -> dict:
-        """Returns what `from_json` takes: small enough to keep with every result, so that pairs need no counts."""
+        """Returns what `from_json` takes of one run: small enough to keep with every result, pairs need no counts."""
         samples = [None if np.isnan(sample) else round(float(sample), 6) for sample in self.samples]
         test_sets = [{patient: list(pixels) for patient, pixels in found.items()} for found in self.test_sets]
         return {"value": self.value, "seed": self.seed, "test_sets": test_sets, "samples": samples}
 
     @classmethod
-    def from_json(cls, facts: Mapping) -> "AuprcBootstrap":
+    def from_json(cls, facts: Mapping) -> "Bootstrap":
         """Returns the bootstrap that `to_json` gave, draws rounded to 6 digits."""
         samples = np.array([np.nan if sample is None else sample for sample in facts["samples"]])
         test_sets = [{patient: tuple(pixels) for patient, pixels in found.items()} for found in facts["test_sets"]]
-        return cls(facts["value"], samples, test_sets, facts["seed"])
+        return cls([facts["value"]], samples, test_sets, facts["seed"])
 
 
-def bootstrap_auprc(run: Mapping[str, PixelCounts], seed: int = 0, samples: int = 1000) -> AuprcBootstrap:
+def bootstrap_auprc(run: Mapping[str, PixelCounts], seed: int = 0, samples: int = 1000) -> Bootstrap:
     """Draws patients with replacement and measures one run of a method on each draw.
 
     Runs on the same patients get the same draws, runs on others get draws of their own.
@@ -130,30 +139,41 @@ def bootstrap_auprc(run: Mapping[str, PixelCounts], seed: int = 0, samples: int 
         seed: Of the draws.
         samples: Number of draws.
     """
-    patients = sorted(run)
+    value, *drawn = _weighted_auprc(run, _weights(sorted(run), seed, samples))
+    return Bootstrap([None if np.isnan(value) else float(value)], np.array(drawn), [_pixels(run)], seed)
+
+
+def bootstrap_mean(run: Mapping[str, float], seed: int = 0, samples: int = 1000) -> Bootstrap:
+    """The same for the mean of a score of each patient, such as its Dice, over the patients of one run."""
+    weights = _weights(sorted(run), seed, samples)
+    value, *drawn = weights @ np.array([run[patient] for patient in sorted(run)]) / len(run)
+    return Bootstrap([float(value)], np.array(drawn), [dict.fromkeys(sorted(run), (0, 0))], seed)
+
+
+def _weights(patients: Sequence[str], seed: int, samples: int) -> np.ndarray:
+    """How often each patient counts, (1 + samples, P): in the first row, which is no draw, once."""
     random = np.random.default_rng([seed, zlib.crc32("\n".join(patients).encode())])
     draws = random.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size=samples)
-    # The first row is no draw but every patient once.
-    weights = np.concatenate([np.ones((1, len(patients))), draws.astype(np.float64)])
-    value, *drawn = _weighted_auprc(run, weights)
-    return AuprcBootstrap(None if np.isnan(value) else float(value), np.array(drawn), [_pixels(run)], seed)
+    return np.concatenate([np.ones((1, len(patients))), draws.astype(np.float64)])
 
 
-def mean_of_runs(runs: Sequence[AuprcBootstrap]) -> AuprcBootstrap:
-    """Returns the mean over the runs (seeds, splits) of a method, draw by draw.
+def mean_of_runs(runs: Sequence[Bootstrap]) -> Bootstrap:
+    """Returns the mean over the runs (seeds, splits) of a method: each draw takes as many runs, with replacement.
 
-    So the interval tells how much the test patients matter, not how much a training's seed does. Runs on one test set
-    share their draws; where each run has patients of its own, patients are drawn within each run.
+    Runs on one test set share their draws of patients; where each run has patients of its own, they are drawn within
+    each run. Methods with as many runs share the draws of runs.
 
     Raises:
         ValueError: There is no run, or their draws differ in seed or number.
     """
     if len({(run.seed, len(run.samples)) for run in runs}) != 1:
         raise ValueError("runs must be one or more with draws of the same seed and number")
-    values = [run.value for run in runs]
-    return AuprcBootstrap(
-        None if None in values else float(np.mean(values)),
-        np.mean([run.samples for run in runs], axis=0),
+    samples = np.array([run.samples for run in runs])
+    random = np.random.default_rng([runs[0].seed, len(runs)])
+    drawn = random.integers(len(runs), size=(len(runs), samples.shape[1]))
+    return Bootstrap(
+        [value for run in runs for value in run.values],
+        np.take_along_axis(samples, drawn, axis=0).mean(axis=0),
         [test_set for run in runs for test_set in run.test_sets],
         runs[0].seed,
     )

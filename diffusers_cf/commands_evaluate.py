@@ -170,12 +170,12 @@ def _rows_of_first_patients(patients: np.ndarray, max_patients: int | None) -> n
 
 def _summary(result: dict, output: Path) -> str:
     """Returns the main figures as a small table."""
-    rows = [f"{'':16}AUPRC  ideal Dice  foreground AUPRC  foreground ideal Dice  slice AUROC  Dice per patient"]
+    rows = [f"{'':16}AUPRC  ideal Dice  foreground AUPRC  foreground ideal Dice  slice AUROC  AUPRC, Dice per patient"]
     for name, part in (("map", result), ("post-processed", result["postprocessed"])):
         keys = ("auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "slice_auroc")
-        values = [part[key] for key in keys] + [part["per_patient_dice"]["mean"]]
+        values = [part[key] for key in keys] + [part[f"per_patient_{name}"]["mean"] for name in ("auprc", "dice")]
         cells = ["-" if value is None else f"{value:.3f}" for value in values]
-        widths = (5, 12, 18, 23, 13, 18)
+        widths = (5, 12, 18, 23, 13, 15, 8)
         rows.append(f"{name:16}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     rows.append(f"{result['n_slices']} slices of {result['n_patients']} patients -> {output}")
     return "\n".join(rows)

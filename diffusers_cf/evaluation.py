@@ -36,6 +36,9 @@ __all__ = ["PixelCounts", "bootstrap_interval", "dice", "evaluate", "maps_at_siz
 
 # Bins a count in the file of per-patient counts: about 80 kB each.
 FILE_BINS = 2**16
+# A lesion is small, medium or large by its share of the patient's foreground: fixed limits, so that results compare. They
+# cut the patients of TCGA-LGG into thirds.
+LESION_SIZES = {"small": (0.0, 0.03), "medium": (0.03, 0.08), "large": (0.08, 1.0)}
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0, samples: int = 10_000) -> list[float] | None:
@@ -56,19 +59,33 @@ class _Chain:
         self.counts = {region: PixelCounts() for region in REGIONS}
         self.labels, self.slice_scores = [], []
         self.dice_patients, self.dice_values, self.slice_dice = [], [], []
+        self.patient_auprc, self.lesion_share = {}, {}
+        self.counts_of_size = {name: PixelCounts() for name in LESION_SIZES}
 
     def add(self, patient: str, part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Adds a patient's part and returns what goes to the file of per-patient counts."""
         kept = {"slice_scores": part[f"{self.name}/slice_scores"]}
         self.slice_scores.extend(kept["slice_scores"])
         self.labels.extend(part["labels"] != 0)
-        for region in REGIONS:
-            counts = counts_of_part(part, self.name, region)
+        found = {region: counts_of_part(part, self.name, region) for region in REGIONS}
+        for region, counts in found.items():
             self.counts[region] += counts
             kept |= {f"{region}/{k}": v for k, v in counts.coarsened(FILE_BINS).to_arrays().items()}
+        self._add_patient(patient, found["foreground"], found["background"])
         if not self.is_ideal:
             self._add_dice(patient, part[f"{self.name}/dice"], part[f"{self.name}/slice_dice"])
         return {f"{patient}/{self.name}/{key}": array for key, array in kept.items()}
+
+    def _add_patient(self, patient: str, foreground: PixelCounts, background: PixelCounts) -> None:
+        """AUPRC of a patient with a lesion, and its pixels to those of lesions of this size."""
+        counts = foreground + background
+        lesion = int(counts.positives.sum())
+        if not lesion:
+            return
+        self.patient_auprc[patient] = counts.average_precision()
+        share = lesion / max(1, int(foreground.positives.sum() + foreground.negatives.sum()))
+        self.lesion_share[patient] = share
+        self.counts_of_size[_lesion_size(share)] += counts
 
     def add_ideal_dice(self, patient: str, part: Mapping[str, np.ndarray]) -> None:
         """Adds a patient's Dice at the ideal threshold, once all parts are added."""
@@ -102,12 +119,40 @@ class _Chain:
             "per_patient_dice": {
                 "patients": self.dice_patients,
                 "values": self.dice_values,
-                "mean": float(np.mean(self.dice_values)) if self.dice_values else None,
+                "mean": _mean(self.dice_values),
                 "interval": bootstrap_interval(self.dice_values, seed),
                 "threshold": self.threshold,
             },
-            "per_slice_dice": float(np.mean(self.slice_dice)) if self.slice_dice else None,
+            "per_slice_dice": _mean(self.slice_dice),
+            "per_patient_auprc": {
+                "patients": list(self.patient_auprc),
+                "values": list(self.patient_auprc.values()),
+                "mean": _mean(list(self.patient_auprc.values())),
+                "interval": bootstrap_interval(list(self.patient_auprc.values()), seed),
+            },
+            "by_lesion_size": {name: self._of_size(name) for name in LESION_SIZES},
         }
+
+    def _of_size(self, name: str) -> dict:
+        """What is measured of the patients whose lesions have a size: pixels pooled, and means of the patients."""
+        patients = [patient for patient, share in self.lesion_share.items() if _lesion_size(share) == name]
+        dice_of = dict(zip(self.dice_patients, self.dice_values, strict=True))
+        return {
+            "share_of_foreground": list(LESION_SIZES[name]),
+            "patients": patients,
+            "auprc": self.counts_of_size[name].average_precision(),
+            "ideal_dice": self.counts_of_size[name].ideal_dice()[0],
+            "per_patient_auprc": _mean([self.patient_auprc[patient] for patient in patients]),
+            "per_patient_dice": _mean([dice_of[patient] for patient in patients]),
+        }
+
+
+def _lesion_size(share: float) -> str:
+    return next(name for name, (_, below) in LESION_SIZES.items() if share < below or name == "large")
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
 
 
 def evaluate(
@@ -158,7 +203,8 @@ def evaluate(
         The fields of RESULT.json, fractions from 0 to 1. `auprc`, `ideal_dice`, `ideal_threshold` over all pixels,
         `foreground_*` where any channel is above 0, `slice_auroc` of the map's mean over a slice's foreground,
         `per_patient_dice` over patients with a lesion (`patients` names them), `per_slice_dice` the mean over slices
-        with a lesion at the same threshold, all of them again under `postprocessed`. What is not defined, for want of
+        with a lesion at the same threshold, `per_patient_auprc` of all pixels of each patient with a lesion,
+        `by_lesion_size` the same for small, medium and large lesions, all of them again under `postprocessed`. What is not defined, for want of
         lesions or of a second class, is None.
 
     Raises:
@@ -236,6 +282,7 @@ def _chosen_rows(dataset, indices: Sequence[int] | None) -> dict[str, np.ndarray
 def _protocol(size: tuple[int, int], threshold, postprocess: bool, seed: int) -> dict[str, str]:
     """Returns in words how the figures were made."""
     chain = "map cleared outside the eroded foreground (5 x 5 mean > 0.95), 5 x 5 median filter; for Dice per patient "
+    small, large = LESION_SIZES["medium"]
     chain += "also components under 20 voxels removed (26 neighbours, contiguous slices)"
     return {
         "resolution": f"{size[0]} x {size[1]}, the data set's; smaller maps upsampled bilinearly",
@@ -245,6 +292,8 @@ def _protocol(size: tuple[int, int], threshold, postprocess: bool, seed: int) ->
         "per_patient_dice": "ideal threshold of this split, chosen on its own masks: an upper bound"
         if threshold is None
         else "at the given threshold, chosen before the evaluation",
+        "per_patient_auprc": "all pixels of a patient with a lesion; a scale of its intensities can't change it",
+        "by_lesion_size": f"lesion's share of the foreground: small below {small:g}, large from {large:g} on",
         "per_slice_dice": "at the same threshold, mean over the slices with a lesion",
         "patients_without_lesion": "no Dice of their own; their pixels count in every pooled measure",
         "interval": f"95 % percentile bootstrap of the mean over patients, 10000 samples, seed {seed}",

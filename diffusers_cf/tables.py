@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.baselines import ROWS, row_of
-from diffusers_cf.bootstrap import AuprcBootstrap, mean_of_runs
+from diffusers_cf.bootstrap import Bootstrap, bootstrap_mean, mean_of_runs
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation import bootstrap_interval
 from diffusers_cf.pixel_counts import CHAINS, renamed_when_whole
 from diffusers_cf.tables_markdown import table_markdown
 
@@ -115,7 +114,7 @@ def _methods_for(cells: Sequence[dict]) -> list[str]:
     """Returns the methods of `ROWS` that these data allow, but for thresholds of modalities: those must be planned."""
     modalities = [cell.get("benchmark", {}).get("data", {}).get("modalities") for cell in cells]
     without_flair = any(names and "flair" not in names for names in modalities)
-    return [m for m in ROWS if "<" not in m and not (m == "threshold" and without_flair)]
+    return [m for m in ROWS if "<" not in m and not (m.startswith("threshold") and without_flair)]
 
 
 def _methods_of_table(number: int, planned: Iterable[str], by_method: Mapping[str, list[dict]]) -> list[str]:
@@ -151,9 +150,9 @@ class _Bootstraps:
         """Returns the seeds that a method is measured for."""
         return {cell["seed"] for cell in self.by_method.get(method, [])}
 
-    def of(self, method: str, chain: str, seeds: set[int]) -> AuprcBootstrap:
+    def of(self, method: str, chain: str, seeds: set[int]) -> Bootstrap:
         cells = [cell for cell in self.by_method[method] if cell["seed"] in seeds]
-        return mean_of_runs([AuprcBootstrap.from_json(cell["bootstrap"][chain]) for cell in cells])
+        return mean_of_runs([Bootstrap.from_json(cell["bootstrap"][chain]) for cell in cells])
 
     def interval(self, method: str, chain: str) -> list[float] | None:
         return self.of(method, chain, self.seeds(method)).interval()
@@ -206,19 +205,41 @@ def _row(cells: Sequence[dict], bootstraps: _Bootstraps, ours: str) -> dict:
 def _chain(cells: Sequence[dict], chain: str) -> dict:
     parts = [_part(cell, chain) for cell in cells]
     values = {name: summary([part[name] for part in parts]) for name in MEASURES}
-    patients = [
-        dict(zip(p["per_patient_dice"]["patients"], p["per_patient_dice"]["values"], strict=True)) for p in parts
-    ]
-    # A patient's Dice is the mean over the seeds that tested it: the interval is that of patients alone.
-    names = sorted({patient for dice in patients for patient in dice})
-    means = [float(np.mean([dice[patient] for dice in patients if patient in dice])) for patient in names]
-    thresholds = [part["per_patient_dice"].get("threshold") for part in parts]
-    values["per_patient_dice"] = summary([part["per_patient_dice"]["mean"] for part in parts]) | {
-        "mean": float(np.mean(means)) if means else None,
-        "interval": bootstrap_interval(means),
-        "thresholds": thresholds,
-    }
+    values["per_patient_dice"] = _of_patients([part["per_patient_dice"] for part in parts])
+    values["per_patient_dice"]["thresholds"] = [part["per_patient_dice"].get("threshold") for part in parts]
+    if all("per_patient_auprc" in part for part in parts):  # cells of before it was measured lack it
+        values["per_patient_auprc"] = _of_patients([part["per_patient_auprc"] for part in parts])
+        values["by_lesion_size"] = {name: _of_size(parts, name) for name in parts[0]["by_lesion_size"]}
     return values
+
+
+def _of_patients(parts: Sequence[dict]) -> dict:
+    """Mean of each run over its patients with a lesion, and of them all with its interval."""
+    runs = [_by_patient(part) for part in parts if part["values"]]
+    interval = mean_of_runs([bootstrap_mean(run) for run in runs]).interval() if runs else None
+    return summary([part["mean"] for part in parts]) | {"interval": interval}
+
+
+def _by_patient(part: dict) -> dict[str, float]:
+    return dict(zip(part["patients"], part["values"], strict=True))
+
+
+def _of_size(parts: Sequence[dict], name: str) -> dict:
+    """Means over the patients of all runs whose lesions have a size, each patient's own mean over the runs first."""
+    of_size = [set(part["by_lesion_size"][name]["patients"]) for part in parts]
+    found = {
+        "share_of_foreground": parts[0]["by_lesion_size"][name]["share_of_foreground"],
+        "n_patients": len(set.union(*of_size)),
+        "auprc": summary([part["by_lesion_size"][name]["auprc"] for part in parts]),
+    }
+    for measure in ("per_patient_auprc", "per_patient_dice"):
+        runs = [_by_patient(part[measure]) for part in parts]
+        means = [
+            np.mean([run[p] for run, chosen in zip(runs, of_size, strict=True) if p in chosen])
+            for p in sorted(set.union(*of_size))
+        ]
+        found[measure] = float(np.mean(means)) if means else None
+    return found
 
 
 def summary(values: Sequence[float | None]) -> dict:

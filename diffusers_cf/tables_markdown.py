@@ -11,6 +11,7 @@ COLUMNS = {
     "ideal_dice": "ideal Dice",
     "foreground_auprc": "foreground AUPRC",
     "foreground_ideal_dice": "foreground ideal Dice",
+    "per_patient_auprc": "AUPRC per patient [95 %]",
     "per_patient_dice": "Dice per patient, validation's threshold [95 %]",
     "per_slice_dice": "Dice per lesion slice",
     "slice_auroc": "slice AUROC",
@@ -18,8 +19,8 @@ COLUMNS = {
 REMARKS = (
     "AUPRC, Dice and AUROC in percent: mean ± standard deviation over seeds (n - 1 in the denominator; none for one seed).",
     "Ideal Dice: the threshold is chosen on the test masks, an upper bound.",
-    "Dice per patient: mean over patients with a lesion, their Dice averaged over seeds; at a threshold fixed beforehand.",
-    "[95 %]: bootstrap over patients of the mean over seeds: how much the patients matter, not the spread over trainings.",
+    "AUPRC, Dice per patient: mean over patients with a lesion, then over seeds; Dice at a threshold fixed beforehand.",
+    "[95 %]: bootstrap of the mean over seeds; both seeds and patients are drawn, so that three trainings are a sample, too.",
 )
 NOT_CONVERGED = (
     "(*) Not shown to have converged: the validation loss of at least one seed still fell at the end of its training, "
@@ -50,6 +51,7 @@ def table_markdown(table: dict) -> str:
         rows = [row for row in table["rows"] if chain in row]
         if rows:
             lines += [f"## {name}", "", *_markdown_rows(rows, chain), ""]
+            lines += _size_lines([row for row in rows if "by_lesion_size" in row[chain]], chain, name)
     lines += _cost_lines(table["rows"]) + _slice_score_lines(table["rows"])
     lines += ["## Remarks", "", *(f"- {remark}" for remark in _remarks(table)), ""]
     lines += ["## Protocol", ""]
@@ -61,17 +63,42 @@ def table_markdown(table: dict) -> str:
 
 def _markdown_rows(rows: Sequence[dict], chain: str) -> list[str]:
     header = ["method", "seeds", *COLUMNS.values(), "network evaluations", "s a slice", "trained on"]
-    header.append("ours - this, AUPRC [95 %]")
+    header.append("ours - this, AUPRC [95 %]; each seed")
     lines = ["| " + " | ".join(header) + " |", "|---" * 2 + "|---:" * (len(COLUMNS) + 2) + "|---|---:|"]
     for row in rows:
         values = row[chain]
         cells = [_marked(row), str(len(row["seeds"]))]
-        cells += [_percent(values[name]) for name in COLUMNS]
+        cells += [_percent(values.get(name, {"mean": None})) for name in COLUMNS]
         cells += [_evaluations(row), _seconds(row["seconds_per_slice"]["mean"]), row["trained_on"]]
         difference = values["ours_minus_this"] or {"difference": None, "interval": None}
         shown = {"mean": difference["difference"], "interval": difference["interval"]}
-        lines.append("| " + " | ".join([*cells, _percent(shown, "+.1f")]) + " |")
+        runs = difference.get("by_run") or []
+        of_runs = (
+            "; " + ", ".join("-" if run is None else f"{100 * run:+.1f}" for run in runs) if len(runs) > 1 else ""
+        )
+        lines.append("| " + " | ".join([*cells, _percent(shown, "+.1f") + of_runs]) + " |")
     return lines
+
+
+def _size_lines(rows: Sequence[dict], chain: str, title: str) -> list[str]:
+    """Small, medium and large lesions in columns of their own."""
+    if not rows:
+        return []
+    sizes = rows[0][chain]["by_lesion_size"]
+    measures = {"per_patient_auprc": "AUPRC per patient", "per_patient_dice": "Dice per patient"}
+    columns = [
+        f"{name} ({100 * size['share_of_foreground'][0]:g} to {100 * size['share_of_foreground'][1]:g} %,"
+        f" {size['n_patients']} patients)"
+        for name, size in sizes.items()
+    ]
+    header = ["method", *(f"{words}, {column}" for words in measures.values() for column in columns)]
+    lines = [f"## {title}, by the lesion's share of the patient's foreground", "", "| " + " | ".join(header) + " |"]
+    lines.append("|---" + "|---:" * 6 + "|")
+    for row in rows:
+        found = row[chain]["by_lesion_size"]
+        values = [found[name][measure] for measure in measures for name in sizes]
+        lines.append("| " + " | ".join([_marked(row), *(_percent({"mean": value}) for value in values)]) + " |")
+    return [*lines, ""]
 
 
 def _marked(row: dict) -> str:

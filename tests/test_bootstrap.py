@@ -9,9 +9,10 @@ from sklearn.metrics import average_precision_score
 
 from diffusers_cf import bootstrap
 from diffusers_cf.bootstrap import (
-    AuprcBootstrap,
+    Bootstrap,
     average_precision,
     bootstrap_auprc,
+    bootstrap_mean,
     bootstraps_of_file,
     mean_of_runs,
     read_patient_counts,
@@ -56,6 +57,13 @@ def draws(samples, seed, patients=PATIENTS):
     return [np.repeat(patients, row) for row in weights]
 
 
+def drawn_runs(values, seed):
+    """Means over runs that are drawn, too; values (runs, samples)."""
+    values = np.asarray(values)
+    runs = np.random.default_rng([seed, len(values)]).integers(len(values), size=values.shape)
+    return np.array([np.mean([values[run, draw] for run in runs[:, draw]]) for draw in range(values.shape[1])])
+
+
 def over_runs(runs, seed=0, samples=1000):
     """The bootstrap of a method from the pixels of its runs."""
     return mean_of_runs([bootstrap_auprc(counted(run), seed, samples) for run in runs])
@@ -82,7 +90,7 @@ def test_draws_are_measured_as_scikit_learn_measures_their_pixels():
     first, second = patient_pixels(1), patient_pixels(2)
     # 70 draws are more than two blocks, and no multiple of one.
     found = over_runs([first, second], seed=3, samples=70)
-    expected = [(pooled(first, names) + pooled(second, names)) / 2 for names in draws(70, 3)]
+    expected = drawn_runs([[pooled(run, names) for names in draws(70, 3)] for run in (first, second)], 3)
     np.testing.assert_allclose(found.samples, expected, rtol=0, atol=1e-12)
     assert found.value == pytest.approx((pooled(first, PATIENTS) + pooled(second, PATIENTS)) / 2, abs=1e-12)
     assert found.interval() == pytest.approx(np.percentile(expected, [2.5, 97.5]), abs=1e-12)
@@ -91,13 +99,17 @@ def test_draws_are_measured_as_scikit_learn_measures_their_pixels():
 def test_a_difference_is_paired_and_averages_seeds():
     ours, others = [patient_pixels(1, 2.0), patient_pixels(2, 2.0)], [patient_pixels(3), patient_pixels(4)]
     found = over_runs(ours, 5, 200).minus(over_runs(others, 5, 200))
-    means = [[np.mean([pooled(run, names) for run in runs]) for names in draws(200, 5)] for runs in (ours, others)]
+    means = [
+        drawn_runs([[pooled(run, names) for names in draws(200, 5)] for run in runs], 5) for runs in (ours, others)
+    ]
     differences = np.subtract(*means)
     assert found["interval"] == pytest.approx(np.percentile(differences, [2.5, 97.5]), abs=1e-12)
     assert found["p_worse"] == np.mean(differences <= 0)
     assert found["difference"] == pytest.approx(
         np.mean([pooled(run, PATIENTS) for run in ours]) - np.mean([pooled(run, PATIENTS) for run in others])
     )
+    pairs = zip(ours, others, strict=True)
+    assert found["by_run"] == pytest.approx([pooled(mine, PATIENTS) - pooled(its, PATIENTS) for mine, its in pairs])
     # Pairing is what makes it sharp: two separate intervals are together wider.
     widths = [np.diff(over_runs(runs, 5, 200).interval()).item() for runs in (ours, others)]
     assert np.diff(found["interval"]).item() < 0.7 * sum(widths)
@@ -106,7 +118,7 @@ def test_a_difference_is_paired_and_averages_seeds():
 def test_a_method_does_not_differ_from_itself_and_the_other_way_round_changes_the_sign():
     first, second = bootstrap_auprc(counted(patient_pixels(1, 2.0))), bootstrap_auprc(counted(patient_pixels(2, 0.5)))
     same = first.minus(first)
-    assert same == {"difference": 0, "interval": [0, 0], "p_worse": 1}
+    assert same == {"difference": 0, "by_run": [0], "interval": [0, 0], "p_worse": 1}
     forth, back = first.minus(second), second.minus(first)
     assert back["difference"] == -forth["difference"]
     assert back["interval"] == pytest.approx([-forth["interval"][1], -forth["interval"][0]])
@@ -146,9 +158,12 @@ def test_draws_without_a_lesion_are_left_out():
 
 def test_what_is_not_defined_is_none():
     nothing = bootstrap_auprc(counted(patient_pixels(1, healthy=PATIENTS)), samples=20)
-    assert nothing.minus(nothing) == {"difference": None, "interval": None, "p_worse": None}
+    assert nothing.minus(nothing) == {"difference": None, "by_run": [None], "interval": None, "p_worse": None}
     one = bootstrap_auprc({"p1": counted(patient_pixels(1))["p1"]}, samples=20)
-    assert one.minus(one) == {"difference": 0, "interval": None, "p_worse": None} and one.interval() is None
+    assert (
+        one.minus(one) == {"difference": 0, "by_run": [0], "interval": None, "p_worse": None}
+        and one.interval() is None
+    )
     assert mean_of_runs([one, nothing]).value is None
 
 
@@ -179,15 +194,31 @@ def test_runs_with_test_sets_of_their_own_are_drawn_each_for_itself():
         for half, run in zip(halves, (patient_pixels(1), patient_pixels(2)), strict=True)
     ]
     values = [[pooled(run, names) for names in draws(40, 1, half)] for half, run in zip(halves, pixels, strict=True)]
-    np.testing.assert_allclose(over_runs(pixels, 1, 40).samples, np.mean(values, axis=0), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(over_runs(pixels, 1, 40).samples, drawn_runs(values, 1), rtol=0, atol=1e-12)
     # the two halves' draws must not go together, as they would with one stream of random numbers
     picks = [[sorted(map(half.index, names)) for names in draws(40, 1, half)] for half in halves]
     assert picks[0] != picks[1]
 
 
+def test_one_training_that_fails_widens_the_interval():
+    """Three seeds, one of which learned nothing: drawn again, it may count three times or never."""
+    good, bad = patient_pixels(1, 2.0), patient_pixels(2, 0.0)
+    low, high = over_runs([good, good, bad]).interval()
+    assert low < over_runs([bad]).value + 0.1 and high > over_runs([good]).value - 0.1
+    assert np.diff(over_runs([good, good, good]).interval()) < 0.5 * (high - low)
+
+
+def test_means_of_patients_are_drawn_as_their_pixels_are():
+    runs = [{"a": 0.1, "b": 0.5, "c": 0.9}, {"a": 0.3, "b": 0.3, "c": 0.6}]
+    found = mean_of_runs([bootstrap_mean(run, seed=2, samples=60) for run in runs])
+    assert found.value == pytest.approx(0.45) and found.values == pytest.approx([0.5, 0.4])
+    means = [[np.mean([run[name] for name in names]) for names in draws(60, 2, list("abc"))] for run in runs]
+    np.testing.assert_allclose(found.samples, drawn_runs(means, 2), rtol=0, atol=1e-12)
+
+
 def test_a_bootstrap_survives_json():
     found = bootstrap_auprc(counted(patient_pixels(1, healthy=PATIENTS[1:])), samples=30)
-    again = AuprcBootstrap.from_json(json.loads(json.dumps(found.to_json())))
+    again = Bootstrap.from_json(json.loads(json.dumps(found.to_json())))
     np.testing.assert_allclose(again.samples, found.samples, rtol=0, atol=1e-6)
     assert (again.value, again.seed, again.test_sets) == (found.value, found.seed, found.test_sets)
 

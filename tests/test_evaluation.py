@@ -90,6 +90,39 @@ def test_dice_per_patient_at_a_given_and_at_the_ideal_threshold(threshold):
     assert ("upper bound" in result["protocol"]["per_patient_dice"]) == (threshold is None)
 
 
+def test_auprc_of_each_patient_and_of_lesions_by_size():
+    """Per patient, scikit-learn's on all its pixels; a size pools the pixels of its patients."""
+    dataset = FakeDataset()
+    dataset.masks[dataset.patients == "patient_b"] = 0
+    dataset.masks[np.flatnonzero(dataset.patients == "patient_b")[0], 10, 10:12] = 1  # far below 3 % of the foreground
+    result = evaluate(second_channel, dataset, threshold=0.62, progress=False)
+    for postprocessed, part in ((False, result), (True, result["postprocessed"])):
+        pixels, shares = {}, {}
+        for name in np.unique(dataset.patients):
+            rows = np.flatnonzero(dataset.patients == name)
+            images, masks = dataset.images[rows], dataset.masks[rows]
+            maps = postprocess_maps(images[:, 1], images) if postprocessed else images[:, 1]
+            pixels[name] = masks.ravel(), maps.ravel()
+            shares[name] = masks.sum() / (images > 0).any(axis=1).sum()
+        found, sizes = part["per_patient_auprc"], part["by_lesion_size"]
+        expected = {name: average_precision_score(*values) for name, values in pixels.items()}
+        assert found["patients"] == list(expected) and found["values"] == pytest.approx(list(expected.values()))
+        assert found["mean"] == pytest.approx(np.mean(list(expected.values())))
+        assert found["interval"][0] <= found["mean"] <= found["interval"][1]
+        assert sizes["small"]["patients"] == ["patient_b"] and shares["patient_b"] < 0.03
+        dice = dict(zip(part["per_patient_dice"]["patients"], part["per_patient_dice"]["values"], strict=True))
+        for size in sizes.values():
+            low, high = size["share_of_foreground"]
+            assert size["patients"] == [patient for patient, share in shares.items() if low <= share < high]
+            if not size["patients"]:
+                assert size["auprc"] is size["ideal_dice"] is size["per_patient_dice"] is None
+                continue
+            pooled = [np.concatenate([pixels[patient][i] for patient in size["patients"]]) for i in (0, 1)]
+            assert size["auprc"] == pytest.approx(average_precision_score(*pooled))
+            assert size["per_patient_auprc"] == pytest.approx(np.mean([expected[p] for p in size["patients"]]))
+            assert size["per_patient_dice"] == pytest.approx(np.mean([dice[p] for p in size["patients"]]))
+
+
 def test_small_components_are_removed_for_postprocessed_dice_only():
     dataset = FakeDataset((4,))
     dataset.images[:] = 0.5

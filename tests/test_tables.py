@@ -8,7 +8,7 @@ import pytest
 from diffusers_cf import InputError
 from diffusers_cf.baselines import ROWS
 from diffusers_cf.benchmark_protocol import CLASSIFIER_TIMESTEPS
-from diffusers_cf.bootstrap import AuprcBootstrap, bootstraps_of_file, mean_of_runs
+from diffusers_cf.bootstrap import Bootstrap, bootstrap_mean, bootstraps_of_file, mean_of_runs
 from diffusers_cf.evaluation import evaluate, write_result
 from diffusers_cf.tables import collect_cells, summary, write_tables
 
@@ -122,7 +122,7 @@ def difference(folder, chain, method, seeds):
     """Ours minus a method by what their cells hold."""
     runs = [
         mean_of_runs([
-            AuprcBootstrap.from_json(cell["bootstrap"][chain])
+            Bootstrap.from_json(cell["bootstrap"][chain])
             for cell in collect_cells(folder) if cell["method"] == name and cell["seed"] in seeds
         ])
         for name in ("ours", method)
@@ -155,7 +155,11 @@ def test_a_table_holds_the_cells_in_the_order_given(finished):
         assert per_patient["mean"] == pytest.approx(means.mean())
         assert per_patient["values"] == [part["per_patient_dice"]["mean"] for part in parts]
         assert per_patient["std"] == pytest.approx(np.std(per_patient["values"], ddof=1)) and per_patient["std"] > 0
-        assert means.min() <= per_patient["interval"][0] < per_patient["interval"][1] <= means.max()
+        for measure in ("per_patient_dice", "per_patient_auprc"):
+            found = [part[measure] for part in parts]
+            runs = [bootstrap_mean(dict(zip(run["patients"], run["values"], strict=True))) for run in found]
+            assert rows["dae"][chain][measure]["interval"] == mean_of_runs(runs).interval()
+            assert rows["dae"][chain][measure]["mean"] == pytest.approx(np.mean([run["mean"] for run in found]))
     assert rows["dae"]["raw"] != rows["dae"]["postprocessed"]
 
 
@@ -197,8 +201,40 @@ def test_markdown_says_what_the_json_says(finished):
         difference = rows["dae"][chain]["ours_minus_this"]
         low, high = (100 * limit for limit in difference["interval"])
         expected = f"{100 * difference['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
-        assert shown["DAE (*)"]["ours - this, AUPRC [95 %]"] == expected
-        assert shown["OURS"]["ours - this, AUPRC [95 %]"] == "-"
+        expected += "; " + ", ".join(f"{100 * run:+.1f}" for run in difference["by_run"])
+        assert shown["DAE (*)"]["ours - this, AUPRC [95 %]; each seed"] == expected
+        assert shown["OURS"]["ours - this, AUPRC [95 %]; each seed"] == "-"
+
+
+def test_lesions_by_size(finished):
+    """All lesions of these patients are a tenth of the foreground: large."""
+    folder, cells = finished
+    write_tables(folder, METHODS)
+    rows, _ = read(folder, 1)
+    for section, chain in (("Maps as they are", "raw"), ("Post-processed maps", "postprocessed")):
+        sizes = rows["dae"][chain]["by_lesion_size"]
+        assert [sizes[name]["n_patients"] for name in sizes] == [0, 0, 3] and sizes["small"][
+            "per_patient_dice"
+        ] is None
+        assert sizes["large"]["share_of_foreground"] == [0.08, 1.0]
+        shown = markdown_rows(folder, 1, f"{section}, by the lesion's share of the patient's foreground")["DAE (*)"]
+        for measure, words in (("per_patient_auprc", "AUPRC"), ("per_patient_dice", "Dice")):
+            assert sizes["large"][measure] == pytest.approx(rows["dae"][chain][measure]["mean"])
+            assert (
+                shown[f"{words} per patient, large (8 to 100 %, 3 patients)"] == f"{100 * sizes['large'][measure]:.1f}"
+            )
+            assert shown[f"{words} per patient, small (0 to 3 %, 0 patients)"] == "-"
+
+
+def test_cells_of_before_patients_and_sizes_were_measured(tmp_path):
+    cell = write_cell(tmp_path, "dae", 0, 0.3)
+    for part in (cell, cell["postprocessed"]):
+        del part["per_patient_auprc"], part["by_lesion_size"]
+    write_result(cell, tmp_path / "cells" / "dae-seed0.json")
+    write_tables(tmp_path)
+    shown = markdown_rows(tmp_path, 1, "Maps as they are")["DAE"]
+    assert shown["AUPRC per patient [95 %]"] == "-" and shown["ideal Dice"] != "-"
+    assert "by the lesion's share" not in (tmp_path / "table1.md").read_text()
 
 
 def test_remarks_name_convergence_protocol_seeds_commits_and_extras(finished):
@@ -280,7 +316,9 @@ def test_every_row_of_a_table_is_missing_until_it_has_all_seeds_of_the_folder(tm
 def test_equalised_flair_is_not_missing_where_there_is_no_flair(tmp_path):
     write_cell(tmp_path, "ours", 0, 0.3, benchmark={"data": {"modalities": ["t1", "t2"]}})
     write_tables(tmp_path)
-    assert read(tmp_path, 1)[1]["missing"] == without_a_cell(1, "ours", "threshold")
+    assert read(tmp_path, 1)[1]["missing"] == without_a_cell(
+        1, "ours", "threshold", "threshold-median", "threshold-robust-z"
+    )
     write_cell(tmp_path, "ours", 0, 0.3, benchmark={"data": {"modalities": ["t1", "flair"]}})
     write_tables(tmp_path)
     assert read(tmp_path, 1)[1]["missing"] == without_a_cell(1, "ours")
@@ -295,7 +333,13 @@ def test_an_unfinished_benchmark_gives_the_rows_that_are_there(tmp_path):
     rows, table = read(tmp_path, 1)
     assert list(rows) == ["threshold-t1", "dae", "ours"]
     never = ["fanogan", "vae", "vae-restoration", "cdpm-healthy", "cdpm-classifier"]
-    missing = ["threshold (no cell)", "threshold-t1 seed 1", *(f"{method} (no cell)" for method in never)]
+    missing = [
+        "threshold (no cell)",
+        "threshold-median (no cell)",
+        "threshold-robust-z (no cell)",
+        "threshold-t1 seed 1",
+    ]
+    missing += [f"{method} (no cell)" for method in never]
     missing += ["ours seed 1", "forward-map (no cell)", "cam (no cell)"]
     assert table["missing"] == missing
     # Compared on the seeds that both have.
@@ -315,9 +359,12 @@ def test_seeds_may_have_test_sets_of_their_own(tmp_path):
     rows, table = read(tmp_path, 1)
     assert [(found["n_patients"], found["seeds"]) for found in table["test_sets"]] == [(4, [0]), (2, [1])]
     # Patients p0 and p1 were tested twice, p2 once, and p3 has no lesion.
-    first, second = (cells["dae", seed]["per_patient_dice"]["values"] for seed in (0, 1))
+    first, second = (cells["dae", seed]["per_patient_dice"] for seed in (0, 1))
+    assert rows["dae"]["raw"]["per_patient_dice"]["mean"] == pytest.approx((first["mean"] + second["mean"]) / 2)
+    large = rows["dae"]["raw"]["by_lesion_size"]["large"]
+    first, second = first["values"], second["values"]
     expected = np.mean([(first[0] + second[0]) / 2, (first[1] + second[1]) / 2, first[2]])
-    assert rows["dae"]["raw"]["per_patient_dice"]["mean"] == pytest.approx(expected)
+    assert large["n_patients"] == 3 and large["per_patient_dice"] == pytest.approx(expected)
     assert rows["threshold"]["raw"]["ours_minus_this"]["seeds"] == [1]
     assert rows["dae"]["raw"]["ours_minus_this"]["seeds"] == [0, 1]
     text = (tmp_path / "table1.md").read_text()
@@ -343,7 +390,7 @@ def test_without_ours_nothing_is_compared(tmp_path):
     write_tables(tmp_path, METHODS)
     rows, table = read(tmp_path, 1)
     assert rows["dae"]["raw"]["ours_minus_this"] is None
-    assert markdown_rows(tmp_path, 1, "Maps as they are")["DAE"]["ours - this, AUPRC [95 %]"] == "-"
+    assert markdown_rows(tmp_path, 1, "Maps as they are")["DAE"]["ours - this, AUPRC [95 %]; each seed"] == "-"
     assert read(tmp_path, 2)[1]["missing"] == without_a_cell(2)
 
 

@@ -14,7 +14,7 @@ def patient_images(n=3, size=16, seed=0):
 
 
 def test_ids_are_those_of_table_1():
-    assert list(BASELINES) == ["threshold", "threshold-<modality>"]
+    assert list(BASELINES) == ["threshold", "threshold-median", "threshold-robust-z", "threshold-<modality>"]
 
 
 @pytest.mark.parametrize(("method", "channel"), [("threshold-t1", 0), ("threshold-FLAIR", 1)])
@@ -58,9 +58,24 @@ def test_equalisation_is_that_of_the_patient_not_of_the_slice():
     assert maps[0].mean() > 1.3 * maps[1].mean()
 
 
+@pytest.mark.parametrize("method", ["threshold-median", "threshold-robust-z"])
+def test_flair_on_a_scale_of_the_patient(method):
+    images, made = patient_images(), make_baseline(method, ["t1", "flair"])
+    flair = images[:, 1]
+    values = flair[flair > 0].numpy()
+    low, median, high = np.percentile(values, [25, 50, 75])
+    expected = values / (2.5 * median) if method == "threshold-median" else (values - median) / (high - low) + 4
+    maps = made.anomaly_map(images)
+    np.testing.assert_allclose(maps[flair > 0], expected.clip(min=0), rtol=1e-5)
+    assert made.whole_patient and (maps[flair == 0] == 0).all() and (maps >= 0).all()
+    torch.testing.assert_close(made.anomaly_map(3.7 * images), maps)
+
+
 @pytest.mark.filterwarnings("error")
-def test_an_empty_patient_has_an_empty_map():
-    assert (make_baseline("threshold", ["flair"]).anomaly_map(torch.zeros(2, 1, 8, 8)) == 0).all()
+@pytest.mark.parametrize("method", ["threshold", "threshold-median", "threshold-robust-z"])
+def test_an_empty_patient_has_an_empty_map(method):
+    assert (make_baseline(method, ["flair"]).anomaly_map(torch.zeros(2, 1, 8, 8)) == 0).all()
+    assert make_baseline(method, ["flair"]).anomaly_map(torch.ones(2, 1, 8, 8)).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,12 @@ from diffusers_cf.baselines.diffusion import (
 )
 from diffusers_cf.baselines.fanogan import FAnoGAN
 from diffusers_cf.baselines.method import AnomalyMethod, TrainableMethod
-from diffusers_cf.baselines.thresholding import EqualizedThresholding, IntensityThresholding
+from diffusers_cf.baselines.thresholding import (
+    EqualizedThresholding,
+    IntensityThresholding,
+    MedianThresholding,
+    RobustZThresholding,
+)
 from diffusers_cf.baselines.vae import VAERestoration, VariationalAutoencoder
 from diffusers_cf.errors import InputError
 
@@ -132,6 +137,8 @@ UNCLIPPED = {"thresholding": False, "clip_sample": False}
 # In the order of Table 1, then of Table 2; rivals among the diffusion models clip, as their authors do.
 ROWS = {
     "threshold": Row("Thresholding, equalised FLAIR", (1,), None, lambda m, grid: EqualizedThresholding(m)),
+    "threshold-median": Row("Threshold of FLAIR / median", (1,), None, lambda m, grid: MedianThresholding(m)),
+    "threshold-robust-z": Row("Threshold of FLAIR, robust z", (1,), None, lambda m, grid: RobustZThresholding(m)),
     "threshold-<modality>": Row("Threshold of {}", (1,), None, IntensityThresholding),
     "fanogan": Row("f-AnoGAN", (1,), "fanogan", _itself),
     "vae": Row("VAE, reconstruction", (1,), "vae", _itself),
@@ -167,7 +174,7 @@ ROWS = {
     "forward-map": Row("Forward map of our model", (1,), "ours", _counterfactual("guidance_scales", "forward")),
     "cam": Row("Class activation map", (1,), "cam", _itself),
 }
-BASELINES = ("threshold", "threshold-<modality>")  # what needs no training
+BASELINES = tuple(name for name, row in ROWS.items() if row.network is None)  # what needs no training
 
 
 def row_of(method: str) -> Row:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from diffusers_cf.baselines.method import AnomalyMethod
+from diffusers_cf.data.intensity import unit_intensity
 from diffusers_cf.errors import InputError
 from diffusers_cf.postprocessing import foreground_mask
 
@@ -41,7 +42,50 @@ class IntensityThresholding(AnomalyMethod):
         return images[:, self.channel].clone()
 
 
-class EqualizedThresholding(IntensityThresholding):
+class MedianThresholding(IntensityThresholding):
+    """FLAIR on the intensity scale `median`, whatever scale the images have (method id `threshold-median`).
+
+    The 99th percentile of a scan rises with its lesion, and its median does not: one threshold then fits all patients.
+    Give all of a patient's slices in one call (`whole_patient`).
+
+    Args:
+        modalities: Names of the channels, in their order; one of them must be flair.
+
+    Raises:
+        InputError: There is no FLAIR among them.
+    """
+
+    whole_patient = True
+
+    def __init__(self, modalities: Sequence[str]):
+        super().__init__(modalities, "flair")
+
+    def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the scaled FLAIR of one patient's slices, (N, C, H, W) -> (N, H, W), background 0."""
+        flair = images[:, self.channel].detach().cpu().numpy()
+        inside, maps = flair > 0, np.zeros(flair.shape, dtype=np.float32)
+        if inside.any():
+            maps[inside] = self.scores(flair[inside])
+        return torch.from_numpy(maps).to(images.device)
+
+    def scores(self, foreground: np.ndarray) -> np.ndarray:
+        """Scores, at least 0, of all intensities (P,) of a patient's foreground."""
+        return foreground / unit_intensity(foreground, "median")
+
+
+class RobustZThresholding(MedianThresholding):
+    """(FLAIR - median) / interquartile range of the patient's foreground (method id `threshold-robust-z`).
+
+    Plus 4 and at least 0, so that no score lies below the background's.
+    """
+
+    def scores(self, foreground: np.ndarray) -> np.ndarray:
+        """As in `MedianThresholding`."""
+        low, middle, high = np.percentile(foreground, [25, 50, 75])
+        return np.clip((foreground - middle) / max(high - low, 1e-6) + 4, 0, None)
+
+
+class EqualizedThresholding(MedianThresholding):
     """FLAIR after histogram equalisation of the foreground (method id `threshold`; Meissen et al. 2021).
 
     The score of a foreground pixel is the share of the patient's foreground that is at most as bright, by a histogram
@@ -56,11 +100,7 @@ class EqualizedThresholding(IntensityThresholding):
         InputError: There is no FLAIR among them.
     """
 
-    whole_patient = True
     n_bins = 256
-
-    def __init__(self, modalities: Sequence[str]):
-        super().__init__(modalities, "flair")
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the equalised FLAIR of one patient's slices, (N, C, H, W) -> (N, H, W) in [0, 1]."""
