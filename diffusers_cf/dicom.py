@@ -147,9 +147,9 @@ def _made_for_a_series(write: Callable) -> Callable:
     """Says in one line why a series can't carry what is made of it: highdicom demands more of it than reading does."""
 
     @wraps(write)
-    def call(path: Path, values: np.ndarray, affine: np.ndarray, source: Path, description: str) -> None:
+    def call(path: Path, values: np.ndarray, affine: np.ndarray, source: Path, *words: str) -> None:
         try:
-            write(path, values, affine, source, description)
+            write(path, values, affine, source, *words)
         except (InputError, OSError, MemoryError):
             raise
         except Exception as error:  # whatever it likes, AttributeError among them

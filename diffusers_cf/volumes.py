@@ -5,7 +5,6 @@ import os
 import re
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -200,11 +199,13 @@ def _write_dicom(folder: Path, heat: np.ndarray, mask: np.ndarray, like: Scan, p
     """
     written = []
     try:
-        write_heatmap = partial(write_parametric_map, unit=unit_in_words(normalize))
-        for name, values, write in (("mask", mask, write_segmentation), ("heatmap", heat, write_heatmap)):
+        of_heat = (unit_in_words(normalize),)
+        for name, values, write, words in (
+            ("mask", mask, write_segmentation, ()), ("heatmap", heat, write_parametric_map, of_heat),
+        ):  # fmt: skip
             description = f"{name} of {patient}, not for clinical use"
             written.append(folder / f"{name}.dcm")
-            write(written[-1], from_ras(values, like.affine), like.affine, like.path, description)
+            write(written[-1], from_ras(values, like.affine), like.affine, like.path, description, *words)
     except InputError as error:
         for path in written:
             path.unlink(missing_ok=True)

@@ -52,7 +52,7 @@ def test_masks_and_heatmaps_come_back_voxel_by_voxel(series, voxels, tmp_path):
     scan = to_canonical(read_series(series))
     mask, heat = scan.data > 700, (scan.data / 1000).astype(np.float32)
     write_segmentation(tmp_path / "mask.dcm", mask, scan.affine, series, "lesion")
-    write_parametric_map(tmp_path / "heat.dcm", heat, scan.affine, series, "heat")
+    write_parametric_map(tmp_path / "heat.dcm", heat, scan.affine, series, "heat", "1 = 2 medians")
     segmentation = highdicom.seg.segread(tmp_path / "mask.dcm")
     parametric = highdicom.imread(tmp_path / "heat.dcm")
     grid = highdicom.Volume(np.zeros(scan.data.shape), scan.affine, "PATIENT", from_reference_convention="RAS")
@@ -67,7 +67,7 @@ def test_every_frame_refers_to_the_image_that_it_was_made_of(series, tmp_path):
 
     scan = to_canonical(read_series(series))
     write_segmentation(tmp_path / "mask.dcm", scan.data > -1, scan.affine, series, "lesion")
-    write_parametric_map(tmp_path / "heat.dcm", scan.data, scan.affine, series, "heat")
+    write_parametric_map(tmp_path / "heat.dcm", scan.data, scan.affine, series, "heat", "1 = 2 medians")
     images = [pydicom.dcmread(path, stop_before_pixels=True) for path in series.iterdir()]
     positions = {image.SOPInstanceUID: [float(value) for value in image.ImagePositionPatient] for image in images}
     for name in ("mask.dcm", "heat.dcm"):

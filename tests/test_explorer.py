@@ -167,7 +167,7 @@ def test_without_a_threshold_there_is_no_verdict(explorer, settings):
         view = explorer.view(INDEX, settings | {"threshold": threshold})
         assert view.mask is None and view.lesion_cm2 == 0
         assert "No verdict" in verdict_html(view, threshold) and "no mask: no threshold" in slice_html(
-            view, 0, MODALITIES
+            view, 0, MODALITIES, "1 = p99"
         )
         with pytest.raises(InputError, match="no threshold"):
             explorer.segment(settings | {"threshold": threshold}, print)
