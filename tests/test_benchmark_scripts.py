@@ -144,3 +144,20 @@ def test_what_is_no_result_is_refused(files):
     done = run("compare", *paths)
     assert done.returncode == 2 and "other.json: no result of diffusers-cf evaluate" in done.stderr
     assert not (files / "out.json").exists()
+
+
+def test_scales_script_measures_each_scale_and_patient(files):
+    """A scale changes no order within a patient: of one patient all scales have the same AUPRC, pooled and its own."""
+    done = run("scales", "--dataset", files / "slices", "--split", "validation", "--output", files / "out.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((files / "out.json").read_text())["datasets"]["slices"]
+    assert found["n_patients"] == 1 and len(found["scales"]) == 7
+    for scores in found["scales"].values():
+        assert scores["auprc"] == pytest.approx(scores["per_patient_auprc"]) and 0 < scores["ideal_dice"] <= 1
+    assert len({round(scores["auprc"], 6) for scores in found["scales"].values()}) == 1
+    two = run("scales", "--dataset", files / "slices", "--output", files / "two.json")
+    scales = json.loads((files / "two.json").read_text())["datasets"]["slices"]["scales"]
+    assert two.returncode == 0 and len({round(scores["per_patient_auprc"], 6) for scores in scales.values()}) == 1
+    bare = write_training_set(files / "bare", masks=False)
+    refused = run("scales", "--dataset", bare, "--output", files / "three.json")
+    assert refused.returncode == 2 and "needs slices of flair with lesion masks" in refused.stderr
