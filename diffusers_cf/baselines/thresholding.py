@@ -74,15 +74,16 @@ class MedianThresholding(IntensityThresholding):
 
 
 class RobustZThresholding(MedianThresholding):
-    """(FLAIR - median) / interquartile range of the patient's foreground (method id `threshold-robust-z`).
+    """FLAIR as a robust z-score in the patient's foreground (method id `threshold-robust-z`).
 
-    Plus 4 and at least 0, so that no score lies below the background's.
+    z = (v - median) / (1.4826 x median absolute deviation), plus 6 and at least 0, so that no score lies below the
+    background's.
     """
 
     def scores(self, foreground: np.ndarray) -> np.ndarray:
         """As in `MedianThresholding`."""
-        low, middle, high = np.percentile(foreground, [25, 50, 75])
-        return np.clip((foreground - middle) / max(high - low, 1e-6) + 4, 0, None)
+        distance = foreground - np.median(foreground)
+        return np.clip(distance / (1.4826 * np.median(np.abs(distance)) + 1e-6) + 6, 0, None)
 
 
 class EqualizedThresholding(MedianThresholding):
