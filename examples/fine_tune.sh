@@ -9,6 +9,7 @@ MODEL=${MODEL:?"which model to begin with: MODEL=folder or Hub id"}
 WORK=${WORK:-fine_tuned}
 STEPS=${STEPS:-1000}
 SIZE=${SIZE:-128}
+NORMALIZE=${NORMALIZE:-median}
 shift
 
 case $STAGE in
@@ -16,9 +17,10 @@ case $STAGE in
     # LABELS: a CSV with patient, slice and label; without it the labels come from segmentations beside the scans.
     # MODALITIES: those of the model, or the ones there are of them, if they aren't flair t1 t1ce t2
     diffusers-cf prepare --source brats --input "${SCANS:?"where the patients are: SCANS=folder"}" --size "$SIZE" \
-      ${LABELS:+--labels "$LABELS"} ${MODALITIES:+--modalities $MODALITIES} --output "$WORK/data" "$@" ;;
+      ${LABELS:+--labels "$LABELS"} ${MODALITIES:+--modalities $MODALITIES} --normalize "$NORMALIZE" --output "$WORK/data" "$@" ;;
   train)
-    accelerate launch --num_processes 1 "$(dirname "$0")/../train_counterfactual.py" --pretrained_model "$MODEL" \
+    # --renormalize: the new model takes the data's intensity scale, whatever the old one's is
+    accelerate launch --num_processes 1 "$(dirname "$0")/../train_counterfactual.py" --pretrained_model "$MODEL" --renormalize \
       --dataset "$WORK/data" --output_dir "$WORK/model" --max_train_steps "$STEPS" --learning_rate 2e-4 \
       --lr_scheduler cosine --lr_warmup_steps "$((STEPS / 20))" --ema_max_decay 0.999 --mixed_precision auto \
       --random_flip --augment --snr_gamma 5 --validation_steps 0 "$@"

@@ -20,7 +20,7 @@ case $STAGE in
       echo "$BRATS: $found patients, BraTS 2021 has $PATIENTS_WANTED; another number is another split" >&2
       exit 2
     fi
-    diffusers-cf prepare --source brats --input "$BRATS" --size "$SIZE" --seed 0 --output "$WORK/data" "$@" ;;
+    diffusers-cf prepare --source brats --input "$BRATS" --size "$SIZE" --seed 0 --normalize p99 --output "$WORK/data" "$@" ;;
   benchmark)
     diffusers-cf benchmark --dataset "$WORK/data" --preset "$PRESET" --output "$WORK/results" "$@" ;;
   *)
