@@ -152,7 +152,14 @@ class Rental:
         return self._script_of_training("phantom", "phantom", *given, *self._batch, *self.size.train)
 
     def _tune(self, split: str) -> list[str]:
-        given = ["--pretrained_model", str(self.model("phantom")), "--renormalize", "--random_flip", *self._batch, *self.size.tune]
+        given = [
+            "--pretrained_model",
+            str(self.model("phantom")),
+            "--renormalize",
+            "--random_flip",
+            *self._batch,
+            *self.size.tune,
+        ]
         return self._script_of_training(split, split, *given)
 
     def _train_small(self) -> list[str]:

@@ -12,9 +12,9 @@ import numpy as np
 from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation import write_result
-from diffusers_cf.measuring import rows_by_patient
-from diffusers_cf.pixel_counts import PixelCounts
+from diffusers_cf.evaluation.measuring import rows_by_patient
+from diffusers_cf.evaluation.pixel_counts import PixelCounts
+from diffusers_cf.evaluation.protocol import write_result
 from diffusers_cf.provenance import command_line, package_commit
 
 

@@ -29,7 +29,8 @@ from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.demo import SHIPPED_MODEL
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation import write_result
+from diffusers_cf.evaluation.protocol import write_result
+from diffusers_cf.evaluation.sweep import evenly_spread
 from diffusers_cf.images import network_images
 from diffusers_cf.inference_options import (
     DTYPES,
@@ -43,7 +44,6 @@ from diffusers_cf.precision import compute_in
 from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.segment import map_slices, patient_files, read_volumes
 from diffusers_cf.settings import PAPER_SETTINGS
-from diffusers_cf.sweep import evenly_spread
 from diffusers_cf.volumes import segment_patient, segmentation_facts
 
 

@@ -24,7 +24,7 @@ from diffusers_cf import class_token_encoder, counterfactual_unet
 from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation import write_result
+from diffusers_cf.evaluation.protocol import write_result
 from diffusers_cf.models import UNET_SIZES, ConditionalNoisePredictor
 from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.training_options import parse_args

@@ -23,10 +23,11 @@ from diffusers_cf.benchmark_protocol import (
     position_auroc,
     saturated_share,
 )
-from diffusers_cf.bootstrap import bootstraps_of_file
 from diffusers_cf.data.intensity import with_named_scale
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation import write_result
+from diffusers_cf.evaluation.bootstrap import bootstraps_of_file
+from diffusers_cf.evaluation.processes import Share, share_of_work
+from diffusers_cf.evaluation.protocol import write_result
 from diffusers_cf.inference_options import (
     DTYPES,
     add_device_arguments,
@@ -34,7 +35,6 @@ from diffusers_cf.inference_options import (
     check_device_arguments,
     take_device,
 )
-from diffusers_cf.processes import Share, share_of_work
 from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.tables import collect_cells, write_tables
 

@@ -10,7 +10,9 @@ import torch
 from diffusers_cf.baselines import ROWS, row_of
 from diffusers_cf.benchmark_protocol import BenchmarkData
 from diffusers_cf.data.slices import batches_of
-from diffusers_cf.evaluation import maps_at_size, write_result
+from diffusers_cf.evaluation.protocol import maps_at_size, write_result
+from diffusers_cf.evaluation.sweep import evenly_spread, has_lesion, sweep
+from diffusers_cf.evaluation.trajectories import encode_trajectory
 from diffusers_cf.figures import (
     percentile_scales,
     plot_method_maps,
@@ -20,9 +22,7 @@ from diffusers_cf.figures import (
 )
 from diffusers_cf.images import resize_images
 from diffusers_cf.provenance import command_line, package_commit
-from diffusers_cf.sweep import evenly_spread, has_lesion, sweep
 from diffusers_cf.tables import collect_cells
-from diffusers_cf.trajectories import encode_trajectory
 
 
 # Fig. 2's columns, left to right: every method of Table 1 but the single modalities, which show what the input shows.

@@ -15,7 +15,7 @@ from diffusers_cf.baselines.training import Budget, MethodTraining
 from diffusers_cf.benchmark_presets import Preset
 from diffusers_cf.benchmark_protocol import BenchmarkData, as_json
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation import write_result
+from diffusers_cf.evaluation.protocol import write_result
 from diffusers_cf.precision import compute_in
 from diffusers_cf.provenance import package_commit
 

@@ -12,18 +12,7 @@ from diffusers_cf import loading, saving
 from diffusers_cf.arguments import make_folder
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation import write_result
-from diffusers_cf.inference_options import (
-    add_device_arguments,
-    add_settings_arguments,
-    check_device_arguments,
-    open_pipeline,
-)
-from diffusers_cf.pixel_counts import PixelCounts
-from diffusers_cf.postprocessing import foreground_mask, postprocess_maps
-from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
-from diffusers_cf.sweep import evenly_spread
-from diffusers_cf.thresholds import (
+from diffusers_cf.evaluation.calibration import (
     HEALTHY_QUANTILE,
     DivergenceRule,
     best_split,
@@ -31,6 +20,17 @@ from diffusers_cf.thresholds import (
     healthy_quantile,
     slice_scores,
 )
+from diffusers_cf.evaluation.pixel_counts import PixelCounts
+from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps
+from diffusers_cf.evaluation.protocol import write_result
+from diffusers_cf.evaluation.sweep import evenly_spread
+from diffusers_cf.inference_options import (
+    add_device_arguments,
+    add_settings_arguments,
+    check_device_arguments,
+    open_pipeline,
+)
+from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
 
 
 SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "map")

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from diffusers_cf.arguments import make_folder
 from diffusers_cf.cohorts import find_patients
 from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.processes import Share, share_of_work
 from diffusers_cf.inference_options import (
     add_compile_argument,
     add_device_arguments,
@@ -20,7 +21,6 @@ from diffusers_cf.inference_options import (
     open_pipeline,
     take_device,
 )
-from diffusers_cf.processes import Share, share_of_work
 from diffusers_cf.results import add_to_summary
 from diffusers_cf.volumes import segment_patient, segmentation_facts
 from diffusers_cf.whole_folders import BusyError

@@ -12,14 +12,8 @@ from diffusers_cf import loading, saving
 from diffusers_cf.arguments import make_folder
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation import write_result
-from diffusers_cf.forward import check_forward
-from diffusers_cf.heatmaps import DECODED_MAPS, MAPS
-from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
-from diffusers_cf.plots import plot_sweep
-from diffusers_cf.provenance import command_line, package_commit
-from diffusers_cf.settings import NAMES, PAPER_SETTINGS
-from diffusers_cf.sweep import (
+from diffusers_cf.evaluation.protocol import write_result
+from diffusers_cf.evaluation.sweep import (
     GUIDANCE_SCALES,
     STRENGTHS,
     SweepPoint,
@@ -30,6 +24,12 @@ from diffusers_cf.sweep import (
     settings_of_sweep,
     sweep,
 )
+from diffusers_cf.forward import check_forward
+from diffusers_cf.heatmaps import DECODED_MAPS, MAPS
+from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
+from diffusers_cf.plots import plot_sweep
+from diffusers_cf.provenance import command_line, package_commit
+from diffusers_cf.settings import NAMES, PAPER_SETTINGS
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from diffusers_cf.data.geometry import display, volume_from_slices
 from diffusers_cf.data.intensity import unit_intensity
 from diffusers_cf.data.nifti import MAX_BYTES, read_nifti, to_canonical
 from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.trajectories import Encoding, decode_images, decode_null, encode_images
 from diffusers_cf.images import resize_images
 from diffusers_cf.segment import (
     SliceMaps,
@@ -27,7 +28,6 @@ from diffusers_cf.segment import (
     patient_files,
     read_volumes,
 )
-from diffusers_cf.trajectories import Encoding, decode_images, decode_null, encode_images
 from diffusers_cf.volumes import segment_patient
 
 

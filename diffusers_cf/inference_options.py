@@ -10,10 +10,10 @@ from diffusers_cf.data.intensity import check_same_scale
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.processes import Share
 from diffusers_cf.heatmaps import MAPS
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.precision import compute_in
-from diffusers_cf.processes import Share
 from diffusers_cf.settings import NAMES
 
 

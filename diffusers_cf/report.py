@@ -21,8 +21,8 @@ from diffusers_cf.data.nifti import Scan, check_same_grid, find_file, read_nifti
 from diffusers_cf.data.scans import scan_errors
 from diffusers_cf.dicom import find_series, read_series, series_sha256
 from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.pixel_counts import renamed_when_whole
 from diffusers_cf.loading import sha256_of
-from diffusers_cf.pixel_counts import renamed_when_whole
 from diffusers_cf.results import REPORT, own_file, read_preview, read_report, read_summary
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.pixel_counts import renamed_when_whole
 from diffusers_cf.heatmaps import MAPS
 from diffusers_cf.loading import read_object
-from diffusers_cf.pixel_counts import renamed_when_whole
 from diffusers_cf.whole_folders import alone_at
 
 

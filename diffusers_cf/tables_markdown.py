@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from diffusers_cf.benchmark_protocol import CLASSIFIER_TIMESTEPS
-from diffusers_cf.pixel_counts import CHAINS
+from diffusers_cf.evaluation.pixel_counts import CHAINS
 
 
 COLUMNS = {

@@ -8,7 +8,7 @@ import torch
 
 from diffusers_cf.data.intensity import normalize_of, unit_in_words
 from diffusers_cf.data.slices import SliceDataset, batches_of
-from diffusers_cf.evaluation import evaluate, write_result
+from diffusers_cf.evaluation.protocol import evaluate, write_result
 from diffusers_cf.plots import plot_slices
 
 

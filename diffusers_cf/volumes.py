@@ -15,11 +15,11 @@ from diffusers_cf.data.nifti import Scan
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.dicom import series_sha256, write_parametric_map, write_segmentation
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation import dice
+from diffusers_cf.evaluation.pixel_counts import PixelCounts
+from diffusers_cf.evaluation.protocol import dice
 from diffusers_cf.loading import sha256_of
 from diffusers_cf.model_facts import usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
-from diffusers_cf.pixel_counts import PixelCounts
 from diffusers_cf.precision import computing_dtype
 from diffusers_cf.provenance import model_fingerprint
 from diffusers_cf.results import REPORT, read_report

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_cf.batching import LARGEST_BATCH, map_in_batches
 from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.batching import LARGEST_BATCH, map_in_batches
 
 
 def volumes(*counts):

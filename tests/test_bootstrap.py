@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from diffusers_cf import bootstrap
-from diffusers_cf.bootstrap import (
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation import bootstrap
+from diffusers_cf.evaluation.bootstrap import (
     Bootstrap,
     average_precision,
     bootstrap_auprc,
@@ -17,8 +18,7 @@ from diffusers_cf.bootstrap import (
     mean_of_runs,
     read_patient_counts,
 )
-from diffusers_cf.errors import InputError
-from diffusers_cf.pixel_counts import PixelCounts, counts_file
+from diffusers_cf.evaluation.pixel_counts import PixelCounts, counts_file
 
 
 PATIENTS = [f"p{i}" for i in range(8)]

@@ -15,7 +15,7 @@ from diffusers_cf.baselines.classifier_guidance import (
     NoisyClassifier,
     log_probability_gradient,
 )
-from diffusers_cf.sweep import sweep
+from diffusers_cf.evaluation.sweep import sweep
 
 
 SHORT = {"num_inference_steps": 10, "strength": 0.4}  # 4 steps each way

@@ -10,7 +10,7 @@ from diffusers_cf.baselines import make_baseline
 from diffusers_cf.cli import main
 from diffusers_cf.commands_evaluate import add_evaluate_arguments, run_evaluate
 from diffusers_cf.data.slices import SliceDataset
-from diffusers_cf.evaluation import evaluate
+from diffusers_cf.evaluation.protocol import evaluate
 from diffusers_cf.models import class_token_encoder, counterfactual_unet
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.provenance import package_commit

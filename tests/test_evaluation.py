@@ -7,8 +7,8 @@ from evaluation_data import FakeDataset
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation import bootstrap_interval, dice, evaluate, read_counts, write_result
-from diffusers_cf.postprocessing import postprocess_maps, remove_small_components
+from diffusers_cf.evaluation.postprocessing import postprocess_maps, remove_small_components
+from diffusers_cf.evaluation.protocol import bootstrap_interval, dice, evaluate, read_counts, write_result
 
 
 def second_channel(images):

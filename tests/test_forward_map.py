@@ -18,8 +18,8 @@ from diffusers_cf import (
     implicit_guidance,
 )
 from diffusers_cf.baselines.diffusion import CounterfactualDiffusion, CounterfactualMap
+from diffusers_cf.evaluation.trajectories import heatmaps_of_settings
 from diffusers_cf.images import Windows
-from diffusers_cf.trajectories import heatmaps_of_settings
 
 
 MEANS, STD = (-0.2, 0.3, 0.1), 0.4  # of healthy, unhealthy, null, in the network's range

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from diffusers_cf.pixel_counts import PixelCounts, counts_file, read_counts
+from diffusers_cf.evaluation.pixel_counts import PixelCounts, counts_file, read_counts
 
 
 def counted(scores, masks, **kwargs):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_cf.postprocessing import (
+from diffusers_cf.evaluation.postprocessing import (
     eroded_foreground_mask,
     foreground_mask,
     postprocess_maps,

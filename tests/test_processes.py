@@ -13,8 +13,8 @@ from segmentation_files import make_pipe
 
 from diffusers_cf.cli import main
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation import evaluate, read_counts
-from diffusers_cf.processes import Share, share_of_work
+from diffusers_cf.evaluation.processes import Share, share_of_work
+from diffusers_cf.evaluation.protocol import evaluate, read_counts
 
 
 ROOT = Path(__file__).parent.parent

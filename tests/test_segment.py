@@ -10,8 +10,8 @@ from diffusers_cf.data.geometry import to_ras, undisplay
 from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.postprocessing import postprocess_maps, remove_small_components
 from diffusers_cf.plots import plot_slices
-from diffusers_cf.postprocessing import postprocess_maps, remove_small_components
 from diffusers_cf.segment import SliceMaps, lesion_mask, most_suspicious
 from diffusers_cf.volumes import segment_patient
 

@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from test_forward_map import MEANS, STD, gaussian_pipe
 
-from diffusers_cf.slice_scores import diffusion_classifier_scores, position_scores, relative_positions
+from diffusers_cf.evaluation.slice_scores import diffusion_classifier_scores, position_scores, relative_positions
 
 
 def test_relative_positions_by_hand():

@@ -8,9 +8,9 @@ import torch
 
 from diffusers_cf import InputError
 from diffusers_cf.commands_sweep import store_settings
-from diffusers_cf.pixel_counts import PixelCounts
-from diffusers_cf.postprocessing import foreground_mask
-from diffusers_cf.sweep import SweepPoint, best_point, evenly_spread, learn_signs, sweep
+from diffusers_cf.evaluation.pixel_counts import PixelCounts
+from diffusers_cf.evaluation.postprocessing import foreground_mask
+from diffusers_cf.evaluation.sweep import SweepPoint, best_point, evenly_spread, learn_signs, sweep
 
 
 class Slices:

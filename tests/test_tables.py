@@ -8,8 +8,8 @@ import pytest
 from diffusers_cf import InputError
 from diffusers_cf.baselines import ROWS
 from diffusers_cf.benchmark_protocol import CLASSIFIER_TIMESTEPS
-from diffusers_cf.bootstrap import Bootstrap, bootstrap_mean, bootstraps_of_file, mean_of_runs
-from diffusers_cf.evaluation import evaluate, write_result
+from diffusers_cf.evaluation.bootstrap import Bootstrap, bootstrap_mean, bootstraps_of_file, mean_of_runs
+from diffusers_cf.evaluation.protocol import evaluate, write_result
 from diffusers_cf.tables import collect_cells, summary, write_tables
 
 

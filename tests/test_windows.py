@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
+from diffusers_cf.evaluation.trajectories import heatmaps_of_settings
 from diffusers_cf.images import MARGIN, foreground_windows, window_side
-from diffusers_cf.trajectories import heatmaps_of_settings
 
 
 SIDE = 48

@@ -8,11 +8,11 @@ from diffusers.configuration_utils import register_to_config
 
 from diffusers_cf.baselines.classifier_guidance import ClassifierGuidedDDIMPipeline, NoisyClassifier
 from diffusers_cf.baselines.method import AnomalyMethod, TrainableMethod
+from diffusers_cf.evaluation.trajectories import heatmaps_of_settings
 from diffusers_cf.losses import ALL_TIMESTEPS_FROM, drop_condition, noise_prediction_loss, rising_timesteps
 from diffusers_cf.models import ConditionalNoisePredictor, class_token_encoder, counterfactual_unet
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
-from diffusers_cf.trajectories import heatmaps_of_settings
 
 
 WARM_UP = 0.03

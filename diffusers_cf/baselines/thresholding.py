@@ -8,7 +8,7 @@ import torch
 from diffusers_cf.baselines.method import AnomalyMethod
 from diffusers_cf.data.intensity import unit_intensity
 from diffusers_cf.errors import InputError
-from diffusers_cf.postprocessing import foreground_mask
+from diffusers_cf.evaluation.postprocessing import foreground_mask
 
 
 class IntensityThresholding(AnomalyMethod):

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from diffusers_cf.batching import map_in_batches
 from diffusers_cf.errors import InputError
-from diffusers_cf.pixel_counts import PixelCounts, renamed_when_whole
-from diffusers_cf.postprocessing import foreground_mask, postprocess_maps, remove_small_components
+from diffusers_cf.evaluation.batching import map_in_batches
+from diffusers_cf.evaluation.pixel_counts import PixelCounts, renamed_when_whole
+from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps, remove_small_components
 
 
 REGIONS = ("foreground", "background")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.pixel_counts import CHAINS, PixelCounts, read_counts
+from diffusers_cf.evaluation.pixel_counts import CHAINS, PixelCounts, read_counts
 
 
 # A patient's counts and those of all patients have at most so many bins; `tests/test_bootstrap.py` bounds the error.

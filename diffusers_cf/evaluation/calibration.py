@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffusers_cf.pixel_counts import PixelCounts
-from diffusers_cf.postprocessing import MIN_COMPONENT_SIZE
+from diffusers_cf.evaluation.pixel_counts import PixelCounts
+from diffusers_cf.evaluation.postprocessing import MIN_COMPONENT_SIZE
 
 
 # Share of healthy pixels below the threshold: Baur et al. 2021, "Autoencoders for unsupervised anomaly segmentation in

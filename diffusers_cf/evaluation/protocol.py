@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.measuring import (
+from diffusers_cf.evaluation.measuring import (
     REGIONS,
     Patient,
     counts_of_part,
@@ -28,8 +28,8 @@ from diffusers_cf.measuring import (
     rows_by_patient,
     write_part,
 )
-from diffusers_cf.pixel_counts import CHAINS, PixelCounts, counts_file, read_counts, renamed_when_whole
-from diffusers_cf.processes import WHOLE, Share
+from diffusers_cf.evaluation.pixel_counts import CHAINS, PixelCounts, counts_file, read_counts, renamed_when_whole
+from diffusers_cf.evaluation.processes import WHOLE, Share
 
 
 __all__ = ["PixelCounts", "bootstrap_interval", "dice", "evaluate", "maps_at_size", "read_counts", "write_result"]
