@@ -26,7 +26,6 @@ from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler
 from diffusers_cf.arguments import make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.streaming import SliceStream
-from diffusers_cf.fine_tuning import inherited_facts, open_base, public_name
 from diffusers_cf.hub import model_repository, push_model
 from diffusers_cf.images import window_side
 from diffusers_cf.inference_options import computes_in_bfloat16
@@ -41,7 +40,8 @@ from diffusers_cf.models import (
     fastest_layout,
 )
 from diffusers_cf.provenance import package_commit
-from diffusers_cf.training import (
+from diffusers_cf.training.fine_tuning import inherited_facts, open_base, public_name
+from diffusers_cf.training.loop import (
     PositionBatches,
     Progress,
     TrainingSlices,
@@ -51,9 +51,9 @@ from diffusers_cf.training import (
     find_checkpoint,
     save_checkpoint,
 )
-from diffusers_cf.training_options import command_of, parse_args
-from diffusers_cf.training_stream import TrainingStream
-from diffusers_cf.validation import Validation
+from diffusers_cf.training.options import command_of, parse_args
+from diffusers_cf.training.stream import TrainingStream
+from diffusers_cf.training.validation import Validation
 from diffusers_cf.whole_folders import alone_at
 
 

@@ -25,7 +25,7 @@ from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
 from diffusers_cf.demo import SHIPPED_MODEL
 from diffusers_cf.errors import InputError
-from diffusers_cf.training import finished_checkpoints
+from diffusers_cf.training.loop import finished_checkpoints
 
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.losses import drop_condition, noise_prediction_loss
 from diffusers_cf.provenance import package_commit
-from diffusers_cf.training import TrainingSlices
+from diffusers_cf.training.loop import TrainingSlices
 
 
 THIN = models.UNET_SIZES["small"]

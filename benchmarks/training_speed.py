@@ -27,7 +27,7 @@ from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.protocol import write_result
 from diffusers_cf.models import UNET_SIZES, ConditionalNoisePredictor
 from diffusers_cf.provenance import command_line, package_commit
-from diffusers_cf.training_options import parse_args
+from diffusers_cf.training.options import parse_args
 
 
 WAYS = ("ours", "plain")

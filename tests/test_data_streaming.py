@@ -12,8 +12,8 @@ from training_data import write_training_set
 
 from diffusers_cf.data import SliceDataset, SliceStream
 from diffusers_cf.errors import InputError
-from diffusers_cf.training import PositionBatches
-from diffusers_cf.training_stream import TrainingStream
+from diffusers_cf.training.loop import PositionBatches
+from diffusers_cf.training.stream import TrainingStream
 
 
 class CountedStream:

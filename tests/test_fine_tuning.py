@@ -8,8 +8,8 @@ from training_data import write_training_set
 
 import train_counterfactual
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
-from diffusers_cf.fine_tuning import keep_channels
 from diffusers_cf.losses import noise_prediction_loss
+from diffusers_cf.training.fine_tuning import keep_channels
 from train_counterfactual import main, parse_args, start_accelerator
 
 

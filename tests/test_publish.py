@@ -18,7 +18,7 @@ from diffusers_cf.errors import InputError
 from diffusers_cf.inference_options import open_pipeline
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.provenance import model_fingerprint
-from diffusers_cf.training_options import command_of, parse_args
+from diffusers_cf.training.options import command_of, parse_args
 
 
 TRAINING = {"command": "accelerate launch train.py --x 1", "commit": "abc", "images": 64, "slices": 9, "patients": 3}

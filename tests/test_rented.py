@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diffusers_cf import CounterfactualDDIMPipeline, InputError
-from diffusers_cf.training import STATE_FILE
+from diffusers_cf.training.loop import STATE_FILE
 
 
 ROOT = Path(__file__).parent.parent

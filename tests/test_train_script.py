@@ -21,7 +21,7 @@ from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.arguments import run_command
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import UNET_SIZES
-from diffusers_cf.training import finished_checkpoints
+from diffusers_cf.training.loop import finished_checkpoints
 from diffusers_cf.whole_folders import alone_at
 from train_counterfactual import build_model, main, parse_args, resume, set_up, start_accelerator
 
@@ -194,7 +194,7 @@ def test_a_run_that_is_stopped_while_it_validates_goes_on_from_there(data, tmp_p
 
     changes = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 2, "num_validation_slices": 2}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("diffusers_cf.validation.Validation.run", stop)
+        patch.setattr("diffusers_cf.training.validation.Validation.run", stop)
         run_here(data, tmp_path / "out", **changes)
     assert [path.name for path in finished_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
     train(data, tmp_path / "out", resume_from_checkpoint="latest", **changes)

@@ -11,7 +11,7 @@ import torch
 from training_data import stub_accelerator
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.training import (
+from diffusers_cf.training.loop import (
     STATE_FILE,
     PositionBatches,
     Progress,
@@ -331,7 +331,7 @@ def test_checkpoints_that_cannot_be_resumed(tmp_path, state, reason):
 
 def test_progress_averages_over_parts_and_steps_and_stops_at_nan(monkeypatch):
     clock, logged = SimpleNamespace(now=100.0), []
-    monkeypatch.setattr("diffusers_cf.training.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("diffusers_cf.training.loop.time", SimpleNamespace(perf_counter=lambda: clock.now))
     acc = stub_accelerator()
     acc.log = lambda values, step: logged.append((step, values))
     bar = SimpleNamespace(set_postfix=lambda **values: None)

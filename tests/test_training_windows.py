@@ -16,8 +16,8 @@ from diffusers_cf.errors import InputError
 from diffusers_cf.images import MARGIN
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import class_token_encoder, counterfactual_unet
-from diffusers_cf.training import PositionBatches, TrainingSlices
-from diffusers_cf.training_stream import TrainingStream
+from diffusers_cf.training.loop import PositionBatches, TrainingSlices
+from diffusers_cf.training.stream import TrainingStream
 from train_counterfactual import parse_args, train_on_batch, training_slices
 
 

@@ -10,7 +10,7 @@ from training_data import stub_accelerator, write_training_set
 
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 from diffusers_cf.models import class_token_encoder, counterfactual_unet
-from diffusers_cf.validation import Validation
+from diffusers_cf.training.validation import Validation
 
 
 @pytest.mark.parametrize("masks", [True, False])

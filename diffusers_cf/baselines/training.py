@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.training import (
+from diffusers_cf.training.loop import (
     STATE_FILE,
     PositionBatches,
     TrainingSlices,

@@ -7,7 +7,7 @@ from diffusers.optimization import SchedulerType
 
 from diffusers_cf.arguments import ArgumentParser
 from diffusers_cf.models import CONDITIONINGS, UNET_SIZES
-from diffusers_cf.validation import SETTINGS
+from diffusers_cf.training.validation import SETTINGS
 
 
 DESCRIPTION = (

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.training import TrainingImages
+from diffusers_cf.training.loop import TrainingImages
 
 
 class TrainingStream(TrainingImages):

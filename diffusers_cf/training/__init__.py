@@ -1,0 +1,1 @@
+"""What train_counterfactual.py is made of."""
