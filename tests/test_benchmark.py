@@ -12,9 +12,9 @@ import pytest
 
 from diffusers_cf.baselines import NETWORKS, ROWS, row_of, training
 from diffusers_cf.baselines.training import MethodTraining
-from diffusers_cf.benchmark import all_methods
-from diffusers_cf.benchmark_presets import PRESETS
-from diffusers_cf.benchmark_protocol import BenchmarkData, choose_settings
+from diffusers_cf.benchmark.presets import PRESETS
+from diffusers_cf.benchmark.protocol import BenchmarkData, choose_settings
+from diffusers_cf.benchmark.run import all_methods
 from diffusers_cf.cli import main
 from diffusers_cf.data.phantom import make_patient, write_patient
 from diffusers_cf.data.slices import SliceDataset
@@ -327,7 +327,7 @@ def test_figure_3_falls_back_to_all_validation_slices(results, dataset, tmp_path
     """Among the few slices of Fig. 3 there may be no lesion."""
     folder = shutil.copytree(results[0], tmp_path / "results")
     (folder / "figure3.json").unlink()
-    monkeypatch.setattr("diffusers_cf.benchmark_figures.has_lesion", lambda *_: False)
+    monkeypatch.setattr("diffusers_cf.benchmark.plots.has_lesion", lambda *_: False)
     assert run(dataset, folder, "--methods", "threshold-t1", "--seeds", "1", "--no_pictures") == 0
     assert json.loads((folder / "figure3.json").read_text())["n_slices"] == PRESETS["smoke"].validation_slices
 

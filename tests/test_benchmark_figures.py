@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from diffusers_cf import benchmark_figures
+from diffusers_cf.benchmark import plots as benchmark_figures
 
 
 class Slices:

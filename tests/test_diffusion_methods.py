@@ -9,7 +9,7 @@ import torch
 from trivial_phantom import train_briefly, trivial_auprc, trivial_batch
 
 from diffusers_cf.baselines import ROWS, Grid, make_baseline, network_of_data, row_of
-from diffusers_cf.benchmark_presets import PRESETS
+from diffusers_cf.benchmark.presets import PRESETS
 
 
 GRID = Grid(num_inference_steps=20, guidance_scales=(3.0,), strengths=(0.4,), classifier_scales=(30.0,))

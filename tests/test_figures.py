@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from diffusers_cf.figures import (
+from diffusers_cf.benchmark.figures import (
     percentile_scales,
     plot_method_maps,
     plot_process,

@@ -7,10 +7,10 @@ import pytest
 
 from diffusers_cf import InputError
 from diffusers_cf.baselines import ROWS
-from diffusers_cf.benchmark_protocol import CLASSIFIER_TIMESTEPS
+from diffusers_cf.benchmark.protocol import CLASSIFIER_TIMESTEPS
+from diffusers_cf.benchmark.tables import collect_cells, summary, write_tables
 from diffusers_cf.evaluation.bootstrap import Bootstrap, bootstrap_mean, bootstraps_of_file, mean_of_runs
 from diffusers_cf.evaluation.protocol import evaluate, write_result
-from diffusers_cf.tables import collect_cells, summary, write_tables
 
 
 METHODS = ("ours", "threshold", "dae", "cdpm-adagn")  # not in the order of the tables

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffusers_cf.benchmark_protocol import CLASSIFIER_TIMESTEPS
+from diffusers_cf.benchmark.protocol import CLASSIFIER_TIMESTEPS
 from diffusers_cf.evaluation.pixel_counts import CHAINS
 
 

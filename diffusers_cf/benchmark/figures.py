@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffusers_cf.figure_labels import label_points
+from diffusers_cf.benchmark.figure_labels import label_points
 from diffusers_cf.plots import GREY, draw_contour
 
 

@@ -12,8 +12,8 @@ from accelerate.utils import set_seed
 
 from diffusers_cf.baselines import NETWORKS, CounterfactualDiffusion, TrainableMethod, network_of_data
 from diffusers_cf.baselines.training import Budget, MethodTraining
-from diffusers_cf.benchmark_presets import Preset
-from diffusers_cf.benchmark_protocol import BenchmarkData, as_json
+from diffusers_cf.benchmark.presets import Preset
+from diffusers_cf.benchmark.protocol import BenchmarkData, as_json
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.protocol import write_result
 from diffusers_cf.precision import compute_in

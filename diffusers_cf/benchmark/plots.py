@@ -8,21 +8,21 @@ import numpy as np
 import torch
 
 from diffusers_cf.baselines import ROWS, row_of
-from diffusers_cf.benchmark_protocol import BenchmarkData
-from diffusers_cf.data.slices import batches_of
-from diffusers_cf.evaluation.protocol import maps_at_size, write_result
-from diffusers_cf.evaluation.sweep import evenly_spread, has_lesion, sweep
-from diffusers_cf.evaluation.trajectories import encode_trajectory
-from diffusers_cf.figures import (
+from diffusers_cf.benchmark.figures import (
     percentile_scales,
     plot_method_maps,
     plot_process,
     plot_quality_against_evaluations,
     plot_strengths,
 )
+from diffusers_cf.benchmark.protocol import BenchmarkData
+from diffusers_cf.benchmark.tables import collect_cells
+from diffusers_cf.data.slices import batches_of
+from diffusers_cf.evaluation.protocol import maps_at_size, write_result
+from diffusers_cf.evaluation.sweep import evenly_spread, has_lesion, sweep
+from diffusers_cf.evaluation.trajectories import encode_trajectory
 from diffusers_cf.images import resize_images
 from diffusers_cf.provenance import command_line, package_commit
-from diffusers_cf.tables import collect_cells
 
 
 # Fig. 2's columns, left to right: every method of Table 1 but the single modalities, which show what the input shows.

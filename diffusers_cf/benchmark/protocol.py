@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from diffusers_cf.baselines import AnomalyMethod
-from diffusers_cf.benchmark_presets import Preset
+from diffusers_cf.benchmark.presets import Preset
 from diffusers_cf.data.intensity import with_named_scale
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from diffusers_cf.arguments import make_folder
 from diffusers_cf.baselines import NETWORKS, ROWS, AnomalyMethod, Grid, row_of
-from diffusers_cf.benchmark_figures import write_figures
-from diffusers_cf.benchmark_networks import Networks, check_sizes
-from diffusers_cf.benchmark_presets import PRESETS, Preset
-from diffusers_cf.benchmark_protocol import (
+from diffusers_cf.benchmark.networks import Networks, check_sizes
+from diffusers_cf.benchmark.plots import write_figures
+from diffusers_cf.benchmark.presets import PRESETS, Preset
+from diffusers_cf.benchmark.protocol import (
     KIND,
     BenchmarkData,
     as_json,
@@ -23,6 +23,7 @@ from diffusers_cf.benchmark_protocol import (
     position_auroc,
     saturated_share,
 )
+from diffusers_cf.benchmark.tables import collect_cells, write_tables
 from diffusers_cf.data.intensity import with_named_scale
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.bootstrap import bootstraps_of_file
@@ -36,7 +37,6 @@ from diffusers_cf.inference_options import (
     take_device,
 )
 from diffusers_cf.provenance import command_line, package_commit
-from diffusers_cf.tables import collect_cells, write_tables
 
 
 TRAIN_TIMESTEPS = 1000  # of every diffusion model in `NETWORKS`

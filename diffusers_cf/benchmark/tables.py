@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.baselines import ROWS, row_of
+from diffusers_cf.benchmark.tables_markdown import table_markdown
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.bootstrap import Bootstrap, bootstrap_mean, mean_of_runs
 from diffusers_cf.evaluation.pixel_counts import CHAINS, renamed_when_whole
-from diffusers_cf.tables_markdown import table_markdown
 
 
 TITLES = {1: "Table 1: methods", 2: "Table 2: what each part of the method adds"}
