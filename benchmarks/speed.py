@@ -42,9 +42,9 @@ from diffusers_cf.inference_options import (
 )
 from diffusers_cf.precision import compute_in
 from diffusers_cf.provenance import command_line, package_commit
-from diffusers_cf.segment import map_slices, patient_files, read_volumes
+from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
+from diffusers_cf.segmentation.volumes import map_slices, patient_files, read_volumes
 from diffusers_cf.settings import PAPER_SETTINGS
-from diffusers_cf.volumes import segment_patient, segmentation_facts
 
 
 WAYS = ("ours", "authors", "plain")

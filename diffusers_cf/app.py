@@ -13,10 +13,10 @@ from diffusers_cf.demo import SHIPPED_MODEL
 from diffusers_cf.errors import InputError
 from diffusers_cf.explorer import Explorer
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
+from diffusers_cf.segmentation.patient import segmentation_facts
 from diffusers_cf.sessions import Sessions
 from diffusers_cf.slice_pictures import CSS
 from diffusers_cf.uploads import LimitedUploads, Limits
-from diffusers_cf.volumes import segmentation_facts
 
 
 HOST = "127.0.0.1"

@@ -9,7 +9,6 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from diffusers_cf.arguments import make_folder
-from diffusers_cf.cohorts import find_patients
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.processes import Share, share_of_work
 from diffusers_cf.inference_options import (
@@ -21,8 +20,9 @@ from diffusers_cf.inference_options import (
     open_pipeline,
     take_device,
 )
-from diffusers_cf.results import add_to_summary
-from diffusers_cf.volumes import segment_patient, segmentation_facts
+from diffusers_cf.segmentation.cohorts import find_patients
+from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
+from diffusers_cf.segmentation.results import add_to_summary
 from diffusers_cf.whole_folders import BusyError
 
 

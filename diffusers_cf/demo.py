@@ -11,7 +11,7 @@ from diffusers_cf.data.phantom import FROZEN_SEED, make_patient, write_patient
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
-from diffusers_cf.volumes import segment_patient
+from diffusers_cf.segmentation.patient import segment_patient
 
 
 SHIPPED_MODEL = Path(__file__).parent / "pretrained" / "phantom_small"

@@ -20,7 +20,8 @@ from diffusers_cf.data.nifti import MAX_BYTES, read_nifti, to_canonical
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.trajectories import Encoding, decode_images, decode_null, encode_images
 from diffusers_cf.images import resize_images
-from diffusers_cf.segment import (
+from diffusers_cf.segmentation.patient import segment_patient
+from diffusers_cf.segmentation.volumes import (
     SliceMaps,
     heat_volume,
     lesion_mask,
@@ -28,7 +29,6 @@ from diffusers_cf.segment import (
     patient_files,
     read_volumes,
 )
-from diffusers_cf.volumes import segment_patient
 
 
 PATIENT = "patient"  # names of patients are nobody's business

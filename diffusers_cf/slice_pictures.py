@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from diffusers_cf.explorer import SliceView, VolumeFiles
 from diffusers_cf.plots import GREY, HEAT_MAXIMUM
-from diffusers_cf.report import ranges
+from diffusers_cf.segmentation.report import ranges
 
 
 # Okabe and Ito's orange and sky blue, which colour-blind readers tell apart too, and on grey.

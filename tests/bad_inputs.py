@@ -29,9 +29,9 @@ from diffusers_cf.cli import main
 from diffusers_cf.errors import InputError
 from diffusers_cf.explorer import Explorer, warnings_of_this_thread
 from diffusers_cf.loading import sha256_of
+from diffusers_cf.segmentation.patient import segmentation_facts
 from diffusers_cf.sessions import Sessions
 from diffusers_cf.uploads import take_uploads
-from diffusers_cf.volumes import segmentation_facts
 
 
 COLUMNS = ("segment", "report: scan", "report: result", "publish", "app")

@@ -143,7 +143,9 @@ def test_every_limit_stands_in_the_page():
 
 def test_warnings_about_files_are_not_logged(caplog, capfd):
     with _quiet_log():
-        logging.getLogger("diffusers_cf.segment").warning("Surname-Firstname_t1.nii.gz: not skull-stripped")
+        logging.getLogger("diffusers_cf.segmentation.volumes").warning(
+            "Surname-Firstname_t1.nii.gz: not skull-stripped"
+        )
     assert not caplog.records and "Surname" not in capfd.readouterr().err
 
 

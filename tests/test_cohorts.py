@@ -10,11 +10,11 @@ from filelock import FileLock
 from segmentation_files import MODALITIES, make_pipe
 from test_volumes import run
 
-from diffusers_cf import volumes
-from diffusers_cf.cohorts import find_patients
 from diffusers_cf.data.nifti import canonical_modality, nifti_suffix
 from diffusers_cf.errors import InputError
-from diffusers_cf.results import add_to_summary, read_summary
+from diffusers_cf.segmentation import patient as volumes
+from diffusers_cf.segmentation.cohorts import find_patients
+from diffusers_cf.segmentation.results import add_to_summary, read_summary
 
 
 NAMES = ["flair", "t1", "t1ce", "t2"]
@@ -122,7 +122,7 @@ def test_bids_tells_a_contrast_agent_by_an_entity(name, modality):
 
 
 def test_a_cohort_from_the_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("diffusers_cf.volumes.write_preview", lambda path, *_: path.touch())
+    monkeypatch.setattr("diffusers_cf.segmentation.patient.write_preview", lambda path, *_: path.touch())
     make_pipe().save_pretrained(tmp_path / "model")
     cohort = tmp_path / "cohort"
     for seed, name in enumerate("ABC"):
@@ -152,7 +152,7 @@ def test_a_cohort_from_the_command_line(tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def three_patients(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusers_cf.volumes.write_preview", lambda path, *_: path.touch())
+    monkeypatch.setattr("diffusers_cf.segmentation.patient.write_preview", lambda path, *_: path.touch())
     make_pipe().save_pretrained(tmp_path / "model")
     for seed, name in enumerate(("site1/A", "site2/A", "site2/B")):
         folder = tmp_path / name

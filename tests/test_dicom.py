@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from diffusers_cf.cohorts import find_patients
 from diffusers_cf.data.nifti import to_canonical
-from diffusers_cf.dicom import (
+from diffusers_cf.errors import InputError
+from diffusers_cf.segmentation.cohorts import find_patients
+from diffusers_cf.segmentation.dicom import (
     find_series,
     is_series,
     read_series,
@@ -13,8 +14,7 @@ from diffusers_cf.dicom import (
     write_parametric_map,
     write_segmentation,
 )
-from diffusers_cf.errors import InputError
-from diffusers_cf.volumes import segment_patient
+from diffusers_cf.segmentation.patient import segment_patient
 
 
 highdicom = pytest.importorskip("highdicom")

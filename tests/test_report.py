@@ -12,9 +12,9 @@ import pytest
 from segmentation_files import CUBE, SETTINGS, BrightnessPipeline, make_pipe, write_cube
 
 from diffusers_cf.arguments import ArgumentParser, run_command
-from diffusers_cf.report import add_report_arguments, ranges, run_report
-from diffusers_cf.results import add_to_summary
-from diffusers_cf.volumes import segment_patient
+from diffusers_cf.segmentation.patient import segment_patient
+from diffusers_cf.segmentation.report import add_report_arguments, ranges, run_report
+from diffusers_cf.segmentation.results import add_to_summary
 
 
 def run(*arguments):

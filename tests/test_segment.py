@@ -5,21 +5,21 @@ from data_files import SPACING_MM, write_brats
 from PIL import Image
 from segmentation_files import CUBE, SETTINGS, BrightnessPipeline, make_pipe, voxels, write_cube
 
-from diffusers_cf import segment
 from diffusers_cf.data.geometry import to_ras, undisplay
 from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.postprocessing import postprocess_maps, remove_small_components
 from diffusers_cf.plots import plot_slices
-from diffusers_cf.segment import SliceMaps, lesion_mask, most_suspicious
-from diffusers_cf.volumes import segment_patient
+from diffusers_cf.segmentation import volumes as segment
+from diffusers_cf.segmentation.patient import segment_patient
+from diffusers_cf.segmentation.volumes import SliceMaps, lesion_mask, most_suspicious
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than all the rest; the test of the preview draws."""
-    monkeypatch.setattr("diffusers_cf.volumes.write_preview", lambda path, *_: path.touch())
+    monkeypatch.setattr("diffusers_cf.segmentation.patient.write_preview", lambda path, *_: path.touch())
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_the_mask_is_that_of_the_chain_of_evaluation(voxels_a_pixel):
 
 def test_preview(patient, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr("diffusers_cf.volumes.write_preview", segment.write_preview)
+    monkeypatch.setattr("diffusers_cf.segmentation.patient.write_preview", segment.write_preview)
     monkeypatch.setattr(
         segment,
         "plot_slices",

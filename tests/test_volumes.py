@@ -9,12 +9,12 @@ from data_files import SPACING_MM, save, write_brats
 from filelock import FileLock
 from segmentation_files import MODALITIES, SETTINGS, make_pipe, voxels
 
-from diffusers_cf import volumes
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.commands_segment import add_segment_arguments, run_segment
 from diffusers_cf.data.geometry import slices_from_volume, to_ras, volume_from_slices
 from diffusers_cf.errors import InputError
-from diffusers_cf.volumes import segment_patient, segmentation_facts
+from diffusers_cf.segmentation import patient as volumes
+from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
 
 
 FILES = ["counterfactual_flair.nii.gz", "counterfactual_t1.nii.gz", "heatmap.nii.gz", "mask.nii.gz"]
@@ -30,7 +30,7 @@ def run(*arguments):
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than all the rest; the test of the preview draws."""
-    monkeypatch.setattr("diffusers_cf.volumes.write_preview", lambda path, *_: path.touch())
+    monkeypatch.setattr("diffusers_cf.segmentation.patient.write_preview", lambda path, *_: path.touch())
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_outputs_are_whole_or_not_there(pipe, patient, segmented, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     before = {path.name: path.read_bytes() for path in segmented[1].iterdir()}
-    monkeypatch.setattr("diffusers_cf.volumes.write_preview", full_disk)
+    monkeypatch.setattr("diffusers_cf.segmentation.patient.write_preview", full_disk)
     for output in (tmp_path / "out", tmp_path / "new"):
         with pytest.raises(InputError, match=r"P_01: can't be written \(No space left on device\)"):
             segment_patient(pipe, patient, output, overwrite=True, strength=0.1, progress=False)

@@ -16,14 +16,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from diffusers_cf.arguments import make_folder
-from diffusers_cf.cohorts import find_patients
 from diffusers_cf.data.nifti import Scan, check_same_grid, find_file, read_nifti, to_canonical
 from diffusers_cf.data.scans import scan_errors
-from diffusers_cf.dicom import find_series, read_series, series_sha256
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import renamed_when_whole
 from diffusers_cf.loading import sha256_of
-from diffusers_cf.results import REPORT, own_file, read_preview, read_report, read_summary
+from diffusers_cf.segmentation.cohorts import find_patients
+from diffusers_cf.segmentation.dicom import find_series, read_series, series_sha256
+from diffusers_cf.segmentation.results import REPORT, own_file, read_preview, read_report, read_summary
 
 
 COLUMNS = ("Patient", "Lesion, ml", "Slices with lesion", "Largest, mm²", "Highest heat", "Threshold")

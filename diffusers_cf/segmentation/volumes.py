@@ -29,11 +29,11 @@ from diffusers_cf.data.nifti import (
 )
 from diffusers_cf.data.scans import scan_errors, seg_problems, skull_warnings
 from diffusers_cf.data.slices import PatientSlices
-from diffusers_cf.dicom import find_series, read_series
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.batching import map_in_batches
 from diffusers_cf.evaluation.postprocessing import MIN_COMPONENT_SIZE, postprocess_maps, remove_small_components
 from diffusers_cf.plots import plot_slices
+from diffusers_cf.segmentation.dicom import find_series, read_series
 
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from diffusers_cf.data.geometry import from_ras
 from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.data.nifti import Scan
 from diffusers_cf.data.scans import check_patient_id
-from diffusers_cf.dicom import series_sha256, write_parametric_map, write_segmentation
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.protocol import dice
@@ -22,8 +21,9 @@ from diffusers_cf.model_facts import usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.precision import computing_dtype
 from diffusers_cf.provenance import model_fingerprint
-from diffusers_cf.results import REPORT, read_report
-from diffusers_cf.segment import (
+from diffusers_cf.segmentation.dicom import series_sha256, write_parametric_map, write_segmentation
+from diffusers_cf.segmentation.results import REPORT, read_report
+from diffusers_cf.segmentation.volumes import (
     PatientVolumes,
     SliceMaps,
     counterfactual_volume,

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers_cf.data.nifti import canonical_modality, nifti_suffix
-from diffusers_cf.dicom import is_series
 from diffusers_cf.errors import InputError
+from diffusers_cf.segmentation.dicom import is_series
 
 
 DEPTH = 5  # folders below the one given: site, subject, session, anat and one to spare

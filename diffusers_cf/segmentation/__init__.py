@@ -1,0 +1,1 @@
+"""Patients' scans to heatmap, mask and counterfactual in the scan's own geometry."""
