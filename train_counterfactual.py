@@ -26,7 +26,7 @@ from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler
 from diffusers_cf.arguments import make_folder, run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.streaming import SliceStream
-from diffusers_cf.hub import model_repository, push_model
+from diffusers_cf.hub.publishing import model_repository, push_model
 from diffusers_cf.images import window_side
 from diffusers_cf.inference_options import computes_in_bfloat16
 from diffusers_cf.loading import SWITCHES

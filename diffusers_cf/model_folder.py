@@ -81,6 +81,6 @@ class ModelFolderMixin:
 def _hub():
     """What writes the card, which a pipeline that came as remote code does not bring along."""
     try:
-        return importlib.import_module("diffusers_cf.hub")
+        return importlib.import_module("diffusers_cf.hub.publishing")
     except ModuleNotFoundError:
         raise ImportError("to publish a model, install diffusers_cf") from None

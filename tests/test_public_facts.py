@@ -8,7 +8,7 @@ from hub_client import command_line
 from training_data import write_training_set
 
 from diffusers_cf.cli import main
-from diffusers_cf.public_facts import OF_MODEL, public_command, public_facts
+from diffusers_cf.hub.public_facts import OF_MODEL, public_command, public_facts
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard
 from model_files import CONFIGS, FACTS, UNET, load, tiny_pipeline, write_model
 from PIL import Image
 
-from diffusers_cf.cards import model_card
 from diffusers_cf.cli import main
 from diffusers_cf.demo import SHIPPED_MODEL
 from diffusers_cf.errors import InputError
+from diffusers_cf.hub.cards import model_card
 from diffusers_cf.inference_options import open_pipeline
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.provenance import model_fingerprint

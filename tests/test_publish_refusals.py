@@ -9,9 +9,9 @@ from model_files import UNET, edit_json, tiny_pipeline, write_model
 from PIL import Image
 
 from diffusers_cf import InputError
-from diffusers_cf.hub import published_files, push_model
+from diffusers_cf.hub.published_results import checked_result
+from diffusers_cf.hub.publishing import published_files, push_model
 from diffusers_cf.loading import check_model_folder
-from diffusers_cf.published_results import checked_result
 
 
 FACTS = {"modalities": ["flair", "t1"], "class_names": ["healthy", "unhealthy"], "source": "arrays", "size": 8}

@@ -13,8 +13,8 @@ from without_package import load_without_package
 
 import diffusers_cf
 from diffusers_cf.errors import InputError
+from diffusers_cf.hub.remote_code import _MODULES, bundled_pipeline, code_names
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
-from diffusers_cf.remote_code import _MODULES, bundled_pipeline, code_names
 
 
 RECOMMENDED = {"settings": FACTS["settings"]}
@@ -124,7 +124,7 @@ def test_recommended_settings_are_never_lost_unnoticed(hub, client, model, tmp_p
 
 
 def test_a_folder_without_weights_is_not_pushed(hub, client, model, tmp_path):
-    from diffusers_cf.hub import push_model
+    from diffusers_cf.hub.publishing import push_model
 
     pipe = CounterfactualDDIMPipeline.from_pretrained(model)
     pipe.save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from model_files import UNET, files_of, fingerprint, load, tiny_pipeline
 from without_package import load_without_package
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.hub import push_model
+from diffusers_cf.hub.publishing import push_model
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 
 

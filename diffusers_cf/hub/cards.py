@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusers_cf.data.intensity import normalize_of, unit_in_words
+from diffusers_cf.hub.public_facts import OF_MODEL, public_command, public_facts
+from diffusers_cf.hub.sources import licence_of_data, source_of
 from diffusers_cf.loading import WEIGHTS, read_preprocessing, sha256_of
-from diffusers_cf.public_facts import OF_MODEL, public_command, public_facts
-from diffusers_cf.sources import licence_of_data, source_of
 
 
 if TYPE_CHECKING:

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from diffusers_cf.cards import LIBRARY, in_words
 from diffusers_cf.data.intensity import normalize_of, unit_in_words
 from diffusers_cf.data.preprocessing import SPLITS
-from diffusers_cf.sources import source_of
+from diffusers_cf.hub.cards import LIBRARY, in_words
+from diffusers_cf.hub.sources import source_of
 
 
 TAGS = ["anomaly-detection", "weakly-supervised", LIBRARY]

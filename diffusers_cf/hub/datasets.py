@@ -11,12 +11,12 @@ import pyarrow.parquet
 from diffusers_cf.data.download import SPLITS_FILE
 from diffusers_cf.data.preprocessing import PREPROCESSING_FILE, SPLITS, read_preprocessing, shards_of
 from diffusers_cf.data.slices import check_count, slice_features
-from diffusers_cf.dataset_cards import dataset_card
 from diffusers_cf.errors import InputError
-from diffusers_cf.hub import create_repository, push_files, repository_files, strange_file
-from diffusers_cf.pictures import checked_pictures
-from diffusers_cf.public_facts import OF_DATASET, public_facts
-from diffusers_cf.sources import SOURCES, licence_of_data, source_of
+from diffusers_cf.hub.dataset_cards import dataset_card
+from diffusers_cf.hub.pictures import checked_pictures
+from diffusers_cf.hub.public_facts import OF_DATASET, public_facts
+from diffusers_cf.hub.publishing import create_repository, push_files, repository_files, strange_file
+from diffusers_cf.hub.sources import SOURCES, licence_of_data, source_of
 
 
 _SHARD = re.compile(r"data/[^/]+\.parquet")

@@ -10,8 +10,13 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, create_repo
 from huggingface_hub.errors import HTTPError
 
-from diffusers_cf.cards import model_card
 from diffusers_cf.errors import InputError
+from diffusers_cf.hub.cards import model_card
+from diffusers_cf.hub.pictures import checked_pictures
+from diffusers_cf.hub.public_facts import OF_MODEL, public_facts
+from diffusers_cf.hub.published_results import checked_result
+from diffusers_cf.hub.remote_code import PIPELINE_CLASS, code_files, code_names
+from diffusers_cf.hub.sources import licence_of_data
 from diffusers_cf.inference_options import open_pipeline
 from diffusers_cf.loading import (
     CHECKSUMS,
@@ -27,11 +32,6 @@ from diffusers_cf.loading import (
     read_preprocessing,
 )
 from diffusers_cf.model_facts import check_publishable
-from diffusers_cf.pictures import checked_pictures
-from diffusers_cf.public_facts import OF_MODEL, public_facts
-from diffusers_cf.published_results import checked_result
-from diffusers_cf.remote_code import PIPELINE_CLASS, code_files, code_names
-from diffusers_cf.sources import licence_of_data
 
 
 # Arguments of `push_model` that `save_pretrained(.., push_to_hub=True)` hands on.

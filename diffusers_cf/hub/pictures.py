@@ -7,10 +7,10 @@ import numpy as np
 
 from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.errors import InputError
+from diffusers_cf.hub.sources import source_of
 from diffusers_cf.model_facts import usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.plots import plot_slices
-from diffusers_cf.sources import source_of
 
 
 PHANTOM_PICTURE = "phantom.png"

@@ -1,0 +1,1 @@
+"""Publishing models and data sets on the Hugging Face Hub."""
