@@ -25,13 +25,13 @@ from filelock import FileLock
 from segmentation_files import MODALITIES, make_pipe
 from test_data_nifti import BAD_FILES, DATA, SOUND_FILES, nifti_bytes
 
+from diffusers_cf.app.explorer import Explorer, warnings_of_this_thread
+from diffusers_cf.app.sessions import Sessions
+from diffusers_cf.app.uploads import take_uploads
 from diffusers_cf.cli import main
 from diffusers_cf.errors import InputError
-from diffusers_cf.explorer import Explorer, warnings_of_this_thread
 from diffusers_cf.loading import sha256_of
 from diffusers_cf.segmentation.patient import segmentation_facts
-from diffusers_cf.sessions import Sessions
-from diffusers_cf.uploads import take_uploads
 
 
 COLUMNS = ("segment", "report: scan", "report: result", "publish", "app")

@@ -16,10 +16,10 @@ import pytest
 import torch
 import yaml
 
-from diffusers_cf.app import _quiet_log
+from diffusers_cf.app.command import _quiet_log
+from diffusers_cf.app.uploads import Limits
 from diffusers_cf.cli import build_parser, main
 from diffusers_cf.errors import InputError
-from diffusers_cf.uploads import Limits
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def test_an_address_that_is_taken_is_one_line(tmp_path):
 
 def test_a_slider_left_where_it_was_is_exactly_what_the_model_recommends():
     pytest.importorskip("gradio")
-    from diffusers_cf.app_page import Controls
+    from diffusers_cf.app.page import Controls
 
     controls = Controls(RECOMMENDED, 1000)
     assert controls.settings(12, 0.75, 20, 0.071) == RECOMMENDED
@@ -87,7 +87,7 @@ def test_a_slider_left_where_it_was_is_exactly_what_the_model_recommends():
 
 def test_a_fault_of_ours_names_no_file(caplog):
     pytest.importorskip("gradio")
-    from diffusers_cf.app_page import guarded
+    from diffusers_cf.app.page import guarded
 
     name = "-".join(["Surname", "Firstname_t1.nii.gz"])  # a traceback quotes the source
 
@@ -120,7 +120,7 @@ def test_a_fault_of_ours_names_no_file(caplog):
 )
 def test_too_little_memory_is_no_fault_of_ours(error, caplog):
     pytest.importorskip("gradio")
-    from diffusers_cf.app_page import guarded
+    from diffusers_cf.app.page import guarded
 
     @guarded("other")
     def fail():
@@ -134,7 +134,7 @@ def test_too_little_memory_is_no_fault_of_ours(error, caplog):
 
 def test_every_limit_stands_in_the_page():
     pytest.importorskip("gradio")
-    from diffusers_cf.app_page import refuse_large
+    from diffusers_cf.app.page import refuse_large
 
     script = refuse_large(Limits(file_mb=3, patient_mb=7, all_mb=56))
     assert all(text in script for text in ("file.size > 3 * 2", "limit of 3 MB", "limit of 7 MB", "limit of 16 at a"))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from segmentation_files import MODALITIES, SETTINGS, make_pipe, voxels, write_cube
 
+from diffusers_cf.app.explorer import Explorer, Recent, with_own_schedulers
+from diffusers_cf.app.html import slice_html, verdict_html, volume_html
 from diffusers_cf.data.geometry import display, to_ras
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.trajectories import decode_images, encode_images
-from diffusers_cf.explorer import Explorer, Recent, with_own_schedulers
 from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
-from diffusers_cf.slice_pictures import slice_html, verdict_html, volume_html
 
 
 INDEX = 5

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_cf.app.sessions import Sessions
 from diffusers_cf.errors import InputError
-from diffusers_cf.sessions import Sessions
 
 
 class Patient:

@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from diffusers_cf.errors import InputError
-from diffusers_cf.uploads import (
+from diffusers_cf.app.uploads import (
     FORM_BYTES,
     LONGEST_SECONDS,
     MAX_FILES,
@@ -16,6 +15,7 @@ from diffusers_cf.uploads import (
     Limits,
     take_uploads,
 )
+from diffusers_cf.errors import InputError
 
 
 @pytest.fixture

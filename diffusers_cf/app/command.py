@@ -9,14 +9,14 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+from diffusers_cf.app.explorer import Explorer
+from diffusers_cf.app.html import CSS
+from diffusers_cf.app.sessions import Sessions
+from diffusers_cf.app.uploads import LimitedUploads, Limits
 from diffusers_cf.demo import SHIPPED_MODEL
 from diffusers_cf.errors import InputError
-from diffusers_cf.explorer import Explorer
 from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.segmentation.patient import segmentation_facts
-from diffusers_cf.sessions import Sessions
-from diffusers_cf.slice_pictures import CSS
-from diffusers_cf.uploads import LimitedUploads, Limits
 
 
 HOST = "127.0.0.1"
@@ -110,7 +110,7 @@ def _private_folder():
 def _quiet_log():
     """Keeps warnings about files, which name them, out of the log: the page of the user who has caused one shows it."""
     logger, handler = logging.getLogger("diffusers_cf"), logging.NullHandler()
-    faults = logging.getLogger("diffusers_cf.app_page")
+    faults = logging.getLogger("diffusers_cf.app.page")
     spoken = logging.StreamHandler()
     logger.addHandler(handler)
     faults.addHandler(spoken)
@@ -129,7 +129,7 @@ def _serve(
     import gradio
     from starlette.middleware import Middleware
 
-    from diffusers_cf.app_page import Controls, Handlers, build_page, refuse_large
+    from diffusers_cf.app.page import Controls, Handlers, build_page, refuse_large
 
     controls = Controls(facts["settings"], pipe.scheduler.config.num_train_timesteps)
     modalities, limits = facts["preprocessing"]["modalities"], uploads.limits

@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 from scipy import ndimage
 
-from diffusers_cf.explorer import SliceView, VolumeFiles
+from diffusers_cf.app.explorer import SliceView, VolumeFiles
 from diffusers_cf.plots import GREY, HEAT_MAXIMUM
 from diffusers_cf.segmentation.report import ranges
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
+from diffusers_cf.app.explorer import Explorer
 from diffusers_cf.errors import InputError
-from diffusers_cf.explorer import Explorer
 
 
 NO_PATIENT = "no patient is loaded (or the session has ended): drop the files of one, or pick a phantom patient"

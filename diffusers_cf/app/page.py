@@ -10,14 +10,14 @@ from pathlib import Path
 import gradio as gr
 from accelerate.utils.memory import should_reduce_batch_size
 
+from diffusers_cf.app.explorer import Explorer
+from diffusers_cf.app.html import message_html, slice_html, verdict_html, volume_html
+from diffusers_cf.app.sessions import Sessions
+from diffusers_cf.app.uploads import MAX_FILES, LimitedUploads, Limits, take_uploads
 from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.data.phantom import make_patient, write_patient
 from diffusers_cf.errors import InputError
-from diffusers_cf.explorer import Explorer
 from diffusers_cf.plots import HEAT_MAXIMUM
-from diffusers_cf.sessions import Sessions
-from diffusers_cf.slice_pictures import message_html, slice_html, verdict_html, volume_html
-from diffusers_cf.uploads import MAX_FILES, LimitedUploads, Limits, take_uploads
 
 
 logger = logging.getLogger(__name__)
