@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from diffusers_cf.arguments import ArgumentParser, run_command
+from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.sweep import evenly_spread
-from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.provenance import command_line, package_commit
 
 

@@ -26,13 +26,8 @@ from diffusers_cf import (
     implicit_guidance,
 )
 from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
-from diffusers_cf.data.slices import SliceDataset, batches_of
-from diffusers_cf.demo import SHIPPED_MODEL
-from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.protocol import write_result
-from diffusers_cf.evaluation.sweep import evenly_spread
-from diffusers_cf.images import network_images
-from diffusers_cf.inference_options import (
+from diffusers_cf.commands.demo import SHIPPED_MODEL
+from diffusers_cf.commands.options import (
     DTYPES,
     add_compile_argument,
     add_device_arguments,
@@ -40,6 +35,11 @@ from diffusers_cf.inference_options import (
     compile_network,
     open_pipeline,
 )
+from diffusers_cf.data.slices import SliceDataset, batches_of
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.protocol import write_result
+from diffusers_cf.evaluation.sweep import evenly_spread
+from diffusers_cf.images import network_images
 from diffusers_cf.precision import compute_in
 from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts

@@ -11,22 +11,22 @@ from diffusers_cf.arguments import ArgumentParser, run_command
 # name -> (module that has add_NAME_arguments and run_NAME, what it does)
 COMMANDS = {
     "prepare": ("diffusers_cf.data.prepare", "scans, arrays, pictures or the phantom to a slice data set"),
-    "segment": ("diffusers_cf.commands_segment", "patients or cohorts to heatmap, mask and counterfactual as NIfTI"),
-    "evaluate": ("diffusers_cf.commands_evaluate", "a model or method on a data set to RESULT.json"),
+    "segment": ("diffusers_cf.commands.segment", "patients or cohorts to heatmap, mask and counterfactual as NIfTI"),
+    "evaluate": ("diffusers_cf.commands.evaluate", "a model or method on a data set to RESULT.json"),
     "sweep": (
-        "diffusers_cf.commands_sweep",
+        "diffusers_cf.commands.sweep",
         "guidance scale, strength, steps, solver and map on validation slices (Fig. 3)",
     ),
-    "calibrate": ("diffusers_cf.calibrate", "a threshold for the mask from labels of slices alone"),
+    "calibrate": ("diffusers_cf.commands.calibrate", "a threshold for the mask from labels of slices alone"),
     "benchmark": ("diffusers_cf.benchmark.run", "every method of the paper under one protocol to tables and figures"),
     "report": ("diffusers_cf.segmentation.report", "what segment found, in one patient or a cohort, to one HTML page"),
     "app": ("diffusers_cf.app.command", "a page to look at patients with a model: slices, sliders, whole volumes"),
-    "publish": ("diffusers_cf.commands_publish", "a model folder to the Hub, with a card made of facts"),
+    "publish": ("diffusers_cf.commands.publish", "a model folder to the Hub, with a card made of facts"),
     "publish-dataset": (
-        "diffusers_cf.commands_publish",
+        "diffusers_cf.commands.publish",
         "a data set to the Hub, or how to make it where its licence forbids",
     ),
-    "demo": ("diffusers_cf.demo", "the shipped model on a phantom patient that it has never seen"),
+    "demo": ("diffusers_cf.commands.demo", "the shipped model on a phantom patient that it has never seen"),
 }
 
 

@@ -18,7 +18,7 @@ import pytest
 from app_pages import HEAT, MARKS, NAME, chromium, drop, move, needed, overlay, pages, running_app, write_patients
 
 from diffusers_cf.cli import main
-from diffusers_cf.demo import SHIPPED_MODEL
+from diffusers_cf.commands.demo import SHIPPED_MODEL
 
 
 needed("gradio")

@@ -8,7 +8,7 @@ from evaluation_data import MODALITIES, SIZE, write_dataset
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.baselines import make_baseline
 from diffusers_cf.cli import main
-from diffusers_cf.commands_evaluate import add_evaluate_arguments, run_evaluate
+from diffusers_cf.commands.evaluate import add_evaluate_arguments, run_evaluate
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.evaluation.protocol import evaluate
 from diffusers_cf.models import class_token_encoder, counterfactual_unet

@@ -207,7 +207,7 @@ def test_a_series_that_can_not_carry_a_mask_costs_nobody_the_nifti_files(
         image = pydicom.dcmread(path)
         del image.StudyInstanceUID
         image.save_as(path)
-    monkeypatch.setattr("diffusers_cf.commands_segment.open_pipeline", lambda *_: pipe)
+    monkeypatch.setattr("diffusers_cf.commands.segment.open_pipeline", lambda *_: pipe)
     for state in ("s ->", "finished before, skipped"):
         assert run(patient_of_series, "--model", "any", "--output", tmp_path / "out") == 2
         printed = capsys.readouterr()

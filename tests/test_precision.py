@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from diffusers_cf import counterfactual_unet
-from diffusers_cf.demo import SHIPPED_MODEL
-from diffusers_cf.inference_options import open_pipeline
+from diffusers_cf.commands.demo import SHIPPED_MODEL
+from diffusers_cf.commands.options import open_pipeline
 from diffusers_cf.precision import compute_in, computing_dtype
 
 

@@ -12,10 +12,10 @@ from model_files import CONFIGS, FACTS, UNET, load, tiny_pipeline, write_model
 from PIL import Image
 
 from diffusers_cf.cli import main
-from diffusers_cf.demo import SHIPPED_MODEL
+from diffusers_cf.commands.demo import SHIPPED_MODEL
+from diffusers_cf.commands.options import open_pipeline
 from diffusers_cf.errors import InputError
 from diffusers_cf.hub.cards import model_card
-from diffusers_cf.inference_options import open_pipeline
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.provenance import model_fingerprint
 from diffusers_cf.training.options import command_of, parse_args

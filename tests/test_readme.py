@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from model_files import tiny_pipeline
 
+from diffusers_cf.commands.demo import SHIPPED_MODEL
 from diffusers_cf.data.phantom import make_patient, write_patient
-from diffusers_cf.demo import SHIPPED_MODEL
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusers_cf import InputError
-from diffusers_cf.commands_sweep import store_settings
+from diffusers_cf.commands.sweep import store_settings
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask
 from diffusers_cf.evaluation.sweep import SweepPoint, best_point, evenly_spread, learn_signs, sweep

@@ -35,7 +35,7 @@ def files(make_pipeline, tmp_path):
 def no_sweep(monkeypatch):
     """Fails the test if the sweep, or what comes before it and takes long, begins."""
     for name in ("sweep", "learn_signs"):
-        monkeypatch.setattr(f"diffusers_cf.commands_sweep.{name}", lambda *_, **__: pytest.fail("it begins"))
+        monkeypatch.setattr(f"diffusers_cf.commands.sweep.{name}", lambda *_, **__: pytest.fail("it begins"))
 
 
 def sweep(files, *options):
@@ -142,7 +142,7 @@ def test_signs_are_learned_from_the_most_exact_encoding(files, monkeypatch):
         seen.append((pipe.inverse_scheduler.config.solver_order, num_inference_steps))
         return [1, 1]
 
-    monkeypatch.setattr("diffusers_cf.commands_sweep.learn_signs", learn_signs)
+    monkeypatch.setattr("diffusers_cf.commands.sweep.learn_signs", learn_signs)
     options = ["--solver_order", 2, 1, "--num_inference_steps", 10, 20, 5, "--maps", "signed", "--strengths", 0.4]
     assert sweep(files, *options) == 0 and seen == [(2, 20)]
     points = json.loads((files / "out" / "sweep.json").read_text())["points"]

@@ -9,8 +9,8 @@ from evaluation_data import FakeDataset
 from training_data import write_training_set
 
 from diffusers_cf import CounterfactualDDIMPipeline
-from diffusers_cf.calibrate import dice_of_rules, rules_of_labels
 from diffusers_cf.cli import main
+from diffusers_cf.commands.calibrate import dice_of_rules, rules_of_labels
 from diffusers_cf.evaluation.calibration import DivergenceRule, best_split, divergences, healthy_quantile, slice_scores
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps

@@ -10,7 +10,7 @@ from filelock import FileLock
 from segmentation_files import MODALITIES, SETTINGS, make_pipe, voxels
 
 from diffusers_cf.arguments import ArgumentParser, run_command
-from diffusers_cf.commands_segment import add_segment_arguments, run_segment
+from diffusers_cf.commands.segment import add_segment_arguments, run_segment
 from diffusers_cf.data.geometry import slices_from_volume, to_ras, volume_from_slices
 from diffusers_cf.errors import InputError
 from diffusers_cf.segmentation import patient as volumes

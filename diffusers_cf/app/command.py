@@ -13,9 +13,9 @@ from diffusers_cf.app.explorer import Explorer
 from diffusers_cf.app.html import CSS
 from diffusers_cf.app.sessions import Sessions
 from diffusers_cf.app.uploads import LimitedUploads, Limits
-from diffusers_cf.demo import SHIPPED_MODEL
+from diffusers_cf.commands.demo import SHIPPED_MODEL
+from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.errors import InputError
-from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.segmentation.patient import segmentation_facts
 
 

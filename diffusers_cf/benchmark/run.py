@@ -24,18 +24,18 @@ from diffusers_cf.benchmark.protocol import (
     saturated_share,
 )
 from diffusers_cf.benchmark.tables import collect_cells, write_tables
-from diffusers_cf.data.intensity import with_named_scale
-from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.bootstrap import bootstraps_of_file
-from diffusers_cf.evaluation.processes import Share, share_of_work
-from diffusers_cf.evaluation.protocol import write_result
-from diffusers_cf.inference_options import (
+from diffusers_cf.commands.options import (
     DTYPES,
     add_device_arguments,
     add_shard_argument,
     check_device_arguments,
     take_device,
 )
+from diffusers_cf.data.intensity import with_named_scale
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.bootstrap import bootstraps_of_file
+from diffusers_cf.evaluation.processes import Share, share_of_work
+from diffusers_cf.evaluation.protocol import write_result
 from diffusers_cf.provenance import command_line, package_commit
 
 

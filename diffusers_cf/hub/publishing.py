@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, create_repo
 from huggingface_hub.errors import HTTPError
 
+from diffusers_cf.commands.options import open_pipeline
 from diffusers_cf.errors import InputError
 from diffusers_cf.hub.cards import model_card
 from diffusers_cf.hub.pictures import checked_pictures
@@ -17,7 +18,6 @@ from diffusers_cf.hub.public_facts import OF_MODEL, public_facts
 from diffusers_cf.hub.published_results import checked_result
 from diffusers_cf.hub.remote_code import PIPELINE_CLASS, code_files, code_names
 from diffusers_cf.hub.sources import licence_of_data
-from diffusers_cf.inference_options import open_pipeline
 from diffusers_cf.loading import (
     CHECKSUMS,
     CONFIGS,

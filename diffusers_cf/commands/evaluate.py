@@ -8,12 +8,7 @@ import numpy as np
 import torch
 
 from diffusers_cf.baselines import BASELINES, make_baseline
-from diffusers_cf.data import SliceDataset, SliceStream
-from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.measuring import begin_parts
-from diffusers_cf.evaluation.processes import share_of_work
-from diffusers_cf.evaluation.protocol import evaluate, write_result
-from diffusers_cf.inference_options import (
+from diffusers_cf.commands.options import (
     add_compile_argument,
     add_device_arguments,
     add_settings_arguments,
@@ -22,6 +17,11 @@ from diffusers_cf.inference_options import (
     open_pipeline,
     take_device,
 )
+from diffusers_cf.data import SliceDataset, SliceStream
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.measuring import begin_parts
+from diffusers_cf.evaluation.processes import share_of_work
+from diffusers_cf.evaluation.protocol import evaluate, write_result
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
 
 

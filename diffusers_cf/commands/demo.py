@@ -7,10 +7,10 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.data.phantom import FROZEN_SEED, make_patient, write_patient
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
-from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.segmentation.patient import segment_patient
 
 

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from diffusers_cf.commands.options import DTYPES, open_pipeline
 from diffusers_cf.data.preprocessing import read_preprocessing as read_dataset_facts
 from diffusers_cf.errors import InputError
 from diffusers_cf.hub.datasets import push_dataset
@@ -15,7 +16,6 @@ from diffusers_cf.hub.pictures import PHANTOM_PICTURE, phantom_picture
 from diffusers_cf.hub.published_results import checked_result
 from diffusers_cf.hub.publishing import push_model
 from diffusers_cf.hub.sources import SOURCES
-from diffusers_cf.inference_options import DTYPES, open_pipeline
 from diffusers_cf.loading import check_model_folder, read_preprocessing
 from diffusers_cf.model_facts import check_publishable
 from diffusers_cf.provenance import model_fingerprint

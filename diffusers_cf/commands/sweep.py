@@ -10,6 +10,7 @@ import numpy as np
 
 from diffusers_cf import loading, saving
 from diffusers_cf.arguments import make_folder
+from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.protocol import write_result
@@ -26,7 +27,6 @@ from diffusers_cf.evaluation.sweep import (
 )
 from diffusers_cf.forward import check_forward
 from diffusers_cf.heatmaps import DECODED_MAPS, MAPS
-from diffusers_cf.inference_options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.plots import plot_sweep
 from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.settings import NAMES, PAPER_SETTINGS

@@ -1,0 +1,1 @@
+"""The commands of `diffusers-cf`, one module each."""
