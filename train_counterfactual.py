@@ -23,10 +23,11 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
-from diffusers_cf.arguments import make_folder, run_command
+from diffusers_cf.arguments import run_command
 from diffusers_cf.commands.options import computes_in_bfloat16
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.streaming import SliceStream
+from diffusers_cf.files import alone_at, make_folder
 from diffusers_cf.hub.publishing import model_repository, push_model
 from diffusers_cf.images import window_side
 from diffusers_cf.loading import SWITCHES
@@ -54,7 +55,6 @@ from diffusers_cf.training.loop import (
 from diffusers_cf.training.options import command_of, parse_args
 from diffusers_cf.training.stream import TrainingStream
 from diffusers_cf.training.validation import Validation
-from diffusers_cf.whole_folders import alone_at
 
 
 WINDOWS_OF_BASE = 0.7  # share of the images that go on in windows, where the base computes in them

@@ -14,11 +14,12 @@ import torch
 from frontier import slices_to_measure
 
 from diffusers_cf import implicit_guidance
-from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
+from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.protocol import write_result
 from diffusers_cf.evaluation.sweep import SweepPoint, score_maps
+from diffusers_cf.files import make_folder
 from diffusers_cf.heatmaps import DECODED_MAPS, heatmap
 from diffusers_cf.images import resize_images
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from statistics import mean
 
-from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
+from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.bootstrap import bootstrap_auprc, mean_of_runs, read_patient_counts
 from diffusers_cf.evaluation.pixel_counts import CHAINS
 from diffusers_cf.evaluation.protocol import write_result
+from diffusers_cf.files import make_folder
 from diffusers_cf.provenance import command_line, package_commit
 
 

@@ -4,13 +4,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
+from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.benchmark.figures import plot_frontier
 from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.protocol import write_result
 from diffusers_cf.evaluation.sweep import evenly_spread, has_lesion, sweep
+from diffusers_cf.files import make_folder
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 from diffusers_cf.settings import PAPER_SETTINGS

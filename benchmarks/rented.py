@@ -22,9 +22,10 @@ import torch
 from rented_sizes import SIZES, Size
 
 from diffusers_cf import CounterfactualDDIMPipeline
-from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
+from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.commands.demo import SHIPPED_MODEL
 from diffusers_cf.errors import InputError
+from diffusers_cf.files import make_folder
 from diffusers_cf.training.loop import finished_checkpoints
 
 

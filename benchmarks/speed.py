@@ -25,7 +25,7 @@ from diffusers_cf import (
     counterfactual_unet,
     implicit_guidance,
 )
-from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
+from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.commands.demo import SHIPPED_MODEL
 from diffusers_cf.commands.options import (
     DTYPES,
@@ -39,6 +39,7 @@ from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.protocol import write_result
 from diffusers_cf.evaluation.sweep import evenly_spread
+from diffusers_cf.files import make_folder
 from diffusers_cf.images import network_images
 from diffusers_cf.precision import compute_in
 from diffusers_cf.provenance import command_line, package_commit

@@ -21,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_counterfactual as script
 from diffusers_cf import class_token_encoder, counterfactual_unet
-from diffusers_cf.arguments import ArgumentParser, make_folder, run_command
+from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.protocol import write_result
+from diffusers_cf.files import make_folder
 from diffusers_cf.models import UNET_SIZES, ConditionalNoisePredictor
 from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.training.options import parse_args

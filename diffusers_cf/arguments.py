@@ -1,11 +1,11 @@
-"""Command lines: one parser for every command, and what a user's mistake looks like."""
+"""Command lines: one parser for every command, and one place where errors become a line and an exit code."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-from diffusers_cf.errors import InputError
+from diffusers_cf.errors import in_one_line
 from diffusers_cf.provenance import package_commit
 
 
@@ -13,7 +13,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """`argparse.ArgumentParser` whose options, declared with `_`, may be written with `_` or `-`."""
 
     def parse_known_args(self, args=None, namespace=None):
-        """As in `argparse`, after giving every `--long-option[=value]` the spelling `--long_option[=value]`."""
+        """Parse as `argparse` does, after spelling every `--long-option[=value]` as `--long_option[=value]`."""
         args = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args([_with_underscores(arg) for arg in args], namespace)
 
@@ -25,24 +25,33 @@ def _with_underscores(argument: str) -> str:
     return "--" + name.replace("-", "_") + equals + value
 
 
-def make_folder(path: str | Path) -> None:
-    """Makes an output folder, at a command's start: finding out at its end would be late.
+class _Terminated(BaseException):
+    """SIGTERM, raised so that temporary files and locks are removed."""
 
-    Raises:
-        InputError: it can't be made.
-    """
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: the output folder can't be made ({error.strerror})") from None
+
+def _terminate(*_) -> None:
+    raise _Terminated
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Exit code of a command: 0 done, or 2 with one line on stderr where the input was bad."""
-    package_commit()  # asked now: a commit made while it runs is not the code that runs
+    """Run a command and return its exit code.
+
+    0 done; 2 with one line on stderr for bad input, a file system error or lack of memory; 130 and 143 with one line
+    after Ctrl-C and SIGTERM. Any other exception is a fault of this package and keeps its traceback (exit code 1).
+    """
+    package_commit()  # read now: a commit made while the command runs is not the code that runs
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         return command() or 0
-    except InputError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        line, code = "stopped by Ctrl-C", 130
+    except _Terminated:
+        line, code = "stopped by SIGTERM", 143
+    except Exception as error:
+        line, code = in_one_line(error), 2
+        if line is None:
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    print(f"error: {line}", file=sys.stderr)
+    return code

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from diffusers_cf.files import make_folder, write_json
 from diffusers_cf.loading import CHECKSUMS, MODEL_INDEX, PREPROCESSING, WEIGHTS, checksums_name, sha256_of
 
 
@@ -16,7 +17,7 @@ def forget_origin(folder: str | os.PathLike) -> None:
     for path in (Path(folder) / MODEL_INDEX, *Path(folder).glob("*/*config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
-            _write_json(path, config)
+            write_json(config, path)
 
 
 def write_preprocessing(folder: str | os.PathLike, facts: Mapping) -> Path:
@@ -25,7 +26,10 @@ def write_preprocessing(folder: str | os.PathLike, facts: Mapping) -> Path:
     Raises:
         ValueError: if a value is NaN or infinite, which JSON can't hold.
     """
-    return _write_json(Path(folder) / PREPROCESSING, facts)
+    path = Path(folder) / PREPROCESSING
+    make_folder(path.parent)
+    write_json(facts, path)
+    return path
 
 
 def write_checksums(folder: str | os.PathLike) -> dict[str, str]:
@@ -46,20 +50,5 @@ def write_checksums(folder: str | os.PathLike) -> dict[str, str]:
         if CHECKSUMS.fullmatch(path.name) and path.name not in lists:
             path.unlink()
     for name, sums in lists.items():
-        _write_json(folder / name, sums)
+        write_json(sums, folder / name)
     return {name: value for sums in lists.values() for name, value in sums.items()}
-
-
-def _write_json(path: Path, value: Mapping) -> Path:
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

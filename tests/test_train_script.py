@@ -19,10 +19,10 @@ from training_data import write_training_set
 import train_counterfactual
 from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.arguments import run_command
+from diffusers_cf.files import alone_at
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import UNET_SIZES
 from diffusers_cf.training.loop import finished_checkpoints
-from diffusers_cf.whole_folders import alone_at
 from train_counterfactual import build_model, main, parse_args, resume, set_up, start_accelerator
 
 

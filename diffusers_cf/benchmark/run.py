@@ -8,7 +8,6 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from diffusers_cf.arguments import make_folder
 from diffusers_cf.baselines import NETWORKS, ROWS, AnomalyMethod, Grid, row_of
 from diffusers_cf.benchmark.networks import Networks, check_sizes
 from diffusers_cf.benchmark.plots import write_figures
@@ -36,6 +35,7 @@ from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.bootstrap import bootstraps_of_file
 from diffusers_cf.evaluation.processes import Share, share_of_work
 from diffusers_cf.evaluation.protocol import write_result
+from diffusers_cf.files import make_folder
 from diffusers_cf.provenance import command_line, package_commit
 
 

@@ -13,7 +13,8 @@ from diffusers_cf.baselines import ROWS, row_of
 from diffusers_cf.benchmark.tables_markdown import table_markdown
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.bootstrap import Bootstrap, bootstrap_mean, mean_of_runs
-from diffusers_cf.evaluation.pixel_counts import CHAINS, renamed_when_whole
+from diffusers_cf.evaluation.pixel_counts import CHAINS
+from diffusers_cf.files import new_file
 
 
 TITLES = {1: "Table 1: methods", 2: "Table 2: what each part of the method adds"}
@@ -135,7 +136,7 @@ def _write_table(table: dict, path: Path) -> list[Path]:
         path.with_suffix(".md"): table_markdown(table),
     }
     for name, text in texts.items():
-        with renamed_when_whole(name) as temporary:
+        with new_file(name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return list(texts)
 

@@ -9,7 +9,6 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from diffusers_cf import loading, saving
-from diffusers_cf.arguments import make_folder
 from diffusers_cf.commands.options import (
     add_device_arguments,
     add_settings_arguments,
@@ -30,6 +29,7 @@ from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps
 from diffusers_cf.evaluation.protocol import write_result
 from diffusers_cf.evaluation.sweep import evenly_spread
+from diffusers_cf.files import make_folder
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+import diffusers_cf
 from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.data.phantom import FROZEN_SEED, make_patient, write_patient
 from diffusers_cf.errors import InputError
@@ -14,7 +15,7 @@ from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.segmentation.patient import segment_patient
 
 
-SHIPPED_MODEL = Path(__file__).parent / "pretrained" / "phantom_small"
+SHIPPED_MODEL = Path(diffusers_cf.__file__).parent / "pretrained" / "phantom_small"
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:

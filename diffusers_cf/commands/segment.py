@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from diffusers_cf.arguments import make_folder
 from diffusers_cf.commands.options import (
     add_compile_argument,
     add_device_arguments,
@@ -18,12 +17,12 @@ from diffusers_cf.commands.options import (
     open_pipeline,
     take_device,
 )
-from diffusers_cf.errors import InputError
+from diffusers_cf.errors import BusyError, InputError
 from diffusers_cf.evaluation.processes import Share, share_of_work
+from diffusers_cf.files import make_folder
 from diffusers_cf.segmentation.cohorts import find_patients
 from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
 from diffusers_cf.segmentation.results import add_to_summary
-from diffusers_cf.whole_folders import BusyError
 
 
 SETTINGS = ("settings", "guidance_scale", "strength", "num_inference_steps", "map", "threshold")

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf import loading, saving
-from diffusers_cf.arguments import make_folder
 from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
@@ -25,6 +24,7 @@ from diffusers_cf.evaluation.sweep import (
     settings_of_sweep,
     sweep,
 )
+from diffusers_cf.files import make_folder
 from diffusers_cf.forward import check_forward
 from diffusers_cf.heatmaps import DECODED_MAPS, MAPS
 from diffusers_cf.plots import plot_sweep

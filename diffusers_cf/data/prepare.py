@@ -26,6 +26,7 @@ from diffusers_cf.data.slices import ORIENTATION, write_patient, write_tables
 from diffusers_cf.data.splits import read_splits, seeded_splits
 from diffusers_cf.data.workers import for_each
 from diffusers_cf.errors import InputError
+from diffusers_cf.files import new_file, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -193,7 +194,8 @@ def _open_work(output: Path, options: dict) -> Path:
     if work.exists() and not (path.exists() and path.read_text(encoding="utf-8") == wanted):
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
-    _write_text(path, wanted)
+    with new_file(path) as temporary:
+        temporary.write_text(wanted, encoding="utf-8")
     return work
 
 
@@ -203,9 +205,8 @@ def _write_one(work: Path, facts: dict, source, patient: str) -> str | None:
         slices = source.read(patient)
     except InputError as error:
         return str(error)
-    temporary = work / f".{patient}.{os.getpid()}"
-    write_patient(temporary, slices, facts["class_names"], facts["dtype"], facts["scale"])
-    os.replace(temporary, work / f"{patient}.parquet")
+    with new_file(work / f"{patient}.parquet") as temporary:
+        write_patient(temporary, slices, facts["class_names"], facts["dtype"], facts["scale"])
     return None
 
 
@@ -243,17 +244,8 @@ def _finish(output: Path, work: Path, preprocessing: dict) -> None:
     if (output / "data").exists():
         shutil.rmtree(output / "data")
     os.replace(work / "data", output / "data")
-    _write_text(output / PREPROCESSING_FILE, json.dumps(preprocessing, indent=2) + "\n")
+    write_json(preprocessing, output / PREPROCESSING_FILE)
     shutil.rmtree(work)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,6 @@
 """What is measured of one patient; parts add up to a result, whoever measured them and in whatever order."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from tqdm import tqdm
 
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.batching import map_in_batches
-from diffusers_cf.evaluation.pixel_counts import PixelCounts, renamed_when_whole
+from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps, remove_small_components
+from diffusers_cf.files import new_file, write_json
 
 
 REGIONS = ("foreground", "background")
@@ -179,10 +179,7 @@ def begin_parts(folder: Path, facts: Mapping) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            # a name of its own: other processes begin at the same time
-            temporary = folder / f".facts.{os.getpid()}.tmp"
-            temporary.write_text(json.dumps(wanted), encoding="utf-8")
-            os.replace(temporary, path)
+            write_json(wanted, path)
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{folder}: can't be used ({error.strerror or error})") from None
@@ -195,7 +192,7 @@ def begin_parts(folder: Path, facts: Mapping) -> None:
 
 def write_part(path: Path, part: Mapping[str, np.ndarray]) -> None:
     """Writes a part, whole or not at all."""
-    with renamed_when_whole(path) as temporary, open(temporary, "wb") as file:
+    with new_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **part)
 
 

@@ -1,12 +1,13 @@
 """Pixel counts by score: a streaming histogram without a range, and the file that keeps one per patient."""
 
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+from diffusers_cf.files import new_file
 
 
 # Every measure is taken of the map as it is and of the map after postprocessing.py.
@@ -189,7 +190,7 @@ def counts_file(path: str | Path | None) -> Iterator[Callable[[dict[str, np.ndar
     if path is None:
         yield lambda arrays: None
         return
-    with renamed_when_whole(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+    with new_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
 
         def append(arrays: dict[str, np.ndarray]) -> None:
             for name, array in arrays.items():
@@ -197,20 +198,6 @@ def counts_file(path: str | Path | None) -> Iterator[Callable[[dict[str, np.ndar
                     np.lib.format.write_array(member, np.asarray(array))
 
         yield append
-
-
-@contextmanager
-def renamed_when_whole(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; what was written there gets its name unless an error comes up."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_counts(path: str | Path) -> Iterator[tuple[str, dict]]:

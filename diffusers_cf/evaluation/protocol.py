@@ -4,7 +4,6 @@ The paper's measures (Sec. 4) are the area under the precision-recall curve and 
 over the pixels of the whole test set: counted in constant memory (`pixel_counts.py`), scikit-learn does the arithmetic.
 """
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +27,9 @@ from diffusers_cf.evaluation.measuring import (
     rows_by_patient,
     write_part,
 )
-from diffusers_cf.evaluation.pixel_counts import CHAINS, PixelCounts, counts_file, read_counts, renamed_when_whole
+from diffusers_cf.evaluation.pixel_counts import CHAINS, PixelCounts, counts_file, read_counts
 from diffusers_cf.evaluation.processes import WHOLE, Share
+from diffusers_cf.files import write_json
 
 
 __all__ = ["PixelCounts", "bootstrap_interval", "dice", "evaluate", "maps_at_size", "read_counts", "write_result"]
@@ -304,5 +304,4 @@ def _protocol(size: tuple[int, int], threshold, postprocess: bool, seed: int) ->
 
 def write_result(result: dict, path: str | Path) -> None:
     """Writes RESULT.json, whole or not at all."""
-    with renamed_when_whole(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(result, path)

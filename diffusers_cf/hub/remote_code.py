@@ -7,12 +7,25 @@ repository, which may not import its neighbours, and a component's class from a 
 import ast
 from pathlib import Path
 
+import diffusers_cf
+
 
 PIPELINE_MODULE = "pipeline_counterfactual_ddim"
 PIPELINE_CLASS = [PIPELINE_MODULE, "CounterfactualDDIMPipeline"]  # `_class_name` in model_index.json
 
 # In the order in which they build on each other.
-_MODULES = ("errors", "guidance", "forward", "heatmaps", "images", "models", "schedulers", "mirrored", "settings")
+_MODULES = (
+    "errors",
+    "files",
+    "guidance",
+    "forward",
+    "heatmaps",
+    "images",
+    "models",
+    "schedulers",
+    "mirrored",
+    "settings",
+)
 _MODULES += ("hub_download", "loading", "saving", "model_folder", PIPELINE_MODULE)
 _COMPONENTS = {"class_encoder": "models", "scheduler": "schedulers", "inverse_scheduler": "schedulers"}
 
@@ -61,4 +74,4 @@ def _body(source: str) -> tuple[str, set[str]]:
 
 
 def _source(module: str) -> str:
-    return (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
+    return (Path(diffusers_cf.__file__).parent / f"{module}.py").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.protocol import dice
+from diffusers_cf.files import alone_at, new_folder, tidy
 from diffusers_cf.loading import sha256_of
 from diffusers_cf.model_facts import usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
@@ -35,7 +36,6 @@ from diffusers_cf.segmentation.volumes import (
     write_preview,
     write_volume,
 )
-from diffusers_cf.whole_folders import alone_at, new_folder, tidy
 
 
 # Facts of a finished patient that must agree for it to be skipped, and how to call them.

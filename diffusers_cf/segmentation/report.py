@@ -15,11 +15,10 @@ import nibabel
 import numpy as np
 from tqdm.auto import tqdm
 
-from diffusers_cf.arguments import make_folder
 from diffusers_cf.data.nifti import Scan, check_same_grid, find_file, read_nifti, to_canonical
 from diffusers_cf.data.scans import scan_errors
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.pixel_counts import renamed_when_whole
+from diffusers_cf.files import make_folder, new_file
 from diffusers_cf.loading import sha256_of
 from diffusers_cf.segmentation.cohorts import find_patients
 from diffusers_cf.segmentation.dicom import find_series, read_series, series_sha256
@@ -219,7 +218,7 @@ def write_report(
         with_dice=with_dice, vmax=vmax, numeric_columns=len(columns) - 1,
     )  # fmt: skip
     try:
-        with renamed_when_whole(output) as temporary:
+        with new_file(output) as temporary:
             # a foreign name may hold what is no character
             temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.pixel_counts import renamed_when_whole
+from diffusers_cf.files import alone_at, new_file
 from diffusers_cf.heatmaps import MAPS
 from diffusers_cf.loading import read_object
-from diffusers_cf.whole_folders import alone_at
 
 
 REPORT = "report.json"
@@ -91,7 +90,7 @@ def add_to_summary(output: Path, outcomes: Mapping[str, Mapping[str, str]]) -> N
         counts = {state: sum(outcome["state"] == state for outcome in patients.values()) for state in STATES}
         text = json.dumps(counts | {"patients": dict(sorted(patients.items()))}, indent=2)
         try:
-            with renamed_when_whole(path) as temporary:
+            with new_file(path) as temporary:
                 temporary.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{path}: can't be written ({error.strerror or error})") from None

@@ -1,0 +1,150 @@
+"""Files and folders that are written as a whole or not at all, by one process at a time."""
+
+import glob
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from diffusers_cf.errors import BusyError, InputError, reading
+
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary file in the same folder, which replaces `path` if the block ends without an error.
+
+    Its name is random, so no link planted there is followed, and its mode is that of any new file.
+    """
+    path = Path(path)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~_UMASK)
+        _sync(Path(name))
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_json(value: object, path: str | Path) -> None:
+    """Write a value as JSON, as a whole or not at all.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path, max_bytes: int = 16 << 20) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        InputError: the file is missing, too large, no JSON, or not an object.
+    """
+    path = Path(path)
+    with reading(path, "JSON file"):
+        if path.stat().st_size > max_bytes:
+            raise InputError(f"{path}: larger than {max_bytes >> 20} MiB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+def make_folder(path: str | Path) -> None:
+    """Make an output folder at a command's start, so that a wrong path fails before any work is done."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def alone_at(target: Path, timeout: float = 0) -> Iterator[None]:
+    """Hold the lock of an output file or folder; its parent folder is made if it is missing.
+
+    The lock file beside the target is removed at the end. A lock left by a killed process does not count.
+
+    Args:
+        target (`Path`): what is written.
+        timeout (`float`): seconds to wait for another process.
+
+    Raises:
+        BusyError: another process holds the lock.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=timeout)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BusyError(f"{target}: another process is writing it") from None
+    try:
+        _recover(target)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before the release: afterwards it could be another process's lock
+        lock.release()
+
+
+def tidy(target: Path) -> None:
+    """Remove what a killed process has left beside a target, unless another process is writing the target."""
+    if _leftovers(target) or os.path.lexists(target.with_name(f".{target.name}.lock")):
+        try:
+            with alone_at(target):
+                pass
+        except BusyError:
+            return
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `target` if the block ends without an error.
+
+    Only for a process that is `alone_at` the target.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    os.chmod(temporary, 0o777 & ~_UMASK)
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        if target.exists():  # it steps aside first: no rename replaces a folder that is not empty
+            os.replace(target, target.with_name(f".{target.name}.old"))
+        os.replace(temporary, target)
+        _sync(target.parent)
+    finally:
+        _recover(target)
+
+
+def _leftovers(target: Path) -> list[Path]:
+    """Temporary folders of a target and the old version that stepped aside."""
+    names = glob.glob(f".{glob.escape(target.name)}.tmp-*", root_dir=target.parent, include_hidden=True)
+    old = target.with_name(f".{target.name}.old")
+    return [target.parent / name for name in names] + ([old] if os.path.lexists(old) else [])
+
+
+def _recover(target: Path) -> None:
+    """Leave the target, new or old, and nothing beside it."""
+    old = target.with_name(f".{target.name}.old")
+    if old.is_dir() and not os.path.lexists(target):
+        os.replace(old, target)
+    for path in _leftovers(target):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,73 @@
+"""What becomes of an error: one line and an exit code where it is the user's or the machine's, else a traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+
+from diffusers_cf.arguments import run_command
+from diffusers_cf.errors import InputError, reading
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("scan.nii:\n  bad"), "error: scan.nii: bad"),
+        (
+            OSError(28, "No space left on device", "out/heatmap.nii.gz"),
+            "error: out/heatmap.nii.gz: No space left on device",
+        ),
+        (OSError("broken pipe"), "error: broken pipe"),
+        (MemoryError("Unable to allocate 9 GiB"), "error: out of memory (Unable to allocate 9 GiB)"),
+        (BrokenProcessPool("terminated abruptly"), "error: a worker process was killed"),
+    ],
+)
+def test_an_error_of_user_or_machine_is_one_line_and_exit_code_2(error, line, capsys):
+    def fail():
+        raise error
+
+    assert run_command(fail) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(line)
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)
+    assert run_command(lambda: None) == 0 and run_command(lambda: 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
+)
+def test_a_stopped_command_cleans_up_and_says_so(number, code, line, tmp_path):
+    text = (
+        "import os, sys; from diffusers_cf.arguments import run_command; from diffusers_cf.files import new_file\n"
+        "def work():\n"
+        "    with new_file(sys.argv[1]) as temporary:\n"
+        "        temporary.write_text('half'); os.kill(os.getpid(), int(sys.argv[2]))\n"
+        "raise SystemExit(run_command(work))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", text, tmp_path / "out", str(int(number))], capture_output=True, text=True
+    )
+    assert done.returncode == code and done.stderr == f"error: stopped by {line}\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_whatever_a_reader_raises_names_the_file(tmp_path):
+    with pytest.raises(InputError, match=r"^a.npz: not a readable .npz file \(KeyError|^a.npz: .*'x'"):
+        with reading("a.npz", ".npz file"):
+            {}["x"]
+    with pytest.raises(InputError, match="^b: can't be read .No such file"):
+        with reading("b", "picture"):
+            open(tmp_path / "b")
+    with pytest.raises(InputError, match="^mine$"):
+        with reading("c", "picture"):
+            raise InputError("mine")
+    with pytest.raises(MemoryError):
+        with reading("d", "picture"):
+            raise MemoryError
