@@ -32,7 +32,6 @@ from diffusers_cf.hub.publishing import model_repository, push_model
 from diffusers_cf.images import window_side
 from diffusers_cf.loading import SWITCHES
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
-from diffusers_cf.mirrored import NOISE_LEVELS
 from diffusers_cf.models import (
     ClassTokenEncoder,
     ConditionalNoisePredictor,
@@ -41,6 +40,7 @@ from diffusers_cf.models import (
     fastest_layout,
 )
 from diffusers_cf.provenance import package_commit
+from diffusers_cf.schedulers import NOISE_LEVELS
 from diffusers_cf.training.fine_tuning import inherited_facts, open_base, public_name
 from diffusers_cf.training.loop import (
     PositionBatches,

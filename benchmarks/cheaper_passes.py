@@ -20,9 +20,10 @@ from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.protocol import write_result
 from diffusers_cf.evaluation.sweep import SweepPoint, score_maps
 from diffusers_cf.files import make_folder
-from diffusers_cf.heatmaps import DECODED_MAPS, heatmap
 from diffusers_cf.images import resize_images
+from diffusers_cf.maps import heatmap
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
+from diffusers_cf.settings import DECODED_MAPS
 
 
 class Walk:

@@ -116,3 +116,9 @@ def _span(filled: torch.Tensor, side: int | None) -> tuple[int, int]:
     if side is None or side >= whole or last - first + 1 > side:
         return 0, whole
     return max(0, min(whole - side, (first + last + 1 - side) // 2)), side
+
+
+def network_windows(prepared: torch.Tensor, image_size: tuple[int, int], halvings: int | None) -> list[Windows]:
+    """Return windows around the content of x_0 `(N, C, h, w)`; whole images where `halvings` is None."""
+    side = None if halvings is None else window_side(image_size, halvings)
+    return foreground_windows((prepared > -1).any(dim=1), side)

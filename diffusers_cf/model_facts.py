@@ -5,9 +5,8 @@ import re
 from diffusers_cf.data.geometry import FIELD_MM, check_geometry
 from diffusers_cf.data.intensity import normalize_of
 from diffusers_cf.errors import InputError
-from diffusers_cf.heatmaps import check_signs
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
-from diffusers_cf.settings import NAMES
+from diffusers_cf.settings import NAMES, check_signs
 
 
 # Pixels along a side of the slices on which thresholds are chosen, as `prepare` cuts them unless told otherwise.

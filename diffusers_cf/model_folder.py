@@ -11,7 +11,9 @@ from diffusers_cf.loading import (
     preprocessing_of_hub_model,
     read_preprocessing,
 )
+from diffusers_cf.maps import check_forward
 from diffusers_cf.saving import forget_origin, write_checksums, write_preprocessing
+from diffusers_cf.settings import check_signs, settings_in_use
 
 
 class ModelFolderMixin:
@@ -35,6 +37,23 @@ class ModelFolderMixin:
     @preprocessing.setter
     def preprocessing(self, facts: dict) -> None:
         self._preprocessing = dict(facts)
+
+    def resolve_settings(self, settings: str | None = None, **given) -> dict:
+        """Return settings with each None replaced by what the model recommends, else by the paper's.
+
+        Args:
+            settings: `paper` for the paper's values instead of what the model recommends.
+            **given: any of `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; checked.
+
+        Raises:
+            ValueError: one is out of range, or the pipeline can't make the map.
+        """
+        found = settings_in_use(self.preprocessing, given, settings)
+        if found["map"] == "forward":
+            check_forward(self)
+        if found["map"] == "signed":
+            check_signs(self.preprocessing.get("signs"), self.unet.config.in_channels)
+        return found
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:

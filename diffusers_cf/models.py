@@ -194,6 +194,14 @@ def predict_noise(
     return unet(sample, timestep, encoder_hidden_states=tokens, class_labels=vector).sample
 
 
+def implicit_guidance(noise_null: torch.Tensor, noise_target: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Combine both branches by implicit (classifier-free) guidance, Sec. 3.2: `w eps(x, c) + (1 - w) eps(x, null)`.
+
+    w is `guidance_scale` as everywhere in diffusers: 0 is unconditional, 1 conditional, above 1 guided.
+    """
+    return noise_null + guidance_scale * (noise_target - noise_null)
+
+
 class ConditionalNoisePredictor(nn.Module):
     """U-Net and class encoder as one module, so that training prepares, averages and stores them together.
 

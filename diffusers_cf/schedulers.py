@@ -1,5 +1,6 @@
-"""Dynamic normalisation (Sec. 3.4) and the pair of DDIM schedulers (Eq. 2) that apply it while encoding and decoding."""
+"""Dynamic normalisation (Sec. 3.4) and the pair of DDIM schedulers (Eq. 2) that apply it in encoding and decoding."""
 
+import inspect
 from typing import NamedTuple
 
 import numpy as np
@@ -9,15 +10,24 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 
-def dynamic_normalize(sample: torch.Tensor, ratio: float = 0.99, per_channel: bool = True) -> torch.Tensor:
-    """Dynamic normalisation of a predicted clean image: `dn` of Sec. 3.4.
+# What training, encoding and decoding share: the noise level of each timestep, and what the network predicts.
+NOISE_LEVELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+NOISE_LEVELS += ("rescale_betas_zero_snr",)
+# Options that matter only where the clean image is clipped or normalised, and what stock schedulers do instead of them.
+_CLIPPING = ("clip_sample_range", "threshold_clean_sample", "use_clipped_model_output")
+_THRESHOLDING = ("dynamic_thresholding_ratio", "threshold_per_channel", "sample_max_value", *_CLIPPING[1:])
+_STOCK = {"threshold_per_channel": False, "threshold_clean_sample": True, "use_clipped_model_output": False}
 
-    `th = max(1, quantile(|x0|, s))`, then `dn(x0) = clip(x0, -th, th) / th`. The paper does not give `s` and reads as
-    if the quantile were taken per image; its code uses 0.99 per sample and per channel.
+
+def dynamic_normalize(sample: torch.Tensor, ratio: float = 0.99, per_channel: bool = True) -> torch.Tensor:
+    """Apply `dn` of Sec. 3.4 to a predicted clean image: `dn(x0) = clip(x0, -th, th) / th`.
+
+    The threshold is `th = max(1, quantile(|x0|, s))`. The paper does not give s and reads as if the quantile were taken
+    per image; its code uses 0.99 per sample and channel.
 
     Args:
-        sample (`torch.Tensor`): `x0_hat`, shape `(N, C, *)`, any floating dtype. Computed in float32 at least.
-        ratio (`float`): the quantile `s`, in (0, 1].
+        sample (`torch.Tensor`): x0, `(N, C, *)`, any floating dtype; computed in float32 or more.
+        ratio (`float`): the quantile s, in (0, 1].
         per_channel (`bool`): one threshold for each sample and channel; False pools the channels of a sample.
 
     Returns:
@@ -31,30 +41,28 @@ def dynamic_normalize(sample: torch.Tensor, ratio: float = 0.99, per_channel: bo
 
 
 def absolute_quantile(values: torch.Tensor, ratio: float) -> torch.Tensor:
-    """The `ratio`-quantile of |values| over the last axis, interpolated linearly as `torch.quantile` does.
+    """Return the `ratio`-quantile of |values| over the last axis, interpolated linearly as `torch.quantile` does.
 
-    Selecting the few largest values is several times faster than the sort inside `torch.quantile`, and has no limit
-    on the number of values.
+    Selecting the few largest values is several times faster than the sort in `torch.quantile`, and has no size limit.
     """
-    count = values.shape[-1]
-    position = ratio * (count - 1)
+    position = ratio * (values.shape[-1] - 1)
     lower = int(position)
-    largest = values.abs().topk(count - lower, dim=-1).values
-    low, high = largest[..., -1], largest[..., max(count - lower - 2, 0)]
+    largest = values.abs().topk(values.shape[-1] - lower, dim=-1).values
+    low, high = largest[..., -1], largest[..., max(largest.shape[-1] - 2, 0)]
     return torch.lerp(low, high, position - lower)
 
 
 def mirrored_timesteps(num_train_timesteps: int, num_inference_steps: int, spacing: str, offset: int) -> np.ndarray:
-    """The rising timesteps tau_0 < tau_1 < .. that encoding walks upwards and decoding downwards.
+    """Return the ascending timesteps that encoding walks upwards and decoding walks downwards.
 
     Args:
         num_train_timesteps (`int`): T of the training process.
-        num_inference_steps (`int`): number of steps n of the full grid; it must divide T.
+        num_inference_steps (`int`): number of steps n of the full grid; a divisor of T.
         spacing (`str`): `leading` (0, T/n, ..) or `trailing` (T/n - 1, 2 T/n - 1, ..).
-        offset (`int`): added to a `leading` grid; below the stride T/n.
+        offset (`int`): added to a `leading` grid; smaller than the stride T/n.
 
     Raises:
-        ValueError: if the two directions could not walk the same timesteps.
+        ValueError: the two directions can't walk the same timesteps.
     """
     if num_inference_steps < 1 or num_train_timesteps % num_inference_steps:
         raise ValueError(
@@ -72,228 +80,21 @@ def mirrored_timesteps(num_train_timesteps: int, num_inference_steps: int, spaci
 
 
 class _Step(NamedTuple):
-    """What a step of second order remembers of the one before: from where, with what and how far it went, and to where."""
+    """What a second-order step remembers of the step before it."""
 
-    sample: torch.Tensor
+    sample: torch.Tensor  # where it began
     epsilon: torch.Tensor
-    start: torch.Tensor
-    length: torch.Tensor
+    start: torch.Tensor  # cumulative alpha where it began
+    length: torch.Tensor  # in rho = sqrt(1 / alpha - 1)
     is_first: bool
-    reached: torch.Tensor | None = None
+    reached: torch.Tensor | None = None  # where it ended
 
 
 class _DynamicDDIM:
-    """What the two directions share: Eq. 2 with its two noise levels, and the normalisation of its clean image."""
+    """What both directions share: Eq. 2 between two noise levels, and the normalisation of its clean image.
 
-    def _build(self, stock: type) -> None:
-        config = self.config
-        # The stock __init__ as decorated would register its own defaults over the arguments given here.
-        stock.__init__.__wrapped__(
-            self,
-            num_train_timesteps=config.num_train_timesteps,
-            beta_start=config.beta_start,
-            beta_end=config.beta_end,
-            beta_schedule=config.beta_schedule,
-            trained_betas=config.trained_betas,
-            set_alpha_to_one=config.set_alpha_to_one,
-            rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        )
-        if not 0 < self.config.dynamic_thresholding_ratio <= 1:
-            raise ValueError(
-                f"dynamic_thresholding_ratio is {self.config.dynamic_thresholding_ratio}: it must lie in (0, 1]"
-            )
-        if config.solver_order not in (1, 2):
-            raise ValueError(f"solver_order is {config.solver_order}: it must be 1 or 2")
-        if config.solver_order == 2 and config.rescale_betas_zero_snr:
-            raise ValueError(
-                "solver_order is 2: it measures steps by sqrt(1 / abar - 1), infinite at zero terminal SNR"
-            )
-
-    def _begin(self, num_inference_steps: int, falling: bool, device: str | torch.device | None) -> None:
-        config = self.config
-        grid = mirrored_timesteps(
-            config.num_train_timesteps, num_inference_steps, config.timestep_spacing, config.steps_offset
-        )
-        self.timesteps = torch.from_numpy(grid[::-1].copy() if falling else grid).to(device)
-        self.num_inference_steps = num_inference_steps
-        self._last = None
-
-    def _second_order(self, sample: torch.Tensor, epsilon: torch.Tensor, start: torch.Tensor, end: torch.Tensor):
-        """Sample at `start` and epsilon for the step to `end`, from what the step before has seen.
-
-        DDIM is Euler's method for d(x / sqrt(abar)) = epsilon d(rho) with rho = sqrt(1 / abar - 1) (Song et al. 2021,
-        Eq. 14). Extrapolated linearly to the middle of the step, epsilon makes it the Adams-Bashforth method of second
-        order. The first step, which has nothing to extrapolate from, is walked again with the mean of both ends' epsilon
-        once the second one is known; what a caller has made of its result since then is kept. Steps from and to the
-        clean image stay of first order: they are far shorter.
-        """
-        length, last = (1 / end - 1).sqrt() - (1 / start - 1).sqrt(), self._last
-        if start == 1 or length == 0:
-            return sample, epsilon
-        if last and last.is_first:
-            again, _ = self._move((last.epsilon + epsilon) / 2, last.sample, last.start, start)
-            sample = again + (sample - last.reached)
-        self._last = _Step(sample, epsilon, start, length, is_first=last is None)
-        if last is None or end == 1:
-            return sample, epsilon
-        return sample, epsilon + length / (2 * last.length) * (epsilon - last.epsilon)
-
-    def _levels(self, timestep: int, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cumulative alphas `(at timestep, one step nearer to the image)`; `clean` is the one of the image itself."""
-        if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps is None: call set_timesteps first")
-        timestep = int(timestep)
-        nearer = timestep - self.config.num_train_timesteps // self.num_inference_steps
-        return self.alphas_cumprod[timestep], self.alphas_cumprod[nearer] if nearer >= 0 else clean
-
-    def _predict(self, model_output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor, told=None):
-        """`(x0_hat, epsilon)` of a sample at level `alpha`, whatever the network predicts.
-
-        A network that was `told` another level than the sample's, as in encoding, has answered for that one: there its
-        answer becomes epsilon, and epsilon x0_hat at the sample's own level, as if the network predicted epsilon.
-        """
-        signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
-        epsilon = model_output if told is None else self._predict(model_output, sample, told)[1]
-        if self.config.prediction_type == "epsilon" or told is not None:
-            return (sample - noise * epsilon) / signal, epsilon
-        if self.config.prediction_type == "v_prediction":
-            return signal * sample - noise * model_output, signal * model_output + noise * sample
-        return model_output, (sample - signal * model_output) / noise
-
-    def _normalize(self, x0: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        if config.thresholding:
-            return dynamic_normalize(x0, config.dynamic_thresholding_ratio, config.threshold_per_channel)
-        if config.clip_sample:
-            return x0.clamp(-config.clip_sample_range, config.clip_sample_range)
-        return x0
-
-    def _normalized(self, x0, epsilon, sample, alpha: torch.Tensor, nearer: torch.Tensor):
-        """`(dn(x0_hat), epsilon)` with epsilon re-derived from `dn(x0_hat)`, or raw as Algorithm 1 prints it.
-
-        `alpha` is the level of the sample, `nearer` the step's level that is nearer to the image.
-        """
-        # In the one step that begins or ends at the clean image no noise can absorb what dn takes from x0: it would
-        # cut the peaks of the image itself and darken the rest, and the map would be a threshold in disguise.
-        if nearer == 1 and not self.config.threshold_clean_sample:
-            return x0, epsilon
-        x0 = self._normalize(x0)
-        if self.config.use_clipped_model_output and alpha < 1:
-            epsilon = (sample - alpha.sqrt() * x0) / (1 - alpha).sqrt()
-        return x0, epsilon
-
-    def _move(self, epsilon: torch.Tensor, sample: torch.Tensor, start: torch.Tensor, end: torch.Tensor, x0=None):
-        """`(x at level end, dn(x0_hat))` from x at level `start`: Eq. 2 with the normalisation of Sec. 3.4."""
-        x0 = (sample - (1 - start).sqrt() * epsilon) / start.sqrt() if x0 is None else x0
-        x0, epsilon = self._normalized(x0, epsilon, sample, start, torch.maximum(start, end))
-        return _to_level(x0, epsilon, end), x0
-
-    def _step(self, model_output: torch.Tensor, sample: torch.Tensor, start, end, return_dict: bool, told=None):
-        output, working = _working_precision(model_output, sample)
-        x0, epsilon = self._predict(output, working, start, told)
-        if self.config.solver_order == 2:
-            x0, (working, epsilon) = None, self._second_order(working, epsilon, start, end)
-        reached, x0 = (tensor.to(sample.dtype) for tensor in self._move(epsilon, working, start, end, x0))
-        if self._last:
-            self._last = self._last._replace(reached=reached)
-        return DDIMSchedulerOutput(prev_sample=reached, pred_original_sample=x0) if return_dict else (reached, x0)
-
-
-def _to_level(x0: torch.Tensor, epsilon: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """The sample at noise level `alpha`: the second half of Eq. 2."""
-    return alpha.sqrt() * x0 + (1 - alpha).sqrt() * epsilon
-
-
-def _working_precision(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors]
-
-
-class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
-    """Decoding: deterministic DDIM (Eq. 2) with dynamic normalisation of the predicted clean image (Sec. 3.4).
-
-    Arithmetic is float32 whatever the dtype of the sample. The defaults are the behaviour of the authors' code but for
-    the step that ends at the image (`threshold_clean_sample`) and the levels that a step of encoding pairs. Encoding
-    counterpart: [`DynamicDDIMInverseScheduler`], made by `DynamicDDIMInverseScheduler.from_config(scheduler.config)`.
-
-    Args:
-        num_train_timesteps (`int`): T.
-        beta_start (`float`), beta_end (`float`), beta_schedule (`str`), trained_betas: as in `DDIMScheduler`.
-        clip_sample (`bool`): static clip to +-`clip_sample_range`; has effect only with `thresholding=False`.
-        set_alpha_to_one (`bool`): the image itself has cumulative alpha 1.
-        steps_offset (`int`): added to the timesteps of a `leading` grid.
-        prediction_type (`str`): `epsilon`, `v_prediction` or `sample`.
-        thresholding (`bool`): dynamic normalisation. With this and `clip_sample` False, x0_hat stays as predicted.
-        dynamic_thresholding_ratio (`float`): the quantile s of Sec. 3.4, in (0, 1].
-        threshold_per_channel (`bool`): quantile per sample and channel; False pools channels.
-        threshold_clean_sample (`bool`): normalise also in the step that ends at the clean image, as the authors' code
-            does.
-        clip_sample_range (`float`): limit of the static clip.
-        use_clipped_model_output (`bool`): re-derive epsilon from the normalised x0_hat (the authors' code); False
-            keeps the raw epsilon as Algorithm 1 prints it.
-        timestep_spacing (`str`): `leading` or `trailing`.
-        rescale_betas_zero_snr (`bool`): as in `DDIMScheduler`.
-        solver_order (`int`): 1, DDIM as in the paper; 2, Adams-Bashforth of second order at the same cost.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: np.ndarray | list[float] | None = None,
-        clip_sample: bool = False,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        thresholding: bool = True,
-        dynamic_thresholding_ratio: float = 0.99,
-        threshold_per_channel: bool = True,
-        threshold_clean_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        use_clipped_model_output: bool = True,
-        timestep_spacing: str = "leading",
-        rescale_betas_zero_snr: bool = False,
-        solver_order: int = 1,
-    ):
-        self._build(DDIMScheduler)
-
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Sets the falling grid of timesteps; see [`mirrored_timesteps`] for what is refused."""
-        self._begin(num_inference_steps, True, device)
-
-    def step(
-        self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, return_dict: bool = True
-    ) -> DDIMSchedulerOutput | tuple:
-        """One step of decoding: from `timestep` to the next one nearer to the image.
-
-        Args:
-            model_output (`torch.Tensor`): the (guided) prediction of the network at `timestep`, `(N, C, H, W)`.
-            timestep (`int`): current timestep.
-            sample (`torch.Tensor`): x at `timestep`, `(N, C, H, W)`.
-            return_dict (`bool`): an output with `prev_sample` and `pred_original_sample`, or a tuple of the two.
-        """
-        alpha, nearer = self._levels(timestep, self.final_alpha_cumprod)
-        return self._step(model_output, sample, alpha, nearer, return_dict)
-
-
-class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerMixin):
-    """Encoding: the exact reverse of [`DynamicDDIMScheduler`]'s steps, with the same normalisation.
-
-    A step goes from the level one stride nearer to the image up to `timestep`; the network is told `timestep`, the
-    noisier end, in both directions (diffusers' pairing). The stock inverse scheduler has no thresholding, clips by
-    default and ignores unknown arguments; this one has the arguments of [`DynamicDDIMScheduler`] and refuses others.
-
-    Args:
-        num_train_timesteps (`int`), beta_start (`float`), beta_end (`float`), beta_schedule (`str`), trained_betas,
-            clip_sample (`bool`), set_alpha_to_one (`bool`), steps_offset (`int`), prediction_type (`str`),
-            thresholding (`bool`), dynamic_thresholding_ratio (`float`), threshold_per_channel (`bool`),
-            threshold_clean_sample (`bool`), clip_sample_range (`float`), use_clipped_model_output (`bool`),
-            timestep_spacing (`str`), rescale_betas_zero_snr (`bool`), solver_order (`int`): as in
-            [`DynamicDDIMScheduler`]; the order of one direction does not bind the other.
-        num_fixed_point_iterations (`int`): further network calls in each step that [`refine`] uses to make the step
-            the exact inverse of decoding.
+    The symbols of the paper and the names here: x_t `sample`, epsilon_theta(x_t, t) `model_output`, the cumulative product
+    abar_t `alpha`, its value one step nearer to the image `alpha_nearer`, dn(x0_hat) `x0`.
     """
 
     @register_to_config
@@ -319,66 +120,262 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
         solver_order: int = 1,
         num_fixed_point_iterations: int = 0,
     ):
-        self._build(DDIMInverseScheduler)
+        # The decorated stock __init__ would register its own defaults over the arguments given here.
+        self._stock.__init__.__wrapped__(
+            self, num_train_timesteps=num_train_timesteps, beta_start=beta_start, beta_end=beta_end,
+            beta_schedule=beta_schedule, trained_betas=trained_betas, set_alpha_to_one=set_alpha_to_one,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )  # fmt: skip
+        if not 0 < dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"dynamic_thresholding_ratio is {dynamic_thresholding_ratio}: it must lie in (0, 1]")
+        if solver_order not in (1, 2):
+            raise ValueError(f"solver_order is {solver_order}: it must be 1 or 2")
+        if solver_order == 2 and rescale_betas_zero_snr:
+            raise ValueError(
+                "solver_order is 2: it measures steps by sqrt(1 / abar - 1), infinite at zero terminal SNR"
+            )
         if num_fixed_point_iterations < 0:
             raise ValueError(f"num_fixed_point_iterations is {num_fixed_point_iterations}: it must be 0 or more")
         if num_fixed_point_iterations and solver_order != 1:
             raise ValueError("num_fixed_point_iterations refine steps of solver_order=1, not of another order")
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Sets the rising grid of timesteps; see [`mirrored_timesteps`] for what is refused."""
-        self._begin(num_inference_steps, False, device)
+    def _set_grid(self, num_inference_steps: int) -> None:
+        config = self.config
+        grid = mirrored_timesteps(
+            config.num_train_timesteps, num_inference_steps, config.timestep_spacing, config.steps_offset
+        )
+        self.grid, self.num_inference_steps = torch.from_numpy(grid), num_inference_steps
+        self._last, self._begun = None, False
 
-    def network_timestep(self, timestep: int) -> int:
-        """What the network is told in the step that reaches `timestep`.
+    def _second_order(self, sample: torch.Tensor, epsilon: torch.Tensor, start: torch.Tensor, end: torch.Tensor):
+        """Return the sample at `start` and the epsilon for the step to `end`, using what the step before has seen.
 
-        With `solver_order=1` it is `timestep`, as in decoding. With 2 it is the level of the sample itself, without
-        which no method is of second order; the clean image counts as the first level.
+        DDIM is Euler's method for d(x / sqrt(abar)) = epsilon d(rho) with rho = sqrt(1 / abar - 1) (Song et al. 2021,
+        Eq. 14). Extrapolating epsilon linearly to the middle of the step makes it the Adams-Bashforth method of second
+        order. The first step has nothing to extrapolate from: it is repeated with the mean of both ends' epsilon once the
+        second one is known, and what a callback has changed since then is kept. Steps from and to the clean image stay of
+        first order, because they are far shorter.
         """
+        length, last = (1 / end - 1).sqrt() - (1 / start - 1).sqrt(), self._last
+        if start == 1 or length == 0:
+            return sample, epsilon
+        if last and last.is_first:
+            again, _ = self._move((last.epsilon + epsilon) / 2, last.sample, last.start, start)
+            sample = again + (sample - last.reached)
+        self._last = _Step(sample, epsilon, start, length, is_first=last is None)
+        if last is None or end == 1:
+            return sample, epsilon
+        return sample, epsilon + length / (2 * last.length) * (epsilon - last.epsilon)
+
+    def _levels(self, timestep: int, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return abar `(at timestep, one step nearer to the image)`; `clean` is that of the image itself."""
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps is None: call set_timesteps first")
         nearer = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
-        return nearer if self.config.solver_order == 2 and nearer >= 0 else int(timestep)
+        return self.alphas_cumprod[int(timestep)], self.alphas_cumprod[nearer] if nearer >= 0 else clean
+
+    def _predict(self, model_output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor, model_alpha=None):
+        """Return `(x0_hat, epsilon)` of a sample at level `alpha`, whatever the network predicts.
+
+        `model_alpha` is the level that the network was given, where it is not the sample's own (encoding): the output is
+        turned into epsilon there, and epsilon into x0_hat at the sample's level, as if the network predicted epsilon.
+        """
+        signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+        epsilon = model_output if model_alpha is None else self._predict(model_output, sample, model_alpha)[1]
+        if self.config.prediction_type == "epsilon" or model_alpha is not None:
+            return (sample - noise * epsilon) / signal, epsilon
+        if self.config.prediction_type == "v_prediction":
+            return signal * sample - noise * model_output, signal * model_output + noise * sample
+        return model_output, (sample - signal * model_output) / noise
+
+    def _normalized(self, x0, epsilon, sample, alpha: torch.Tensor, alpha_nearer: torch.Tensor):
+        """Return `(dn(x0_hat), epsilon)` with epsilon derived again from `dn(x0_hat)`, or raw as Algorithm 1 prints it."""
+        config = self.config
+        # In the one step that begins or ends at the clean image no noise can absorb what dn takes from x0: it would
+        # cut the peaks of the image itself and darken the rest, and the map would be a threshold in disguise.
+        if alpha_nearer == 1 and not config.threshold_clean_sample:
+            return x0, epsilon
+        if config.thresholding:
+            x0 = dynamic_normalize(x0, config.dynamic_thresholding_ratio, config.threshold_per_channel)
+        elif config.clip_sample:
+            x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
+        if config.use_clipped_model_output and alpha < 1:
+            epsilon = (sample - alpha.sqrt() * x0) / (1 - alpha).sqrt()
+        return x0, epsilon
+
+    def _move(self, epsilon: torch.Tensor, sample: torch.Tensor, start: torch.Tensor, end: torch.Tensor, x0=None):
+        """Return `(x at level end, dn(x0_hat))` from x at level `start`: Eq. 2 with the normalisation of Sec. 3.4."""
+        x0 = (sample - (1 - start).sqrt() * epsilon) / start.sqrt() if x0 is None else x0
+        x0, epsilon = self._normalized(x0, epsilon, sample, start, torch.maximum(start, end))
+        return end.sqrt() * x0 + (1 - end).sqrt() * epsilon, x0
+
+    def _step(self, model_output: torch.Tensor, sample: torch.Tensor, start, end, return_dict: bool, model_alpha=None):
+        output, working = _working_precision(model_output, sample)
+        x0, epsilon = self._predict(output, working, start, model_alpha)
+        if self.config.solver_order == 2:
+            x0, (working, epsilon) = None, self._second_order(working, epsilon, start, end)
+        reached, x0 = (tensor.to(sample.dtype) for tensor in self._move(epsilon, working, start, end, x0))
+        if self._last:
+            self._last = self._last._replace(reached=reached)
+        return DDIMSchedulerOutput(prev_sample=reached, pred_original_sample=x0) if return_dict else (reached, x0)
+
+
+def _working_precision(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors]
+
+
+class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
+    """Decoding: deterministic DDIM (Eq. 2) with dynamic normalisation of the predicted clean image (Sec. 3.4).
+
+    Arithmetic is float32 whatever the dtype of the sample. The defaults are the behaviour of the authors' code but for
+    the step that ends at the image (`threshold_clean_sample`) and the levels that a step of encoding pairs. The encoding
+    counterpart is [`DynamicDDIMInverseScheduler`], made by `DynamicDDIMInverseScheduler.from_config(scheduler.config)`.
+
+    Args:
+        num_train_timesteps (`int`): T.
+        beta_start (`float`), beta_end (`float`), beta_schedule (`str`), trained_betas: as in `DDIMScheduler`.
+        clip_sample (`bool`): static clip to +-`clip_sample_range`; only with `thresholding=False`.
+        set_alpha_to_one (`bool`): the image itself has cumulative alpha 1.
+        steps_offset (`int`): added to the timesteps of a `leading` grid.
+        prediction_type (`str`): `epsilon`, `v_prediction` or `sample`.
+        thresholding (`bool`): dynamic normalisation. With this and `clip_sample` False, x0_hat stays as predicted.
+        dynamic_thresholding_ratio (`float`): the quantile s of Sec. 3.4, in (0, 1].
+        threshold_per_channel (`bool`): quantile per sample and channel; False pools the channels.
+        threshold_clean_sample (`bool`): also normalise in the step that begins or ends at the clean image.
+        clip_sample_range (`float`): limit of the static clip.
+        use_clipped_model_output (`bool`): derive epsilon again from the normalised x0_hat (the authors' code); False
+            keeps the raw epsilon as Algorithm 1 prints it.
+        timestep_spacing (`str`): `leading` or `trailing`.
+        rescale_betas_zero_snr (`bool`): as in `DDIMScheduler`.
+        solver_order (`int`): 1, DDIM as in the paper; 2, Adams-Bashforth of second order at the same cost.
+        num_fixed_point_iterations (`int`): only for encoding, see [`DynamicDDIMInverseScheduler`].
+    """
+
+    _stock = DDIMScheduler
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the descending timesteps; see [`mirrored_timesteps`] for what is refused."""
+        self._set_grid(num_inference_steps)
+        self.timesteps = self.grid.flip(0).to(device)
 
     def step(
         self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple:
-        """One step of encoding: from one stride nearer to the image up to `timestep`.
+        """Go from `timestep` to the next timestep nearer to the image.
+
+        Args:
+            model_output (`torch.Tensor`): (guided) prediction of the network at `timestep`, `(N, C, H, W)`.
+            timestep (`int`): current timestep.
+            sample (`torch.Tensor`): x at `timestep`, `(N, C, H, W)`.
+            return_dict (`bool`): return an output with `prev_sample` and `pred_original_sample`, or a tuple of the two.
+        """
+        alpha, alpha_nearer = self._levels(timestep, self.final_alpha_cumprod)
+        return self._step(model_output, sample, alpha, alpha_nearer, return_dict)
+
+
+class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerMixin):
+    """Encoding: walks the levels of [`DynamicDDIMScheduler`] upwards, with the same normalisation.
+
+    With `solver_order=1` a step goes from one stride nearer to the image up to `timestep`, and the network is given
+    `timestep`, the noisier end, as in decoding (diffusers' pairing). With 2 the network is given the sample's own level,
+    without which no method is of second order; the clean image counts as the first level. `timesteps` are what the network
+    is given, so that the loop is `step(predict(x, t), t, x)` in every case; `grid` are the levels.
+
+    The stock inverse scheduler has no thresholding, clips by default and ignores unknown arguments; this one has the
+    arguments of [`DynamicDDIMScheduler`].
+
+    Args:
+        num_fixed_point_iterations (`int`): further network calls in each step, `solver_order=1` only. Each repeats the
+            timestep with the x that was reached, and moves it towards the x that a decoding step takes back to where the
+            step began. The iteration contracts while the network's output changes little with its input.
+    """
+
+    _stock = DDIMInverseScheduler
+
+    @property
+    def order(self) -> int:
+        """Number of function evaluations (NFE) of a step, each of them an entry of `timesteps`."""
+        return 1 + self.config.num_fixed_point_iterations
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the ascending timesteps; see [`mirrored_timesteps`] for what is refused."""
+        self._set_grid(num_inference_steps)
+        shifted = torch.cat([self.grid[:1], self.grid[:-1]]) if self.config.solver_order == 2 else self.grid
+        self.timesteps = shifted.repeat_interleave(self.order).to(device)
+        self._origin, self._evaluations = None, 0
+
+    def _levels_of_step(self, timestep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return abar of the step's end, of its start, and of the level that the network was given."""
+        stride = self.config.num_train_timesteps // (self.num_inference_steps or 1)
+        # the first of two equal timesteps begins at the clean image, all others at the level that they name
+        ahead = stride if self.config.solver_order == 2 and (self._begun or timestep > self.grid[0]) else 0
+        alpha, alpha_nearer = self._levels(int(timestep) + ahead, self.initial_alpha_cumprod)
+        return alpha, alpha_nearer, self.alphas_cumprod[int(timestep)]
+
+    def step(
+        self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, return_dict: bool = True
+    ) -> DDIMSchedulerOutput | tuple:
+        """Go one stride up, or refine the step before where `timesteps` repeats a timestep.
 
         Args:
             model_output (`torch.Tensor`): prediction of the network for `(sample, timestep)`, `(N, C, H, W)`.
-            timestep (`int`): the timestep that the step reaches.
-            sample (`torch.Tensor`): x one stride nearer to the image, `(N, C, H, W)`.
-            return_dict (`bool`): an output with `prev_sample` (x at `timestep`) and `pred_original_sample`, or a tuple.
+            timestep (`int`): the next entry of `timesteps`.
+            sample (`torch.Tensor`): x where the step begins; in a repetition the x that was reached, `(N, C, H, W)`.
+            return_dict (`bool`): return an output with `prev_sample` and `pred_original_sample`, or a tuple of the two.
         """
-        alpha, nearer = self._levels(timestep, self.initial_alpha_cumprod)
-        told = self.alphas_cumprod[self.network_timestep(timestep)]
-        return self._step(model_output, sample, nearer, alpha, return_dict, told)
+        alpha, alpha_nearer, model_alpha = self._levels_of_step(timestep)
+        evaluation, self._evaluations = self._evaluations, (self._evaluations + 1) % self.order
+        if evaluation == 0:
+            self._begun, self._origin = True, sample
+            return self._step(model_output, sample, alpha_nearer, alpha, return_dict, model_alpha)
+        # Decoding from x would have this epsilon: the x that it takes to the origin is a better one.
+        output, origin, current = _working_precision(model_output, self._origin, sample)
+        _, epsilon = self._normalized(*self._predict(output, current, alpha), current, alpha, alpha_nearer)
+        x0 = (origin - (1 - alpha_nearer).sqrt() * epsilon) / alpha_nearer.sqrt()
+        refined = (alpha.sqrt() * x0 + (1 - alpha).sqrt() * epsilon).to(sample.dtype)
+        x0 = x0.to(sample.dtype)
+        return DDIMSchedulerOutput(prev_sample=refined, pred_original_sample=x0) if return_dict else (refined, x0)
 
     def predict_original(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor) -> torch.Tensor:
-        """`dn(x0_hat)` by this output alone, arguments as in [`step`]; the scheduler stays as it is."""
+        """Return `dn(x0_hat)` of an output, with the arguments of the next [`step`]; the scheduler stays as it is."""
         output, working = _working_precision(model_output, sample)
-        _, nearer = self._levels(timestep, self.initial_alpha_cumprod)
-        told = self.alphas_cumprod[self.network_timestep(timestep)]
-        return self._normalized(*self._predict(output, working, nearer, told), working, nearer, nearer)[0].to(
-            sample.dtype
+        _, alpha, model_alpha = self._levels_of_step(timestep)
+        predicted = self._predict(output, working, alpha, model_alpha)
+        return self._normalized(*predicted, working, alpha, alpha)[0].to(sample.dtype)
+
+
+def check_mirrored(scheduler: SchedulerMixin, inverse_scheduler: SchedulerMixin) -> None:
+    """Raise ValueError unless two schedulers, with their timesteps set, walk the same path in opposite directions.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): for decoding, ours or a stock one.
+        inverse_scheduler ([`SchedulerMixin`]): for encoding, ours or the stock `DDIMInverseScheduler`.
+    """
+    if not isinstance(inverse_scheduler, DDIMInverseScheduler):
+        name = type(inverse_scheduler).__name__
+        raise ValueError(
+            f"inverse_scheduler is a {name}: only a DDIMInverseScheduler's step reaches the timestep it is given"
+        )
+    down, up = scheduler.config, inverse_scheduler.config
+    shared = (*NOISE_LEVELS, "set_alpha_to_one")
+    differing = [name for name in shared if name in down and name in up and down[name] != up[name]]
+    grid = getattr(inverse_scheduler, "grid", inverse_scheduler.timesteps)
+    if not torch.equal(grid.flip(0), scheduler.timesteps):
+        differing.append("timesteps")
+    down, up = _normalization(scheduler), _normalization(inverse_scheduler)
+    differing += [name for name in {**down, **up} if down.get(name) != up.get(name)]
+    if differing:
+        raise ValueError(
+            f"scheduler and inverse_scheduler differ in {', '.join(differing)}: make one from_config of the other"
         )
 
-    def refine(
-        self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, estimate: torch.Tensor
-    ) -> torch.Tensor:
-        """One fixed-point iteration of an encoding step: a better x at `timestep` from the network's word on `estimate`.
 
-        The x sought is the one that a decoding step takes to `sample`; at the fixed point it is exactly that, also
-        where normalisation acts (with epsilon re-derived, the default). The iteration contracts while the network's
-        output changes little with its input.
-
-        Args:
-            model_output (`torch.Tensor`): prediction of the network for `(estimate, timestep)`, `(N, C, H, W)`.
-            timestep (`int`): the timestep that the step reaches.
-            sample (`torch.Tensor`): x one stride nearer to the image, where the step began.
-            estimate (`torch.Tensor`): x at `timestep` so far.
-        """
-        output, working, current = _working_precision(model_output, sample, estimate)
-        alpha, nearer = self._levels(timestep, self.initial_alpha_cumprod)
-        _, epsilon = self._normalized(*self._predict(output, current, alpha), current, alpha, nearer)
-        x0 = (working - (1 - nearer).sqrt() * epsilon) / nearer.sqrt()
-        return _to_level(x0, epsilon, alpha).to(sample.dtype)
+def _normalization(scheduler: SchedulerMixin) -> dict[str, object]:
+    """Return the options of Sec. 3.4 in effect; `from_config` leaves in a stock config what the class ignores."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    options = _STOCK | {name: value for name, value in scheduler.config.items() if name in known}
+    if options.get("thresholding"):
+        names = ("thresholding", *_THRESHOLDING)
+    else:
+        names = ("clip_sample", *_CLIPPING) if options.get("clip_sample") else ()
+    return {name: options.get(name) for name in names}

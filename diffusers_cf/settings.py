@@ -1,13 +1,14 @@
 """Settings of inference: what is given comes before what a model recommends, and that before the paper's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 
 import numpy as np
 
-from diffusers_cf.heatmaps import MAPS
 
-
+# Maps of a decoded counterfactual; `forward` decodes nothing (maps.py).
+DECODED_MAPS = ("counterfactual", "reconstruction", "signed")
+MAPS = (*DECODED_MAPS, "forward")
 # Sec. 4 and the authors' code; a model folder that recommends others has them in preprocessing.json.
 PAPER_SETTINGS = {
     "guidance_scale": 3.0,
@@ -54,3 +55,10 @@ def settings_in_use(facts: Mapping, given: Mapping, name: str | None = None) -> 
     if not (np.isfinite(settings["guidance_scale"]) and settings["guidance_scale"] >= 0):
         raise ValueError(f"guidance_scale is {settings['guidance_scale']}: it must be 0 or more")
     return settings
+
+
+def check_signs(signs: object, channels: int) -> None:
+    """Raise ValueError unless `signs` has a number for each channel, as the map `signed` needs them."""
+    numbers = isinstance(signs, Sequence) and all(isinstance(sign, (int, float)) for sign in signs)
+    if not numbers or len(signs) != channels:
+        raise ValueError("map is 'signed': preprocessing holds no `signs`, one for each channel (sweep --store)")

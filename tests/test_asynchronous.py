@@ -34,7 +34,7 @@ def far(pipe):
 def test_the_loops_of_algorithm_1_run_ahead_of_the_device(far, schedulers):
     far.scheduler, far.inverse_scheduler = schedulers()
     far.inverse_scheduler.set_timesteps(10)
-    latents = far.encode(torch.empty(3, 2, 8, 8, device="meta"), WALK)
+    latents = far.encode(torch.empty(3, 2, 8, 8, device="meta"), **WALK)
     for scale in (0, 3.0):
         decoded = far.denoise(latents, "healthy", scale, **WALK)
         assert decoded.device.type == "meta" and decoded.shape == (3, 2, 8, 8)

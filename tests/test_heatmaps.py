@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_cf.heatmaps import heatmap, signed_heatmap
+from diffusers_cf.maps import heatmap, signed_heatmap
 
 
 REFERENCE = torch.tensor([[[[1.0, 0.2]], [[0.5, 0.5]]]])
@@ -22,13 +22,8 @@ def test_the_signed_map_counts_changes_of_the_expected_sign_alone():
 
 
 @pytest.mark.parametrize("signs", [None, [], [1]])
-def test_the_signed_map_needs_a_sign_for_each_channel(signs):
+def test_the_signed_map_needs_a_sign_for_each_channel_before_anything_is_computed(pipe, images, record_calls, signs):
+    pipe.preprocessing, calls = {"signs": signs}, record_calls(pipe)
     with pytest.raises(ValueError, match="signs"):
-        heatmap("signed", REFERENCE, COUNTERFACTUAL, signs)
-
-
-def test_a_map_that_decodes_nothing_is_not_made_of_a_counterfactual():
-    with pytest.raises(
-        ValueError, match="map is 'forward': of a decoded counterfactual it must be one of counterfactual"
-    ):
-        heatmap("forward", REFERENCE, COUNTERFACTUAL)
+        pipe(images, map="signed", num_inference_steps=10)
+    assert calls == []

@@ -31,15 +31,12 @@ def pair(name, **options):
 @functools.cache
 def encodings(name, steps, fixed_point):
     """Gaussian data, and what each encoding step makes of it."""
-    _, inverse = pair(name)
+    _, inverse = pair(name, **({"num_fixed_point_iterations": fixed_point} if fixed_point else {}))
     inverse.set_timesteps(steps)
     levels = [STD * noise(2, 2, 16, 16)]
     for t in inverse.timesteps:
-        x = inverse.step(exact_epsilon(levels[-1], t), t, levels[-1]).prev_sample
-        for _ in range(fixed_point):
-            x = inverse.refine(exact_epsilon(x, t), t, levels[-1], x)
-        levels.append(x)
-    return levels
+        levels.append(inverse.step(exact_epsilon(levels[-1], t), t, levels[-1]).prev_sample)
+    return levels[:: 1 + fixed_point]
 
 
 @functools.cache
@@ -157,8 +154,6 @@ def test_bad_arguments_are_refused(scheduler_class):
 def test_negative_fixed_point_iterations_are_refused():
     with pytest.raises(ValueError, match="num_fixed_point_iterations is -1"):
         DynamicDDIMInverseScheduler(num_fixed_point_iterations=-1)
-    with pytest.raises(TypeError, match="num_fixed_point_iterations"):
-        DynamicDDIMScheduler(num_fixed_point_iterations=1)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.9, 0.99, 0.995, 1.0])
@@ -219,9 +214,13 @@ def test_half_precision_is_computed_in_float32(dtype):
             half, full = scheduler.step(epsilon, t, x), scheduler.step(epsilon.float(), t, x.float())
             assert half.prev_sample.dtype == half.pred_original_sample.dtype == dtype
             assert torch.equal(half.prev_sample, full.prev_sample.to(dtype))
-    assert torch.equal(
-        scheduler.refine(epsilon, 500, x, x), scheduler.refine(epsilon.float(), 500, x.float(), x.float()).to(dtype)
-    )
+    refined = []
+    for kind in (dtype, torch.float32):
+        inverse, sample = DynamicDDIMInverseScheduler(num_fixed_point_iterations=1), x.to(kind)
+        inverse.set_timesteps(100)
+        inverse.step(epsilon.to(kind), 500, sample)
+        refined.append(inverse.step(epsilon.to(kind), 500, sample).prev_sample)
+    assert torch.equal(refined[0], refined[1].to(dtype))
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -300,7 +299,7 @@ def test_without_alpha_one_the_image_is_the_first_level(scheduler_class):
 
 @pytest.mark.parametrize("timestep", [20, 200, 500, 990])
 def test_refinement_is_exact_also_where_normalisation_acts(timestep):
-    scheduler, inverse = DynamicDDIMScheduler(), DynamicDDIMInverseScheduler()
+    scheduler, inverse = DynamicDDIMScheduler(), DynamicDDIMInverseScheduler(num_fixed_point_iterations=60)
     scheduler.set_timesteps(100)
     inverse.set_timesteps(100)
 
@@ -311,9 +310,9 @@ def test_refinement_is_exact_also_where_normalisation_acts(timestep):
     alpha = ALPHAS[timestep].float()
     clean = (x - (1 - alpha).sqrt() * network(x)) / alpha.sqrt()
     assert (dynamic_normalize(clean) - clean).abs().max() > 1
-    encoded = inverse.step(network(decoded), timestep, decoded).prev_sample
-    for _ in range(60):
-        encoded = inverse.refine(network(encoded), timestep, decoded, encoded)
+    encoded = decoded
+    for _ in range(61):
+        encoded = inverse.step(network(encoded), timestep, encoded).prev_sample
     torch.testing.assert_close(
         scheduler.step(network(encoded), timestep, encoded).prev_sample, decoded, atol=5e-6, rtol=0
     )
@@ -322,13 +321,12 @@ def test_refinement_is_exact_also_where_normalisation_acts(timestep):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_refinement_knows_what_the_network_predicts(kind):
     scheduler = DynamicDDIMScheduler(prediction_type=kind)
-    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
+    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config, num_fixed_point_iterations=60)
     scheduler.set_timesteps(100)
     inverse.set_timesteps(100)
-    decoded, t = 0.5 * noise(1, 2, 8, 8), 500
-    encoded = inverse.step(0.1 * decoded, t, decoded).prev_sample
-    for _ in range(60):
-        encoded = inverse.refine(0.1 * encoded, t, decoded, encoded)
+    encoded, t = (decoded := 0.5 * noise(1, 2, 8, 8)), 500
+    for _ in range(61):
+        encoded = inverse.step(0.1 * encoded, t, encoded).prev_sample
     torch.testing.assert_close(scheduler.step(0.1 * encoded, t, encoded).prev_sample, decoded, atol=5e-6, rtol=0)
 
 
@@ -351,7 +349,7 @@ def test_a_round_trip_does_not_depend_on_what_the_network_predicts(kind, steps, 
             direction.alphas_cumprod = ALPHAS  # float64, as the samples
             direction.set_timesteps(steps)
         for t in inverse.timesteps:
-            x = inverse.step(exact_output(name, x, inverse.network_timestep(t)), t, x).prev_sample
+            x = inverse.step(exact_output(name, x, t), t, x).prev_sample
         latent = x
         for t in scheduler.timesteps:
             x = scheduler.step(exact_output(name, x, t), t, x).prev_sample
@@ -373,8 +371,7 @@ CHANGED = {
 
 @pytest.mark.parametrize("scheduler_class", BOTH)
 def test_every_argument_survives_saving(scheduler_class, tmp_path):
-    rises = scheduler_class is DynamicDDIMInverseScheduler
-    options = CHANGED | ({"num_fixed_point_iterations": 2} if rises else {})
+    options = CHANGED | {"num_fixed_point_iterations": 2}
     default = scheduler_class()
     arguments = {k for k in default.config if not k.startswith("_")} - {"trained_betas"}
     assert arguments == set(options) | {"solver_order"}  # which fits neither of two others, and has a test of its own

@@ -11,10 +11,9 @@ from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.processes import Share
-from diffusers_cf.heatmaps import MAPS
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.precision import compute_in
-from diffusers_cf.settings import NAMES
+from diffusers_cf.settings import MAPS, NAMES
 
 
 logger = logging.getLogger(__name__)

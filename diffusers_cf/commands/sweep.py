@@ -25,11 +25,10 @@ from diffusers_cf.evaluation.sweep import (
     sweep,
 )
 from diffusers_cf.files import make_folder
-from diffusers_cf.forward import check_forward
-from diffusers_cf.heatmaps import DECODED_MAPS, MAPS
+from diffusers_cf.maps import check_forward
 from diffusers_cf.plots import plot_sweep
 from diffusers_cf.provenance import command_line, package_commit
-from diffusers_cf.settings import NAMES, PAPER_SETTINGS
+from diffusers_cf.settings import DECODED_MAPS, MAPS, NAMES, PAPER_SETTINGS
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,9 @@ from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps
 from diffusers_cf.evaluation.trajectories import decode_images, encode_images, heatmaps_of_settings
-from diffusers_cf.heatmaps import DECODED_MAPS
 from diffusers_cf.images import resize_images
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+from diffusers_cf.settings import DECODED_MAPS
 
 
 # The paper's axis of Fig. 3 begins at 0.4; on small networks and real FLAIR slices the best strengths lie below.

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from diffusers_cf.forward import ForwardChange
-from diffusers_cf.heatmaps import heatmap
 from diffusers_cf.images import Windows, resize_images
+from diffusers_cf.maps import check_forward, forward_maps, heatmap
 
 
 def encode_trajectory(pipe, prepared: torch.Tensor, strength: float, num_inference_steps: int) -> list[torch.Tensor]:
@@ -28,10 +27,8 @@ def encode_trajectory(pipe, prepared: torch.Tensor, strength: float, num_inferen
         latents.append(tensors["latents"])
         return {}
 
-    walk = {"strength": strength, "num_inference_steps": num_inference_steps}
-    settings = pipe.resolve_settings(**walk, map="counterfactual")  # no map is made here
-    pipe.encode(prepared, settings, keep)
-    return latents
+    pipe.encode(prepared, strength, num_inference_steps, keep)
+    return latents[:: pipe.inverse_scheduler.order]
 
 
 class Encoding(NamedTuple):
@@ -161,21 +158,15 @@ def _decoded_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_s
 def _forward_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_steps: int) -> Iterator:
     """The part of [`heatmaps_of_settings`] for the map `forward`, all of it from one walk."""
     pipe.check_inputs(images)
-    walk = {"strength": settings[-1][0], "num_inference_steps": num_inference_steps}
-    walk = pipe.resolve_settings(**walk, map="forward")
+    check_forward(pipe)
     prepared = pipe.prepare_images(images)
     heats = {setting[:2]: torch.zeros_like(prepared[:, 0]) for setting in settings}
     guidance_scales = list(dict.fromkeys(scale for _, scale in heats))
     for group in pipe.windows(prepared):
-        windows = group.cut(prepared)
-        forward = ForwardChange(pipe, windows, guidance_scales)
-
-        def keep(_, step, timestep, tensors, group=group, forward=forward):
+        walked = forward_maps(pipe, group.cut(prepared), settings[-1][0], num_inference_steps, guidance_scales)
+        for step, (_, found) in enumerate(walked):
             for (strength, scale), heat in heats.items():
-                if round(num_inference_steps * strength) == step + 1:
-                    group.paste(heat, forward.heatmaps(scale))
-            return {}
-
-        pipe.encode(windows, walk, keep, forward)
+                if round(num_inference_steps * strength) == step:
+                    group.paste(heat, found[scale][1])
     for (strength, scale), heat in heats.items():
         yield (strength, scale, "forward"), resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0].cpu().numpy()

@@ -10,8 +10,8 @@ from pathlib import Path
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import alone_at, new_file
-from diffusers_cf.heatmaps import MAPS
 from diffusers_cf.loading import read_object
+from diffusers_cf.settings import MAPS
 
 
 REPORT = "report.json"
