@@ -14,7 +14,9 @@ from training_data import CLASSES, made_patient, write_training_set
 
 from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.cli import main
+from diffusers_cf.commands.sweep import store_point
 from diffusers_cf.data.slices import SliceDataset, slices_to_table, write_tables
+from diffusers_cf.evaluation.sweep import SweepPoint
 from diffusers_cf.provenance import command_line
 
 
@@ -67,6 +69,47 @@ def test_a_model_that_knows_no_classes_is_swept_without_the_forward_map(files, m
     assert {point["map"] for point in points} == {"counterfactual", "reconstruction", "signed"}
     assert sweep(files, "--maps", "forward") == 2
     assert "map is 'forward': it compares conditions, and this model has no class_encoder" in capsys.readouterr().err
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_stored_is_recommended(files):
+    path = files / "model" / "preprocessing.json"
+    path.write_text(
+        json.dumps({"modalities": ["flair", "t1"], "threshold_chosen_by": {"rule": "of another threshold"}})
+    )
+    point = SweepPoint(2.0, 0.4, 20, "signed", 32, threshold=0.07)
+    more = {"signs": [1, -1], "evaluation_size": 16}
+    store_point(files / "model", "recommended", point, {"split": "validation"}, more)
+    names = ("guidance_scale", "strength", "num_inference_steps", "map", "threshold")
+    loaded = CounterfactualDDIMPipeline.from_pretrained(files / "model")
+    assert loaded.resolve_settings() == dict(zip(names, (2.0, 0.4, 20, "signed", 0.07), strict=True))
+    assert loaded.preprocessing["modalities"] == ["flair", "t1"] and loaded.preprocessing["signs"] == [1, -1]
+    assert loaded.preprocessing["settings"]["postprocess"] and "threshold_chosen_by" not in loaded.preprocessing
+
+
+@pytest.mark.parametrize(
+    "failing", ["diffusers_cf.commands.sweep.write_json", "diffusers_cf.saving.write_preprocessing"]
+)
+def test_settings_and_solver_are_stored_together_or_not_at_all(files, failing, monkeypatch):
+    point = SweepPoint(2.0, 0.4, 20, "forward", 32, threshold=0.07, solver_order=2)
+    (files / "model" / "notes.txt").write_text("mine")
+    before, names = files_of(files / "model"), {path.name for path in files.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(failing, full)
+        store_point(files / "model", "recommended", point, {}, {})
+    assert files_of(files / "model") == before
+    store_point(files / "model", "recommended", point, {}, {})
+    changed = {name for name, content in files_of(files / "model").items() if before.get(name) != content}
+    assert changed == {"preprocessing.json", "inverse_scheduler/scheduler_config.json"}
+    assert CounterfactualDDIMPipeline.from_pretrained(files / "model").inverse_scheduler.config.solver_order == 2
+    assert {path.name for path in files.iterdir()} == names
 
 
 PAPER = ("--guidance_scales", 3, "--strengths", 0.75, "--maps", "counterfactual", "--num_inference_steps", 100)
@@ -168,12 +211,6 @@ def test_an_order_that_the_model_cannot_have_is_refused(files, no_sweep, capsys)
     assert "a DDIMInverseScheduler has no solver_order" in capsys.readouterr().err
 
 
-def test_a_sweep_without_store_leaves_the_model_as_it_is(files):
-    before = (files / "model" / "preprocessing.json").read_bytes()
-    assert sweep(files, "--maps", "counterfactual", "--dtype", "bfloat16") == 0
-    assert (files / "model" / "preprocessing.json").read_bytes() == before
-
-
 @pytest.mark.parametrize(
     "options, reason",
     [
@@ -272,43 +309,3 @@ def test_sweep_cost_script_counts_network_evaluations(files):
         assert run["one_encoding"]["evaluations_per_slice"] == 9 + sum(3 * 2 * k for k in steps)
         assert all(cost["seconds_per_slice"] > 0 for cost in run.values())
     assert document["largest_difference_of_maps"] < 1e-5
-
-
-@pytest.mark.slow
-def test_frontier_script_goes_on_and_counts_passes(files, capsys):
-    """Points agree with single sweeps; a second run adds a grid and keeps what was measured."""
-    script = ROOT / "benchmarks" / "frontier.py"
-    options = ["--strengths", "0.2", "0.5", "--guidance_scales", "3", "--max_slices", "6", "--dtype", "float32"]
-    paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "frontier.json"]
-    command = [sys.executable, script, *paths, *options, "--num_inference_steps", "10"]
-    subprocess.run(command, check=True, capture_output=True)
-    first = json.loads((files / "frontier.json").read_text())["points"]
-    subprocess.run([*command, "20"], check=True, capture_output=True)
-    document = json.loads((files / "frontier.json").read_text())
-    points = document["points"]
-    # four solvers with two decoded maps each, a forward map for two of them, two strengths, two grids
-    assert points[: len(first)] == first and len(points) == 2 * len(first) == 2 * 2 * (4 * 2 + 2)
-    passes = {
-        (p["solver"], p["map"], p["num_inference_steps"], p["strength"]): p["network_evaluations"] for p in points
-    }
-    assert passes["first order", "counterfactual", 20, 0.5] == passes["second order", "counterfactual", 20, 0.5] == 30
-    assert passes["fixed point", "counterfactual", 20, 0.5] == passes["first order", "reconstruction", 20, 0.5] == 40
-    assert passes["second order", "forward", 10, 0.2] == 4
-    scores = {
-        p["solver"]: p["auprc"] for p in points if (p["map"], p["num_inference_steps"]) == ("counterfactual", 10)
-    }
-    assert sweep(files, "--guidance_scales", 3, "--maps", "counterfactual", "--dtype", "float32") == 0
-    single = json.loads((files / "out" / "sweep.json").read_text())["points"]
-    wanted = [p for p in first if (p["solver"], p["map"]) == ("first order", "counterfactual")]
-    # not to the last digit: which pixels tie depends on how many threads the sums of a network are split over
-    assert [p["auprc"] for p in single] == pytest.approx([p["auprc"] for p in wanted], rel=2e-3)
-    assert len(set(scores.values())) == 4 and max(scores.values()) > 1.01 * min(scores.values())
-    assert document["best"]["network_evaluations"] <= 24
-    more = [*command[: command.index("--guidance_scales")], "0.3", *command[command.index("--guidance_scales") :]]
-    subprocess.run([*more, "--solvers", "fixed point"], check=True, capture_output=True)
-    added = json.loads((files / "frontier.json").read_text())["points"]
-    assert added[: len(points)] == points and len(added) == len(points) + 2
-    assert {(p["solver"], p["strength"]) for p in added[len(points) :]} == {("fixed point", 0.3)}
-    assert (files / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    other = subprocess.run([*command[:-1], "5", "--max_slices", "5"], capture_output=True, text=True)
-    assert other.returncode == 2 and "holds points of other n_slices" in other.stderr

@@ -34,8 +34,8 @@ def map_in_batches(
 ) -> Iterator[tuple[Hashable, tuple[np.ndarray, ...], float]]:
     """Yield `(key, results, seconds)` of each volume in order, as soon as its last slice is computed.
 
-    A batch may hold slices of several volumes. Each batch is started before the results of the previous one are read,
-    so an accelerator never waits for the caller.
+    A batch may hold slices of several volumes. It is started before the results of the previous batch are read, so an
+    accelerator never waits for the caller.
 
     Args:
         function (`Callable`): slices float32 `(N, C, H, W)` -> one tensor or a tuple of tensors, one row per slice.

@@ -53,28 +53,26 @@ def evaluate(
 ) -> dict | None:
     """Measure one method on a split: the same pixels, resolution and post-processing for every method.
 
-    Each patient's counts go to a file until all patients are measured, so memory does not grow with the split. Without
-    a threshold the files also hold the maps (4 bytes per pixel, 8 with post-processing): the ideal one is known last.
+    Each patient's counts go to a file, so memory does not grow with the split. Without a threshold the files also hold
+    the maps (4 bytes per pixel, 8 with post-processing) until the ideal one is known.
 
     Args:
-        anomaly_map (`Callable`): images float32 `(N, C, H, W)` -> maps `(N, h, w)`, higher = more lesion, any range. A
-            map smaller than the masks is upsampled bilinearly.
+        anomaly_map (`Callable`): images float32 `(N, C, H, W)` -> maps `(N, h, w)`, higher = more lesion, any range.
+            Maps smaller than the masks are upsampled bilinearly.
         dataset (`SliceDataset`): a split with masks.
         batch_size (`int`, *optional*): slices per call, of several patients. None means as many as fit into memory.
-        whole_patients (`bool`): each call gets all slices of one patient instead, including those not in `indices`:
-            for methods that look at the whole scan.
+        whole_patients (`bool`): each call gets all slices of one patient instead, also those not in `indices`.
         device (`str` or `torch.device`): where the method computes.
-        threshold (`float` or `dict`, *optional*): `map >= threshold` is lesion for Dice per patient; chosen before, on
-            other patients. A dict has one for each chain (`raw`, `postprocessed`). None means the ideal threshold of
-            this split, an upper bound.
+        threshold (`float` or `dict`, *optional*): for Dice per patient, chosen on other patients; a dict has one for
+            each chain (`raw`, `postprocessed`). None means the ideal threshold of this split, an upper bound.
         postprocess (`bool`): whether to measure the post-processed maps as well.
         indices (`Sequence[int]`, *optional*): rows of the data set to measure; all by default.
         network_evaluations_per_slice (`float`): NFE of the method, for the result.
         counts_path (`str` or `Path`, *optional*): .npz file for each patient's counts (`pixel_counts.read_counts`).
         seed (`int`): seed of the bootstrap.
         progress (`bool`): whether to show a progress bar.
-        parts (`str` or `Path`, *optional*): folder for the files of measured patients. Files found there are not
-            measured again, so a stopped run continues. A temporary folder by default.
+        parts (`str` or `Path`, *optional*): folder for the patients' files, temporary by default. Patients found there
+            are not measured again, so a stopped run continues.
         share (`Share`): which patients this process measures. All processes need the same `parts`.
 
     Returns:
@@ -202,16 +200,10 @@ def maps_at_size(maps: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 def _measure_patient(
     patient: _Patient, maps: np.ndarray, thresholds: Mapping[str, float | None]
 ) -> dict[str, np.ndarray]:
-    """Return a patient's part of a result as arrays by name.
+    """Return a patient's part of a result.
 
-    Args:
-        patient (`_Patient`): its slices.
-        maps (`np.ndarray`): `(S, H, W)`.
-        thresholds (`Mapping`): chain -> threshold for Dice. None means not known yet: the part then holds the maps.
-
-    Returns:
-        `dict`: `slices`, `labels`, `size`, and for each chain `CHAIN/slice_scores`, the counts `CHAIN/foreground/*` and
-        `CHAIN/background/*`, and either `CHAIN/dice` and `CHAIN/slice_dice`, or `CHAIN/maps` with `masks`.
+    It holds `slices`, `labels`, `size`, and for each chain `CHAIN/slice_scores`, the counts `CHAIN/foreground/*` and
+    `CHAIN/background/*`, and `CHAIN/dice` and `CHAIN/slice_dice`; without a threshold `CHAIN/maps` and `masks` instead.
     """
     part = {"slices": patient.slices, "labels": patient.labels, "size": np.array(patient.masks.shape[1:])}
     inside = patient.foreground
