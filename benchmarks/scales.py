@@ -12,9 +12,8 @@ import numpy as np
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.measuring import rows_by_patient
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
-from diffusers_cf.evaluation.protocol import write_result
+from diffusers_cf.evaluation.protocol import rows_by_patient, write_result
 from diffusers_cf.files import make_folder
 from diffusers_cf.provenance import command_line, package_commit
 

@@ -9,10 +9,11 @@ import torch
 
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
+from diffusers_cf.commands.sweep import GUIDANCE_SCALES
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.protocol import write_result
-from diffusers_cf.evaluation.sweep import GUIDANCE_SCALES, evenly_spread
+from diffusers_cf.evaluation.sweep import evenly_spread
 from diffusers_cf.evaluation.trajectories import heatmaps_of_settings
 from diffusers_cf.files import make_folder
 from diffusers_cf.provenance import command_line, package_commit

@@ -1,3 +1,5 @@
+"""`diffusers-cf evaluate` from its command line."""
+
 import json
 
 import numpy as np
@@ -5,12 +7,11 @@ import pytest
 import torch
 from evaluation_data import MODALITIES, SIZE, write_dataset
 
-from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.baselines import make_baseline
 from diffusers_cf.cli import main
-from diffusers_cf.commands.evaluate import add_evaluate_arguments, run_evaluate
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.evaluation.protocol import evaluate
+from diffusers_cf.files import alone_at
 from diffusers_cf.models import class_token_encoder, counterfactual_unet
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.provenance import package_commit
@@ -38,10 +39,7 @@ def model(tmp_path_factory):
 
 
 def run(*options):
-    parser = ArgumentParser()
-    add_evaluate_arguments(parser)
-    args = parser.parse_args([str(option) for option in options])
-    return run_command(lambda: run_evaluate(args))
+    return main(["evaluate", *map(str, options)])
 
 
 def test_a_baseline_from_the_command_line(dataset, tmp_path, capsys):
@@ -77,46 +75,41 @@ def test_a_model_with_its_recommended_settings(dataset, model, tmp_path):
     assert result["auprc"] == pytest.approx(expected["auprc"], abs=1e-4)
 
 
-def test_settings_of_the_command_line_win(dataset, model, tmp_path):
+GIVEN = ["--guidance_scale", 1, "--strength", 0.1, "--map", "reconstruction", "--threshold", 0.5]
+PAPER = ["--settings", "paper", "--num_inference_steps", 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "evaluations"),
+    [
+        (GIVEN, (1.0, 0.1, 10, "reconstruction", 0.5), 3),
+        (PAPER, (3.0, 0.75, 4, "counterfactual", None), 9),
+    ],
+)
+def test_settings_of_the_command_line_and_of_the_paper(dataset, model, tmp_path, options, settings, evaluations):
     output = tmp_path / "RESULT.json"
-    options = ["--guidance_scale", 1, "--strength", 0.1, "--map", "reconstruction", "--threshold", 0.5]
     assert run("--model", model, "--dataset", dataset, "--output", output, "--max_patients", 1, *options) == 0
     result = json.loads(output.read_text())
-    given = {
-        "guidance_scale": 1.0,
-        "strength": 0.1,
-        "num_inference_steps": 10,
-        "map": "reconstruction",
-        "threshold": 0.5,
-    }
-    assert result["settings"] == given
-    assert result["network_evaluations_per_slice"] == 3
-    assert result["per_patient_dice"]["threshold"] == 0.5
-
-
-def test_the_papers_settings_by_name(dataset, model, tmp_path):
-    output = tmp_path / "RESULT.json"
-    options = ["--settings", "paper", "--num_inference_steps", 20, "--max_patients", 1]
-    assert run("--model", model, "--dataset", dataset, "--output", output, *options) == 0
-    result = json.loads(output.read_text())
-    expected = {"guidance_scale": 3.0, "strength": 0.75, "num_inference_steps": 20, "map": "counterfactual"}
-    assert result["settings"] == expected | {"threshold": None}
-    assert result["network_evaluations_per_slice"] == 45
+    names = ("guidance_scale", "strength", "num_inference_steps", "map", "threshold")
+    assert result["settings"] == dict(zip(names, settings, strict=True))
+    assert result["network_evaluations_per_slice"] == evaluations
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--method", "thresh"], "there is no method thresh"),
-        (["--method", "threshold-t2"], "needs the modality t2, but the images hold flair, t1"),
+        (["--method", "threshold-t2"], "needs the modality t2"),
         (["--method", "threshold", "--strength", "0.5"], "--strength is a setting of models"),
-        (["--method", "threshold", "--settings", "paper"], "--settings is a setting of models"),
         (["--method", "threshold", "--split", "train"], "has no slices in its split train"),
-        (["--method", "threshold", "--batch_size", "0"], "--batch_size must be at least 1, not 0"),
-        (["--method", "threshold", "--output", "RESULT.txt"], "the output must be a file RESULT.json"),
-        (["--model", "MODEL", "--strength", "2"], "strength is 2.0: it must lie in [0, 1]"),
+        (["--method", "threshold", "--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--method", "threshold", "--max_patients", "0"], "--max_patients must be at least 1"),
+        (["--method", "threshold", "--output", "RESULT.txt"], "RESULT.txt"),
+        (["--method", "threshold", "--device", "nonsense"], "--device nonsense"),
+        (["--method", "threshold", "--shard", "3/2"], "--shard 3/2"),
+        (["--model", "MODEL", "--strength", "2"], "strength is 2.0"),
         (["--model", "MODEL", "--num_inference_steps", "7"], "num_inference_steps is 7"),
-        (["--method", "threshold", "--device", "nonsense"], "--device nonsense can't be used"),
+        (["--model", "MODEL", "--map", "signed"], "no `signs`"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(dataset, model, tmp_path, monkeypatch, capsys, options, message):
@@ -129,35 +122,41 @@ def test_bad_options_are_one_line_and_exit_code_2(dataset, model, tmp_path, monk
 
 
 @pytest.mark.parametrize("command", ["evaluate", "sweep", "calibrate"])
-def test_a_model_sees_no_images_of_another_scale(command, model, dataset, tmp_path, capsys):
+def test_a_model_never_sees_images_of_another_scale_or_other_modalities(command, model, dataset, tmp_path, capsys):
     pipe = CounterfactualDDIMPipeline.from_pretrained(model)
     pipe.preprocessing = pipe.preprocessing | {"normalize": "median"}
     pipe.save_pretrained(tmp_path / "other")
-    options = ["--model", tmp_path / "other", "--dataset", dataset, "--split", "test", "--output", tmp_path / "R.json"]
-    assert main([command, *map(str, options)]) == 2
-    said = "other: takes images of the intensity scale median, {} has p99: prepare the data with --normalize median"
-    assert said.format(dataset) in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["other"]
-
-
-@pytest.mark.parametrize("command", ["evaluate", "sweep", "calibrate"])
-def test_a_model_sees_no_images_of_other_modalities(command, model, tmp_path, capsys):
-    other = write_dataset(tmp_path / "dataset", modalities=["t1", "flair"])
-    options = ["--model", model, "--dataset", other, "--split", "test", "--output", tmp_path / "R.json"]
-    assert main([command, *map(str, options)]) == 2
-    assert f"takes flair, t1, but {other} holds t1, flair" in capsys.readouterr().err
+    swapped = write_dataset(tmp_path / "swapped", modalities=["t1", "flair"])
+    for chosen, data, reason in ((tmp_path / "other", dataset, "scale median"), (model, swapped, "takes flair, t1")):
+        options = ["--model", chosen, "--dataset", data, "--split", "test", "--output", tmp_path / "R.json"]
+        assert main([command, *map(str, options)]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: ") and reason in line and str(data) in line
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "swapped"}
 
 
 def test_data_without_masks(tmp_path, capsys):
     folder = write_dataset(tmp_path / "unlabelled", has_masks=False)
     assert run("--method", "threshold", "--dataset", folder, "--output", tmp_path / "RESULT.json") == 2
-    assert "unlabelled has no lesion masks: it trains a model, but can't be evaluated" in capsys.readouterr().err
+    assert "unlabelled has no lesion masks" in capsys.readouterr().err
 
 
 def test_an_output_folder_that_cannot_be_made(dataset, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run("--method", "threshold", "--dataset", dataset, "--output", tmp_path / "file" / "RESULT.json") == 2
-    assert "the folder can't be made" in capsys.readouterr().err
+    assert f"error: {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_an_output_has_one_writer(dataset, tmp_path, capsys):
+    """The second one is refused and touches nothing; a shard of the same output may run beside the others."""
+    options = ["--method", "threshold", "--dataset", dataset, "--output", tmp_path / "RESULT.json"]
+    assert run(*options, "--shard", "1/2") == 0
+    with alone_at(tmp_path / "RESULT.json"):
+        assert run(*options) == 2
+        assert "RESULT.json: another process" in capsys.readouterr().err
+        assert run(*options, "--shard", "2/2") == 0
+    assert len(list((tmp_path / "RESULT.parts").glob("*.npz"))) == 3
+    assert run(*options) == 0
 
 
 @pytest.mark.parametrize("options", [[], ["--method", "threshold", "--model", "folder"]])

@@ -1,5 +1,6 @@
+"""The post-processing chain against its definition."""
+
 import numpy as np
-import pytest
 import torch
 
 from diffusers_cf.evaluation.postprocessing import (
@@ -27,13 +28,6 @@ def test_foreground_is_any_channel_above_zero():
     np.testing.assert_array_equal(foreground_mask(torch.from_numpy(images)), expected)
 
 
-def test_erosion_takes_two_pixels_off_each_side():
-    eroded = eroded_foreground_mask(square_image(low=4, high=16))
-    expected = np.zeros((1, 20, 20), dtype=bool)
-    expected[0, 6:14, 6:14] = True
-    np.testing.assert_array_equal(eroded, expected)
-
-
 def test_erosion_is_a_mean_above_095():
     rng = np.random.default_rng(0)
     images = (rng.random((3, 1, 24, 24)) > 0.04).astype(np.float32)
@@ -41,11 +35,8 @@ def test_erosion_is_a_mean_above_095():
     inner = np.lib.stride_tricks.sliding_window_view(images[:, 0], (5, 5), axis=(1, 2)).mean((-1, -2))
     expected = (inner > 0.95) & (images[:, 0, 2:-2, 2:-2] > 0)
     assert expected.any() and not expected.all()
+    assert eroded_foreground_mask(np.ones((1, 3, 8, 8))).all()  # an image that fills its frame keeps its border
     np.testing.assert_array_equal(eroded[:, 2:-2, 2:-2], expected)
-
-
-def test_erosion_keeps_the_border_of_an_image_that_fills_its_frame():
-    assert eroded_foreground_mask(np.ones((1, 3, 8, 8))).all()
 
 
 def test_median_filter_is_the_median_of_25_pixels_of_the_same_slice():
@@ -79,13 +70,6 @@ def test_scores_outside_the_foreground_become_the_lowest():
     assert (negative == -2).all()
 
 
-def test_a_hole_in_the_tissue_stays_cleared():
-    images = square_image(size=24, low=2, high=22)
-    images[0, :, 12, 12] = 0
-    result = postprocess_maps(np.ones((1, 24, 24)), images)
-    assert result[0, 12, 12] == 0 and result[0, 12, 11] == 1
-
-
 def test_postprocessing_a_slice_does_not_depend_on_its_batch():
     rng = np.random.default_rng(2)
     images = (rng.random((4, 2, 16, 16)) > 0.05).astype(np.float32)
@@ -102,6 +86,7 @@ def test_components_of_20_voxels_stay_and_of_19_go():
     kept = remove_small_components(masks)
     assert kept.dtype == bool
     assert kept[0, 1:5, 1:6].all() and kept.sum() == 20
+    assert remove_small_components(masks[:0]).shape == (0, 16, 16)
 
 
 def test_components_are_three_dimensional_with_26_neighbours():
@@ -125,9 +110,3 @@ def test_components_follow_slice_indices_given_in_any_order():
     assert kept.any() and kept.sum() < masks.sum()
     shuffle = rng.permutation(6)
     np.testing.assert_array_equal(remove_small_components(masks[shuffle], slices[shuffle]), kept[shuffle])
-
-
-@pytest.mark.parametrize("shape", [(0, 8, 8), (3, 8, 8)])
-def test_empty_masks_have_no_components(shape):
-    kept = remove_small_components(np.zeros(shape, dtype=bool))
-    assert kept.shape == shape and not kept.any()

@@ -1,13 +1,10 @@
 """The sweep gives what single calls of the pipeline give, and what it stores is what the model then recommends."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from diffusers_cf import InputError
-from diffusers_cf.commands.sweep import store_settings
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask
 from diffusers_cf.evaluation.sweep import SweepPoint, best_point, evenly_spread, learn_signs, sweep
@@ -110,27 +107,6 @@ def test_settings_that_cost_too_much_are_not_computed(pipe, record_calls):
     assert found == {(0.2, maps[0]): 6, (0.2, maps[1]): 8, (0.2, maps[2]): 4, (0.4, maps[2]): 8}
     assert sum(len(call.sample) for call in calls) == 5 * (8 + 8)
     assert not sweep(pipe, slices, range(1, 6), [2.0], [0.2], maps, 10, max_evaluations=3)
-
-
-def test_stored_settings_are_recommended(pipe, tmp_path):
-    pipe.preprocessing = {"modalities": ["a", "b"], "threshold_chosen_by": {"rule": "of another threshold"}}
-    pipe.save_pretrained(tmp_path / "model")
-    point = SweepPoint(2.0, 0.4, 20, "signed", 32, threshold=0.07)
-    store_settings(str(tmp_path / "model"), point, {"split": "validation"}, {"signs": [1, -1], "evaluation_size": 16})
-    loaded = type(pipe).from_pretrained(tmp_path / "model")
-    recommended = {
-        "guidance_scale": 2.0,
-        "strength": 0.4,
-        "num_inference_steps": 20,
-        "map": "signed",
-        "threshold": 0.07,
-    }
-    assert loaded.resolve_settings() == recommended
-    assert loaded.preprocessing["modalities"] == ["a", "b"]
-    facts = json.loads((tmp_path / "model" / "preprocessing.json").read_text(encoding="utf-8"))
-    assert facts["settings"]["postprocess"] and facts["signs"] == [1, -1] and "threshold_chosen_by" not in facts
-    with pytest.raises(InputError, match="folder"):
-        store_settings("user/name", point, {}, {})
 
 
 def test_slices_are_spread_evenly():

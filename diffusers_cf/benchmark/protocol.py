@@ -8,13 +8,13 @@ import torch
 
 from diffusers_cf.baselines import AnomalyMethod
 from diffusers_cf.benchmark.presets import Preset
+from diffusers_cf.benchmark.slice_scores import diffusion_classifier_scores, position_scores, relative_positions
 from diffusers_cf.data.intensity import with_named_scale
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import CHAINS, PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps
 from diffusers_cf.evaluation.protocol import evaluate, maps_at_size
-from diffusers_cf.evaluation.slice_scores import diffusion_classifier_scores, position_scores, relative_positions
 from diffusers_cf.evaluation.sweep import evenly_spread, has_lesion
 from diffusers_cf.evaluation.trajectories import encode_trajectory
 

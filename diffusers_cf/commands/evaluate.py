@@ -1,13 +1,12 @@
-"""`diffusers-cf evaluate`: measures a model folder or a baseline on a split and writes RESULT.json."""
+"""`diffusers-cf evaluate`: measure a model or a baseline on a split and write RESULT.json."""
 
 import argparse
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from diffusers_cf.baselines import BASELINES, make_baseline
 from diffusers_cf.commands.options import (
     add_compile_argument,
     add_device_arguments,
@@ -17,89 +16,61 @@ from diffusers_cf.commands.options import (
     open_pipeline,
     take_device,
 )
-from diffusers_cf.data import SliceDataset, SliceStream
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.measuring import begin_parts
 from diffusers_cf.evaluation.processes import share_of_work
-from diffusers_cf.evaluation.protocol import evaluate, write_result
+from diffusers_cf.files import alone_at, write_json
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `diffusers-cf evaluate`."""
+    """Add the options of `diffusers-cf evaluate`."""
+    add = parser.add_argument
     method = parser.add_mutually_exclusive_group(required=True)
-    method.add_argument("--model", metavar="FOLDER", help="folder or Hub id of a model")
-    method.add_argument("--method", metavar="ID", help=f"a method without a model folder: {', '.join(BASELINES)}")
-    parser.add_argument(
-        "--dataset", required=True, help="folder written by diffusers-cf prepare, or user/name[@revision] on the Hub"
-    )
-    parser.add_argument("--streaming", action="store_true", help="read patient by patient, without a download")
-    parser.add_argument(
-        "--split", default="test", choices=("train", "validation", "test"), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="RESULT.json", help="counts go to RESULT.counts.npz beside it"
+    method.add_argument("--model", metavar="FOLDER", help="folder, Hub id or name of a model")
+    method.add_argument("--method", metavar="ID", help="a baseline without training, such as threshold-flair")
+    add("--dataset", required=True, help="folder written by diffusers-cf prepare, or user/name[@revision] on the Hub")
+    add("--streaming", action="store_true", help="read the data set patient by patient instead of downloading it")
+    add("--split", default="test", choices=("train", "validation", "test"), help="default: %(default)s")
+    add(
+        "--output",
+        required=True,
+        metavar="RESULT.json",
+        help="file to write; counts go to RESULT.counts.npz beside it",
     )
     add_device_arguments(parser)
     add_compile_argument(parser)
     add_settings_arguments(parser)
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        help="for Dice per patient, default: what the model recommends, else the split's ideal one",
-    )
-    parser.add_argument("--max_patients", type=int, help="only the first patients in alphabetical order")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, default: %(default)s")
+    add("--threshold", type=float, help="threshold of the heatmap for Dice per patient, in heatmap units; default: the "
+        "model's recommended one, else the ideal one of this split")  # fmt: skip
+    add("--max_patients", type=int, help="use only the first patients in alphabetical order; default: all")
+    add("--seed", type=int, default=0, help="seed of the bootstrap, default: %(default)s")
     add_shard_argument(parser, "puts the result together")
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """Evaluates as the options say, writes RESULT.json and RESULT.counts.npz, and prints the main figures.
+    """Evaluate a method, write RESULT.json and RESULT.counts.npz, and print the main numbers.
 
     Raises:
-        InputError: Model, data set, options or output can't be used.
+        InputError: model, data set, options or output can't be used.
     """
+    import torch
+
+    from diffusers_cf.evaluation.inputs import open_split
+    from diffusers_cf.evaluation.protocol import begin_parts, evaluate
+
     share = share_of_work(args.shard)
     take_device(args, share)
     check_device_arguments(args)
     if args.max_patients is not None and args.max_patients < 1:
         raise InputError(f"--max_patients must be at least 1, not {args.max_patients}")
-    output = _output_file(args.output)
-    dataset = (SliceStream if args.streaming else SliceDataset)(args.dataset, args.split)
-    if not dataset.has_masks:
-        raise InputError(f"{args.dataset} has no lesion masks: it trains a model, but can't be evaluated")
-    if not len(dataset):
-        raise InputError(f"{args.dataset} has no slices in its split {args.split}")
-    method = _load_model(args, dataset) if args.model else _load_baseline(args, dataset)
-    settings, fingerprint = method.pop("settings"), method.pop("fingerprint")
-    facts = _facts(args, dataset, settings)
-    parts = output.with_suffix(".parts")
-    # which of a machine's GPUs measured a part changes nothing
-    begin_parts(parts, facts | {"device": torch.device(args.device).type, "fingerprint": fingerprint})
-    result = evaluate(
-        dataset=dataset,
-        threshold=settings["threshold"],
-        batch_size=args.batch_size,
-        device=args.device,
-        indices=_rows_of_first_patients(dataset.patients, args.max_patients),
-        counts_path=output.with_suffix(".counts.npz"),
-        seed=args.seed,
-        parts=parts,
-        share=share,
-        **method,
-    )
-    if result is not None:
-        made_by = {"model_sha256": fingerprint, "command": command_line(), "commit": package_commit()}
-        write_result({**result, **facts, **made_by}, output)
-        shutil.rmtree(parts)
-        print(_summary(result, output))
-    elif share.is_shard:
-        print(f"shard {args.shard} is measured; the same command without --shard puts all together -> {output}")
-    return 0
-
-
-def _facts(args: argparse.Namespace, dataset: SliceDataset | SliceStream, settings: dict) -> dict:
-    return {
+    output = Path(args.output)
+    if output.is_dir() or output.suffix != ".json":
+        raise InputError(f"{output}: the output must be a file RESULT.json")
+    dataset = open_split(args.dataset, args.split, streaming=args.streaming)
+    load = _load_model if args.model else _load_baseline
+    method, settings, fingerprint = load(args, dataset)
+    chosen = np.isin(dataset.patients, np.unique(dataset.patients)[: args.max_patients])
+    facts = {
         "model" if args.model else "method": args.model or args.method,
         "settings": settings,
         "dataset": {
@@ -113,63 +84,68 @@ def _facts(args: argparse.Namespace, dataset: SliceDataset | SliceStream, settin
         "device": args.device,
         "dtype": args.dtype,
     }
+    parts = output.with_suffix(".parts")
+    # shards of one output run at the same time, each with a lock of its own; a launcher's processes share one
+    locked = output.with_name(f"{output.stem}.shard-{share.index + 1}-of-{share.count}") if share.is_shard else output
+    with alone_at(locked) if share.is_main or share.is_shard else nullcontext():
+        # parts depend on the kind of device, but not on its number
+        begin_parts(parts, facts | {"device": torch.device(args.device).type, "fingerprint": fingerprint})
+        result = evaluate(
+            dataset=dataset,
+            threshold=settings["threshold"],
+            batch_size=args.batch_size,
+            device=args.device,
+            indices=np.flatnonzero(chosen),
+            counts_path=output.with_suffix(".counts.npz"),
+            seed=args.seed,
+            parts=parts,
+            share=share,
+            **method,
+        )
+        if result is not None:
+            made_by = {"model_sha256": fingerprint, "command": command_line(), "commit": package_commit()}
+            write_json({**result, **facts, **made_by}, output)
+            shutil.rmtree(parts)
+    if result is not None:
+        print(_summary(result, output))
+    elif share.is_shard:
+        print(f"shard {args.shard} is measured; the same command without --shard puts all together -> {output}")
+    return 0
 
 
-def _output_file(path: str) -> Path:
-    """Returns the output's path, its folder made now: not to fail after hours."""
-    output = Path(path)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{output.parent}: the folder can't be made ({error.strerror})") from None
-    if output.is_dir() or output.suffix != ".json":
-        raise InputError(f"{output}: the output must be a file RESULT.json")
-    return output
+def _load_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
+    """Return a model's keyword arguments for `evaluate`, its settings, and its fingerprint."""
+    from diffusers_cf.evaluation.inputs import checked_settings
 
-
-def _load_model(args: argparse.Namespace, dataset: SliceDataset | SliceStream) -> dict:
-    """Returns a model's keyword arguments for `evaluate`, and `settings`."""
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile, dataset=dataset)
     names = ("settings", "guidance_scale", "strength", "num_inference_steps", "map", "threshold")
-    try:
-        settings = pipe.resolve_settings(**{name: getattr(args, name) for name in names})
-        pipe.scheduler.set_timesteps(settings["num_inference_steps"])
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    settings = checked_settings(pipe, **{name: getattr(args, name) for name in names})
     call = {name: value for name, value in settings.items() if name != "threshold"}
-    return {
+    method = {
         "anomaly_map": lambda images: pipe(images, **call).heatmaps,
         "network_evaluations_per_slice": pipe.network_evaluations(**call),
-        "settings": settings,
-        "fingerprint": model_fingerprint(pipe),
     }
+    return method, settings, model_fingerprint(pipe)
 
 
-def _load_baseline(args: argparse.Namespace, dataset: SliceDataset | SliceStream) -> dict:
-    """Returns a baseline's keyword arguments for `evaluate`, and `settings`."""
+def _load_baseline(args: argparse.Namespace, dataset) -> tuple[dict, dict, None]:
+    """Return a baseline's keyword arguments for `evaluate`, and its settings."""
+    from diffusers_cf.baselines import make_baseline
+
     for name in ("settings", "guidance_scale", "strength", "num_inference_steps", "map"):
         if getattr(args, name) is not None:
             raise InputError(f"--{name} is a setting of models, not of --method {args.method}")
-    method = make_baseline(args.method, dataset.preprocessing["modalities"])
-
-    def anomaly_map(images: torch.Tensor) -> torch.Tensor:
-        return method.anomaly_map(images.to(args.device))
-
-    return {
-        "anomaly_map": anomaly_map,
-        "whole_patients": method.whole_patient,
-        "network_evaluations_per_slice": method.network_evaluations_per_slice,
-        "settings": {"threshold": args.threshold},
-        "fingerprint": None,
+    baseline = make_baseline(args.method, dataset.preprocessing["modalities"])
+    method = {
+        "anomaly_map": lambda images: baseline.anomaly_map(images.to(args.device)),
+        "whole_patients": baseline.whole_patient,
+        "network_evaluations_per_slice": baseline.network_evaluations_per_slice,
     }
-
-
-def _rows_of_first_patients(patients: np.ndarray, max_patients: int | None) -> np.ndarray:
-    return np.flatnonzero(np.isin(patients, np.unique(patients)[:max_patients]))
+    return method, {"threshold": args.threshold}, None
 
 
 def _summary(result: dict, output: Path) -> str:
-    """Returns the main figures as a small table."""
+    """Return the main numbers as a small table."""
     rows = [f"{'':16}AUPRC  ideal Dice  foreground AUPRC  foreground ideal Dice  slice AUROC  AUPRC, Dice per patient"]
     for name, part in (("map", result), ("post-processed", result["postprocessed"])):
         keys = ("auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "slice_auroc")

@@ -1,136 +1,127 @@
-"""`diffusers-cf sweep`: every combination of settings on validation slices, and the best one made the model's own."""
+"""`diffusers-cf sweep`: measure every combination of settings on validation slices; the best can be stored."""
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
-from diffusers_cf import loading, saving
 from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
-from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.protocol import write_result
-from diffusers_cf.evaluation.sweep import (
-    GUIDANCE_SCALES,
-    STRENGTHS,
-    SweepPoint,
-    best_point,
-    evenly_spread,
-    has_lesion,
-    learn_signs,
-    settings_of_sweep,
-    sweep,
-)
-from diffusers_cf.files import make_folder
-from diffusers_cf.maps import check_forward
-from diffusers_cf.plots import plot_sweep
+from diffusers_cf.files import alone_at, make_folder, new_folder, read_json, write_json
 from diffusers_cf.provenance import command_line, package_commit
-from diffusers_cf.settings import DECODED_MAPS, MAPS, NAMES, PAPER_SETTINGS
+from diffusers_cf.settings import MAPS, NAMES, PAPER_SETTINGS
+
+
+SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "map")
+# The paper's Fig. 3 begins at a strength of 0.4; for small networks and real FLAIR slices the best ones are lower.
+GUIDANCE_SCALES = (1.5, 2.5, 3.0)
+STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `diffusers-cf sweep`."""
+    """Add the options of `diffusers-cf sweep`."""
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="folder or Hub id of a model")
+    add("--model", required=True, metavar="FOLDER", help="folder, Hub id or name of a model")
     add("--dataset", required=True, help="slice data set with masks, or user/name[@revision]")
     add("--output", required=True, metavar="RESULTS", help="folder for sweep.json and sweep.png")
-    add("--split", default="validation", choices=("train", "validation", "test"))
+    splits = ("train", "validation", "test")
+    add("--split", default="validation", choices=splits, help="split to measure on, default: %(default)s")
     scales, strengths = (" ".join(map(str, values)) for values in (GUIDANCE_SCALES, STRENGTHS))
-    add("--guidance_scales", type=float, nargs="+", default=list(GUIDANCE_SCALES), help=f"w, default: {scales}")
-    add("--strengths", type=float, nargs="+", default=list(STRENGTHS), help=f"L, default: {strengths}")
-    add("--maps", nargs="+", choices=MAPS, help="default: all that the model can make")
-    add("--num_inference_steps", type=int, nargs="+", default=[100], help="n of the full grid, default: 100")
-    add("--solver_order", type=int, nargs="+", choices=(1, 2), help="of encoding, 2 costs nothing more and pays where steps "
-        "are few, but not for the forward map; default: what the model has, --store makes the best one the model's")  # fmt: skip
-    add("--max_slices", type=int, default=256, help="evenly spread over the split (256, the paper's number)")
-    add("--max_evaluations", type=int, help="leave out settings of more network evaluations a slice")
+    add(
+        "--guidance_scales",
+        type=float,
+        nargs="+",
+        default=list(GUIDANCE_SCALES),
+        help=f"values of w, default: {scales}",
+    )
+    add("--strengths", type=float, nargs="+", default=list(STRENGTHS), help=f"values of L, default: {strengths}")
+    add("--maps", nargs="+", choices=MAPS, help="kinds of heatmap, default: all that the model can compute")
+    add("--num_inference_steps", type=int, nargs="+", default=[100], help="steps of the full grid, default: 100")
+    add("--solver_order", type=int, nargs="+", choices=(1, 2), help="orders of the solver that encodes; 2 costs the "
+        "same NFE and helps with few steps, but not for the map forward; default: the model's own")  # fmt: skip
+    add(
+        "--max_slices", type=int, default=256, help="slices to measure on, evenly spread, default: 256 as in the paper"
+    )
+    add("--max_evaluations", type=int, help="leave out settings with more NFE per slice, default: keep all")
     add_device_arguments(parser, batch_size=32)
-    add("--store", nargs="?", const="recommended", choices=NAMES, help="write the best setting into the model folder as "
-        "its recommendation; with `paper` the threshold for the paper's setting, the only one of the sweep")  # fmt: skip
+    add("--store", nargs="?", const="recommended", choices=NAMES, help="write the best setting, and its solver order if "
+        "--solver_order is given, into the model folder as recommended; with `paper` only the threshold of the paper's "
+        "setting, which must be the only one of the sweep; default: write nothing")  # fmt: skip
 
 
 def run_sweep(args: argparse.Namespace) -> int:
-    """Runs the sweep, writes RESULTS/sweep.json and sweep.png, prints the best setting; with --store recommends it.
+    """Measure the settings, write RESULTS/sweep.json and sweep.png, and print the best one.
 
     Raises:
         InputError: model, data set or options can't be used.
     """
+    from diffusers_cf.evaluation.inputs import open_split, rows_of_both_labels
+    from diffusers_cf.evaluation.sweep import best_point, has_lesion, learn_signs, settings_of_sweep, sweep
+    from diffusers_cf.maps import check_forward
+    from diffusers_cf.plots import plot_sweep
+
     _check_options(args)
-    dataset = SliceDataset(args.dataset, args.split)
-    if not dataset.has_masks or not len(dataset):
-        raise InputError(f"{args.dataset}: the split {args.split} has no slices with lesion masks to measure on")
-    indices = evenly_spread(len(dataset), args.max_slices)
-    _check_slices(dataset, indices, args)
+    dataset = open_split(args.dataset, args.split)
+    rows = rows_of_both_labels(dataset, args.max_slices)
+    if not has_lesion(dataset, rows, args.batch_size):
+        chosen = f"{args.dataset}: the {len(rows)} slices chosen of the split {args.split}"
+        raise InputError(f"{chosen} have no lesion pixel in their foreground, where settings are compared")
     pipe = open_pipeline(args.model, args.device, args.dtype, dataset=dataset)
-    args.maps = args.maps or _possible_maps(pipe)
-    try:
-        # A sweep takes hours: whether any setting can be recommended is known before.
-        if not any([settings_of_sweep(pipe, *grid, args.max_evaluations) for grid in _grids(args, pipe)]):
-            raise InputError(f"no setting of the sweep needs at most {args.max_evaluations} network evaluations")
-        make_folder(args.output)
-        if "signed" in args.maps:
-            pipe.preprocessing = pipe.preprocessing | {"signs": _signs_for_sweep(args, pipe, dataset, indices)}
-        swept = [
-            sweep(pipe, dataset, indices, *grid, args.batch_size, args.max_evaluations) for grid in _grids(args, pipe)
-        ]
-        points = list(itertools.chain(*swept))
+    if not args.maps:
+        try:
+            check_forward(pipe)
+            args.maps = list(MAPS)
+        except ValueError:
+            args.maps = [name for name in MAPS if name != "forward"]
+    try:  # all settings are checked now, because a sweep takes hours
+        found = [settings_of_sweep(pipe, *grid, args.max_evaluations) for grid in _grids(args, pipe)]
     except ValueError as error:
         raise InputError(str(error)) from None
+    if not any(found):
+        raise InputError(f"no setting of the sweep needs at most {args.max_evaluations} network evaluations")
+    make_folder(args.output)
+    if "signed" in args.maps:  # from about 64 slices, with the most exact encoding
+        if args.solver_order:
+            _set_solver_order(pipe, args.model, max(args.solver_order))
+        signs = learn_signs(
+            pipe, dataset, rows[:: max(1, len(rows) // 64)], args.batch_size, guidance_scale=max(args.guidance_scales),
+            strength=sorted(args.strengths)[len(args.strengths) // 2],
+            num_inference_steps=max(args.num_inference_steps),
+        )  # fmt: skip
+        pipe.preprocessing = pipe.preprocessing | {"signs": signs}
+    points = []
+    for grid in _grids(args, pipe):
+        points += sweep(pipe, dataset, rows, *grid, args.batch_size, args.max_evaluations)
     best = best_point(points)
-    output = Path(args.output)
-    facts = {"command": command_line(), "commit": package_commit(), "split": args.split, "n_slices": len(indices)}
+    facts = {"command": command_line(), "commit": package_commit(), "split": args.split, "n_slices": len(rows)}
     document = facts | {"best": asdict(best), "points": [asdict(point) for point in points]}
-    write_result(document, output / "sweep.json")
-    plot_sweep(output / "sweep.png", points)
+    write_json(document, Path(args.output) / "sweep.json")
+    plot_sweep(Path(args.output) / "sweep.png", points)
     print(f"best: {asdict(best)}")
     if args.store:
-        _store(args, pipe, dataset, best, facts)
+        more = {"signs": signs} if "signed" in args.maps else {}
+        store_point(args.model, args.store, best, facts, more | {"evaluation_size": dataset.preprocessing["size"]})
     return 0
-
-
-def _store(args: argparse.Namespace, pipe, dataset: SliceDataset, best: SweepPoint, facts: dict) -> None:
-    """Makes what the sweep has found the model's own, as `--store` says."""
-    if args.solver_order:
-        _set_solver_order(pipe, args.model, best.solver_order)
-        pipe.inverse_scheduler.save_pretrained(Path(args.model) / "inverse_scheduler")
-        saving.forget_origin(args.model)
-    kept = {"signs": pipe.preprocessing["signs"]} if "signed" in args.maps else {}
-    kept["evaluation_size"] = dataset.preprocessing["size"]
-    store = store_settings if args.store == "recommended" else store_paper_threshold
-    store(args.model, best, facts, kept)
 
 
 def _check_options(args: argparse.Namespace) -> None:
     check_device_arguments(args)
-    if args.max_slices < 1:
-        raise InputError(f"--max_slices must be at least 1, not {args.max_slices}")
     if not all(0 < strength <= 1 for strength in args.strengths):
         raise InputError(f"--strengths {args.strengths}: each must lie in (0, 1]")
-    if args.store:
-        _check_model_folder(args.model)
+    if args.store and not Path(args.model).is_dir():
+        raise InputError(f"{args.model}: settings can be stored in a model folder only")
     swept = [args.guidance_scales, args.strengths, args.num_inference_steps, args.maps]
-    names = ("guidance_scale", "strength", "num_inference_steps", "map")
-    scale, strength, steps, kind = (PAPER_SETTINGS[name] for name in names)
-    if args.store == "paper" and swept != [[scale], [strength], [steps], [kind]]:
+    if args.store == "paper" and swept != [[PAPER_SETTINGS[name]] for name in SETTINGS]:
         options = "--guidance_scales 3 --strengths 0.75 --maps counterfactual --num_inference_steps 100"
         raise InputError(f"--store paper needs a sweep of the paper's setting alone: {options}")
     if args.store == "paper" and args.solver_order:
-        raise InputError("--store paper adds a threshold alone: it can't change the model's --solver_order")
-
-
-def _possible_maps(pipe) -> list[str]:
-    try:
-        check_forward(pipe)
-    except ValueError:
-        return list(DECODED_MAPS)
-    return list(MAPS)
+        raise InputError("--store paper stores a threshold only: it can't change the model's --solver_order")
 
 
 def _grids(args: argparse.Namespace, pipe) -> Iterator[tuple]:
-    """What `sweep` takes for each solver and number of steps, the pipeline made ready for it meanwhile."""
+    """Yield the arguments of `sweep` for each solver order and number of steps, after setting both in the pipeline."""
     for order, steps in itertools.product(args.solver_order or [None], args.num_inference_steps):
         if order:
             _set_solver_order(pipe, args.model, order)
@@ -139,67 +130,45 @@ def _grids(args: argparse.Namespace, pipe) -> Iterator[tuple]:
 
 
 def _set_solver_order(pipe, model: str, order: int) -> None:
-    """Gives the pipeline an inverse scheduler of another order."""
     inverse = pipe.inverse_scheduler
+    if "solver_order" not in inverse.config:
+        raise InputError(f"{model}: a {type(inverse).__name__} has no solver_order")
     try:
-        if "solver_order" not in inverse.config:
-            raise ValueError(f"a {type(inverse).__name__} knows no solver_order")
         pipe.register_modules(inverse_scheduler=type(inverse).from_config(inverse.config, solver_order=order))
     except ValueError as error:
         raise InputError(f"{model}: {error}") from None
 
 
-def _check_slices(dataset: SliceDataset, indices: Sequence[int], args: argparse.Namespace) -> None:
-    """Raises `InputError` for slices that tell no setting from another: of one class, or without lesion pixels.
+def store_point(model: str, name: str, point, chosen_by: dict, more: dict) -> None:
+    """Write a point of a sweep into a model folder, all of it or nothing.
 
-    A lesion counts in the foreground, because the best setting is chosen by AUPRC there.
+    Args:
+        model (`str`): the folder.
+        name (`str`): `recommended`: all settings of the point, and its solver order; `paper`: its threshold.
+        point ([`SweepPoint`]): the setting with its scores.
+        chosen_by (`dict`): command, commit and slices of the sweep.
+        more (`dict`): further entries of preprocessing.json, such as `signs`.
     """
-    chosen = f"{args.dataset}: the {len(indices)} slices chosen of the split {args.split}"
-    sick = np.asarray(dataset.labels)[indices] != 0
-    if sick.all() or not sick.any():
-        raise InputError(f"{chosen} are all {'unhealthy' if sick.all() else 'healthy'}: a sweep needs both")
-    if not has_lesion(dataset, indices, args.batch_size):
-        raise InputError(f"{chosen} have no lesion pixel in their foreground")
+    from diffusers_cf.loading import read_preprocessing
+    from diffusers_cf.saving import write_preprocessing
 
-
-def _signs_for_sweep(args: argparse.Namespace, pipe, dataset, indices: Sequence[int]) -> list[int]:
-    """Signs from about 64 of the slices, at the largest guidance scale, the middle strength, the most exact encoding."""
-    if args.solver_order:
-        _set_solver_order(pipe, args.model, max(args.solver_order))
-    return learn_signs(
-        pipe,
-        dataset,
-        indices[:: max(1, len(indices) // 64)],
-        args.batch_size,
-        guidance_scale=max(args.guidance_scales),
-        strength=sorted(args.strengths)[len(args.strengths) // 2],
-        num_inference_steps=max(args.num_inference_steps),
-    )
-
-
-def store_settings(folder: str, best: SweepPoint, facts: dict, more: dict) -> None:
-    """Writes a point into the model folder's preprocessing.json as what the model recommends, and what chose it.
-
-    Raises:
-        InputError: the model is not a folder.
-    """
-    _check_model_folder(folder)
-    names = ("guidance_scale", "strength", "num_inference_steps", "map", "threshold")
-    settings = {name: getattr(best, name) for name in names} | {"postprocess": True}
-    chosen = facts | {"postprocessed_auprc": best.postprocessed_auprc, "ideal_dice": best.postprocessed_ideal_dice}
-    known = loading.read_preprocessing(folder)
-    known.pop("threshold_chosen_by", None)  # of the threshold that stood there before
-    stored = {"settings": settings, "settings_chosen_by": chosen} | more
-    saving.write_preprocessing(folder, known | stored)
-
-
-def store_paper_threshold(folder: str, point: SweepPoint, facts: dict, more: dict) -> None:
-    """Writes the threshold of the paper's setting into the model folder's preprocessing.json, and what chose it."""
-    _check_model_folder(folder)
-    stored = {"paper_threshold": point.threshold, "paper_threshold_chosen_by": facts}
-    saving.write_preprocessing(folder, loading.read_preprocessing(folder) | stored | more)
-
-
-def _check_model_folder(folder: str) -> None:
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder}: settings can be stored in a model folder only")
+    folder = Path(model).resolve()
+    known = read_preprocessing(folder)
+    if name == "paper":
+        stored = {"paper_threshold": point.threshold, "paper_threshold_chosen_by": chosen_by}
+        write_preprocessing(folder, known | stored | more)
+        return
+    known.pop("threshold_chosen_by", None)  # of the threshold that is replaced
+    scores = {"postprocessed_auprc": point.postprocessed_auprc, "ideal_dice": point.postprocessed_ideal_dice}
+    settings = {name: getattr(point, name) for name in (*SETTINGS, "threshold")} | {"postprocess": True}
+    known |= {"settings": settings, "settings_chosen_by": chosen_by | scores} | more
+    scheduler = Path("inverse_scheduler", "scheduler_config.json")
+    config = read_json(folder / scheduler)
+    if point.solver_order in (None, config.get("solver_order", 1)):
+        write_preprocessing(folder, known)
+        return
+    # settings are no good with another solver: both files change in one step, by a copy of the folder
+    with alone_at(folder), new_folder(folder) as changed:
+        shutil.copytree(folder, changed, symlinks=True, dirs_exist_ok=True)
+        write_json(config | {"solver_order": point.solver_order}, changed / scheduler)
+        write_preprocessing(changed, known)

@@ -1,32 +1,69 @@
-"""Thresholds without masks: rules that need labels of slices alone. Maps come from `postprocessing.postprocess_maps`."""
+"""Thresholds from the labels of slices alone, for data without masks. Maps are those of `postprocess_maps`."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
-from diffusers_cf.evaluation.postprocessing import MIN_COMPONENT_SIZE
+from diffusers_cf.evaluation.postprocessing import MIN_COMPONENT_SIZE, foreground_mask
 
 
-# Share of healthy pixels below the threshold: Baur et al. 2021, "Autoencoders for unsupervised anomaly segmentation in
-# brain MR images: a comparative study", who take it of healthy training data.
+# Share of healthy pixels below the threshold, as in Baur et al. 2021, "Autoencoders for unsupervised anomaly
+# segmentation in brain MR images: a comparative study" (there of healthy training data).
 HEALTHY_QUANTILE = 0.98
-# AnoFPDM (Che et al. 2025): the quantile of a slice's own map, for the largest divergence and for none.
-DIVERGENCE_QUANTILES = (0.90, 0.98)
+
+
+def thresholds_of_labels(
+    maps: Iterable[tuple[np.ndarray, Mapping]], quantile: float = HEALTHY_QUANTILE
+) -> dict[str, float]:
+    """Return the threshold of each rule; masks are not used.
+
+    Args:
+        maps (`Iterable`): post-processed maps `(N, H, W)` with their batches (`images`, `labels`).
+        quantile (`float`): for the rule `healthy-quantile`, in (0, 1).
+
+    Raises:
+        ValueError: all slices have the same label.
+    """
+    healthy, scores, labels = PixelCounts(), [], []
+    for heat, batch in maps:
+        inside, sick = foreground_mask(batch["images"]), np.asarray(batch["labels"]) != 0
+        pixels = heat[~sick][inside[~sick]]
+        healthy.update(pixels, np.zeros_like(pixels))
+        scores.append(slice_scores(heat))
+        labels.append(sick)
+    split = best_split(np.concatenate(scores), np.concatenate(labels))
+    return {"slice-labels": split, "healthy-quantile": healthy_quantile(healthy, quantile)}
+
+
+def dice_of_thresholds(
+    maps: Iterable[tuple[np.ndarray, Mapping]], thresholds: Mapping[str, float]
+) -> dict[str, float | None]:
+    """Return Dice over all foreground pixels at each threshold, and at the `ideal` one for these masks.
+
+    Args:
+        maps (`Iterable`): post-processed maps `(N, H, W)` with their batches (`images`, `masks`).
+        thresholds (`Mapping`): rule -> threshold, as from [`thresholds_of_labels`].
+    """
+    found, counts = {name: PixelCounts() for name in thresholds}, PixelCounts()
+    for heat, batch in maps:
+        inside, masks = foreground_mask(batch["images"]), np.asarray(batch["masks"])
+        counts.update(heat[inside], masks[inside])
+        for name, threshold in thresholds.items():
+            found[name].update((heat >= threshold)[inside], masks[inside])
+    return {name: marked.dice_at(1.0) for name, marked in found.items()} | {"ideal": counts.ideal_dice()[0]}
 
 
 def healthy_quantile(healthy: PixelCounts, quantile: float = HEALTHY_QUANTILE) -> float:
-    """The lowest of the scores at which `map >= threshold` spares this share of healthy pixels.
+    """Return the lowest threshold for which `map >= threshold` leaves this share of healthy pixels unmarked.
 
     Args:
-        healthy: scores in the foreground of healthy slices, all counted as negatives.
-        quantile: the share, in (0, 1).
+        healthy (`PixelCounts`): scores in the foreground of healthy slices, all counted as negatives.
+        quantile (`float`): the share, in (0, 1).
 
     Raises:
-        ValueError: no pixel, or a share out of its range.
+        ValueError: there are no pixels.
     """
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile is {quantile}: it must lie between 0 and 1")
     if not healthy.negatives.any():
         raise ValueError("there are no pixels of healthy slices")
     spared = np.concatenate([[0], np.cumsum(healthy.negatives)]) >= quantile * healthy.negatives.sum()
@@ -35,23 +72,23 @@ def healthy_quantile(healthy: PixelCounts, quantile: float = HEALTHY_QUANTILE) -
 
 
 def slice_scores(maps: np.ndarray) -> np.ndarray:
-    """Score of each slice: the highest threshold that leaves as many pixels as a component must have to stay, (N,).
+    """Return the score of each slice `(N,)`: the highest threshold that marks as many pixels as a component needs.
 
     Args:
-        maps: (N, H, W), 0 outside the foreground.
+        maps (`np.ndarray`): `(N, H, W)`, 0 outside the foreground.
     """
     rank = min(MIN_COMPONENT_SIZE, maps[0].size)
     return np.partition(maps.reshape(len(maps), -1), -rank, axis=1)[:, -rank]
 
 
 def best_split(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The threshold of `score >= threshold` with the largest sensitivity + specificity (Youden's J).
+    """Return the threshold of `score >= threshold` with the highest sensitivity + specificity (Youden's J).
 
-    Choosing a threshold by labels of images is how anomalib's adaptive threshold works, there by F1.
+    anomalib's adaptive threshold uses labels of images in the same way, with F1 instead of J.
 
     Args:
-        scores: (N,).
-        labels: (N,), 0 = healthy.
+        scores (`np.ndarray`): `(N,)`.
+        labels (`np.ndarray`): `(N,)`, 0 = healthy.
 
     Raises:
         ValueError: all labels are the same.
@@ -60,48 +97,6 @@ def best_split(scores: np.ndarray, labels: np.ndarray) -> float:
 
     sick = np.asarray(labels) != 0
     if sick.all() or not sick.any():
-        raise ValueError("the slices all have the same label: a threshold needs healthy and other ones")
+        raise ValueError("the slices all have the same label: a threshold needs healthy and unhealthy ones")
     false, true, thresholds = roc_curve(sick, scores, drop_intermediate=False)
     return float(thresholds[1:][np.argmax((true - false)[1:])])
-
-
-def divergences(maps: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """How far each slice is from its counterfactual: the mean square of the map in the foreground, (N,).
-
-    AnoFPDM takes it between guided and null prediction, where it is largest along the encoding; a finished map has one.
-
-    Args:
-        maps: (N, H, W).
-        inside: bool (N, H, W), the foreground.
-    """
-    sums = np.where(inside, maps, 0).astype(np.float64) ** 2
-    return sums.sum(axis=(1, 2)) / np.maximum(inside.sum(axis=(1, 2)), 1)
-
-
-@dataclass
-class DivergenceRule:
-    """AnoFPDM's threshold for each slice: a quantile of its own map, the lower the further it is from healthy.
-
-    Attributes:
-        least: divergence from which on a slice counts as unhealthy; below it nothing is marked.
-        largest: divergence that gets the lower quantile.
-        quantiles: lower and upper one.
-    """
-
-    least: float
-    largest: float
-    quantiles: tuple[float, float] = DIVERGENCE_QUANTILES
-
-    @classmethod
-    def of_labels(cls, values: np.ndarray, labels: np.ndarray) -> "DivergenceRule":
-        """The rule that slices `(N,)` with labels `(N,)` teach; errors as in [`best_split`]."""
-        return cls(best_split(values, labels), float(values[np.asarray(labels) != 0].max()))
-
-    def thresholds(self, maps: np.ndarray, inside: np.ndarray) -> np.ndarray:
-        """`map >= threshold` for each slice, (N,), infinite for healthy ones; arguments as in [`divergences`]."""
-        low, high = self.quantiles
-        values, found = divergences(maps, inside), np.full(len(maps), np.inf)
-        for index in np.flatnonzero(values >= self.least):
-            quantile = high - (high - low) * min(1.0, values[index] / self.largest)
-            found[index] = np.quantile(maps[index][inside[index]], quantile)
-        return found

@@ -1,7 +1,7 @@
-"""Pixel counts by score: a streaming histogram without a range, and the file that keeps one per patient."""
+"""Count pixels by score: a streaming histogram without a fixed range, and the file that keeps one per patient."""
 
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,27 +10,27 @@ import numpy as np
 from diffusers_cf.files import new_file
 
 
-# Every measure is taken of the map as it is and of the map after postprocessing.py.
+# Every measure is computed for the map as it is, and for the map after postprocessing.py.
 CHAINS = ("raw", "postprocessed")
 
 
 class PixelCounts:
-    """Counts lesion and other pixels by score, in one pass and constant memory, whatever the range of the scores.
+    """Count lesion and other pixels by score, in one pass and constant memory, for scores of any range.
 
-    A bin holds all float32 numbers that share their leading bits, so bins are ordered, narrow near 0, and as fine for
-    scores of 1e-6 as for 1e6. Only bins in use are stored. Each distinct score has a bin of its own until more than
-    `max_bins` are in use; then neighbours merge in pairs, the precision falls by one bit, and at least half of
-    `max_bins` stay in use. The outcome depends on the pixels alone, not on their order, so counts of parts of a data
-    set (patients, processes) add up to the counts of the whole.
+    A bin holds all float32 numbers that share their leading bits. Bins are ordered, narrow near 0, and relatively as
+    fine for scores of 1e-6 as for 1e6. Only bins in use are stored. Each distinct score has its own bin until more than
+    `max_bins` are in use; then neighbours merge in pairs, which costs one bit of precision and leaves at least half of
+    `max_bins` in use. The result does not depend on the order of the pixels, so the counts of parts of a data set
+    (patients, processes) add up to the counts of the whole.
 
     Args:
-        max_bins: Most bins in use at a time, at least 4,096. 24 bytes each.
+        max_bins (`int`): largest number of bins in use, at least 4,096; 24 bytes each.
 
     Attributes:
-        bins: uint32 (B,), ascending, the leading bits of the scores in each bin.
-        positives: int64 (B,), number of lesion pixels.
-        negatives: int64 (B,), number of other pixels.
-        shift: Bits by which scores are shortened; 0 as long as they are exact.
+        bins (`np.ndarray`): uint32 `(B,)`, ascending: the leading bits of the scores in each bin.
+        positives (`np.ndarray`): int64 `(B,)`, number of lesion pixels.
+        negatives (`np.ndarray`): int64 `(B,)`, number of other pixels.
+        shift (`int`): number of bits by which scores are shortened; 0 while they are exact.
 
     Raises:
         ValueError: `max_bins` is below 4,096.
@@ -46,14 +46,14 @@ class PixelCounts:
         self.negatives = np.zeros(0, dtype=np.int64)
 
     def update(self, scores: np.ndarray, masks: np.ndarray) -> None:
-        """Adds pixels.
+        """Add pixels.
 
         Args:
-            scores: Array of any shape, read as float32, higher = more lesion.
-            masks: Array of the same number of pixels, nonzero = lesion.
+            scores (`np.ndarray`): any shape, read as float32, higher = more lesion.
+            masks (`np.ndarray`): the same number of pixels, nonzero = lesion.
 
         Raises:
-            ValueError: A score is NaN or infinite, or the sizes differ.
+            ValueError: a score is NaN or infinite, or the sizes differ.
         """
         scores, lesion = np.asarray(scores, dtype=np.float32).ravel(), np.asarray(masks).ravel() != 0
         if scores.shape != lesion.shape:
@@ -63,7 +63,7 @@ class PixelCounts:
         bins = _order_key(scores) >> self.shift
         positive_bins, positives = np.unique(bins[lesion], return_counts=True)
         negative_bins, negatives = np.unique(bins[~lesion], return_counts=True)
-        # One merge for both: it may raise the shift that these bins were made with.
+        # one merge for both classes: a merge may raise the shift that these bins were computed with
         self._merge(
             np.concatenate([positive_bins, negative_bins]),
             np.concatenate([positives, 0 * negatives]),
@@ -87,11 +87,11 @@ class PixelCounts:
         self.bins, self.positives, self.negatives = bins, positives, negatives
 
     def coarsened(self, max_bins: int) -> "PixelCounts":
-        """Returns the same counts in at most `max_bins` bins, for instance to keep them in a small file."""
+        """Return the same counts in at most `max_bins` bins, for example for a small file."""
         return PixelCounts(max_bins) + self
 
     def __add__(self, other: "PixelCounts") -> "PixelCounts":
-        """Returns the counts of both, with the `max_bins` of the first."""
+        """Return the sum of both, with the `max_bins` of the first."""
         total = PixelCounts(self.max_bins)
         total.shift = max(self.shift, other.shift)
         for part in (self, other):
@@ -100,26 +100,26 @@ class PixelCounts:
 
     @property
     def scores(self) -> np.ndarray:
-        """float32 (B,), ascending: the lowest score of each bin, so that `map >= score` selects whole bins."""
+        """Lowest score of each bin, float32 `(B,)`, ascending: `map >= score` selects whole bins."""
         return _order_score(self.bins << self.shift)
 
     @property
     def prevalence(self) -> float | None:
-        """Share of lesion pixels, None without pixels."""
+        """Share of lesion pixels; None without pixels."""
         pixels = int(self.positives.sum() + self.negatives.sum())
         return int(self.positives.sum()) / pixels if pixels else None
 
     def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns labels, scores and weights, two rows a bin, as scikit-learn takes them."""
+        """Return labels, scores and sample weights for scikit-learn, two rows per bin."""
         labels = np.repeat([1, 0], len(self.bins))
         weights = np.concatenate([self.positives, self.negatives])
         filled = weights > 0
         return labels[filled], np.tile(self.scores.astype(np.float64), 2)[filled], weights[filled]
 
     def average_precision(self) -> float | None:
-        """Returns the average precision (AUPRC as the paper means it).
+        """Return the average precision, the paper's AUPRC; None without lesion pixels.
 
-        A constant map gives the prevalence; without any lesion pixel it is not defined and None.
+        A constant map scores the prevalence.
         """
         from sklearn.metrics import average_precision_score
 
@@ -129,9 +129,9 @@ class PixelCounts:
         return float(average_precision_score(labels, scores, sample_weight=weights))
 
     def ideal_dice(self) -> tuple[float, float] | tuple[None, None]:
-        """Returns the best Dice over all thresholds and the threshold of `map >= threshold` that reaches it.
+        """Return the best Dice over all thresholds of `map >= threshold`, and the lowest threshold that reaches it.
 
-        Of several best thresholds the lowest. (None, None) without any lesion pixel.
+        (None, None) without lesion pixels.
         """
         from sklearn.metrics import precision_recall_curve
 
@@ -146,9 +146,9 @@ class PixelCounts:
         return float(dice[best]), float(thresholds[best])
 
     def dice_at(self, threshold: float) -> float | None:
-        """Returns Dice of `map >= threshold`, None without any lesion pixel.
+        """Return Dice of `map >= threshold`; None without lesion pixels.
 
-        Exact where the threshold is the lower edge of a bin, as `ideal_dice` returns it, or `shift` is 0; else the bin
+        Exact if `shift` is 0 or the threshold is the lower edge of a bin, as from `ideal_dice`. Otherwise the whole bin
         that holds the threshold counts as above it.
         """
         if not self.positives.any():
@@ -157,36 +157,38 @@ class PixelCounts:
         true, false = int(self.positives[above].sum()), int(self.negatives[above].sum())
         return 2 * true / (true + false + int(self.positives.sum()))
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Returns small arrays for an .npz file: `shift`, the differences of `bins`, `positives`, `negatives`."""
-        small = {name: getattr(self, name) for name in ("positives", "negatives")}
-        small = {name: array.astype(np.min_scalar_type(array.max(initial=0))) for name, array in small.items()}
-        return {"shift": np.uint8(self.shift), "bins": np.diff(self.bins, prepend=np.uint32(0)), **small}
+    def to_arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
+        """Return small arrays for an .npz file: `shift`, the differences of `bins`, `positives`, `negatives`."""
+        arrays = {f"{prefix}shift": np.uint8(self.shift), f"{prefix}bins": np.diff(self.bins, prepend=np.uint32(0))}
+        for name in ("positives", "negatives"):
+            array = getattr(self, name)
+            arrays[f"{prefix}{name}"] = array.astype(np.min_scalar_type(array.max(initial=0)))
+        return arrays
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray], max_bins: int = 2**18) -> "PixelCounts":
-        """Returns the counts that `to_arrays` gave."""
-        counts = cls(max_bins)
-        counts.shift = int(arrays["shift"])
-        bins = np.cumsum(arrays["bins"], dtype=np.uint32)
-        counts._merge(bins, arrays["positives"].astype(np.int64), arrays["negatives"].astype(np.int64))
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str = "") -> "PixelCounts":
+        """Return the counts of which `to_arrays` made these arrays."""
+        counts = cls()
+        counts.shift = int(arrays[f"{prefix}shift"])
+        positives, negatives = (arrays[f"{prefix}{name}"].astype(np.int64) for name in ("positives", "negatives"))
+        counts._merge(np.cumsum(arrays[f"{prefix}bins"], dtype=np.uint32), positives, negatives)
         return counts
 
 
 def _order_key(scores: np.ndarray) -> np.ndarray:
-    """Returns uint32 keys in the order of finite float32 scores; -0 and 0 get the same key."""
+    """Return uint32 keys that order like finite float32 scores; -0 and 0 get the same key."""
     bits = (scores + np.float32(0)).view(np.uint32)
     return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
 
 
 def _order_score(keys: np.ndarray) -> np.ndarray:
-    """Returns the float32 scores of keys: the inverse of `_order_key`."""
+    """Return the float32 scores of keys: the inverse of `_order_key`."""
     return np.where(keys >> 31, keys ^ np.uint32(1 << 31), ~keys).view(np.float32)
 
 
 @contextmanager
 def counts_file(path: str | Path | None) -> Iterator[Callable[[dict[str, np.ndarray]], None]]:
-    """Yields a function that appends arrays to an .npz file, which gets its name when it is whole."""
+    """Yield a function that appends arrays to an .npz file; the file gets its name once it is complete."""
     if path is None:
         yield lambda arrays: None
         return
@@ -201,20 +203,18 @@ def counts_file(path: str | Path | None) -> Iterator[Callable[[dict[str, np.ndar
 
 
 def read_counts(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Reads a file of per-patient counts, a patient at a time.
+    """Read a file of per-patient counts, one patient at a time.
 
     Yields:
-        The patient's id and a dictionary: `slices` and `labels` (S,), and for each chain (`raw`, `postprocessed`)
-        `CHAIN/slice_scores` (S,) and `CHAIN/foreground`, `CHAIN/background`: `PixelCounts` of at most 65,536 bins.
+        The patient's id and a dictionary: `slices` and `labels` `(S,)`, and for each chain (`raw`, `postprocessed`)
+        `CHAIN/slice_scores` `(S,)` and `CHAIN/foreground`, `CHAIN/background`: `PixelCounts` of at most 65,536 bins.
     """
     with np.load(path) as file:
         for patient in dict.fromkeys(name.split("/")[0] for name in file.files):
-            found = {"slices": file[f"{patient}/slices"], "labels": file[f"{patient}/labels"]}
+            found = {name: file[f"{patient}/{name}"] for name in ("slices", "labels")}
             for chain in CHAINS:
-                if f"{patient}/{chain}/slice_scores" not in file.files:
-                    continue
-                found[f"{chain}/slice_scores"] = file[f"{patient}/{chain}/slice_scores"]
-                for region in (f"{chain}/foreground", f"{chain}/background"):
-                    names = ("shift", "bins", "positives", "negatives")
-                    found[region] = PixelCounts.from_arrays({n: file[f"{patient}/{region}/{n}"] for n in names})
+                if f"{patient}/{chain}/slice_scores" in file.files:
+                    found[f"{chain}/slice_scores"] = file[f"{patient}/{chain}/slice_scores"]
+                    for region in (f"{chain}/foreground", f"{chain}/background"):
+                        found[region] = PixelCounts.from_arrays(file, f"{patient}/{region}/")
             yield patient, found

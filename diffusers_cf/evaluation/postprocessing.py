@@ -1,8 +1,8 @@
-"""The one post-processing chain that every method goes through before a map is measured or segmented.
+"""The post-processing chain of every method, for measuring and for segmenting.
 
-Maps are masked by the eroded foreground and median filtered (`postprocess_maps`), which changes every measure. Removing
-small components (`remove_small_components`) needs a threshold first: it changes masks, and Dice at a stated threshold,
-but neither AUPRC nor ideal Dice.
+`postprocess_maps` masks maps by the eroded foreground and median filters them, which changes every measure.
+`remove_small_components` needs a threshold first: it changes masks and Dice at a threshold, but neither AUPRC nor ideal
+Dice.
 """
 
 import numpy as np
@@ -15,31 +15,24 @@ MIN_COMPONENT_SIZE = 20
 
 
 def foreground_mask(images: np.ndarray) -> np.ndarray:
-    """Returns where there is tissue: any channel above 0.
-
-    Args:
-        images: (N, C, H, W), array or CPU tensor, background 0.
-
-    Returns:
-        bool (N, H, W).
-    """
+    """Return where any channel of `(N, C, H, W)`, an array or CPU tensor, is above 0: bool `(N, H, W)`."""
     return (np.asarray(images) > 0).any(axis=1)
 
 
 def eroded_foreground_mask(images: np.ndarray) -> np.ndarray:
-    """Returns the foreground without its rim: where the mean of `foreground_mask` over 5 x 5 pixels is above 0.95.
+    """Return the foreground without its rim: where the mean of `foreground_mask` over 5 x 5 pixels is above 0.95.
 
-    One pixel of the 25 may be background, so a single hole inside the tissue erodes nothing. Beyond the frame the
-    border pixel is repeated: an image that fills its frame keeps its border.
+    One of the 25 pixels may be background, so a single hole inside the tissue erodes nothing. The border pixel is
+    repeated outside the image: an image that is foreground everywhere keeps its border.
 
     Args:
-        images: (N, C, H, W), array or CPU tensor, background 0.
+        images (`np.ndarray` or `torch.Tensor`): `(N, C, H, W)`, on the CPU, background 0.
 
     Returns:
-        bool (N, H, W).
+        `np.ndarray`: bool `(N, H, W)`.
     """
     foreground = foreground_mask(images)
-    # An exact sum: a running mean in floating point could fall on either side of the limit.
+    # integers, because rounding of a floating-point mean could decide at the limit
     filled = foreground.astype(np.int32)
     for axis in (1, 2):
         filled = ndimage.correlate1d(filled, np.ones(FILTER_SIZE), axis=axis, mode="nearest")
@@ -47,43 +40,41 @@ def eroded_foreground_mask(images: np.ndarray) -> np.ndarray:
 
 
 def postprocess_maps(maps: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Clears a map outside the eroded foreground, then median filters it over 5 x 5 pixels, slice by slice.
+    """Clear maps outside the eroded foreground, then median filter each slice over 5 x 5 pixels.
 
-    Changes AUPRC, ideal Dice, slice AUROC and Dice at a threshold alike. Cleared pixels get 0, which is the lowest score
-    of a heatmap; a map with negative scores gets its lowest score in the foreground of all slices given, so give all of
-    a patient's slices at once. Without negative scores every slice's result depends on that slice only.
+    Cleared pixels get 0, the lowest score of a heatmap. If scores are negative, they get the lowest score in the
+    foreground of all slices given, so pass all slices of a patient at once.
 
     Args:
-        maps: (N, H, W), higher = more lesion.
-        images: (N, C, H, W) of the same height and width, background 0.
+        maps (`np.ndarray`): `(N, H, W)`, higher = more lesion.
+        images (`np.ndarray` or `torch.Tensor`): `(N, C, H, W)` of the same height and width, background 0.
 
     Returns:
-        float32 (N, H, W), cleared outside the foreground.
+        `np.ndarray`: float32 `(N, H, W)`.
     """
     maps = np.asarray(maps, dtype=np.float32)
     foreground = foreground_mask(images)
     cleared = np.float32(min(0, maps.min(initial=0, where=foreground)))
     masked = np.where(eroded_foreground_mask(images), maps, cleared)
     filtered = ndimage.median_filter(masked, size=(1, FILTER_SIZE, FILTER_SIZE), mode="nearest")
-    # The filter can carry scores back over the rim, so the plain foreground bounds them once more.
+    # the filter can move scores out of the foreground again
     return np.where(foreground, filtered, cleared)
 
 
 def remove_small_components(
     masks: np.ndarray, slices: np.ndarray | None = None, min_size: int = MIN_COMPONENT_SIZE
 ) -> np.ndarray:
-    """Removes connected components of fewer than `min_size` voxels from one patient's binary masks.
+    """Remove connected components of fewer than `min_size` voxels from one patient's binary masks.
 
-    Components are three-dimensional (26 neighbours) over slices that touch: a gap in the slice indices separates them,
-    and a slice without neighbours counts for itself. Applies to thresholded maps, so to Dice at a threshold only.
+    Components are three-dimensional (26 neighbours); a gap in the slice numbers separates them.
 
     Args:
-        masks: (S, H, W), nonzero = lesion.
-        slices: (S,) axial index of each slice, in any order; the order given, without gaps, if None.
-        min_size: Smallest component that stays, in voxels.
+        masks (`np.ndarray`): `(S, H, W)`, nonzero = lesion.
+        slices (`np.ndarray`, *optional*): `(S,)`, axial index of each slice, in any order; 0 to S - 1 by default.
+        min_size (`int`): smallest component that stays, in voxels.
 
     Returns:
-        bool (S, H, W), in the order given.
+        `np.ndarray`: bool `(S, H, W)`, in the order given.
     """
     masks = np.asarray(masks) > 0
     slices = np.arange(len(masks)) if slices is None else np.asarray(slices)

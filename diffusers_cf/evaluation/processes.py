@@ -1,4 +1,4 @@
-"""Work split over several processes or machines: under a launcher (torchrun, accelerate launch), or as shards by hand."""
+"""Split work over processes: under a launcher (torchrun, accelerate launch), or as shards started one by one."""
 
 import os
 import re
@@ -9,21 +9,22 @@ from datetime import timedelta
 from diffusers_cf.errors import InputError
 
 
-# What a launcher tells its processes, and Accelerate would read, too.
+# The variables by which a launcher, and Accelerate, know one process from another.
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
-# Nobody knows how long the slowest process has to work on its last patient.
-_PATIENCE = timedelta(days=30)
+# The fastest process may wait for hours until the slowest has finished its last patient.
+_TIMEOUT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Share:
-    """One of `count` equal parts of a work; the whole of it by default.
+    """One of `count` parts of the work; all of it by default.
 
     Attributes:
-        index: from 0.
-        count: of the parts.
-        launched: whether the others run now, and can be waited for; False for shards, which know nothing of each other.
-        local_index: of this process on its machine, for the choice of an accelerator.
+        index (`int`): number of the part, from 0.
+        count (`int`): number of parts.
+        launched (`bool`): whether a launcher runs all parts at the same time, so that they can wait for each other.
+            False for shards, which are separate commands.
+        local_index (`int`): number of this process on its machine; chooses the GPU.
     """
 
     index: int = 0
@@ -33,20 +34,21 @@ class Share:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks for all, and puts together what they have done."""
+        """Whether this process prints and combines the results."""
         return self.index == 0
 
     @property
     def is_shard(self) -> bool:
-        """Whether other parts are done by commands of their own."""
+        """Whether the other parts are separate commands."""
         return self.count > 1 and not self.launched
 
     def of(self, items: Sequence, sizes: Sequence[int] | None = None) -> list:
-        """The items that are this part's, in their order, the same split in every process.
+        """Return the items of this part in their order; every process computes the same split.
 
         Args:
-            items: the whole work.
-            sizes: how much each of them is; the largest go first, each to the part with least so far. None = all alike.
+            items (`Sequence`): the whole work.
+            sizes (`Sequence[int]`, *optional*): cost of each item. The largest come first, each goes to the part with
+                the lowest total. None means equal costs.
         """
         sizes = [1] * len(items) if sizes is None else list(sizes)
         loads, mine = [0] * self.count, []
@@ -58,14 +60,14 @@ class Share:
         return [items[number] for number in sorted(mine)]
 
     def wait(self) -> None:
-        """Returns when all processes of a launcher have come here."""
+        """Wait until all processes of a launcher have reached this line."""
         if self.launched:
             import torch.distributed
 
             torch.distributed.barrier()
 
     def gather(self, values: list) -> list:
-        """The values of all processes of a launcher, in their order, for each of them."""
+        """Return the values of all processes of a launcher, in the order of the processes."""
         if not self.launched:
             return values
         import torch.distributed
@@ -79,18 +81,24 @@ WHOLE = Share()
 
 
 def share_of_work(shard: str | None = None) -> Share:
-    """The part of the work that this process has been given by a launcher or by `--shard i/n`.
+    """Return the part of the work that a launcher or `--shard i/n` assigns to this process.
 
-    After this call nothing else takes the process for one of several: a network is trained by one of them alone.
+    Afterwards the launcher's environment variables are gone: Accelerate in this process trains a network alone.
 
     Raises:
-        InputError: `shard` is no i/n, or there is a launcher as well.
+        InputError: `shard` is not i/n, or is given under a launcher.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         if shard:
-            raise InputError("--shard is for commands of their own: a launcher splits the work by itself")
-        return _join(count)
+            raise InputError("--shard can't be used under a launcher, which splits the work itself")
+        import torch.distributed
+
+        torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+        for name in _LAUNCHED:
+            os.environ.pop(name, None)
+        return Share(rank, count, launched=True, local_index=local_rank)
     if not shard:
         return WHOLE
     found = re.fullmatch(r"(\d+)/(\d+)", shard)
@@ -98,13 +106,3 @@ def share_of_work(shard: str | None = None) -> Share:
     if not 1 <= index <= count:
         raise InputError(f"--shard {shard}: it must be i/n with i from 1 to n, such as 2/8")
     return Share(index - 1, count)
-
-
-def _join(count: int) -> Share:
-    import torch.distributed
-
-    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
-    share = Share(int(os.environ["RANK"]), count, launched=True, local_index=int(os.environ.get("LOCAL_RANK", 0)))
-    for name in _LAUNCHED:
-        os.environ.pop(name, None)
-    return share

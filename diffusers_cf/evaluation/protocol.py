@@ -1,11 +1,14 @@
-"""One protocol for every method: streaming pixel measures of anomaly maps over a split of a slice data set.
+"""One protocol for every method: pixel measures of anomaly maps over a split of a slice data set.
 
 The paper's measures (Sec. 4) are the area under the precision-recall curve and the best Dice over all thresholds, both
-over the pixels of the whole test set: counted in constant memory (`pixel_counts.py`), scikit-learn does the arithmetic.
+over the pixels of the whole test set. Pixels are counted in constant memory (`pixel_counts.py`); scikit-learn computes
+the measures from the counts.
 """
 
+import json
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,145 +17,21 @@ import torch
 from tqdm import tqdm
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.measuring import (
-    REGIONS,
-    Patient,
-    counts_of_part,
-    dice,
-    dice_of_patient,
-    maps_at_size,
-    maps_of_patients,
-    measure_patient,
-    read_part,
-    rows_by_patient,
-    write_part,
-)
-from diffusers_cf.evaluation.pixel_counts import CHAINS, PixelCounts, counts_file, read_counts
+from diffusers_cf.evaluation.batching import map_in_batches
+from diffusers_cf.evaluation.pixel_counts import CHAINS, PixelCounts, counts_file
+from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps, remove_small_components
 from diffusers_cf.evaluation.processes import WHOLE, Share
-from diffusers_cf.files import write_json
+from diffusers_cf.files import new_file, read_json, write_json
 
 
-__all__ = ["PixelCounts", "bootstrap_interval", "dice", "evaluate", "maps_at_size", "read_counts", "write_result"]
-
-# Bins a count in the file of per-patient counts: about 80 kB each.
+# Bins per count in the file of per-patient counts, about 80 kB each.
 FILE_BINS = 2**16
-# A lesion is small, medium or large by its share of the patient's foreground: fixed limits, so that results compare. They
-# cut the patients of TCGA-LGG into thirds.
+REGIONS = ("foreground", "background")
+# Lesion size as a share of the patient's foreground. The limits are fixed, so that results of different data sets
+# compare; on TCGA-LGG each size holds about a third of the patients.
 LESION_SIZES = {"small": (0.0, 0.03), "medium": (0.03, 0.08), "large": (0.08, 1.0)}
 
-
-def bootstrap_interval(values: Sequence[float], seed: int = 0, samples: int = 10_000) -> list[float] | None:
-    """Returns the percentile bootstrap 95 % interval of the mean, [low, high]; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    rng = np.random.default_rng(seed)
-    # In blocks: fast, and small however many patients there are.
-    means = [rng.choice(values, (100, len(values))).mean(axis=1) for _ in range(samples // 100)]
-    return [float(limit) for limit in np.percentile(np.concatenate(means), [2.5, 97.5])]
-
-
-class _Chain:
-    """What one chain of processing, `raw` or `postprocessed`, adds up over the parts of patients."""
-
-    def __init__(self, name: str, threshold: float | None):
-        self.name, self.threshold, self.is_ideal = name, threshold, threshold is None
-        self.counts = {region: PixelCounts() for region in REGIONS}
-        self.labels, self.slice_scores = [], []
-        self.dice_patients, self.dice_values, self.slice_dice = [], [], []
-        self.patient_auprc, self.lesion_share = {}, {}
-        self.counts_of_size = {name: PixelCounts() for name in LESION_SIZES}
-
-    def add(self, patient: str, part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Adds a patient's part and returns what goes to the file of per-patient counts."""
-        kept = {"slice_scores": part[f"{self.name}/slice_scores"]}
-        self.slice_scores.extend(kept["slice_scores"])
-        self.labels.extend(part["labels"] != 0)
-        found = {region: counts_of_part(part, self.name, region) for region in REGIONS}
-        for region, counts in found.items():
-            self.counts[region] += counts
-            kept |= {f"{region}/{k}": v for k, v in counts.coarsened(FILE_BINS).to_arrays().items()}
-        self._add_patient(patient, found["foreground"], found["background"])
-        if not self.is_ideal:
-            self._add_dice(patient, part[f"{self.name}/dice"], part[f"{self.name}/slice_dice"])
-        return {f"{patient}/{self.name}/{key}": array for key, array in kept.items()}
-
-    def _add_patient(self, patient: str, foreground: PixelCounts, background: PixelCounts) -> None:
-        """AUPRC of a patient with a lesion, and its pixels to those of lesions of this size."""
-        counts = foreground + background
-        lesion = int(counts.positives.sum())
-        if not lesion:
-            return
-        self.patient_auprc[patient] = counts.average_precision()
-        share = lesion / max(1, int(foreground.positives.sum() + foreground.negatives.sum()))
-        self.lesion_share[patient] = share
-        self.counts_of_size[_lesion_size(share)] += counts
-
-    def add_ideal_dice(self, patient: str, part: Mapping[str, np.ndarray]) -> None:
-        """Adds a patient's Dice at the ideal threshold, once all parts are added."""
-        if self.threshold is None:
-            self.threshold = sum(self.counts.values(), PixelCounts()).ideal_dice()[1]
-        if self.threshold is not None:
-            maps = part[f"{self.name}/maps"]
-            self._add_dice(patient, *dice_of_patient(maps, part["masks"], part["slices"], self.threshold, self.name))
-
-    def _add_dice(self, patient: str, whole: Sequence[float], slices: Sequence[float]) -> None:
-        self.dice_patients.extend([patient] * len(whole))
-        self.dice_values.extend(map(float, whole))
-        self.slice_dice.extend(slices)
-
-    def result(self, seed: int) -> dict:
-        from sklearn.metrics import roc_auc_score
-
-        foreground = self.counts["foreground"]
-        everything = foreground + self.counts["background"]
-        ideal_dice, ideal_threshold = everything.ideal_dice()
-        both = len(set(self.labels)) == 2
-        return {
-            "auprc": everything.average_precision(),
-            "ideal_dice": ideal_dice,
-            "ideal_threshold": ideal_threshold,
-            "prevalence": everything.prevalence,
-            "foreground_auprc": foreground.average_precision(),
-            "foreground_ideal_dice": foreground.ideal_dice()[0],
-            "foreground_prevalence": foreground.prevalence,
-            "slice_auroc": float(roc_auc_score(self.labels, self.slice_scores)) if both else None,
-            "per_patient_dice": {
-                "patients": self.dice_patients,
-                "values": self.dice_values,
-                "mean": _mean(self.dice_values),
-                "interval": bootstrap_interval(self.dice_values, seed),
-                "threshold": self.threshold,
-            },
-            "per_slice_dice": _mean(self.slice_dice),
-            "per_patient_auprc": {
-                "patients": list(self.patient_auprc),
-                "values": list(self.patient_auprc.values()),
-                "mean": _mean(list(self.patient_auprc.values())),
-                "interval": bootstrap_interval(list(self.patient_auprc.values()), seed),
-            },
-            "by_lesion_size": {name: self._of_size(name) for name in LESION_SIZES},
-        }
-
-    def _of_size(self, name: str) -> dict:
-        """What is measured of the patients whose lesions have a size: pixels pooled, and means of the patients."""
-        patients = [patient for patient, share in self.lesion_share.items() if _lesion_size(share) == name]
-        dice_of = dict(zip(self.dice_patients, self.dice_values, strict=True))
-        return {
-            "share_of_foreground": list(LESION_SIZES[name]),
-            "patients": patients,
-            "auprc": self.counts_of_size[name].average_precision(),
-            "ideal_dice": self.counts_of_size[name].ideal_dice()[0],
-            "per_patient_auprc": _mean([self.patient_auprc[patient] for patient in patients]),
-            "per_patient_dice": _mean([dice_of[patient] for patient in patients]),
-        }
-
-
-def _lesion_size(share: float) -> str:
-    return next(name for name, (_, below) in LESION_SIZES.items() if share < below or name == "large")
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) else None
+write_result = write_json
 
 
 def evaluate(
@@ -172,64 +51,69 @@ def evaluate(
     parts: str | Path | None = None,
     share: Share = WHOLE,
 ) -> dict | None:
-    """Measures one method on a split: the same pixels, resolution and post-processing for every method.
+    """Measure one method on a split: the same pixels, resolution and post-processing for every method.
 
-    Works patient by patient, and keeps of each a file until all are measured, so memory does not grow with the split.
-    Without a threshold the files hold the maps until the ideal one is known (4 bytes a pixel, twice with post-processing).
+    Each patient's counts go to a file, so memory does not grow with the split. Without a threshold the files also hold
+    the maps (4 bytes per pixel, 8 with post-processing) until the ideal one is known.
 
     Args:
-        anomaly_map: images float32 (N, C, H, W) -> (N, h, w), higher = more lesion, any range. A map smaller than the
-            masks is upsampled bilinearly.
-        dataset: A `SliceDataset` with masks.
-        batch_size: Slices a call, of several patients; None = as many as fit into memory ([`map_in_batches`]).
-        whole_patients: A call gets all slices that the split has of one patient instead, those not in `indices` among
-            them: for methods that look at the whole scan.
-        device: Where the method computes, for a `batch_size` of None.
-        threshold: Where `map >= threshold` is lesion for Dice per patient, chosen beforehand on other patients; one for
-            both chains, or one for each (`raw`, `postprocessed`). None = the ideal one of this very split, an upper
-            bound.
-        postprocess: Whether to give every measure a second time after `postprocessing.py`.
-        indices: Rows of the data set to use, all if None.
-        network_evaluations_per_slice: What the method costs, for the result.
-        counts_path: An .npz file to write each patient's counts to (`read_counts`).
-        seed: Seed of the bootstrap.
-        progress: Whether to show a progress bar.
-        parts: Folder for the files of measured patients, which are taken as they are if a run was stopped; it stays
-            when all is done. A temporary one if None.
-        share: Which patients this process measures, split evenly by slices. The files of all must come to one folder.
+        anomaly_map (`Callable`): images float32 `(N, C, H, W)` -> maps `(N, h, w)`, higher = more lesion, any range.
+            Maps smaller than the masks are upsampled bilinearly.
+        dataset (`SliceDataset`): a split with masks.
+        batch_size (`int`, *optional*): slices per call, of several patients. None means as many as fit into memory.
+        whole_patients (`bool`): each call gets all slices of one patient instead, also those not in `indices`.
+        device (`str` or `torch.device`): where the method computes.
+        threshold (`float` or `dict`, *optional*): for Dice per patient, chosen on other patients; a dict has one for
+            each chain (`raw`, `postprocessed`). None means the ideal threshold of this split, an upper bound.
+        postprocess (`bool`): whether to measure the post-processed maps as well.
+        indices (`Sequence[int]`, *optional*): rows of the data set to measure; all by default.
+        network_evaluations_per_slice (`float`): NFE of the method, for the result.
+        counts_path (`str` or `Path`, *optional*): .npz file for each patient's counts (`pixel_counts.read_counts`).
+        seed (`int`): seed of the bootstrap.
+        progress (`bool`): whether to show a progress bar.
+        parts (`str` or `Path`, *optional*): folder for the patients' files, temporary by default. Patients found there
+            are not measured again, so a stopped run continues.
+        share (`Share`): which patients this process measures. All processes need the same `parts`.
 
     Returns:
-        None where another process puts all together: in a shard, and in all but the first process of a launcher. Else
-        The fields of RESULT.json, fractions from 0 to 1. `auprc`, `ideal_dice`, `ideal_threshold` over all pixels,
-        `foreground_*` where any channel is above 0, `slice_auroc` of the map's mean over a slice's foreground,
-        `per_patient_dice` over patients with a lesion (`patients` names them), `per_slice_dice` the mean over slices
-        with a lesion at the same threshold, `per_patient_auprc` of all pixels of each patient with a lesion,
-        `by_lesion_size` the same for small, medium and large lesions, all of them again under `postprocessed`. What is not defined, for want of
-        lesions or of a second class, is None.
+        `dict` or `None`: the fields of RESULT.json, fractions from 0 to 1, None where a measure is not defined. None
+        instead of a dict if another process combines the parts (shards, and all but the first process of a launcher).
+        `auprc`, `ideal_dice`, `ideal_threshold` are over all pixels, `foreground_*` over pixels where any channel is
+        above 0; `slice_auroc` is of the map's mean over a slice's foreground; `per_patient_dice` and
+        `per_patient_auprc` are of the patients with a lesion, `per_slice_dice` of the slices with one;
+        `by_lesion_size` are the same for small, medium and large lesions. `postprocessed` repeats all of them.
 
     Raises:
-        InputError: The data set has no masks or no slices, or a map holds NaN or infinite values.
-        ValueError: The map has a wrong shape, or `parts` is missing where several processes work.
+        InputError: the data set has no masks or no slices, or a map holds NaN or infinite values.
+        ValueError: a map has a wrong shape, or `parts` is missing with several processes.
     """
-    rows = _chosen_rows(dataset, indices)
+    if not dataset.has_masks:
+        raise InputError("the data set has no lesion masks: it can train a model, but can't be evaluated")
+    everything = np.arange(len(dataset))
+    rows = rows_by_patient(dataset, everything if indices is None else np.asarray(indices, dtype=np.int64))
+    if not rows:
+        raise InputError("there are no slices to evaluate: the split is empty")
+    rows_read = rows_by_patient(dataset, everything) if whole_patients else rows
     limits = threshold if isinstance(threshold, dict) else dict.fromkeys(CHAINS, threshold)
     limits = {chain: limits[chain] for chain in CHAINS[: 1 + postprocess]}
     with _folder_of_parts(parts, counts_path, share) as folder:
         paths = {name: folder / f"{number:06d}.npz" for number, name in enumerate(rows)}
-        mine = share.of(list(rows), [len(found) for found in rows.values()])
-        sizes = [len(rows[name]) for name in mine]
-        with tqdm(total=sum(sizes), unit="slice", disable=not (progress and (share.is_main or share.is_shard))) as bar:
-            left = [name for name in mine if not paths[name].exists()]
-            bar.update(sum(sizes) - sum(len(rows[name]) for name in left))
-            patients = (Patient(dataset, name, rows[name]) for name in left)
-            call = (batch_size, whole_patients, device, bar)
-            for patient, maps, seconds in maps_of_patients(anomaly_map, patients, *call):
-                part = measure_patient(patient, maps, limits) | {"seconds": np.array(seconds)}
-                write_part(paths[patient.name], part)
+        sizes = {name: len(rows_read[name]) for name in rows}
+        mine = share.of(list(rows), list(sizes.values()))
+        left = [name for name in mine if not paths[name].exists()]
+        total, missing = (sum(sizes[name] for name in names) for names in (mine, left))
+        hidden = not (progress and (share.is_main or share.is_shard))
+        with tqdm(total=total, initial=total - missing, unit="slice", disable=hidden) as bar:
+            patients = (_Patient(dataset, name, rows_read[name], rows[name]) for name in left)
+            call = {"batch_size": batch_size, "device": device, "progress": bar}
+            for patient, maps, seconds in _maps_of_patients(anomaly_map, patients, whole_patients, call):
+                part = _measure_patient(patient, maps, limits) | {"seconds": np.array(seconds)}
+                with new_file(paths[patient.name]) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, **part)
         share.wait()
         if share.is_shard or not share.is_main:
             return None
-        result, size = _put_together(paths, limits, counts_path, seed)
+        result, size = _combine(paths, limits, counts_path, seed)
     result["network_evaluations_per_slice"] = network_evaluations_per_slice
     return result | {"protocol": _protocol(size, threshold, postprocess, seed)}
 
@@ -246,44 +130,251 @@ def _folder_of_parts(parts: str | Path | None, counts_path: str | Path | None, s
         yield Path(folder)
 
 
-def _put_together(
+def begin_parts(folder: Path, facts: Mapping) -> None:
+    """Make a folder for the parts of a result, or accept one that was begun with the same facts.
+
+    Args:
+        folder (`Path`): for the files of patients.
+        facts (`Mapping`): what the parts depend on; values that JSON can hold.
+
+    Raises:
+        InputError: the folder holds parts that depend on something else.
+    """
+    path, wanted = folder / "facts.json", json.loads(json.dumps(facts))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_json(wanted, path)
+    found = read_json(path)
+    other = [name for name, value in wanted.items() if found.get(name) != value]
+    if other:
+        raise InputError(f"{folder}: holds patients measured with other {', '.join(other)}: remove it to start again")
+
+
+def rows_by_patient(dataset, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return each patient's rows in the order of the slices, patients in alphabetical order."""
+    patients, slices = np.asarray(dataset.patients)[rows], np.asarray(dataset.slices)[rows]
+    rows_of = {str(name): np.flatnonzero(patients == name) for name in np.unique(patients)}
+    return {name: rows[found[np.argsort(slices[found], kind="stable")]] for name, found in rows_of.items()}
+
+
+class _Patient:
+    """All slices of one patient that the method sees, and everything else of those that are measured."""
+
+    def __init__(self, dataset, name: str, rows: np.ndarray, measured: np.ndarray):
+        batch = dataset.collate(dataset.__getitems__([int(row) for row in rows]))
+        self.name, self.is_measured = name, np.isin(rows, measured)
+        self.seen_images = np.asarray(batch["images"], dtype=np.float32)
+        self.images = self.seen_images[self.is_measured]
+        keys = ("masks", "labels", "slices")
+        self.masks, self.labels, self.slices = (np.asarray(batch[key])[self.is_measured] for key in keys)
+        self.foreground = foreground_mask(self.images)
+
+
+def _maps_of_patients(
+    anomaly_map: Callable, patients: Iterable[_Patient], whole_patients: bool, call: dict
+) -> Iterator[tuple[_Patient, np.ndarray, float]]:
+    """Yield each patient with its maps `(S, H, W)` at the size of the masks, and the seconds that they took."""
+    if whole_patients:
+        call = call | {"batch_size": sys.maxsize}
+    for group in ([patient] for patient in patients) if whole_patients else [patients]:
+        volumes = ((patient, patient.seen_images) for patient in group)
+        found = map_in_batches(lambda images: torch.as_tensor(anomaly_map(images)), volumes, **call)
+        for patient, (maps,), seconds in found:
+            size, count = patient.masks.shape[1:], len(patient.seen_images)
+            if maps.ndim != 3 or maps.shape[1] > size[0] or maps.shape[2] > size[1]:
+                raise ValueError(f"anomaly_map must return ({count}, <= {size[0]}, <= {size[1]}), not {maps.shape}")
+            if not np.isfinite(maps).all():
+                raise InputError(f"patient {patient.name}: the anomaly map holds NaN or infinite values")
+            maps = maps_at_size(torch.from_numpy(maps[patient.is_measured]), size)
+            yield patient, maps, seconds * len(maps) / count
+
+
+def maps_at_size(maps: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Return maps `(N, h, w)` as float32 `(N, H, W)` on the CPU, upsampled bilinearly if smaller than `size`."""
+    maps = maps.detach().to("cpu", torch.float32)
+    if tuple(maps.shape[1:]) != tuple(size):
+        maps = torch.nn.functional.interpolate(maps[:, None], size=size, mode="bilinear")[:, 0]
+    return maps.numpy()
+
+
+def _measure_patient(
+    patient: _Patient, maps: np.ndarray, thresholds: Mapping[str, float | None]
+) -> dict[str, np.ndarray]:
+    """Return a patient's part of a result.
+
+    It holds `slices`, `labels`, `size`, and for each chain `CHAIN/slice_scores`, the counts `CHAIN/foreground/*` and
+    `CHAIN/background/*`, and `CHAIN/dice` and `CHAIN/slice_dice`; without a threshold `CHAIN/maps` and `masks` instead.
+    """
+    part = {"slices": patient.slices, "labels": patient.labels, "size": np.array(patient.masks.shape[1:])}
+    inside = patient.foreground
+    if None in thresholds.values():
+        part["masks"] = patient.masks
+    for chain, threshold in thresholds.items():
+        maps_of_chain = postprocess_maps(maps, patient.images) if chain == "postprocessed" else maps
+        sums = np.where(inside, maps_of_chain, 0).sum((1, 2), dtype=np.float64)
+        part[f"{chain}/slice_scores"] = sums / np.maximum(inside.sum((1, 2)), 1)
+        for region, pixels in zip(REGIONS, (inside, ~inside), strict=True):
+            counts = PixelCounts()
+            counts.update(maps_of_chain[pixels], patient.masks[pixels])
+            part |= counts.to_arrays(f"{chain}/{region}/")
+        if threshold is None:
+            part[f"{chain}/maps"] = maps_of_chain
+        else:
+            found = _dice_of_patient(maps_of_chain, patient.masks, patient.slices, threshold, chain)
+            part[f"{chain}/dice"], part[f"{chain}/slice_dice"] = map(np.array, found)
+    return part
+
+
+def dice(prediction: np.ndarray, masks: np.ndarray) -> float | None:
+    """Return Dice of two binary arrays, None if `masks` is empty."""
+    prediction, masks = np.asarray(prediction) > 0, np.asarray(masks) > 0
+    if not masks.any():
+        return None
+    return 2 * int((prediction & masks).sum()) / (int(prediction.sum()) + int(masks.sum()))
+
+
+def _dice_of_patient(maps, masks, slices, threshold: float, chain: str) -> tuple[list[float], list[float]]:
+    """Return Dice of the patient and of each slice with a lesion; two empty lists for a patient without lesions."""
+    prediction = maps >= threshold
+    if chain == "postprocessed":
+        prediction = remove_small_components(prediction, slices)
+    found = [dice(prediction, masks)], [dice(*pair) for pair in zip(prediction, masks, strict=True)]
+    return tuple([value for value in values if value is not None] for values in found)
+
+
+def _combine(
     paths: Mapping[str, Path], thresholds: Mapping[str, float | None], counts_path: str | Path | None, seed: int
 ) -> tuple[dict, list[int]]:
-    """Adds up the parts of all patients, one after the other; returns the result and the size of the masks."""
+    """Add up the parts of all patients one by one; return the result and the size of the masks."""
     chains, n_slices, seconds = [_Chain(*item) for item in thresholds.items()], 0, 0.0
     with counts_file(counts_path) as write_counts:
         for name, path in paths.items():
-            with read_part(path) as part:
+            with np.load(path) as part:
                 write_counts({f"{name}/{key}": part[key] for key in ("slices", "labels")})
                 for chain in chains:
                     write_counts(chain.add(name, part))
                 n_slices, seconds = n_slices + len(part["slices"]), seconds + float(part["seconds"])
                 size = part["size"].tolist()
-    ideal = [chain for chain in chains if chain.is_ideal]
+    ideal = [chain for chain in chains if chain.threshold is None]
+    for chain in ideal:
+        chain.threshold = sum(chain.counts.values(), PixelCounts()).ideal_dice()[1]
     for name, path in paths.items() if ideal else ():
-        with read_part(path) as part:
+        with np.load(path) as part:
             for chain in ideal:
                 chain.add_ideal_dice(name, part)
     raw, *postprocessed = [chain.result(seed) for chain in chains]
     result = raw | ({"postprocessed": postprocessed[0]} if postprocessed else {})
-    facts = {"n_slices": n_slices, "n_patients": len(paths), "seconds_per_slice": seconds / n_slices}
-    return result | facts, size
+    return result | {"n_slices": n_slices, "n_patients": len(paths), "seconds_per_slice": seconds / n_slices}, size
 
 
-def _chosen_rows(dataset, indices: Sequence[int] | None) -> dict[str, np.ndarray]:
-    if not dataset.has_masks:
-        raise InputError("the data set has no lesion masks: it trains a model, but can't be evaluated")
-    rows = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
-    if not len(rows):
-        raise InputError("there are no slices to evaluate: the split is empty")
-    return rows_by_patient(dataset, rows)
+class _Chain:
+    """The sums of one chain of processing, `raw` or `postprocessed`, over the parts of all patients."""
+
+    def __init__(self, name: str, threshold: float | None):
+        self.name, self.threshold = name, threshold
+        self.counts = {region: PixelCounts() for region in REGIONS}
+        self.labels, self.slice_scores, self.slice_dice = [], [], []
+        self.dice, self.auprc, self.lesion_share = {}, {}, {}  # patients with a lesion
+        self.counts_of_size = {name: PixelCounts() for name in LESION_SIZES}
+
+    def add(self, patient: str, part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Add a patient's part; return its entries in the file of per-patient counts."""
+        scores = part[f"{self.name}/slice_scores"]
+        self.slice_scores.extend(scores)
+        self.labels.extend(part["labels"] != 0)
+        kept = {f"{patient}/{self.name}/slice_scores": scores}
+        found = {region: PixelCounts.from_arrays(part, f"{self.name}/{region}/") for region in REGIONS}
+        for region, counts in found.items():
+            self.counts[region] += counts
+            kept |= counts.coarsened(FILE_BINS).to_arrays(f"{patient}/{self.name}/{region}/")
+        pixels = found["foreground"] + found["background"]
+        if lesion := int(pixels.positives.sum()):
+            foreground = int(found["foreground"].positives.sum() + found["foreground"].negatives.sum())
+            self.auprc[patient] = pixels.average_precision()
+            self.lesion_share[patient] = lesion / max(1, foreground)
+            self.counts_of_size[_lesion_size(self.lesion_share[patient])] += pixels
+        if self.threshold is not None:
+            self._add_dice(patient, part[f"{self.name}/dice"], part[f"{self.name}/slice_dice"])
+        return kept
+
+    def add_ideal_dice(self, patient: str, part: Mapping[str, np.ndarray]) -> None:
+        """Add a patient's Dice at the ideal threshold, which is None in a split without lesions."""
+        if self.threshold is not None:
+            arrays = (part[name] for name in (f"{self.name}/maps", "masks", "slices"))
+            self._add_dice(patient, *_dice_of_patient(*arrays, self.threshold, self.name))
+
+    def _add_dice(self, patient: str, whole: Sequence[float], slices: Sequence[float]) -> None:
+        for value in whole:  # one, or none for a patient without lesions
+            self.dice[patient] = float(value)
+        self.slice_dice.extend(slices)
+
+    def result(self, seed: int) -> dict:
+        """Return the chain's fields of RESULT.json."""
+        from sklearn.metrics import roc_auc_score
+
+        foreground = self.counts["foreground"]
+        everything = foreground + self.counts["background"]
+        ideal_dice, ideal_threshold = everything.ideal_dice()
+        both = len(set(self.labels)) == 2
+        return {
+            "auprc": everything.average_precision(),
+            "ideal_dice": ideal_dice,
+            "ideal_threshold": ideal_threshold,
+            "prevalence": everything.prevalence,
+            "foreground_auprc": foreground.average_precision(),
+            "foreground_ideal_dice": foreground.ideal_dice()[0],
+            "foreground_prevalence": foreground.prevalence,
+            "slice_auroc": float(roc_auc_score(self.labels, self.slice_scores)) if both else None,
+            "per_patient_dice": _of_patients(self.dice, seed) | {"threshold": self.threshold},
+            "per_slice_dice": _mean(self.slice_dice),
+            "per_patient_auprc": _of_patients(self.auprc, seed),
+            "by_lesion_size": {name: self._of_size(name) for name in LESION_SIZES},
+        }
+
+    def _of_size(self, name: str) -> dict:
+        """Return measures of the patients with lesions of one size: of their pooled pixels, and means over patients."""
+        patients = [patient for patient, share in self.lesion_share.items() if _lesion_size(share) == name]
+        return {
+            "share_of_foreground": list(LESION_SIZES[name]),
+            "patients": patients,
+            "auprc": self.counts_of_size[name].average_precision(),
+            "ideal_dice": self.counts_of_size[name].ideal_dice()[0],
+            "per_patient_auprc": _mean([self.auprc[patient] for patient in patients]),
+            "per_patient_dice": _mean([self.dice[patient] for patient in patients]),
+        }
+
+
+def _lesion_size(share: float) -> str:
+    return next(name for name, (_, below) in LESION_SIZES.items() if share < below or name == "large")
+
+
+def _of_patients(values: Mapping[str, float], seed: int) -> dict:
+    found = list(values.values())
+    interval = bootstrap_interval(found, seed)
+    return {"patients": list(values), "values": found, "mean": _mean(found), "interval": interval}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0, samples: int = 10_000) -> list[float] | None:
+    """Return the percentile bootstrap 95 % interval of the mean, [low, high]; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    # in blocks, so that memory stays small with many patients
+    means = [rng.choice(values, (100, len(values))).mean(axis=1) for _ in range(samples // 100)]
+    return [float(limit) for limit in np.percentile(np.concatenate(means), [2.5, 97.5])]
 
 
 def _protocol(size: tuple[int, int], threshold, postprocess: bool, seed: int) -> dict[str, str]:
-    """Returns in words how the figures were made."""
-    chain = "map cleared outside the eroded foreground (5 x 5 mean > 0.95), 5 x 5 median filter; for Dice per patient "
+    """Describe in words how the numbers were computed."""
     small, large = LESION_SIZES["medium"]
-    chain += "also components under 20 voxels removed (26 neighbours, contiguous slices)"
+    chain = (
+        "map cleared outside the eroded foreground (5 x 5 mean > 0.95), 5 x 5 median filter; for Dice per patient "
+        "components under 20 voxels are removed, too (26 neighbours, contiguous slices)"
+    )
     return {
         "resolution": f"{size[0]} x {size[1]}, the data set's; smaller maps upsampled bilinearly",
         "pixels": "all pixels of all slices pooled; foreground_*: pixels where any channel is above 0",
@@ -292,7 +383,7 @@ def _protocol(size: tuple[int, int], threshold, postprocess: bool, seed: int) ->
         "per_patient_dice": "ideal threshold of this split, chosen on its own masks: an upper bound"
         if threshold is None
         else "at the given threshold, chosen before the evaluation",
-        "per_patient_auprc": "all pixels of a patient with a lesion; a scale of its intensities can't change it",
+        "per_patient_auprc": "all pixels of each patient with a lesion; does not depend on the patient's intensity scale",
         "by_lesion_size": f"lesion's share of the foreground: small below {small:g}, large from {large:g} on",
         "per_slice_dice": "at the same threshold, mean over the slices with a lesion",
         "patients_without_lesion": "no Dice of their own; their pixels count in every pooled measure",
@@ -300,8 +391,3 @@ def _protocol(size: tuple[int, int], threshold, postprocess: bool, seed: int) ->
         "slice_auroc": "score = mean of the map over the slice's foreground; positive = any class but the first",
         "postprocessed": chain if postprocess else "not done",
     }
-
-
-def write_result(result: dict, path: str | Path) -> None:
-    """Writes RESULT.json, whole or not at all."""
-    write_json(result, path)

@@ -1,8 +1,8 @@
-"""The sweep over guidance scale, strength and map on validation slices (Fig. 3), and the best setting of it."""
+"""Measure many inference settings on validation slices (Fig. 3): guidance scale, strength and map."""
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,27 +16,21 @@ from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_
 from diffusers_cf.evaluation.trajectories import decode_images, encode_images, heatmaps_of_settings
 from diffusers_cf.images import resize_images
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
-from diffusers_cf.settings import DECODED_MAPS
-
-
-# The paper's axis of Fig. 3 begins at 0.4; on small networks and real FLAIR slices the best strengths lie below.
-GUIDANCE_SCALES = (1.5, 2.5, 3.0)
-STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass
 class SweepPoint:
-    """Scores of one setting: pooled over all pixels, in the foreground, and in it after post-processing.
+    """Scores of one setting.
 
     Attributes:
         guidance_scale, strength, num_inference_steps, map: the setting.
-        network_evaluations: for one slice.
+        network_evaluations (`int`): NFE per slice.
         auprc, ideal_dice: over all pixels.
-        foreground_auprc, foreground_ideal_dice: over pixels with any channel above 0.
-        postprocessed_auprc, postprocessed_ideal_dice: over the foreground, of the post-processed map.
-        threshold: where the Dice of the post-processed map is ideal, in heatmap units.
-        healthy_mean, unhealthy_mean: mean of the map in the foreground of the slices of the first and the other classes.
-        solver_order: of the encoding; None for a scheduler that knows none.
+        foreground_auprc, foreground_ideal_dice: over pixels where any channel is above 0.
+        postprocessed_auprc, postprocessed_ideal_dice: of the post-processed map, over the foreground.
+        threshold: ideal threshold of the post-processed map, in heatmap units.
+        healthy_mean, unhealthy_mean: mean of the map in the foreground of slices of class 0 and of the other classes.
+        solver_order: of the inverse scheduler; None if it has no such setting.
     """
 
     guidance_scale: float
@@ -57,7 +51,7 @@ class SweepPoint:
 
 
 class _Scores:
-    """Counts of one setting while batches pass."""
+    """Pixel counts of one setting, added up batch by batch."""
 
     def __init__(self):
         self.all, self.foreground, self.postprocessed = PixelCounts(), PixelCounts(), PixelCounts()
@@ -87,37 +81,35 @@ def sweep(
     pipe: CounterfactualDDIMPipeline,
     dataset: SliceDataset,
     indices: Sequence[int],
-    guidance_scales: Sequence[float] = GUIDANCE_SCALES,
-    strengths: Sequence[float] = STRENGTHS,
-    maps: Sequence[str] = DECODED_MAPS,
+    guidance_scales: Sequence[float],
+    strengths: Sequence[float],
+    maps: Sequence[str],
     num_inference_steps: int = 100,
     batch_size: int = 32,
     max_evaluations: int | None = None,
 ) -> list[SweepPoint]:
-    """Scores of every combination that is cheap enough.
-
-    One encoding, kept at each strength, serves all scales and maps, `forward` another.
+    """Measure every combination of settings; one encoding serves all decoded maps, another one `forward`.
 
     Args:
-        pipe: the pipeline.
-        dataset: a split with masks.
-        indices: rows of the split to use.
-        guidance_scales: values of w.
-        strengths: values of L in (0, 1].
-        maps: names of maps, of `heatmaps.MAPS`.
-        num_inference_steps: steps of the full grid.
-        batch_size: slices at a time.
-        max_evaluations: most network evaluations for a slice; None = any number.
+        pipe ([`CounterfactualDDIMPipeline`]): the pipeline.
+        dataset (`SliceDataset`): a split with masks.
+        indices (`Sequence[int]`): rows of the split to use.
+        guidance_scales (`Sequence[float]`): values of w.
+        strengths (`Sequence[float]`): values of L in (0, 1].
+        maps (`Sequence[str]`): names from `heatmaps.MAPS`.
+        num_inference_steps (`int`): steps of the full grid.
+        batch_size (`int`): slices at a time.
+        max_evaluations (`int`, *optional*): leave out settings with more NFE per slice.
 
     Returns:
-        A point for each combination that is cheap enough, strengths outermost.
+        `list[SweepPoint]`: one for each combination that is cheap enough, strengths outermost.
 
     Raises:
         InputError: a map holds NaN or infinite values; the message names its setting.
     """
     points = settings_of_sweep(pipe, guidance_scales, strengths, maps, num_inference_steps, max_evaluations)
 
-    def maps_of(images: torch.Tensor) -> Iterator[tuple[tuple, np.ndarray]]:
+    def maps_of(images: torch.Tensor) -> Iterable[tuple[tuple, np.ndarray]]:
         return heatmaps_of_settings(pipe, images, points, num_inference_steps)
 
     return score_maps(maps_of, points, dataset, indices, batch_size)
@@ -130,14 +122,14 @@ def score_maps(
     indices: Sequence[int],
     batch_size: int = 32,
 ) -> list[SweepPoint]:
-    """Fills in the scores of settings whose maps are made together.
+    """Fill in the scores of settings whose maps are computed together.
 
     Args:
-        maps_of: images `(N, C, H, W)` -> `(key of a setting, maps (N, H, W))`, each setting once.
-        points: the settings by their keys.
-        dataset: a split with masks.
-        indices: rows of the split to use.
-        batch_size: slices at a time.
+        maps_of (`Callable`): images `(N, C, H, W)` -> pairs of a setting's key and its maps `(N, H, W)`, each once.
+        points (`Mapping`): key -> setting.
+        dataset (`SliceDataset`): a split with masks.
+        indices (`Sequence[int]`): rows of the split to use.
+        batch_size (`int`): slices at a time.
 
     Raises:
         InputError: a map holds NaN or infinite values; the message names its setting.
@@ -147,7 +139,9 @@ def score_maps(
         for batch in batches_of(dataset, indices, batch_size):
             for key, heat in maps_of(batch["images"]):
                 if not np.isfinite(heat).all():
-                    raise InputError(f"{_in_words(points[key])}: the map holds NaN or infinite values")
+                    names = ("guidance_scale", "strength", "num_inference_steps", "map")
+                    setting = ", ".join(f"{name} {getattr(points[key], name)}" for name in names)
+                    raise InputError(f"{setting}: the map holds NaN or infinite values")
                 scores[key].add(heat, batch)
             bar.update(len(batch["labels"]))
     return [scores[key].fill(point) for key, point in points.items()]
@@ -161,7 +155,7 @@ def settings_of_sweep(
     num_inference_steps: int,
     max_evaluations: int | None = None,
 ) -> dict[tuple[float, float, str], SweepPoint]:
-    """Every combination by strength, scale and map, strengths outermost, without scores; arguments as in [`sweep`]."""
+    """Return `(strength, guidance_scale, map)` -> point without scores for each setting of a [`sweep`]."""
     points, most = {}, math.inf if max_evaluations is None else max_evaluations
     for key in itertools.product(sorted(strengths), guidance_scales, maps):
         setting = dict(zip(("strength", "guidance_scale", "map"), key, strict=True))
@@ -172,55 +166,52 @@ def settings_of_sweep(
     return points
 
 
-def _in_words(point: SweepPoint) -> str:
-    names = ("guidance_scale", "strength", "num_inference_steps", "map")
-    return ", ".join(f"{name} {getattr(point, name)}" for name in names)
-
-
 def learn_signs(
     pipe: CounterfactualDDIMPipeline, dataset: SliceDataset, indices: Sequence[int], batch_size: int = 32, **settings
 ) -> list[int]:
-    """Whether disease is brighter (1) or darker (-1), for each modality: from labels alone, never from masks.
+    """Return for each modality whether disease is brighter (1) or darker (-1); uses labels, never masks.
 
-    The change from null to healthy reconstruction, mean over the foreground, is compared between slices labelled
-    healthy and others.
+    The change from the reconstruction to the counterfactual, mean over the foreground, is compared between healthy and
+    unhealthy slices.
 
     Args:
-        pipe: the pipeline.
-        dataset: any split.
-        indices: rows to use, of both labels.
-        batch_size: slices at a time.
+        pipe ([`CounterfactualDDIMPipeline`]): the pipeline.
+        dataset (`SliceDataset`): any split.
+        indices (`Sequence[int]`): rows to use, of both labels.
+        batch_size (`int`): slices at a time.
         **settings: `guidance_scale`, `strength`, `num_inference_steps`.
+
+    Raises:
+        InputError: all slices have the same label.
     """
     settings["map"] = "counterfactual"
     changes, sick = [], []
     for batch in batches_of(dataset, indices, batch_size):
         encoding = encode_images(pipe, batch["images"], settings["strength"], settings["num_inference_steps"])
         null, healthy = (
-            decode_images(pipe, encoding, settings | {"guidance_scale": scale})[0]
+            decode_images(pipe, encoding, settings | {"guidance_scale": scale})[0].cpu()  # (N, C, h, w)
             for scale in (0, settings["guidance_scale"])
         )
-        change = null - healthy
-        inside = (resize_images(batch["images"], pipe.image_size) > 0).any(dim=1, keepdim=True).to(change)
-        changes.append((change.cpu() * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3)).clamp(min=1))
+        inside = (resize_images(batch["images"], pipe.image_size) > 0).any(dim=1, keepdim=True)  # (N, 1, h, w)
+        changes.append(((null - healthy) * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3)).clamp(min=1))
         sick.append(batch["labels"] > 0)
     changes, sick = torch.cat(changes), torch.cat(sick)
     if sick.all() or not sick.any():
-        raise InputError("signs need slices of both labels, and all of those chosen have the same")
+        raise InputError("signs need slices of both labels, but those chosen all have the same")
     return [1 if value >= 0 else -1 for value in changes[sick].mean(dim=0) - changes[~sick].mean(dim=0)]
 
 
 def best_point(points: Sequence[SweepPoint]) -> SweepPoint:
-    """The point with the highest AUPRC in the foreground after post-processing."""
+    """Return the point with the highest AUPRC in the foreground after post-processing."""
     return max(points, key=lambda point: point.postprocessed_auprc)
 
 
 def evenly_spread(count: int, limit: int) -> list[int]:
-    """At most `limit` of the numbers below `count`, evenly spread."""
+    """Return at most `limit` of the numbers below `count`, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int)).tolist()
 
 
 def has_lesion(dataset: SliceDataset, indices: Sequence[int], batch_size: int = 32) -> bool:
-    """Whether the masks of these rows have a lesion pixel in the foreground, where settings are compared."""
+    """Return whether the masks of these rows have a lesion pixel in the foreground, where settings are compared."""
     batches = batches_of(dataset, indices, batch_size)
     return any((batch["masks"].numpy()[foreground_mask(batch["images"].numpy())] != 0).any() for batch in batches)

@@ -1,12 +1,9 @@
-"""Scores of whole slices without a map, for every map's slice AUROC to stand beside: position, diffusion classifier."""
+"""Scores of whole slices without a map, to compare with each map's slice AUROC: position, diffusion classifier."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import SplineTransformer
 
 from diffusers_cf.losses import training_target
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
@@ -16,14 +13,14 @@ SPLINE_KNOTS = 8
 
 
 def relative_positions(patients: Sequence[str], slices: Sequence[int]) -> np.ndarray:
-    """Position of each slice within its patient: 0 is the lowest of the slices given, 1 the highest, 0.5 an only one.
+    """Return the position of each slice within its patient: 0 the lowest slice given, 1 the highest, 0.5 a single one.
 
     Args:
-        patients: `(N,)`, patient of every slice.
-        slices: `(N,)`, axial index of every slice.
+        patients (`Sequence[str]`): `(N,)`, patient of each slice.
+        slices (`Sequence[int]`): `(N,)`, axial index of each slice.
 
     Returns:
-        float64 `(N,)` in [0, 1].
+        `np.ndarray`: float64 `(N,)` in [0, 1].
     """
     _, rows = np.unique(np.asarray(patients), return_inverse=True)
     slices = np.asarray(slices, dtype=np.float64)
@@ -37,23 +34,26 @@ def relative_positions(patients: Sequence[str], slices: Sequence[int]) -> np.nda
 def position_scores(
     train_labels: Sequence[int], train_positions: Sequence[float], test_positions: Sequence[float]
 ) -> np.ndarray:
-    """Probability that a slice is unhealthy given nothing but its position: logistic regression on cubic splines.
+    """Return the probability that a slice is unhealthy given its position: logistic regression on cubic splines.
 
-    Lesions are rare at both ends of the head, so any score that tells the ends from the middle detects something; this
-    is how much.
+    Lesions are rare at both ends of the head, so a score that only recognises the ends already detects some of them.
 
     Args:
-        train_labels: `(N,)`, 0 healthy, anything else unhealthy.
-        train_positions: `(N,)`, as from [`relative_positions`].
-        test_positions: `(M,)`.
+        train_labels (`Sequence[int]`): `(N,)`, 0 healthy, anything else unhealthy.
+        train_positions (`Sequence[float]`): `(N,)`, from [`relative_positions`].
+        test_positions (`Sequence[float]`): `(M,)`.
 
     Returns:
-        float64 `(M,)` in (0, 1).
+        `np.ndarray`: float64 `(M,)` in (0, 1).
 
     Raises:
-        ValueError: the labels are all the same.
+        ValueError: all labels are the same.
     """
-    # knots over all of [0, 1]: those of the data would coincide where every patient has one slice
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import SplineTransformer
+
+    # knots over all of [0, 1]: those of the data would coincide if every patient had one slice
     splines = SplineTransformer(knots=np.linspace(0, 1, SPLINE_KNOTS)[:, None], extrapolation="constant")
     model = make_pipeline(splines, LogisticRegression(C=10.0, max_iter=1000))
     model.fit(np.asarray(train_positions)[:, None], np.asarray(train_labels) != 0)
@@ -68,18 +68,18 @@ def diffusion_classifier_scores(
     seed: int,
     class_names: tuple[str, str] | None = None,
 ) -> torch.Tensor:
-    """Which condition predicts the noise better: the diffusion classifier of Li et al. (2023, Sec. 3.2).
+    """Compare how well two conditions predict the noise: the diffusion classifier of Li et al. (2023, Sec. 3.2).
 
-    The mean over t of `||eps - eps_theta(x_t, healthy)||^2 - ||eps - eps_theta(x_t, unhealthy)||^2`, summed over
-    channels and foreground, in units of the network's prediction. Both conditions, and all slices, get the same noise:
-    a score doesn't depend on the other slices of its batch.
+    The score is the mean over t of `||eps - eps_theta(x_t, healthy)||^2 - ||eps - eps_theta(x_t, unhealthy)||^2`,
+    summed over channels and foreground. All slices and both conditions get the same noise, so a score does not depend
+    on the other slices of the batch.
 
     Args:
         pipe ([`CounterfactualDDIMPipeline`]): a conditional pipeline.
         images (`torch.Tensor`): `(N, C, H, W)` in input units.
-        timesteps (`Sequence[int]`): the t to average over; a slice costs two network evaluations for each.
-        seed (`int`): of the noise.
-        class_names (`tuple[str, str]`, *optional*): healthy and unhealthy; defaults to the first two classes.
+        timesteps (`Sequence[int]`): the t to average over, 2 NFE per slice each.
+        seed (`int`): seed of the noise.
+        class_names (`tuple[str, str]`, *optional*): healthy and unhealthy class; the first two classes by default.
 
     Returns:
         `torch.Tensor`: float32 `(N,)`, higher = more unhealthy; 0 for an empty slice.
@@ -92,7 +92,7 @@ def diffusion_classifier_scores(
     if not len(timesteps):
         raise ValueError("timesteps is empty: a diffusion classifier needs one or more")
     pipe.check_inputs(images)
-    clean = pipe.prepare_images(images)
+    clean = pipe.prepare_images(images)  # (N, C, h, w)
     inside = (clean > -1).any(dim=1, keepdim=True)
     healthy, unhealthy = class_names or pipe.class_encoder.config.class_names[:2]
     count, generator = len(clean), torch.Generator().manual_seed(seed)
@@ -102,7 +102,7 @@ def diffusion_classifier_scores(
         noise = torch.randn(clean.shape[1:], generator=generator).to(clean).expand_as(clean)
         everywhere = torch.full((count,), t, device=clean.device)
         noisy = pipe.scheduler.add_noise(clean, noise, everywhere)
-        prediction = pipe.predict_noise(torch.cat([noisy, noisy]), t, condition)
+        prediction = pipe.predict_noise(torch.cat([noisy, noisy]), t, condition)  # (2 N, C, h, w)
         target = training_target(pipe.scheduler, clean, noise, everywhere)
         errors = [((part - target).pow(2) * inside).sum(dim=(1, 2, 3)) for part in prediction.chunk(2)]
         scores += (errors[0] - errors[1]) / len(timesteps)

@@ -1,0 +1,42 @@
+"""Open and check the split, rows and settings of a command before any slice is computed."""
+
+import numpy as np
+
+from diffusers_cf.data import SliceDataset, SliceStream
+from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.sweep import evenly_spread
+from diffusers_cf.settings import check_signs
+
+
+def open_split(folder: str, split: str, masks: bool = True, streaming: bool = False) -> SliceDataset | SliceStream:
+    """Open a split that has slices and, unless `masks` is False, lesion masks; raise `InputError` otherwise."""
+    dataset = (SliceStream if streaming else SliceDataset)(folder, split)
+    if masks and not dataset.has_masks:
+        raise InputError(f"{folder} has no lesion masks: it can train a model, but can't be evaluated")
+    if not len(dataset):
+        raise InputError(f"{folder} has no slices in its split {split}")
+    return dataset
+
+
+def rows_of_both_labels(dataset: SliceDataset, max_slices: int) -> list[int]:
+    """Return at most `max_slices` rows, evenly spread; raise `InputError` unless both labels are among them."""
+    if max_slices < 1:
+        raise InputError(f"--max_slices must be at least 1, not {max_slices}")
+    rows = evenly_spread(len(dataset), max_slices)
+    sick = np.asarray(dataset.labels)[rows] != 0
+    if sick.all() or not sick.any():
+        found = f"the {len(rows)} slices chosen of the split {dataset.split}"
+        raise InputError(f"{dataset.folder}: {found} are all {'unhealthy' if sick.all() else 'healthy'}")
+    return rows
+
+
+def checked_settings(pipe, settings: str | None = None, **given) -> dict:
+    """Return `pipe.resolve_settings`; raise `InputError` for settings that the pipeline can't compute."""
+    try:
+        found = pipe.resolve_settings(settings, **given)
+        pipe.scheduler.set_timesteps(found["num_inference_steps"])
+        if found["map"] == "signed":
+            check_signs(pipe.preprocessing.get("signs"), pipe.unet.config.in_channels)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return found
