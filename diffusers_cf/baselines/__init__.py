@@ -29,37 +29,24 @@ from diffusers_cf.errors import InputError
 
 @dataclass(frozen=True)
 class Network:
-    """A network that is trained once for each seed and serves one row or several.
-
-    Attributes:
-        cls (`type[TrainableMethod]`): its class.
-        paper (`Mapping`): arguments beside `num_channels` and `image_size`, at the size of its paper.
-        small (`Mapping`): the same at a size for CPUs.
-    """
+    """A network that is trained once for each seed and serves one row or several."""
 
     cls: type[TrainableMethod]
-    paper: Mapping
-    small: Mapping = field(default_factory=dict)
+    paper: Mapping  # arguments beside `num_channels` and `image_size`, at the size of its paper
+    small: Mapping = field(default_factory=dict)  # the same at a size for CPUs
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of Table 1, Table 2 or both.
-
-    Attributes:
-        title (`str`): as printed.
-        tables (`tuple[int]`): numbers of its tables.
-        network (`str`, *optional*): key of `NETWORKS`; None if nothing is trained.
-        method (`Callable`, *optional*): makes the method from the trained network, or from the modalities of the images
-            if there is none; None if the trained network is the method.
-        options (`Mapping`): keyword arguments of `method`.
-    """
+    """A row of Table 1, Table 2 or both."""
 
     title: str
     tables: tuple[int, ...]
-    network: str | None = None
+    network: str | None = None  # key of `NETWORKS`; None if nothing is trained
+    # makes the method from the trained network or, without one, from the names of the channels; None if the network
+    # itself is the method
     method: Callable[..., AnomalyMethod] | None = None
-    options: Mapping = field(default_factory=dict)
+    options: Mapping = field(default_factory=dict)  # keyword arguments of `method`
 
     def make(self, source: TrainableMethod | Sequence[str], grid: Grid | None = None) -> AnomalyMethod:
         """Return the method of this row.

@@ -37,14 +37,9 @@ class ClassActivationMap(TrainableMethod):
 
     @register_to_config
     def __init__(
-        self,
-        num_channels: int = 4,
-        image_size: int = 64,
-        embedding_size: int = 64,
-        hidden_sizes: Sequence[int] = (128,),
-        depths: Sequence[int] = (4,),
-        learning_rate: float = 5e-4,
-    ):
+        self, num_channels: int = 4, image_size: int = 64, embedding_size: int = 64,
+        hidden_sizes: Sequence[int] = (128,), depths: Sequence[int] = (4,), learning_rate: float = 5e-4,
+    ):  # fmt: skip
         super().__init__()
         stride = 2 ** (len(hidden_sizes) + 1)
         if image_size % stride:

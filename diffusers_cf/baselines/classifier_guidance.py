@@ -35,14 +35,9 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self,
-        num_channels: int = 4,
-        image_size: int = 64,
-        num_classes: int = 2,
-        block_out_channels: Sequence[int] = (32, 64, 96, 128),
-        layers_per_block: int = 1,
-        norm_num_groups: int = 8,
-    ):
+        self, num_channels: int = 4, image_size: int = 64, num_classes: int = 2,
+        block_out_channels: Sequence[int] = (32, 64, 96, 128), layers_per_block: int = 1, norm_num_groups: int = 8,
+    ):  # fmt: skip
         super().__init__()
         widths = list(block_out_channels)
         multiple = 2 ** (len(widths) - 1)
@@ -116,16 +111,10 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
     model_cpu_offload_seq = "unet->classifier"
 
     def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        scheduler: SchedulerMixin,
-        inverse_scheduler: SchedulerMixin,
-        classifier: NoisyClassifier,
-        class_names: Sequence[str] = ("healthy", "unhealthy"),
-        clip_input: bool = True,
-        crop_background: bool = False,
-        class_encoder: None = None,
-    ):
+        self, unet: UNet2DConditionModel, scheduler: SchedulerMixin, inverse_scheduler: SchedulerMixin,
+        classifier: NoisyClassifier, class_names: Sequence[str] = ("healthy", "unhealthy"), clip_input: bool = True,
+        crop_background: bool = False, class_encoder: None = None,
+    ):  # fmt: skip
         if class_encoder is not None:
             raise ValueError("class_encoder is given: it must be None, because the classifier knows the classes")
         if scheduler.config.prediction_type != "epsilon":

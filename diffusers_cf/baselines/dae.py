@@ -113,13 +113,9 @@ class DenoisingAutoencoder(TrainableMethod):
 
     @register_to_config
     def __init__(
-        self,
-        num_channels: int = 4,
-        image_size: int = 64,
-        block_out_channels: Sequence[int] = (16, 48, 96, 192),
-        learning_rate: float = 1e-3,
-        num_half_cycles: int = 1,
-    ):
+        self, num_channels: int = 4, image_size: int = 64, block_out_channels: Sequence[int] = (16, 48, 96, 192),
+        learning_rate: float = 1e-3, num_half_cycles: int = 1,
+    ):  # fmt: skip
         super().__init__()
         coarsest = 2 ** (len(block_out_channels) - 1)
         if image_size % coarsest or image_size < 2 * coarsest:

@@ -49,15 +49,10 @@ class CounterfactualDiffusion(TrainableMethod):
 
     @register_to_config
     def __init__(
-        self,
-        num_channels: int = 4,
-        image_size: int = 64,
-        unet_size: str = "small",
-        conditioning: str = "attention",
-        class_names: tuple[str, ...] = ("healthy", "unhealthy"),
-        learning_rate: float = 1.5e-3,
+        self, num_channels: int = 4, image_size: int = 64, unet_size: str = "small", conditioning: str = "attention",
+        class_names: tuple[str, ...] = ("healthy", "unhealthy"), learning_rate: float = 1.5e-3,
         first_timesteps: float = 0.2,
-    ):
+    ):  # fmt: skip
         super().__init__()
         encoder = None if conditioning == "unconditional" else class_token_encoder(unet_size, class_names)
         unet = counterfactual_unet(unet_size, conditioning, image_size, num_channels)
@@ -164,13 +159,9 @@ class CounterfactualMap(AnomalyMethod):
     """
 
     def __init__(
-        self,
-        trained: CounterfactualDiffusion,
-        scales: str | Sequence[float] = "guidance_scales",
-        kind: str = "counterfactual",
-        encoding: Mapping | None = None,
-        **scheduler_options,
-    ):
+        self, trained: CounterfactualDiffusion, scales: str | Sequence[float] = "guidance_scales",
+        kind: str = "counterfactual", encoding: Mapping | None = None, **scheduler_options,
+    ):  # fmt: skip
         super().__init__()
         self.scales, self.kind = scales, kind
         self.pipe = trained.pipeline(encoding, **scheduler_options)
@@ -180,15 +171,10 @@ class CounterfactualMap(AnomalyMethod):
         return grid.settings(scales, self.kind)
 
     def maps_of_candidates(self, images: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield `(index of a candidate, its maps (N, H, W))`; candidates on the same grid share one encoding."""
-        for steps in dict.fromkeys(c["num_inference_steps"] for c in self.candidates):
-            index = {
-                (c["strength"], c["guidance_scale"], c["map"]): i
-                for i, c in enumerate(self.candidates)
-                if c["num_inference_steps"] == steps
-            }
-            for setting, heat in heatmaps_of_settings(self.pipe, images, index, steps):
-                yield index[setting], torch.from_numpy(heat)
+        """Yield `(index of a candidate, its maps (N, H, W))`; all candidates share one encoding."""
+        index = {(c["strength"], c["guidance_scale"], c["map"]): i for i, c in enumerate(self.candidates)}
+        for setting, heat in heatmaps_of_settings(self.pipe, images, index, self.candidates[0]["num_inference_steps"]):
+            yield index[setting], torch.from_numpy(heat)
 
     @property
     def network_evaluations_per_slice(self) -> int:

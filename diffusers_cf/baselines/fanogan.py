@@ -51,17 +51,11 @@ class FAnoGAN(TrainableMethod):
 
     @register_to_config
     def __init__(
-        self,
-        num_channels: int = 4,
-        image_size: int = 64,
-        block_out_channels: Sequence[int] = (16, 32, 64, 128, 128, 128),
-        latent_dim: int = 128,
-        penalty_weight: float = 10.0,
-        feature_weight: float = 1.0,
-        encoder_from: float = 0.6,
-        learning_rate: float = 2e-4,
-        encoder_learning_rate: float = 2e-4,
-    ):
+        self, num_channels: int = 4, image_size: int = 64,
+        block_out_channels: Sequence[int] = (16, 32, 64, 128, 128, 128), latent_dim: int = 128,
+        penalty_weight: float = 10.0, feature_weight: float = 1.0, encoder_from: float = 0.6,
+        learning_rate: float = 2e-4, encoder_learning_rate: float = 2e-4,
+    ):  # fmt: skip
         super().__init__()
         if image_size < 2 * COARSEST or image_size & (image_size - 1):
             raise ValueError(f"image_size is {image_size}: it must be a power of two, at least {2 * COARSEST}")

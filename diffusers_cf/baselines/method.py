@@ -13,21 +13,13 @@ from diffusers_cf.images import resize_images
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings of inference to choose from on validation slices.
+    """Settings of inference to choose from on validation slices."""
 
-    Attributes:
-        num_inference_steps (`int`): steps of the full grid of every diffusion model; fixed, not chosen.
-        guidance_scales (`tuple[float]`): values of w.
-        strengths (`tuple[float]`): values of L, in (0, 1].
-        classifier_scales (`tuple[float]`): values of s, for classifier guidance.
-        restoration_steps (`int`, *optional*): gradient steps of the VAE restoration; None for its default.
-    """
-
-    num_inference_steps: int
-    guidance_scales: tuple[float, ...]
-    strengths: tuple[float, ...]
-    classifier_scales: tuple[float, ...]
-    restoration_steps: int | None = None
+    num_inference_steps: int  # of the full grid of every diffusion model; fixed, not chosen
+    guidance_scales: tuple[float, ...]  # values of w
+    strengths: tuple[float, ...]  # values of L, in (0, 1]
+    classifier_scales: tuple[float, ...]  # values of s, for classifier guidance
+    restoration_steps: int | None = None  # gradient steps of the VAE restoration; None for its default
 
     def settings(self, scales: Sequence[float], kind: str = "counterfactual") -> list[dict]:
         """Return the pipeline's settings for every combination of these scales with the strengths."""
@@ -36,18 +28,11 @@ class Grid:
 
 
 class AnomalyMethod:
-    """The contract that evaluation, tables and figures rely on.
+    """The contract that evaluation, tables and figures rely on."""
 
-    Attributes:
-        whole_patient (`bool`): whether `anomaly_map` needs all slices of a patient in one call.
-        candidates (`Sequence[dict]`): settings of inference to choose from on validation slices.
-        settings (`dict`): the settings in use.
-        network_evaluations_per_slice (`float`): NFE of a map with these settings.
-    """
-
-    whole_patient = False
-    candidates: Sequence[dict] = ({},)
-    network_evaluations_per_slice: float = 1
+    whole_patient = False  # whether `anomaly_map` needs all slices of a patient in one call
+    candidates: Sequence[dict] = ({},)  # settings of inference to choose from on validation slices
+    network_evaluations_per_slice: float = 1  # NFE of a map with the settings in use
 
     def __init__(self):
         self.settings = dict(self.candidates[0])
@@ -70,21 +55,13 @@ class AnomalyMethod:
 
 
 class TrainableMethod(ModelMixin, ConfigMixin, AnomalyMethod):
-    """A method that is trained. Its config holds `num_channels` and `image_size` of the network's input.
+    """A method that is trained. Its config holds `num_channels` and `image_size` of the network's input."""
 
-    Attributes:
-        trained_on (`str`): `healthy` slices, or `all` slices with their labels.
-        averaged (`bool`): whether inference uses the moving average of the weights.
-        comparable_from (`float`): share of the training after which validation losses can be compared.
-        mixed_precision (`bool`): whether the losses may be computed in bfloat16.
-        max_grad_norm (`float`, *optional*): gradients of a step are clipped to this norm; None for no clipping.
-    """
-
-    trained_on = "healthy"
-    averaged = False
-    max_grad_norm: float | None = 1.0
-    comparable_from = 0.0
-    mixed_precision = True
+    trained_on = "healthy"  # slices, or "all" with their labels
+    averaged = False  # whether inference uses the moving average of the weights
+    comparable_from = 0.0  # share of the training after which validation losses can be compared
+    mixed_precision = True  # whether the losses may be computed in bfloat16
+    max_grad_norm: float | None = 1.0  # gradients of a step are clipped to this norm; None for no clipping
 
     def __init__(self):
         ModelMixin.__init__(self)

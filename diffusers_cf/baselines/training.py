@@ -35,40 +35,25 @@ VALIDATION_SLICES = 128
 
 @dataclass(frozen=True)
 class Budget:
-    """How long each method is trained: until the first limit is reached.
+    """How long each method is trained: until the first limit is reached."""
 
-    Attributes:
-        seconds (`float`): of training, without validation and checkpoints.
-        steps (`int`): batches; each optimiser steps at most once a batch.
-        batch_size (`int`): images of a batch.
-        mixed_precision (`str`): `no` or `bf16`, as in accelerate.
-        augment (`bool`): small rotations, scales, shifts and gains beside mirroring.
-        num_workers (`int`): processes that read data; 0 reads in this one.
-    """
-
-    seconds: float
-    steps: int
+    seconds: float  # of training, without validation and checkpoints
+    steps: int  # batches
     batch_size: int = 32
-    mixed_precision: str = "no"
-    augment: bool = False
-    num_workers: int = 0
+    mixed_precision: str = "no"  # or bf16, as in accelerate
+    augment: bool = False  # small rotations, scales, shifts and gains beside mirroring
+    num_workers: int = 0  # processes that read data; 0 reads in this one
 
 
 @dataclass
 class TrainingRecord:
-    """The course of a training; it is saved with the weights.
-
-    Attributes:
-        steps (`int`), images_seen (`int`), seconds (`float`): done so far, without validation and checkpoints.
-        converged (`bool`, *optional*): whether the validation loss was flat at the end; None while training.
-        curve (`list`): `[images seen, seconds, validation loss]` of each check.
-    """
+    """The course of a training; it is saved with the weights."""
 
     steps: int = 0
     images_seen: int = 0
-    seconds: float = 0.0
-    converged: bool | None = None
-    curve: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0  # of training, without validation and checkpoints
+    converged: bool | None = None  # whether the validation loss was flat at the end; None while training
+    curve: list[list[float]] = field(default_factory=list)  # [images seen, seconds, validation loss] of each check
 
     def is_flat(self, comparable_from: float = 0.0) -> bool:
         """Return whether the last checks were no better than the earlier ones after this share of the training."""
@@ -78,13 +63,9 @@ class TrainingRecord:
 
 
 def training_step(
-    method,
-    optimizers: dict,
-    batch: dict[str, torch.Tensor],
-    progress: float,
-    backward=torch.Tensor.backward,
+    method, optimizers: dict, batch: dict[str, torch.Tensor], progress: float, backward=torch.Tensor.backward,
     autocast=nullcontext,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """Step, for each loss that the method yields, the optimiser that it names; return the losses.
 
     Args:

@@ -79,17 +79,10 @@ class VariationalAutoencoder(TrainableMethod):
 
     @register_to_config
     def __init__(
-        self,
-        num_channels: int = 4,
-        image_size: int = 64,
-        base_channels: int = 32,
-        max_channels: int = 256,
-        bottleneck_side: int = 4,
-        bottleneck_channels: int = 16,
-        latent_dim: int = 128,
-        kl_weight: float = 1e-3,
+        self, num_channels: int = 4, image_size: int = 64, base_channels: int = 32, max_channels: int = 256,
+        bottleneck_side: int = 4, bottleneck_channels: int = 16, latent_dim: int = 128, kl_weight: float = 1e-3,
         learning_rate: float = 1e-3,
-    ):
+    ):  # fmt: skip
         super().__init__()
         num_levels = int(math.log2(max(image_size // bottleneck_side, 1)))
         if num_levels < 1 or bottleneck_side * 2**num_levels != image_size:
@@ -189,15 +182,12 @@ class VAERestoration(AnomalyMethod):
 
     def candidates_on(self, grid: Grid) -> Sequence[dict]:
         """Return the candidates with the grid's number of steps, scaled so that they go as far in all."""
-        if not (steps := grid.restoration_steps):
-            return self.candidates
-        return [
-            c | {"num_steps": steps, "step_size": c["step_size"] * c["num_steps"] / steps} for c in self.candidates
-        ]
+        steps = grid.restoration_steps or 100
+        return [c | {"num_steps": steps, "step_size": c["step_size"] * 100 / steps} for c in self.candidates]
 
     @property
     def network_evaluations_per_slice(self) -> int:
-        """One NFE for each step: forward and backward pass count as one, though they cost about three."""
+        """One NFE a step: forward and backward pass count as one, though they cost about three."""
         return self.settings["num_steps"]
 
     def restore(self, images: torch.Tensor) -> torch.Tensor:
@@ -223,9 +213,6 @@ class VAERestoration(AnomalyMethod):
 
         Returns:
             `dict`: `settings`, the first of the best candidates; `scores`, those of all candidates in their order.
-
-        Raises:
-            ValueError: there are no slices.
         """
         kept, sums, count = self.settings, [0.0] * len(self.candidates), 0
         for batch in images_batches:
@@ -235,7 +222,5 @@ class VAERestoration(AnomalyMethod):
                 self.settings = candidate
                 sums[index] += (images - self.restore(images)).abs().sum().item()
         self.settings = kept
-        if not count:
-            raise ValueError("images_batches is empty: a weight can't be chosen without healthy slices")
         scores = [total / count for total in sums]
         return {"settings": dict(self.candidates[scores.index(min(scores))]), "scores": scores}
