@@ -1,4 +1,4 @@
-"""Classifier guidance against Bayes' rule on Gaussian classes, its cost, what it refuses; a classifier that learns."""
+"""Classifier guidance against Bayes' rule on Gaussian classes, its cost and errors; training the classifier."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from test_sweep import Slices
 from trivial_phantom import trivial_batch
 
 from diffusers_cf import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
@@ -15,7 +14,7 @@ from diffusers_cf.baselines.classifier_guidance import (
     NoisyClassifier,
     log_probability_gradient,
 )
-from diffusers_cf.evaluation.sweep import sweep
+from diffusers_cf.evaluation.trajectories import heatmaps_of_settings
 
 
 SHORT = {"num_inference_steps": 10, "strength": 0.4}  # 4 steps each way
@@ -69,17 +68,15 @@ class ExactUnconditionalPredictor(ModelMixin, ConfigMixin):
         return SimpleNamespace(sample=noise)
 
 
-@pytest.fixture
-def gaussian_pipe():
-    options = {"thresholding": False}
-    pipe = ClassifierGuidedDDIMPipeline(
-        ExactUnconditionalPredictor(),
-        DynamicDDIMScheduler(**options),
-        DynamicDDIMInverseScheduler(**options),
-        classifier=ExactClassifier(),
-    )
+def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def gaussian_pipe():
+    schedulers = DynamicDDIMScheduler(thresholding=False), DynamicDDIMInverseScheduler(thresholding=False)
+    return quiet(ClassifierGuidedDDIMPipeline(ExactUnconditionalPredictor(), *schedulers, ExactClassifier()))
 
 
 @pytest.fixture
@@ -89,19 +86,15 @@ def plain_pipe(make_pipeline):
 
 @pytest.fixture
 def guided_pipe(plain_pipe):
-    """Untrained, around the U-Net of `plain_pipe`."""
+    """Untrained, with the U-Net of `plain_pipe`."""
     classifier = NoisyClassifier(2, 8, block_out_channels=(8, 16), norm_num_groups=4).eval()
     classifier.to_logits.weight.data *= 20  # classes that matter, without training
-    parts = plain_pipe.components
-    pipe = ClassifierGuidedDDIMPipeline(
-        parts["unet"], parts["scheduler"], parts["inverse_scheduler"], classifier=classifier
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    parts = plain_pipe.unet, plain_pipe.scheduler, plain_pipe.inverse_scheduler
+    return quiet(ClassifierGuidedDDIMPipeline(*parts, classifier))
 
 
 def count_calls(pipe):
-    """Counts, while the pipeline runs, of images that went through each of its networks."""
+    """Count the images that pass through each network of a pipeline."""
     counts = {"unet": 0, "classifier": 0}
     for name in counts:
 
@@ -196,34 +189,30 @@ def test_weights_get_no_gradient(guided_pipe, images):
     assert all(p.grad is None for p in (*guided_pipe.classifier.parameters(), *guided_pipe.unet.parameters()))
 
 
-def test_the_sweep_takes_it_unchanged(guided_pipe):
-    slices, maps = Slices(), ["counterfactual", "reconstruction"]
-    points = sweep(guided_pipe, slices, range(6), [0.0, 40.0], [0.4], maps, 10, batch_size=6)
-    assert [p.network_evaluations for p in points] == [8, 12, 12, 16]
-    # another map than the image's own change is empty without guidance, and isn't with it
-    assert points[1].unhealthy_mean == 0 < points[3].unhealthy_mean
-    heat = guided_pipe(slices.images, guidance_scale=40.0, **SHORT).heatmaps
-    sick = (slices.images[3:] > 0).any(dim=1)
-    assert points[2].unhealthy_mean == pytest.approx(heat[3:][sick].mean().item(), rel=1e-3)
+def test_many_settings_share_one_encoding(guided_pipe, images):
+    settings = [(0.4, scale, kind) for scale in (0.0, 40.0) for kind in ("counterfactual", "reconstruction")]
+    heats = dict(heatmaps_of_settings(guided_pipe, images, settings, 10))
+    for (strength, scale, kind), heat in heats.items():
+        walk = {"strength": strength, "guidance_scale": scale, "map": kind, "num_inference_steps": 10}
+        expected = guided_pipe(images, **walk).heatmaps
+        torch.testing.assert_close(torch.from_numpy(heat), expected, rtol=1e-3, atol=1e-5)
+    # without guidance the reconstruction is the counterfactual
+    assert not heats[0.4, 0.0, "reconstruction"].any() and heats[0.4, 40.0, "reconstruction"].any()
 
 
-def test_a_pipeline_moves_its_classifier(guided_pipe):
-    assert guided_pipe.to(torch.float64).classifier.dtype == torch.float64
-    assert guided_pipe.unet.dtype == torch.float64
-
-
-def test_components_make_another_pipeline(guided_pipe, images):
-    other = ClassifierGuidedDDIMPipeline(**guided_pipe.components)
-    other.set_progress_bar_config(disable=True)
-    walk = SHORT | {"guidance_scale": 5}
+def test_a_pipeline_moves_its_classifier_and_is_made_of_its_components(guided_pipe, images):
+    other, walk = quiet(ClassifierGuidedDDIMPipeline(**guided_pipe.components)), SHORT | {"guidance_scale": 5}
     assert torch.equal(other(images, **walk).heatmaps, guided_pipe(images, **walk).heatmaps)
+    assert guided_pipe.to(torch.float64).classifier.dtype == guided_pipe.unet.dtype == torch.float64
 
 
 def test_what_is_refused(guided_pipe, pipe, images):
-    with pytest.raises(ValueError, match="class 'sick' is unknown: this model knows healthy, unhealthy"):
+    with pytest.raises(ValueError, match="class 'sick' is unknown"):
         guided_pipe(images, "sick", **SHORT)
     with pytest.raises(ValueError, match="target holds 1 names for 4 images"):
         guided_pipe(images, ["healthy"], **SHORT)
+    with pytest.raises(ValueError, match="image_size is 20: it must be a multiple of 8"):
+        NoisyClassifier(1, 20)
     parts = guided_pipe.components
     with pytest.raises(ValueError, match="class_encoder is given"):
         ClassifierGuidedDDIMPipeline(**parts | {"class_encoder": pipe.class_encoder})
@@ -250,11 +239,6 @@ def test_each_sample_has_its_own_timestep():
     assert (first - second).abs().max() > 1e-3
 
 
-def test_a_side_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="image_size is 20: it must be a multiple of 8"):
-        NoisyClassifier(1, 20)
-
-
 def test_the_size_of_the_paper_has_8_million_parameters():
     paper = NoisyClassifier(4, 64, block_out_channels=(64, 128, 256, 256), layers_per_block=2, norm_num_groups=32)
     assert 7e6 < sum(p.numel() for p in paper.parameters()) < 9e6
@@ -269,6 +253,7 @@ def test_a_saved_classifier_comes_back_bit_equal(tmp_path):
     assert torch.equal(loaded(sample, timesteps), classifier(sample, timesteps))
 
 
+@pytest.mark.slow
 def test_training_on_noisy_images_tells_the_classes_apart():
     torch.manual_seed(0)
     classifier, scheduler = NoisyClassifier(1, 16, block_out_channels=(16, 32, 32)), DDIMScheduler()

@@ -1,7 +1,11 @@
-"""Every row of the tables behind one contract: `anomaly_map(images (N, C, H, W)) -> (N, H, W)`, higher = more lesion."""
+"""All methods of the tables, as data. A method maps images `(N, C, H, W)` to `(N, H, W)`, higher = more lesion.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+To add a baseline, write its class in a module of this folder and add a line to `ROWS`; one that is trained also needs a
+line in `NETWORKS`. Benchmark, tables and figures take it from there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from diffusers_cf.baselines.cam import ClassActivationMap
 from diffusers_cf.baselines.dae import DenoisingAutoencoder
@@ -12,7 +16,7 @@ from diffusers_cf.baselines.diffusion import (
     HealthyDiffusion,
 )
 from diffusers_cf.baselines.fanogan import FAnoGAN
-from diffusers_cf.baselines.method import AnomalyMethod, TrainableMethod
+from diffusers_cf.baselines.method import AnomalyMethod, Grid, TrainableMethod
 from diffusers_cf.baselines.thresholding import (
     EqualizedThresholding,
     IntensityThresholding,
@@ -25,160 +29,93 @@ from diffusers_cf.errors import InputError
 
 @dataclass(frozen=True)
 class Network:
-    """What is trained once a seed, and serves one row or several.
-
-    Attributes:
-        cls: a `TrainableMethod`.
-        small: its arguments beside `num_channels` and `image_size`, for a CPU.
-        paper: the same at the size of its paper.
-    """
+    """A network that is trained once for each seed and serves one row or several."""
 
     cls: type[TrainableMethod]
-    small: dict
-    paper: dict
-
-
-PAPER_UNET = {"unet_size": "paper", "learning_rate": 1e-4, "first_timesteps": 1.0}
-UNCONDITIONAL = {"conditioning": "unconditional"}
-NETWORKS = {
-    "fanogan": Network(
-        FAnoGAN,
-        {},
-        {"block_out_channels": (64, 128, 256, 512, 512), "encoder_from": 0.75, "encoder_learning_rate": 5e-5},
-    ),
-    "vae": Network(
-        VariationalAutoencoder,
-        {},
-        {"base_channels": 16, "max_channels": 512, "bottleneck_side": 2, "latent_dim": 512, "learning_rate": 1e-4},
-    ),
-    "dae": Network(
-        DenoisingAutoencoder,
-        {},
-        {"block_out_channels": (64, 128, 256, 512), "learning_rate": 1e-4, "num_half_cycles": 21},
-    ),
-    "cdpm-healthy": Network(HealthyDiffusion, UNCONDITIONAL, UNCONDITIONAL | PAPER_UNET),
-    "cdpm-classifier": Network(ClassifierGuidedDiffusion, UNCONDITIONAL, UNCONDITIONAL | PAPER_UNET),
-    "cdpm-adagn": Network(CounterfactualDiffusion, {"conditioning": "adagn"}, {"conditioning": "adagn"} | PAPER_UNET),
-    "ours": Network(CounterfactualDiffusion, {}, PAPER_UNET),
-    # two stages at 64 pixels: a map of 8 x 8, where a ResNet-18 would leave one of 2 x 2
-    "cam": Network(ClassActivationMap, {}, {"hidden_sizes": (128, 256), "depths": (4, 4)}),
-}
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Settings of inference that are chosen on validation slices.
-
-    Attributes:
-        num_inference_steps: of every diffusion model's full grid, not chosen but fixed.
-        guidance_scales: values of w.
-        strengths: values of L.
-        classifier_scales: values of s, for classifier guidance.
-        restoration_steps: of gradient ascent, for the restored VAE; None for its default.
-    """
-
-    num_inference_steps: int
-    guidance_scales: tuple[float, ...]
-    strengths: tuple[float, ...]
-    classifier_scales: tuple[float, ...]
-    restoration_steps: int | None = None
-
-    def settings(self, scales: Sequence[float], kind: str = "counterfactual") -> list[dict]:
-        """Every combination of these scales with the strengths."""
-        fixed = {"num_inference_steps": self.num_inference_steps, "map": kind}
-        return [{"guidance_scale": w, "strength": s} | fixed for s in self.strengths for w in scales]
+    paper: Mapping  # arguments beside `num_channels` and `image_size`, at the size of its paper
+    small: Mapping = field(default_factory=dict)  # the same at a size for CPUs
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of Table 1, Table 2 or both.
-
-    Attributes:
-        title: as printed.
-        tables: 1, 2 or both.
-        network: key of `NETWORKS`; None where nothing is trained.
-        make: `(trained network or modalities, Grid) -> AnomalyMethod`.
-    """
+    """A row of Table 1, Table 2 or both."""
 
     title: str
     tables: tuple[int, ...]
-    network: str | None
-    make: Callable[..., AnomalyMethod]
+    network: str | None = None  # key of `NETWORKS`; None if nothing is trained
+    # makes the method from the trained network or, without one, from the names of the channels; None if the network
+    # itself is the method
+    method: Callable[..., AnomalyMethod] | None = None
+    options: Mapping = field(default_factory=dict)  # keyword arguments of `method`
 
+    def make(self, source: TrainableMethod | Sequence[str], grid: Grid | None = None) -> AnomalyMethod:
+        """Return the method of this row.
 
-def _itself(trained: TrainableMethod, grid: Grid) -> AnomalyMethod:
-    return trained
-
-
-def _counterfactual(scales: Sequence[float] | str, kind: str = "counterfactual", **options) -> Callable:
-    """Makes a diffusion row: `scales` are values, or the name of those in the grid; options as in `CounterfactualMap`."""
-
-    def make(trained: CounterfactualDiffusion, grid: Grid) -> CounterfactualMap:
-        method = CounterfactualMap(trained, **options)
-        method.choose_among(grid.settings(getattr(grid, scales) if isinstance(scales, str) else scales, kind))
+        Args:
+            source (`TrainableMethod` or `Sequence[str]`): the trained network, or names of the channels in their order.
+            grid (`Grid`, *optional*): settings of inference to choose from; the first candidate is in use.
+        """
+        method = self.method(source, **self.options) if self.method else source
+        if grid is not None:
+            method.candidates = method.candidates_on(grid)
+            method.settings = dict(method.candidates[0])
         return method
 
-    return make
 
+PAPER_UNET = {"unet_size": "paper", "learning_rate": 1e-4, "first_timesteps": 1.0}
+UNCONDITIONAL, ADAGN = {"conditioning": "unconditional"}, {"conditioning": "adagn"}
+PAPER_GAN = {"block_out_channels": (64, 128, 256, 512, 512), "encoder_from": 0.75, "encoder_learning_rate": 5e-5}
+PAPER_VAE = {"base_channels": 16, "max_channels": 512, "bottleneck_side": 2, "latent_dim": 512, "learning_rate": 1e-4}
+PAPER_DAE = {"block_out_channels": (64, 128, 256, 512), "learning_rate": 1e-4, "num_half_cycles": 21}
 
-def _restoration(trained: VariationalAutoencoder, grid: Grid) -> VAERestoration:
-    method = VAERestoration(trained)
-    if steps := grid.restoration_steps:
-        # as far in all as by default, in smaller or larger steps
-        sizes = [c["step_size"] * c["num_steps"] / steps for c in method.candidates]
-        changed = [{"num_steps": steps, "step_size": size} for size in sizes]
-        method.choose_among([c | new for c, new in zip(method.candidates, changed, strict=True)])
-    return method
+NETWORKS = {
+    "fanogan": Network(FAnoGAN, PAPER_GAN),
+    "vae": Network(VariationalAutoencoder, PAPER_VAE),
+    "dae": Network(DenoisingAutoencoder, PAPER_DAE),
+    "cdpm-healthy": Network(HealthyDiffusion, UNCONDITIONAL | PAPER_UNET, UNCONDITIONAL),
+    "cdpm-classifier": Network(ClassifierGuidedDiffusion, UNCONDITIONAL | PAPER_UNET, UNCONDITIONAL),
+    "cdpm-adagn": Network(CounterfactualDiffusion, ADAGN | PAPER_UNET, ADAGN),
+    "ours": Network(CounterfactualDiffusion, PAPER_UNET),
+    # two stages at 64 pixels: a map of 8 x 8, where a ResNet-18 would leave one of 2 x 2
+    "cam": Network(ClassActivationMap, {"hidden_sizes": (128, 256), "depths": (4, 4)}),
+}
 
-
-# Without dynamic normalisation: clipped to [-1, 1] as DDPM does, or not at all.
+# Other diffusion models clip x0 to [-1, 1], as their authors do. No clipping is a row of Table 2.
 CLIPPED = {"thresholding": False, "clip_sample": True}
 UNCLIPPED = {"thresholding": False, "clip_sample": False}
-# In the order of Table 1, then of Table 2; rivals among the diffusion models clip, as their authors do.
+HEALTHY, GUIDED = {"scales": (0.0,)} | CLIPPED, {"scales": "classifier_scales"} | CLIPPED
+RAW, FIXED_POINT = {"use_clipped_model_output": False}, {"encoding": {"num_fixed_point_iterations": 3}}
+
+# Method id: Row, in the order of Table 1, then of Table 2.
 ROWS = {
-    "threshold": Row("Thresholding, equalised FLAIR", (1,), None, lambda m, grid: EqualizedThresholding(m)),
-    "threshold-median": Row("Threshold of FLAIR / median", (1,), None, lambda m, grid: MedianThresholding(m)),
-    "threshold-robust-z": Row("Threshold of FLAIR, robust z", (1,), None, lambda m, grid: RobustZThresholding(m)),
+    "threshold": Row("Thresholding, equalised FLAIR", (1,), None, EqualizedThresholding),
+    "threshold-median": Row("Threshold of FLAIR / median", (1,), None, MedianThresholding),
+    "threshold-robust-z": Row("Threshold of FLAIR, robust z", (1,), None, RobustZThresholding),
     "threshold-<modality>": Row("Threshold of {}", (1,), None, IntensityThresholding),
-    "fanogan": Row("f-AnoGAN", (1,), "fanogan", _itself),
-    "vae": Row("VAE, reconstruction", (1,), "vae", _itself),
-    "vae-restoration": Row("VAE, restoration", (1,), "vae", _restoration),
-    "dae": Row("DAE", (1,), "dae", _itself),
-    "cdpm-healthy": Row("CDPM, healthy only", (1, 2), "cdpm-healthy", _counterfactual((0.0,), **CLIPPED)),
-    "cdpm-classifier": Row(
-        "CDPM + classifier guidance", (1, 2), "cdpm-classifier", _counterfactual("classifier_scales", **CLIPPED)
-    ),
-    "cdpm-adagn": Row("CDPM with AdaGN, w = 1", (2,), "cdpm-adagn", _counterfactual((1.0,), **CLIPPED)),
-    "cdpm-adagn-guided": Row(
-        "CDPM with AdaGN, implicit guidance", (2,), "cdpm-adagn", _counterfactual("guidance_scales", **CLIPPED)
-    ),
-    "ours-clipped": Row(
-        "Attention conditioning, static clip", (2,), "ours", _counterfactual("guidance_scales", **CLIPPED)
-    ),
-    "ours-unclipped": Row(
-        "Attention conditioning, no clip", (2,), "ours", _counterfactual("guidance_scales", **UNCLIPPED)
-    ),
-    "ours": Row("Ours (with dynamic normalisation)", (1, 2), "ours", _counterfactual("guidance_scales")),
-    "ours-raw-epsilon": Row(
-        "Ours, raw epsilon", (2,), "ours", _counterfactual("guidance_scales", use_clipped_model_output=False)
-    ),
+    "fanogan": Row("f-AnoGAN", (1,), "fanogan"),
+    "vae": Row("VAE, reconstruction", (1,), "vae"),
+    "vae-restoration": Row("VAE, restoration", (1,), "vae", VAERestoration),
+    "dae": Row("DAE", (1,), "dae"),
+    "cdpm-healthy": Row("CDPM, healthy only", (1, 2), "cdpm-healthy", CounterfactualMap, HEALTHY),
+    "cdpm-classifier": Row("CDPM + classifier guidance", (1, 2), "cdpm-classifier", CounterfactualMap, GUIDED),
+    "cdpm-adagn": Row("CDPM with AdaGN, w = 1", (2,), "cdpm-adagn", CounterfactualMap, {"scales": (1.0,)} | CLIPPED),
+    "cdpm-adagn-guided": Row("CDPM with AdaGN, implicit guidance", (2,), "cdpm-adagn", CounterfactualMap, CLIPPED),
+    "ours-clipped": Row("Attention conditioning, static clip", (2,), "ours", CounterfactualMap, CLIPPED),
+    "ours-unclipped": Row("Attention conditioning, no clip", (2,), "ours", CounterfactualMap, UNCLIPPED),
+    "ours": Row("Ours (with dynamic normalisation)", (1, 2), "ours", CounterfactualMap),
+    "ours-raw-epsilon": Row("Ours, raw epsilon", (2,), "ours", CounterfactualMap, RAW),
     "ours-reconstruction": Row(
-        "Ours, reconstruction as reference", (2,), "ours", _counterfactual("guidance_scales", "reconstruction")
+        "Ours, reconstruction as reference", (2,), "ours", CounterfactualMap, {"kind": "reconstruction"}
     ),
-    "ours-fixed-point": Row(
-        "Ours, fixed-point inversion",
-        (2,),
-        "ours",
-        _counterfactual("guidance_scales", encoding={"num_fixed_point_iterations": 3}),
-    ),
-    "forward-map": Row("Forward map of our model", (1,), "ours", _counterfactual("guidance_scales", "forward")),
-    "cam": Row("Class activation map", (1,), "cam", _itself),
+    "ours-fixed-point": Row("Ours, fixed-point inversion", (2,), "ours", CounterfactualMap, FIXED_POINT),
+    "forward-map": Row("Forward map of our model", (1,), "ours", CounterfactualMap, {"kind": "forward"}),
+    "cam": Row("Class activation map", (1,), "cam"),
 }
-BASELINES = tuple(name for name, row in ROWS.items() if row.network is None)  # what needs no training
+BASELINES = tuple(name for name, row in ROWS.items() if row.network is None)  # methods that need no training
 
 
 def row_of(method: str) -> Row:
-    """The row of a method id, `threshold-flair` and the like among them.
+    """Return the row of a method id such as `ours` or `threshold-flair`.
 
     Raises:
         InputError: there is no such method.
@@ -188,40 +125,38 @@ def row_of(method: str) -> Row:
     family, _, modality = method.partition("-")
     if family == "threshold" and modality:
         row = ROWS["threshold-<modality>"]
-        return Row(
-            row.title.format(modality), row.tables, None, lambda names, grid: IntensityThresholding(names, modality)
-        )
+        return replace(row, title=row.title.format(modality), options={"modality": modality})
     raise InputError(f"there is no method {method}; the methods are {', '.join(ROWS)}")
 
 
 def make_baseline(method: str, modalities: Sequence[str]) -> AnomalyMethod:
-    """Returns a method that needs no training, made for images with these modalities.
+    """Return a method that needs no training, for images with these modalities.
 
     Args:
-        method: A key of `ROWS`, `<modality>` replaced by the name of one.
-        modalities: Names of the channels, in their order.
+        method (`str`): one of `BASELINES`, with the name of a modality instead of `<modality>`.
+        modalities (`Sequence[str]`): names of the channels, in their order.
 
     Raises:
-        InputError: There is no such method, it must be trained first, or the images lack the modality that it needs.
+        InputError: there is no such method, it must be trained first, or the images lack its modality.
     """
     row = row_of(method)
     if row.network:
         raise InputError(f"method {method} must be trained first: diffusers-cf benchmark --methods {method}")
-    return row.make(modalities, None)
+    return row.make(modalities)
 
 
 def network_of_data(name: str, size: str, num_channels: int, image_size: int, class_names) -> TrainableMethod:
-    """A freshly initialised network of `NETWORKS` for a data set.
+    """Return a newly initialised network of `NETWORKS`.
 
     Args:
-        name: key of `NETWORKS`.
-        size: `small` or `paper`.
-        num_channels: of the images.
-        image_size: side of the network's input in pixels.
-        class_names: healthy first; methods that take names get them.
+        name (`str`): key of `NETWORKS`.
+        size (`str`): `small` or `paper`.
+        num_channels (`int`): image channels.
+        image_size (`int`): side of the network's input in pixels.
+        class_names (`Sequence[str]`): healthy first; only the diffusion models use them.
     """
     network = NETWORKS[name]
-    arguments = dict(network.small if size == "small" else network.paper)
+    arguments = dict(getattr(network, size))
     if issubclass(network.cls, CounterfactualDiffusion):
         arguments["class_names"] = tuple(class_names)
     return network.cls(num_channels=num_channels, image_size=image_size, **arguments)

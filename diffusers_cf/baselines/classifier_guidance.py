@@ -1,4 +1,7 @@
-"""Classifier guidance (Dhariwal & Nichol 2021; Wolleb et al. 2022): a classifier of noisy images steers the decoding."""
+"""Classifier guidance (Dhariwal and Nichol 2021, Algorithm 2): a classifier of noisy images steers the decoding.
+
+Wolleb et al. (2022) find lesions this way, with a scale s of 100; here s is chosen on validation slices.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -13,35 +16,28 @@ from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 
 
 class NoisyClassifier(ModelMixin, ConfigMixin):
-    """Class of an image from its noisy version: the encoder half of a U-Net with attention pooling on top.
+    """A classifier of noisy images x_t: the encoder half of a U-Net with attention pooling.
 
-    Train it with cross-entropy on x_t at random t: the guidance asks for its gradient on noisy images. The size of
-    the paper's own rival is `block_out_channels=(64, 128, 256, 256), layers_per_block=2, norm_num_groups=32`.
+    Train it with cross-entropy on x_t at random t, because guidance uses its gradient on noisy images. The size of the
+    paper's baseline is `block_out_channels=(64, 128, 256, 256), layers_per_block=2, norm_num_groups=32`.
 
     Args:
-        num_channels (`int`): of the images.
-        image_size (`int`): side in pixels, a multiple of 2 to the number of halvings (8 by default).
+        num_channels (`int`): image channels.
+        image_size (`int`): side of the input in pixels, a multiple of `2^(levels - 1)`.
         num_classes (`int`): number of logits.
-        block_out_channels (`Sequence[int]`): width of each level; all but the last one halve the side.
-        layers_per_block (`int`): residual blocks a level, beside the one that halves.
-        norm_num_groups (`int`): groups of every normalisation; it divides all widths.
-        dropout (`float`): in the residual blocks.
+        block_out_channels (`Sequence[int]`): channels of each level; each level but the last halves the side.
+        layers_per_block (`int`): residual blocks of each level, beside the one that halves the side.
+        norm_num_groups (`int`): groups of every group norm; it divides the channels of each level.
 
     Raises:
-        ValueError: for a side that the halvings don't divide.
+        ValueError: the levels do not divide `image_size`.
     """
 
     @register_to_config
     def __init__(
-        self,
-        num_channels: int = 4,
-        image_size: int = 64,
-        num_classes: int = 2,
-        block_out_channels: Sequence[int] = (32, 64, 96, 128),
-        layers_per_block: int = 1,
-        norm_num_groups: int = 8,
-        dropout: float = 0.0,
-    ):
+        self, num_channels: int = 4, image_size: int = 64, num_classes: int = 2,
+        block_out_channels: Sequence[int] = (32, 64, 96, 128), layers_per_block: int = 1, norm_num_groups: int = 8,
+    ):  # fmt: skip
         super().__init__()
         widths = list(block_out_channels)
         multiple = 2 ** (len(widths) - 1)
@@ -52,7 +48,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         self.conv_in = nn.Conv2d(num_channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(
             ResnetDownsampleBlock2D(
-                before, width, 4 * widths[0], dropout, layers_per_block, resnet_groups=norm_num_groups,
+                before, width, 4 * widths[0], num_layers=layers_per_block, resnet_groups=norm_num_groups,
                 resnet_time_scale_shift="scale_shift", add_downsample=level < len(widths) - 1,
             )
             for level, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
@@ -62,7 +58,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         self.to_logits = nn.Linear(widths[-1], num_classes)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Logits `(N, num_classes)` of x_t `(N, C, h, w)`, in [-1, 1] before the noise, and t `(N,)`."""
+        """Return logits `(N, num_classes)` of x_t `(N, C, h, w)`, noised from [-1, 1], and t `(N,)`."""
         embedding = self.time_embedding(self.frequencies(timestep).to(sample.dtype))
         hidden = self.conv_in(sample)
         for block in self.blocks:
@@ -74,16 +70,16 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 def log_probability_gradient(
     classifier: ModelMixin, sample: torch.Tensor, timestep: torch.Tensor, class_ids: torch.Tensor
 ) -> torch.Tensor:
-    """grad_x log p(y | x_t, t) by a classifier of noisy images (Dhariwal & Nichol 2021, Sec. 4.2).
+    """Return grad_x log p(y | x_t, t) of a classifier of noisy images (Dhariwal and Nichol 2021, Sec. 4.2).
 
     Args:
-        classifier (`ModelMixin`): `(x_t, t) -> logits`, such as [`NoisyClassifier`]; each sample for itself.
+        classifier (`ModelMixin`): `(x_t, t)` to logits, such as [`NoisyClassifier`]; each sample by itself.
         sample (`torch.Tensor`): x_t, `(N, C, h, w)`.
         timestep (`torch.Tensor`): t, `(N,)`.
         class_ids (`torch.Tensor`): y, integers `(N,)`.
 
     Returns:
-        `torch.Tensor`: float32 `(N, C, h, w)`, without a graph; gradients of the weights stay as they are.
+        `torch.Tensor`: float32 `(N, C, h, w)`, detached; the weights get no gradients.
     """
     with torch.enable_grad():
         sample = sample.detach().float().requires_grad_()
@@ -93,41 +89,34 @@ def log_probability_gradient(
 
 
 class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
-    """The counterfactual pipeline with an unconditional U-Net and a classifier in the place of a condition.
+    """The counterfactual pipeline with an unconditional U-Net, guided by a classifier instead of a condition.
 
-    `guidance_scale` is s: decoding follows `eps' = eps - sqrt(1 - abar_t) s grad_x log p(target | x_t, t)` (Dhariwal &
-    Nichol 2021, Algorithm 2), 0 is plain decoding. Encoding is without guidance. It isn't saved as a pipeline: save
-    U-Net and classifier by themselves.
+    `guidance_scale` is s: decoding uses eps' = eps - sqrt(1 - abar_t) * s * grad_x log p(target | x_t, t), and 0 is plain
+    decoding. Encoding is unguided. Save U-Net and classifier separately: this pipeline cannot be saved.
 
     Args:
         unet ([`UNet2DConditionModel`]): an unconditional noise predictor.
         scheduler ([`SchedulerMixin`]): for decoding, with `prediction_type="epsilon"`.
         inverse_scheduler ([`SchedulerMixin`]): for encoding, its mirror image.
-        classifier ([`NoisyClassifier`]): logits of `(x_t, t)`, one for each class.
-        class_names (`Sequence[str]`): names of the logits; the first one is the default target.
-        clip_input (`bool`), crop_background (`bool`): as in [`CounterfactualDDIMPipeline`]; with windows the
-            classifier judges windows, too, and must have been trained on some.
-        class_encoder (`None`, *optional*): must stay None; a part of the pipeline that this one extends.
+        classifier ([`NoisyClassifier`]): `(x_t, t)` to one logit for each class.
+        class_names (`Sequence[str]`): names of the logits; the first is the default target.
+        clip_input (`bool`): as in [`CounterfactualDDIMPipeline`].
+        crop_background (`bool`): as in [`CounterfactualDDIMPipeline`]; the classifier must then be trained on windows.
+        class_encoder (`None`, *optional*): must be None; a component of the parent class.
 
     Raises:
-        ValueError: there is a class encoder, or the U-Net predicts something else than the noise.
+        ValueError: `class_encoder` is given, or the U-Net does not predict the noise.
     """
 
     model_cpu_offload_seq = "unet->classifier"
 
     def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        scheduler: SchedulerMixin,
-        inverse_scheduler: SchedulerMixin,
-        classifier: NoisyClassifier,
-        class_names: Sequence[str] = ("healthy", "unhealthy"),
-        clip_input: bool = True,
-        crop_background: bool = False,
-        class_encoder: None = None,
-    ):
+        self, unet: UNet2DConditionModel, scheduler: SchedulerMixin, inverse_scheduler: SchedulerMixin,
+        classifier: NoisyClassifier, class_names: Sequence[str] = ("healthy", "unhealthy"), clip_input: bool = True,
+        crop_background: bool = False, class_encoder: None = None,
+    ):  # fmt: skip
         if class_encoder is not None:
-            raise ValueError("class_encoder is given: it must be None, the classifier is what knows the classes")
+            raise ValueError("class_encoder is given: it must be None, because the classifier knows the classes")
         if scheduler.config.prediction_type != "epsilon":
             raise ValueError(f"prediction_type is {scheduler.config.prediction_type!r}: it must be 'epsilon'")
         super().__init__(unet, None, scheduler, inverse_scheduler, clip_input, crop_background)
@@ -135,13 +124,13 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
         self.register_to_config(class_names=list(class_names))
 
     def network_evaluations(self, **settings) -> int:
-        """Evaluations for one image: K to encode, 2K to decode (U-Net, and classifier with its backward pass)."""
+        """Return the NFE for one image: K to encode, 2K to decode (U-Net and classifier, with its backward pass)."""
         settings = self.resolve_settings(**settings)
         guided = round(settings["num_inference_steps"] * settings["strength"]) if settings["guidance_scale"] else 0
         return super().network_evaluations(**settings) + guided
 
     def _encode_target(self, target: str | Sequence[str] | None, batch_size: int) -> torch.Tensor:
-        """Rows `(N,)` of the target among the logits."""
+        """Return the index of each sample's target among the logits, `(N,)`."""
         known = list(self.config.class_names)
         target = known[0] if target is None else target
         names = [target] * batch_size if isinstance(target, str) else list(target)
@@ -153,7 +142,7 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
         return torch.tensor([known.index(name) for name in names], device=self._execution_device)
 
     def _guided_prediction(self, target, guidance_scale: float, batch_size: int) -> Callable:
-        """`(x, t) -> eps'`; the classifier isn't asked where the scale is 0."""
+        """Return `(x_t, t) -> eps'`; a scale of 0 does not call the classifier."""
         class_ids = self._encode_target(target, batch_size)
         if guidance_scale == 0:
             return lambda sample, t: self.predict_noise(sample, t, None)

@@ -1,13 +1,17 @@
-"""The diffusion models of both tables: one network each, trained on Eq. 1, and their maps by Algorithm 1."""
+"""The diffusion models of both tables, trained on Eq. 1; their maps come from Algorithm 1.
 
-from collections.abc import Iterator, Mapping
+Beside the paper's own model there are CDPM on healthy slices only, CDPM with classifier guidance (Wolleb et al. 2022),
+and CDPM with the condition in AdaGN (Table 2).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.configuration_utils import register_to_config
 
 from diffusers_cf.baselines.classifier_guidance import ClassifierGuidedDDIMPipeline, NoisyClassifier
-from diffusers_cf.baselines.method import AnomalyMethod, TrainableMethod
+from diffusers_cf.baselines.method import AnomalyMethod, Grid, TrainableMethod
 from diffusers_cf.evaluation.trajectories import heatmaps_of_settings
 from diffusers_cf.losses import ALL_TIMESTEPS_FROM, drop_condition, noise_prediction_loss, rising_timesteps
 from diffusers_cf.models import ConditionalNoisePredictor, class_token_encoder, counterfactual_unet
@@ -15,10 +19,10 @@ from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 
 
-WARM_UP = 0.03
+WARM_UP = 0.03  # share of the training in which the learning rate rises
 SNR_GAMMA = 5.0
 GUIDANCE_DROPOUT = 0.35
-# Arguments of NoisyClassifier for each size of U-Net.
+# arguments of NoisyClassifier for each size of the U-Net
 CLASSIFIER_SIZES = {
     "small": {},
     "paper": {"block_out_channels": (64, 128, 256, 256), "layers_per_block": 2, "norm_num_groups": 32},
@@ -26,15 +30,15 @@ CLASSIFIER_SIZES = {
 
 
 class CounterfactualDiffusion(TrainableMethod):
-    """The paper's model (method id `ours`), or its baseline with `conditioning="adagn"` (Table 2).
+    """The paper's model (network `ours`), or its baseline with `conditioning="adagn"` (network `cdpm-adagn`).
 
     Args:
-        num_channels (`int`): of the images.
+        num_channels (`int`): image channels.
         image_size (`int`): side of the network's input in pixels, a multiple of 8.
         unet_size (`str`): a key of [`models.UNET_SIZES`].
         conditioning (`str`): `attention`, `adagn` or `unconditional`.
-        class_names (`list[str]`): healthy first.
-        learning_rate (`float`): the highest; it rises over the first 3 % and falls as a cosine.
+        class_names (`tuple[str]`): healthy first.
+        learning_rate (`float`): the highest one; it rises over the first 3 % and falls as a cosine.
         first_timesteps (`float`): share of the timesteps that training begins with, 1 for the paper's uniform ones; see
             [`losses.rising_timesteps`].
     """
@@ -45,15 +49,10 @@ class CounterfactualDiffusion(TrainableMethod):
 
     @register_to_config
     def __init__(
-        self,
-        num_channels: int = 4,
-        image_size: int = 64,
-        unet_size: str = "small",
-        conditioning: str = "attention",
-        class_names: tuple[str, ...] = ("healthy", "unhealthy"),
-        learning_rate: float = 1.5e-3,
+        self, num_channels: int = 4, image_size: int = 64, unet_size: str = "small", conditioning: str = "attention",
+        class_names: tuple[str, ...] = ("healthy", "unhealthy"), learning_rate: float = 1.5e-3,
         first_timesteps: float = 0.2,
-    ):
+    ):  # fmt: skip
         super().__init__()
         encoder = None if conditioning == "unconditional" else class_token_encoder(unet_size, class_names)
         unet = counterfactual_unet(unet_size, conditioning, image_size, num_channels)
@@ -65,7 +64,7 @@ class CounterfactualDiffusion(TrainableMethod):
 
     @property
     def comparable_from(self) -> float:
-        """While the range of timesteps grows, most of those that the validation loss asks for were never trained."""
+        """Before all timesteps are trained, the validation loss asks for many that were never seen."""
         return 0.0 if self.config.first_timesteps == 1 else ALL_TIMESTEPS_FROM
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -83,26 +82,22 @@ class CounterfactualDiffusion(TrainableMethod):
         yield "network", self._noise_loss(batch | {"timesteps": timesteps}, class_ids)
 
     def _noise_loss(self, batch: dict[str, torch.Tensor], class_ids: torch.Tensor) -> torch.Tensor:
+        images, noise, timesteps = batch["images"], batch["noise"], batch["timesteps"]
         return noise_prediction_loss(
-            self.network,
-            self.noise_scheduler,
-            batch["images"],
-            class_ids,
-            batch["noise"],
-            batch["timesteps"],
-            SNR_GAMMA,
+            self.network, self.noise_scheduler, images, class_ids, noise, timesteps, SNR_GAMMA
         )
 
     @torch.no_grad()
     def validation_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return Eq. 1 of the batch, with every label."""
         return self._noise_loss(batch, batch["labels"])
 
     def pipeline(self, encoding: Mapping | None = None, **scheduler_options) -> CounterfactualDDIMPipeline:
-        """The pipeline around this network.
+        """Return a pipeline with this network.
 
         Args:
-            encoding: options of [`DynamicDDIMInverseScheduler`] alone.
-            **scheduler_options: of [`DynamicDDIMScheduler`], the same for both passes.
+            encoding (`Mapping`, *optional*): options of [`DynamicDDIMInverseScheduler`] only.
+            **scheduler_options: options of [`DynamicDDIMScheduler`], the same for both passes.
         """
         scheduler = DynamicDDIMScheduler(**scheduler_options)
         inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config, **(encoding or {}))
@@ -112,24 +107,24 @@ class CounterfactualDiffusion(TrainableMethod):
 
     def _pipeline(self, scheduler, inverse) -> CounterfactualDDIMPipeline:
         parts = (self.network.unet, self.network.class_encoder, scheduler, inverse)
-        return CounterfactualDDIMPipeline(*parts, crop_background=False)  # the paper's computation
+        return CounterfactualDDIMPipeline(*parts, crop_background=False)  # as in the paper
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         return CounterfactualMap(self).anomaly_map(images)
 
 
 class HealthyDiffusion(CounterfactualDiffusion):
-    """CDPM on healthy slices alone (method id `cdpm-healthy`): no label, no guidance; `conditioning="unconditional"`."""
+    """CDPM on healthy slices only (method id `cdpm-healthy`), without labels: use `conditioning="unconditional"`."""
 
     trained_on = "healthy"
 
 
 class ClassifierGuidedDiffusion(CounterfactualDiffusion):
-    """CDPM with classifier guidance (method id `cdpm-classifier`; Wolleb et al. 2022).
+    """CDPM with classifier guidance (method id `cdpm-classifier`): use `conditioning="unconditional"`.
 
-    An unconditional U-Net on all slices (`conditioning="unconditional"`), and a classifier on noisy images, trained side
-    by side. The classifier begins on clean images and its noise grows ([`losses.rising_timesteps`]): from full noise at
-    once, a short training ends at the odds of a slice's position.
+    U-Net and classifier are trained side by side on all slices. The classifier starts with clean images, and its noise
+    grows ([`losses.rising_timesteps`]): from full noise at once, a short training only learns how likely a lesion is at
+    a slice's position.
     """
 
     has_classifier = True
@@ -153,28 +148,33 @@ class ClassifierGuidedDiffusion(CounterfactualDiffusion):
 
 
 class CounterfactualMap(AnomalyMethod):
-    """A row of the tables: a trained diffusion model with options of its schedulers and settings of inference.
+    """A trained diffusion model with options of its schedulers and settings of inference to choose from.
 
     Args:
-        trained: a [`CounterfactualDiffusion`] or a class below it.
-        encoding: options of [`DynamicDDIMInverseScheduler`] alone.
-        **scheduler_options: of [`DynamicDDIMScheduler`], the same for both passes.
+        trained ([`CounterfactualDiffusion`]): the trained network.
+        scales (`str` or `Sequence[float]`): guidance scales to choose from, or the field of [`Grid`] with them.
+        kind (`str`): the pipeline's `map`.
+        encoding (`Mapping`, *optional*): options of [`DynamicDDIMInverseScheduler`] only.
+        **scheduler_options: options of [`DynamicDDIMScheduler`], the same for both passes.
     """
 
-    def __init__(self, trained: CounterfactualDiffusion, encoding: Mapping | None = None, **scheduler_options):
+    def __init__(
+        self, trained: CounterfactualDiffusion, scales: str | Sequence[float] = "guidance_scales",
+        kind: str = "counterfactual", encoding: Mapping | None = None, **scheduler_options,
+    ):  # fmt: skip
         super().__init__()
+        self.scales, self.kind = scales, kind
         self.pipe = trained.pipeline(encoding, **scheduler_options)
 
+    def candidates_on(self, grid: Grid) -> Sequence[dict]:
+        scales = getattr(grid, self.scales) if isinstance(self.scales, str) else self.scales
+        return grid.settings(scales, self.kind)
+
     def maps_of_candidates(self, images: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields `(index of a candidate, its maps (N, H, W))`; candidates that share a grid share one encoding."""
-        for steps in dict.fromkeys(c["num_inference_steps"] for c in self.candidates):
-            index = {
-                (c["strength"], c["guidance_scale"], c["map"]): i
-                for i, c in enumerate(self.candidates)
-                if c["num_inference_steps"] == steps
-            }
-            for setting, heat in heatmaps_of_settings(self.pipe, images, index, steps):
-                yield index[setting], torch.from_numpy(heat)
+        """Yield `(index of a candidate, its maps (N, H, W))`; all candidates share one encoding."""
+        index = {(c["strength"], c["guidance_scale"], c["map"]): i for i, c in enumerate(self.candidates)}
+        for setting, heat in heatmaps_of_settings(self.pipe, images, index, self.candidates[0]["num_inference_steps"]):
+            yield index[setting], torch.from_numpy(heat)
 
     @property
     def network_evaluations_per_slice(self) -> int:

@@ -1,4 +1,4 @@
-"""Thresholding, row 1 of Table 1: bright tissue is lesion, nothing is learned."""
+"""Intensity thresholding (Meissen et al. 2021): bright tissue is lesion. Nothing is trained."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,14 @@ from diffusers_cf.evaluation.postprocessing import foreground_mask
 
 
 class IntensityThresholding(AnomalyMethod):
-    """The intensity of one modality as it is (method id `threshold-<modality>`).
+    """The unchanged intensity of one modality (method id `threshold-<modality>`).
 
     Args:
-        modalities: Names of the channels, in their order.
-        modality: The one to take, in any case.
-
-    Attributes:
-        whole_patient: Whether `anomaly_map` needs all slices of a patient in one call.
-        network_evaluations_per_slice: 0.
+        modalities (`Sequence[str]`): names of the channels, in their order.
+        modality (`str`): the modality to use, in upper or lower case.
 
     Raises:
-        InputError: The images have no such modality.
+        InputError: the images have no such modality.
     """
 
     network_evaluations_per_slice = 0
@@ -38,30 +34,20 @@ class IntensityThresholding(AnomalyMethod):
         self.channel = names.index(modality.lower())
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the modality's intensity, (N, C, H, W) -> (N, H, W)."""
         return images[:, self.channel].clone()
 
 
 class MedianThresholding(IntensityThresholding):
     """FLAIR on the intensity scale `median`, whatever scale the images have (method id `threshold-median`).
 
-    The 99th percentile of a scan rises with its lesion, and its median does not: one threshold then fits all patients.
-    Give all of a patient's slices in one call (`whole_patient`).
-
-    Args:
-        modalities: Names of the channels, in their order; one of them must be flair.
-
-    Raises:
-        InputError: There is no FLAIR among them.
+    A lesion raises the 99th percentile of a scan but not its median, so that one threshold fits all patients. The
+    median is that of a patient: pass all slices of a patient in one call.
     """
 
     whole_patient = True
 
-    def __init__(self, modalities: Sequence[str]):
-        super().__init__(modalities, "flair")
-
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the scaled FLAIR of one patient's slices, (N, C, H, W) -> (N, H, W), background 0."""
+        """Return the scores of one patient's slices, `(N, C, H, W)` to `(N, H, W)`, at least 0, background 0."""
         flair = images[:, self.channel].detach().cpu().numpy()
         inside, maps = flair > 0, np.zeros(flair.shape, dtype=np.float32)
         if inside.any():
@@ -69,47 +55,38 @@ class MedianThresholding(IntensityThresholding):
         return torch.from_numpy(maps).to(images.device)
 
     def scores(self, foreground: np.ndarray) -> np.ndarray:
-        """Scores, at least 0, of all intensities (P,) of a patient's foreground."""
+        """Return scores, at least 0, of all foreground intensities `(P,)` of a patient."""
         return foreground / unit_intensity(foreground, "median")
 
 
 class RobustZThresholding(MedianThresholding):
-    """FLAIR as a robust z-score in the patient's foreground (method id `threshold-robust-z`).
+    """FLAIR as a robust z-score within the patient's foreground (method id `threshold-robust-z`).
 
-    z = (v - median) / (1.4826 x median absolute deviation), plus 6 and at least 0, so that no score lies below the
-    background's.
+    z = (v - median) / (1.4826 * median absolute deviation). The score is max(z + 6, 0), so that no tissue scores below
+    the background.
     """
 
     def scores(self, foreground: np.ndarray) -> np.ndarray:
-        """As in `MedianThresholding`."""
         distance = foreground - np.median(foreground)
         return np.clip(distance / (1.4826 * np.median(np.abs(distance)) + 1e-6) + 6, 0, None)
 
 
-class EqualizedThresholding(MedianThresholding):
-    """FLAIR after histogram equalisation of the foreground (method id `threshold`; Meissen et al. 2021).
+class EqualizedThresholding(IntensityThresholding):
+    """FLAIR after histogram equalisation of the foreground (method id `threshold`).
 
-    The score of a foreground pixel is the share of the patient's foreground that is at most as bright, by a histogram
-    of 256 bins with linear interpolation inside them, in floating point throughout; background is 0. As published, the
-    histogram is that of the scan: give all of a patient's slices in one call (`whole_patient`), since a single slice
-    equalised on its own would always hold the same share of bright pixels, with or without a lesion.
-
-    Args:
-        modalities: Names of the channels, in their order; one of them must be flair.
-
-    Raises:
-        InputError: There is no FLAIR among them.
+    The score of a pixel is the share of the patient's foreground that is at most as bright: a histogram of 256 bins,
+    interpolated linearly inside each bin. As published, the histogram is that of the whole scan, so pass all slices of
+    a patient in one call: equalised alone, every slice has the same share of bright pixels, with or without a lesion.
     """
 
-    n_bins = 256
+    whole_patient = True
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the equalised FLAIR of one patient's slices, (N, C, H, W) -> (N, H, W) in [0, 1]."""
+        """Return the equalised FLAIR of one patient's slices, `(N, C, H, W)` to `(N, H, W)` in [0, 1]."""
         flair = images[:, self.channel].detach().cpu().numpy()
-        foreground = foreground_mask(images.detach().cpu())
-        equalized = np.zeros(flair.shape, dtype=np.float32)
-        if foreground.any():
-            counts, edges = np.histogram(flair[foreground], bins=self.n_bins)
+        inside, equalized = foreground_mask(images.detach().cpu()), np.zeros(flair.shape, dtype=np.float32)
+        if inside.any():
+            counts, edges = np.histogram(flair[inside], bins=256)
             share = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
-            equalized[foreground] = np.interp(flair[foreground], edges, share)
+            equalized[inside] = np.interp(flair[inside], edges, share)
         return torch.from_numpy(equalized).to(images.device)

@@ -1,4 +1,4 @@
-"""The one training loop of all methods of the tables: a time budget, a validation curve, checkpoints, averaged weights."""
+"""The training loop of all methods of the tables: a budget, a validation curve, checkpoints, averaged weights."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from diffusers_cf.errors import InputError
+from diffusers_cf.errors import reading
 from diffusers_cf.training.loop import (
     STATE_FILE,
     PositionBatches,
@@ -26,74 +26,55 @@ from diffusers_cf.training.loop import (
 )
 
 
-CHECKS = 12  # of the validation loss, evenly over the budget
-FLAT_CHECKS = 2  # the last ones; no better one among them: converged
-LEAST_GAIN = 0.005  # relative; what counts as better
+CHECKS = 12  # validation losses, evenly over the budget
+FLAT_CHECKS = 2  # converged if none of the last two is better than those before
+LEAST_GAIN = 0.005  # relative improvement that counts as better
 SECONDS_PER_CHECKPOINT = 120
 VALIDATION_SLICES = 128
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long each method is trained: up to the first limit that it meets.
+    """How long each method is trained: until the first limit is reached."""
 
-    Args:
-        seconds: of training, without validation and checkpoints.
-        steps: of the optimiser.
-        batch_size: images a step.
-        mixed_precision: `no` or `bf16`, as in accelerate.
-        augment: small rotations, scales, shifts and gains beside mirroring.
-        num_workers: processes that read data; 0 reads in this one.
-    """
-
-    seconds: float
-    steps: int
+    seconds: float  # of training, without validation and checkpoints
+    steps: int  # batches
     batch_size: int = 32
-    mixed_precision: str = "no"
-    augment: bool = False
-    num_workers: int = 0
+    mixed_precision: str = "no"  # or bf16, as in accelerate
+    augment: bool = False  # small rotations, scales, shifts and gains beside mirroring
+    num_workers: int = 0  # processes that read data; 0 reads in this one
 
 
 @dataclass
 class TrainingRecord:
-    """What a training was like; kept beside the weights.
-
-    Attributes:
-        steps, images_seen, seconds: done so far; `seconds` without validation and checkpoints.
-        converged: whether the validation loss had stopped falling at the end; None while training.
-        curve: `[images seen, seconds, validation loss]` of each check.
-    """
+    """The course of a training; it is saved with the weights."""
 
     steps: int = 0
     images_seen: int = 0
-    seconds: float = 0.0
-    converged: bool | None = None
-    curve: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0  # of training, without validation and checkpoints
+    converged: bool | None = None  # whether the validation loss was flat at the end; None while training
+    curve: list[list[float]] = field(default_factory=list)  # [images seen, seconds, validation loss] of each check
 
     def is_flat(self, comparable_from: float = 0.0) -> bool:
-        """Whether the last checks brought nothing better than the ones before, back to this share of the training."""
+        """Return whether the last checks were no better than the earlier ones after this share of the training."""
         losses = [loss for _, _, loss in self.curve[math.ceil(CHECKS * comparable_from) :]]
         before, last = losses[:-FLAT_CHECKS], losses[-FLAT_CHECKS:]
         return bool(before) and min(last) >= min(before) * (1 - LEAST_GAIN)
 
 
 def training_step(
-    method,
-    optimizers: dict,
-    batch: dict[str, torch.Tensor],
-    progress: float,
-    backward=torch.Tensor.backward,
+    method, optimizers: dict, batch: dict[str, torch.Tensor], progress: float, backward=torch.Tensor.backward,
     autocast=nullcontext,
-) -> dict[str, torch.Tensor]:
-    """Takes each loss that the method yields and steps the optimiser it names; returns the losses.
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Step, for each loss that the method yields, the optimiser that it names; return the losses.
 
     Args:
-        method: a `TrainableMethod`.
-        optimizers: from the method's `optimizers()`.
-        batch: from [`training.TrainingSlices`].
-        progress: share of the training that is done.
-        backward: of an accelerator, in the place of the loss's own.
-        autocast: of an accelerator; backward passes run outside of it.
+        method (`TrainableMethod`): in training mode.
+        optimizers (`dict`): from the method's `optimizers()`.
+        batch (`dict`): from [`training.loop.TrainingSlices`].
+        progress (`float`): share of the training that is done.
+        backward (`Callable`): an accelerator's, instead of the loss's own.
+        autocast (`Callable`): an accelerator's; backward passes run outside of it.
     """
     values, losses = {}, method.losses(batch, progress)
     while True:
@@ -111,7 +92,7 @@ def training_step(
 
 
 def slices_of(dataset, trained_on: str):
-    """The slices that a method may see: `all`, or the `healthy` ones, as a data set for `TrainingSlices`."""
+    """Return the slices of a `SliceDataset` that a method is trained on: `all`, or only the `healthy` ones."""
     if trained_on == "all":
         return dataset
     subset = torch.utils.data.Subset(dataset, np.flatnonzero(np.asarray(dataset.labels) == 0).tolist())
@@ -120,29 +101,34 @@ def slices_of(dataset, trained_on: str):
 
 
 class MethodTraining:
-    """Trains one method within a budget; a run that was killed goes on from its last checkpoint.
+    """Train one method within a budget; a killed run resumes from its last checkpoint.
 
     Args:
-        method: a `TrainableMethod`.
-        train: `SliceDataset` to train on.
-        validation: `SliceDataset` for the validation loss.
-        folder: for checkpoints.
-        budget: how long.
-        seed: of weights, order, noise.
-        device: `cpu`, `cuda`, ..
-        facts: what a checkpoint must agree in to be gone on from, beside seed, slices and batch size; values as in JSON.
+        method (`TrainableMethod`): newly initialised.
+        train (`SliceDataset`): slices to train on.
+        validation (`SliceDataset`): slices for the validation loss.
+        folder (`Path`): for checkpoints.
+        budget (`Budget`): how long.
+        seed (`int`): of weights, order and noise.
+        device (`str`): `cpu`, `cuda` and so on.
+        metadata (`dict`, *optional*): what a checkpoint must agree in to be resumed, beside seed, slices and batch
+            size; JSON values.
     """
 
     def __init__(
         self, method, train, validation, folder: Path, budget: Budget, seed: int, device: str = "cpu",
-        facts: dict | None = None,
+        metadata: dict | None = None,
     ):  # fmt: skip
         self.method, self.folder, self.budget, self.seed = method, Path(folder), budget, seed
         side = method.config.image_size
         self.slices = TrainingSlices(
             slices_of(train, method.trained_on), seed, (side, side), random_flip=True, augment=budget.augment
         )
-        self.validation_batches = self._validation_batches(validation, side)
+        held_out = TrainingSlices(slices_of(validation, method.trained_on), 0, (side, side))
+        starts = range(0, min(VALIDATION_SLICES, held_out.num_slices), budget.batch_size)
+        # the same positions, and so the same slices, noise and timesteps, at every check
+        positions = [list(range(start, start + budget.batch_size)) for start in starts]
+        self.validation_batches = [held_out.collate(held_out.__getitems__(batch)) for batch in positions]
         self.accelerator = Accelerator(mixed_precision=budget.mixed_precision, cpu=device == "cpu")
         self.method.to(self.accelerator.device, memory_format=torch.channels_last).train()
         self.optimizers = {name: self.accelerator.prepare(o) for name, o in method.optimizers().items()}
@@ -154,22 +140,16 @@ class MethodTraining:
             self.accelerator.register_for_checkpointing(self.ema)
         self.accelerator.register_for_checkpointing(method)
         self.record = TrainingRecord()
-        self.facts = {"seed": seed, "slices": self.slices.num_slices, "batch_size": budget.batch_size, **(facts or {})}
-
-    def _validation_batches(self, validation, side: int) -> list[dict]:
-        slices = TrainingSlices(slices_of(validation, self.method.trained_on), 0, (side, side))
-        size = self.budget.batch_size
-        starts = range(0, min(VALIDATION_SLICES, slices.num_slices), size)
-        # the same positions, so the same slices, noise and timesteps at every check
-        return [slices.collate(slices.__getitems__(list(range(start, start + size)))) for start in starts]
+        self.metadata = {"seed": seed, "slices": self.slices.num_slices, "batch_size": budget.batch_size}
+        self.metadata |= metadata or {}
 
     @property
     def progress(self) -> float:
-        """Share of the budget that is used, from 0 to 1."""
+        """Return the share of the budget that is used, from 0 to 1."""
         return min(1.0, max(self.record.seconds / self.budget.seconds, self.record.steps / self.budget.steps))
 
     def run(self) -> TrainingRecord:
-        """Trains to the end of the budget or of progress; the method then holds its weights for inference."""
+        """Train to the end of the budget; the method then holds its weights for inference."""
         self._resume()
         saved, clock = self.record.seconds, time.perf_counter()
         with tqdm(total=100, desc=type(self.method).__name__, unit="%", miniters=1, leave=False) as bar:
@@ -183,7 +163,8 @@ class MethodTraining:
                 if self.record.converged is not None:
                     break
                 if self.record.seconds - saved > SECONDS_PER_CHECKPOINT:
-                    self._save()
+                    metadata = self.metadata | {"record": asdict(self.record)}
+                    save_checkpoint(self.accelerator, self.folder, self.record.steps, metadata, lambda folder: None, 1)
                     saved = self.record.seconds
                 clock = time.perf_counter()
         if self.ema:
@@ -212,12 +193,12 @@ class MethodTraining:
             collate_fn=self.slices.collate,
             num_workers=self.budget.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
-            # without one of its own a loader draws from the global generator, which a checkpoint has just restored
+            # by default a loader draws from the global generator, which a checkpoint has just restored
             generator=torch.Generator(),
         )
 
     def _check(self) -> None:
-        """Adds the validation loss to the curve ; at the end it says whether the training had converged."""
+        """Add the validation loss to the curve and, at the end, record whether the training converged."""
         check_weights(list(self.method.parameters()), self.record.steps)
         with averaged_weights(self.method, self.ema) if self.ema else nullcontext():
             self.method.eval()
@@ -230,20 +211,14 @@ class MethodTraining:
         if self.progress >= 1:
             self.record.converged = self.record.is_flat(self.method.comparable_from)
 
-    def _save(self) -> None:
-        facts = self.facts | {"record": asdict(self.record)}
-        save_checkpoint(self.accelerator, self.folder, self.record.steps, facts, lambda folder: None, 1)
-
     def _resume(self) -> None:
         set_seed(self.seed)
-        found = find_checkpoint(self.folder, "latest", self.facts)
+        found = find_checkpoint(self.folder, "latest", self.metadata)
         if not found:
             return
         path, _ = found
-        try:
+        with reading(path, "checkpoint of this network"):
             self.accelerator.load_state(str(path))
-        except Exception as error:  # the formats raise whatever they like
-            raise InputError(f"{path}: damaged, or of another network ({type(error).__name__})") from error
         self.record = TrainingRecord(**json.loads((path / STATE_FILE).read_text())["record"])
         if self.ema:
             self.ema.to(self.accelerator.device)

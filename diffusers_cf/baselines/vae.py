@@ -1,26 +1,18 @@
-"""The two rows of Table 1 that rest on a variational autoencoder of healthy slices: reconstruction and restoration."""
+"""Variational autoencoder of healthy slices: maps by reconstruction and by restoration (Chen et al. 2020).
+
+Recipe of UPD_study (Lagogiannis et al. 2023): 128 x 128 pixels, 30,000 steps of 64 images, Adam with learning rate 1e-4
+and betas (0, 0.9), weight 1e-3 of the mean KL; restoration by 500 gradient steps.
+"""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from diffusers_cf.baselines.method import AnomalyMethod, TrainableMethod, evaluation_mode, residual_map, unit_images
-
-
-def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """KL(N(mu, sigma^2) || N(0, 1)) of each dimension, in nats (Kingma and Welling 2014, appendix B).
-
-    Args:
-        mean (`torch.Tensor`): mu, `(N, D)`.
-        log_variance (`torch.Tensor`): log sigma^2, `(N, D)`.
-
-    Returns:
-        `torch.Tensor`: `(N, D)`, at least 0.
-    """
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+from diffusers_cf.baselines.method import AnomalyMethod, Grid, TrainableMethod, frozen, residual_map, unit_images
 
 
 def negative_elbo(
@@ -30,27 +22,29 @@ def negative_elbo(
     log_variance: torch.Tensor,
     kl_weight: float,
 ) -> torch.Tensor:
-    """What training minimises, of each image: mean squared error over `(C, h, w)` + `kl_weight` * mean KL over D.
+    """Return each image's negative ELBO: mean squared error over `(C, h, w)` + `kl_weight` * mean KL over D.
 
-    Up to a factor and a constant this is the negative evidence lower bound of a Gaussian decoder. Both terms are
-    means, as in UPD_study (Lagogiannis et al. 2023), so that its weight 1e-3 holds.
+    This is the negative evidence lower bound of a Gaussian decoder, up to a factor and a constant. Both terms are means,
+    as in UPD_study, whose weight 1e-3 therefore applies. The KL is that of N(mu, sigma^2) from N(0, 1) (Kingma and
+    Welling 2014, appendix B).
 
     Args:
         images (`torch.Tensor`): `(N, C, h, w)`.
         reconstructions (`torch.Tensor`): `(N, C, h, w)`.
-        mean (`torch.Tensor`): of the code, `(N, D)`.
-        log_variance (`torch.Tensor`): of the code, `(N, D)`.
-        kl_weight (`float`): of the mean KL.
+        mean (`torch.Tensor`): mu of the code, `(N, D)`.
+        log_variance (`torch.Tensor`): log sigma^2 of the code, `(N, D)`.
+        kl_weight (`float`): weight of the mean KL.
 
     Returns:
         `torch.Tensor`: `(N,)`.
     """
     squared_error = (images - reconstructions).square().flatten(1).mean(dim=1)
-    return squared_error + kl_weight * kl_divergence(mean, log_variance).mean(dim=1)
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+    return squared_error + kl_weight * kl.mean(dim=1)
 
 
 def total_variation(images: torch.Tensor) -> torch.Tensor:
-    """Anisotropic total variation, the sum of |differences| of neighbours over `(C, h, w)`: `(N, C, h, w) -> (N,)`.
+    """Return the anisotropic total variation, the sum of |differences| of neighbours: `(N, C, h, w)` to `(N,)`.
 
     As in Chen et al. 2020 and Baur et al. 2021; UPD_study squares the differences, which blurs the edges of a lesion.
     """
@@ -60,43 +54,35 @@ def total_variation(images: torch.Tensor) -> torch.Tensor:
 
 
 class VariationalAutoencoder(TrainableMethod):
-    """VAE of healthy slices, map by reconstruction, `|x - x_rec|` (UPD_study, Lagogiannis et al. 2023).
+    """The VAE (method id `vae`), anomaly map by reconstruction `|x - x_rec|`.
 
-    Halvings by [3x3 stride 2, batch norm, LeakyReLU] down to `bottleneck_side`, a 1x1 convolution to few channels, a
-    linear layer to mean and log-variance; the decoder is its reflection and ends without an activation. The code at
-    test time is its mean: UPD_study draws it, which adds noise to the map.
+    Each level of the encoder halves the side: 3 x 3 convolution with stride 2, batch norm, LeakyReLU. A 1 x 1
+    convolution and a linear layer give mean and log-variance. The decoder mirrors this and ends without an activation.
+    The code at inference is its mean: UPD_study draws it, which adds noise to the map.
 
-    The size of UPD_study at 128 pixels: `image_size=128, base_channels=16, max_channels=512, bottleneck_side=2,
-    latent_dim=512, learning_rate=1e-4`, 30,000 steps of 64 images.
+    The size of UPD_study is `image_size=128, base_channels=16, max_channels=512, bottleneck_side=2, latent_dim=512`.
 
     Args:
-        num_channels (`int`): of the images.
-        image_size (`int`): side of the network's input in pixels, a power of two above `bottleneck_side`.
-        base_channels (`int`): of the finest level; each next level has twice as many.
-        max_channels (`int`): no level has more.
+        num_channels (`int`): image channels.
+        image_size (`int`): side of the network's input in pixels, `bottleneck_side` times a power of two above 1.
+        base_channels (`int`): channels of the finest level; each next level has twice as many.
+        max_channels (`int`): most channels of a level.
         bottleneck_side (`int`): side of the coarsest level in pixels.
-        bottleneck_channels (`int`): of the coarsest level before the linear layer.
-        latent_dim (`int`): D, of the code; no more than an image has values.
-        kl_weight (`float`): of the mean KL beside the mean squared error.
+        bottleneck_channels (`int`): channels of the coarsest level before the linear layer.
+        latent_dim (`int`): D, the width of the code, at most the number of values of an image.
+        kl_weight (`float`): weight of the mean KL beside the mean squared error.
         learning_rate (`float`): of Adam.
 
     Raises:
-        ValueError: for an `image_size` or a `latent_dim` that doesn't fit.
+        ValueError: `image_size` or `latent_dim` does not fit.
     """
 
     @register_to_config
     def __init__(
-        self,
-        num_channels: int = 4,
-        image_size: int = 64,
-        base_channels: int = 32,
-        max_channels: int = 256,
-        bottleneck_side: int = 4,
-        bottleneck_channels: int = 16,
-        latent_dim: int = 128,
-        kl_weight: float = 1e-3,
+        self, num_channels: int = 4, image_size: int = 64, base_channels: int = 32, max_channels: int = 256,
+        bottleneck_side: int = 4, bottleneck_channels: int = 16, latent_dim: int = 128, kl_weight: float = 1e-3,
         learning_rate: float = 1e-3,
-    ):
+    ):  # fmt: skip
         super().__init__()
         num_levels = int(math.log2(max(image_size // bottleneck_side, 1)))
         if num_levels < 1 or bottleneck_side * 2**num_levels != image_size:
@@ -105,18 +91,25 @@ class VariationalAutoencoder(TrainableMethod):
             raise ValueError(f"latent_dim is {latent_dim}: an image has only {num_channels * image_size**2} values")
         widths = [min(base_channels * 2**level, max_channels) for level in range(num_levels)]
         bottleneck = (bottleneck_channels, bottleneck_side, bottleneck_side)
-        self.encoder = _encoder(num_channels, widths, bottleneck_channels)
+
+        layers = []
+        for before, width in pairwise([num_channels, *widths]):
+            layers += _normalized(nn.Conv2d(before, width, 3, stride=2, padding=1))
+        self.encoder = nn.Sequential(*layers, *_normalized(nn.Conv2d(widths[-1], bottleneck_channels, 1)))
         self.to_code = nn.Linear(math.prod(bottleneck), 2 * latent_dim)
         self.from_code = nn.Sequential(nn.Linear(latent_dim, math.prod(bottleneck)), nn.Unflatten(1, bottleneck))
-        self.decoder = _decoder(num_channels, widths, bottleneck_channels)
+        layers = _normalized(nn.Conv2d(bottleneck_channels, widths[-1], 1))
+        for before, width in zip(widths[::-1], [*widths[-2::-1], widths[0]], strict=True):
+            layers += _normalized(nn.ConvTranspose2d(before, width, 3, stride=2, padding=1, output_padding=1))
+        self.decoder = nn.Sequential(*layers, nn.Conv2d(widths[0], num_channels, 1))
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance of the code, each `(N, D)`, of images `(N, C, h, w)` in [0, 1]."""
+        """Return mean and log-variance of the code, each `(N, D)`, of images `(N, C, h, w)` in [0, 1]."""
         mean, log_variance = self.to_code(self.encoder(images).flatten(1)).float().chunk(2, dim=1)
         return mean, log_variance
 
     def decode(self, code: torch.Tensor) -> torch.Tensor:
-        """Reconstruction `(N, C, h, w)` of a code `(N, D)`."""
+        """Return the reconstruction `(N, C, h, w)` of a code `(N, D)`."""
         return self.decoder(self.from_code(code)).float()
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -125,7 +118,7 @@ class VariationalAutoencoder(TrainableMethod):
     def losses(self, batch: dict[str, torch.Tensor], progress: float) -> Iterator[tuple[str, torch.Tensor]]:
         images = unit_images(batch)
         mean, log_variance = self.encode(images)
-        # the batch's own noise: it is a function of the image's position in the run, whatever the process
+        # the batch's noise depends only on the image's position in the run, so that resuming repeats it
         noise = batch["noise"].flatten(1)[:, : self.config.latent_dim]
         code = mean + (log_variance / 2).exp() * noise
         yield "vae", negative_elbo(images, self.decode(code), mean, log_variance, self.config.kl_weight).mean()
@@ -133,43 +126,29 @@ class VariationalAutoencoder(TrainableMethod):
     @torch.no_grad()
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         images = self.network_input(images)
-        with evaluation_mode(self):
+        with frozen(self):
             mean, _ = self.encode(images)
             return residual_map(images, self.decode(mean))
 
 
-def _encoder(num_channels: int, widths: list[int], bottleneck_channels: int) -> nn.Sequential:
-    layers = []
-    for before, width in zip([num_channels, *widths], widths, strict=False):
-        layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.LeakyReLU()]
-    last = nn.Conv2d(widths[-1], bottleneck_channels, 1)
-    return nn.Sequential(*layers, last, nn.BatchNorm2d(bottleneck_channels), nn.LeakyReLU())
-
-
-def _decoder(num_channels: int, widths: list[int], bottleneck_channels: int) -> nn.Sequential:
-    layers = [nn.Conv2d(bottleneck_channels, widths[-1], 1), nn.BatchNorm2d(widths[-1]), nn.LeakyReLU()]
-    for before, width in zip(widths[::-1], [*widths[-2::-1], widths[0]], strict=True):
-        layers.append(nn.ConvTranspose2d(before, width, 3, stride=2, padding=1, output_padding=1))
-        layers += [nn.BatchNorm2d(width), nn.LeakyReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(widths[0], num_channels, 1))
+def _normalized(conv: nn.Conv2d | nn.ConvTranspose2d) -> list[nn.Module]:
+    return [conv, nn.BatchNorm2d(conv.out_channels), nn.LeakyReLU()]
 
 
 def restoration_objective(
     vae: VariationalAutoencoder, restored: torch.Tensor, images: torch.Tensor, tv_weight: float
 ) -> torch.Tensor:
-    """What restoration lowers, of each image: C*h*w * negative ELBO(x_r) + `tv_weight` * TV(x_r - x).
+    """Return what restoration minimises for each image: C*h*w * negative ELBO(x_r) + `tv_weight` * TV(x_r - x).
 
-    Every term is a sum over an image's pixels and none goes across the batch. So the gradient of a pixel is of the
-    order of twice its error, whatever the image's size, and that of an image is the same in any batch. Steps of
-    published code are for other reductions: UPD_study's 1e3 is for means over batch and pixels, the same as a step of
-    about 1e-3 here for 64 images of one channel and 128 x 128; Baur et al. take 1e-3 for sums, of |errors| in place
-    of squares.
+    Every term is a sum over the pixels of one image, so the gradient does not depend on the batch, and hardly on the
+    image's size. Published step sizes belong to other reductions: 1e3 in UPD_study, for means over batch and pixels,
+    is about 1e-3 here (64 images of one channel and 128 x 128 pixels). Baur et al. use 1e-3 for sums of |errors|.
 
     Args:
         vae (`VariationalAutoencoder`): in evaluation mode; the code is its mean.
         restored (`torch.Tensor`): x_r, `(N, C, h, w)`.
         images (`torch.Tensor`): x, `(N, C, h, w)` in [0, 1].
-        tv_weight (`float`): lambda.
+        tv_weight (`float`): lambda, the weight of the total variation.
 
     Returns:
         `torch.Tensor`: `(N,)`.
@@ -180,21 +159,19 @@ def restoration_objective(
 
 
 class VAERestoration(AnomalyMethod):
-    """Gradient ascent of the ELBO from the image itself, map `|x - x_r|` (Chen et al. 2020; settings as UPD_study).
+    """Gradient descent on [`restoration_objective`] from the image itself (method id `vae-restoration`).
 
-    `settings` holds `num_steps`, `step_size` and `tv_weight` of [`restoration_objective`]. 100 steps of 0.005 go as
-    far as the published 500 of about 0.001. The published clamp of the gradient to [-50, 50] is left out: with images
-    in [0, 1] no gradient comes near it.
+    The anomaly map is `|x - x_r|`. 100 steps of 0.005 go as far as the published 500 of about 0.001. The published clamp
+    of the gradient to [-50, 50] is left out: with images in [0, 1] no gradient comes near it.
 
-    |.| has no slope at 0, so a fixed step makes the change jitter by up to 4 `step_size` * `tv_weight` a pixel. A
-    large weight therefore ends above the objective that it began with, and changes healthy slices more again: this
-    is what gives [`choose`] its minimum. With steps that fall to 0 it would take weights that keep lesions, too.
+    The gradient of |.| does not vanish near 0, so with a fixed step the change oscillates by up to
+    4 * `step_size` * `tv_weight` a pixel. A large weight therefore changes healthy slices more again, which gives
+    [`choose`] its minimum. Steps that decay to 0 would let it choose weights that preserve lesions.
 
     Args:
-        vae (`VariationalAutoencoder`): trained.
+        vae (`VariationalAutoencoder`): the trained network.
     """
 
-    # the first is in use until another one is chosen
     candidates = tuple(
         {"num_steps": 100, "step_size": 0.005, "tv_weight": weight} for weight in (0.2, 0.0, 0.05, 0.1, 0.4, 0.8)
     )
@@ -203,21 +180,25 @@ class VAERestoration(AnomalyMethod):
         super().__init__()
         self.vae = vae
 
+    def candidates_on(self, grid: Grid) -> Sequence[dict]:
+        """Return the candidates with the grid's number of steps, scaled so that they go as far in all."""
+        steps = grid.restoration_steps or 100
+        return [c | {"num_steps": steps, "step_size": c["step_size"] * 100 / steps} for c in self.candidates]
+
     @property
     def network_evaluations_per_slice(self) -> int:
-        """One for each step: a forward pass with its backward pass counts as one, though it costs about three."""
+        """One NFE a step: forward and backward pass count as one, though they cost about three."""
         return self.settings["num_steps"]
 
     def restore(self, images: torch.Tensor) -> torch.Tensor:
-        """x_r `(N, C, h, w)` of images x `(N, C, h, w)` at network size, in [0, 1]."""
-        num_steps, step_size, tv_weight = (self.settings[key] for key in ("num_steps", "step_size", "tv_weight"))
+        """Return x_r `(N, C, h, w)` of images x `(N, C, h, w)` in [0, 1] at the network's size."""
         restored = images.detach()
-        with torch.enable_grad(), evaluation_mode(self.vae):
-            for _ in range(num_steps):
+        with torch.enable_grad(), frozen(self.vae):
+            for _ in range(self.settings["num_steps"]):
                 restored.requires_grad_()
-                objective = restoration_objective(self.vae, restored, images, tv_weight).sum()
+                objective = restoration_objective(self.vae, restored, images, self.settings["tv_weight"]).sum()
                 (gradient,) = torch.autograd.grad(objective, restored)
-                restored = (restored - step_size * gradient).detach()
+                restored = (restored - self.settings["step_size"] * gradient).detach()
         return restored
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
@@ -225,19 +206,13 @@ class VAERestoration(AnomalyMethod):
         return residual_map(images, self.restore(images))
 
     def choose(self, images_batches: Iterable[torch.Tensor]) -> dict:
-        """Finds the candidate that changes healthy slices least, by the mean of |x - x_r| over pixels and channels.
-
-        `settings` in use stay as they are.
+        """Return the candidate that changes healthy slices least, by the mean |x - x_r| over pixels and channels.
 
         Args:
             images_batches (`Iterable[torch.Tensor]`): healthy validation slices, `(N, C, H, W)` in input units.
 
         Returns:
-            `dict`: `settings`, the candidate, the first one of equals; `scores`, those of all candidates in their
-                order.
-
-        Raises:
-            ValueError: there is no slice.
+            `dict`: `settings`, the first of the best candidates; `scores`, those of all candidates in their order.
         """
         kept, sums, count = self.settings, [0.0] * len(self.candidates), 0
         for batch in images_batches:
@@ -247,7 +222,5 @@ class VAERestoration(AnomalyMethod):
                 self.settings = candidate
                 sums[index] += (images - self.restore(images)).abs().sum().item()
         self.settings = kept
-        if not count:
-            raise ValueError("images_batches is empty: a weight can't be chosen without healthy slices")
         scores = [total / count for total in sums]
         return {"settings": dict(self.candidates[scores.index(min(scores))]), "scores": scores}

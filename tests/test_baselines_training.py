@@ -1,4 +1,4 @@
-"""The shared loop: budgets, the validation curve, resuming, averaged weights, what a method may see."""
+"""The shared training loop: budgets, the validation curve, resuming, averaged weights, and which slices are used."""
 
 from contextlib import contextmanager
 
@@ -16,7 +16,7 @@ from diffusers_cf.errors import InputError
 
 
 class Line(TrainableMethod):
-    """Two scalars, each pulled to its own target by its own optimiser."""
+    """Two scalars, each pulled to a target by its own optimiser."""
 
     @register_to_config
     def __init__(self, num_channels: int = 2, image_size: int = 8, target: float = 1.0):
@@ -61,14 +61,12 @@ def test_each_loss_steps_its_own_optimiser_before_the_next_is_asked_for():
     assert values["first"].item() == pytest.approx(0.16) and values["second"].item() == pytest.approx(0.0064)
 
 
-def test_gradients_are_clipped_to_the_methods_norm():
+@pytest.mark.parametrize(("max_norm", "step"), [(1.0, 0.1), (None, 200.0)])
+def test_gradients_are_clipped_to_the_methods_norm(max_norm, step):
     line = Line(target=1000.0)
+    line.max_grad_norm = max_norm
     training_step(line, line.optimizers(), {"images": torch.zeros(1)}, 0.0)
-    assert line.first.item() == pytest.approx(0.1)  # rate 0.1 times a gradient of norm 1
-    line = Line(target=1000.0)
-    line.max_grad_norm = None
-    training_step(line, line.optimizers(), {"images": torch.zeros(1)}, 0.0)
-    assert line.first.item() == pytest.approx(200)
+    assert line.first.item() == pytest.approx(step)
 
 
 def test_autocast_covers_losses_and_not_their_backward_passes():
@@ -92,10 +90,9 @@ def test_autocast_covers_losses_and_not_their_backward_passes():
 def test_a_method_sees_the_slices_it_may_see(splits):
     healthy = slices_of(splits[0], "healthy")
     rows = healthy.__getitems__(list(range(len(healthy))))
-    assert {row["label"] for row in rows} == {0} and len(healthy) == 10 and len(healthy.labels) == 10
+    assert {row["label"] for row in rows} == {0} and len(healthy) == len(healthy.labels) == 10
     assert slices_of(splits[0], "all") is splits[0]
-    batch = healthy.collate(rows)
-    assert batch["images"].shape == (10, 2, 16, 16)
+    assert healthy.collate(rows)["images"].shape == (10, 2, 16, 16)
 
 
 def test_the_budget_of_steps(splits, tmp_path):
@@ -113,19 +110,17 @@ def test_the_budget_of_seconds(splits, tmp_path, monkeypatch):
     assert record.seconds == pytest.approx(6.0) and record.steps == 12  # half a second a step, checks not counted
 
 
-def test_a_flat_curve_at_the_end_is_marked_and_never_cuts_the_time(splits, tmp_path):
-    method = Line(target=0.0)  # begins at its target: nothing gets better
+@pytest.mark.parametrize(
+    ("target", "comparable_from", "converged"),
+    [(0.0, 0, True), (0.0, 0.75, True), (0.0, 0.8, False), (1.0, 0, False)],  # it begins at 0: nothing gets better
+)
+def test_a_training_says_whether_it_converged_and_uses_its_budget(
+    splits, tmp_path, target, comparable_from, converged
+):
+    method = Line(target=target)
+    method.comparable_from = comparable_from
     _, record = train(splits, tmp_path, method)
-    assert record.converged is True and len(record.curve) == training.CHECKS
-    method = Line(target=0.0)
-    method.comparable_from = 0.8  # the last two checks alone: nothing to compare them with
-    assert train(splits, tmp_path / "late", method)[1].converged is False
-    method.comparable_from = 0.75
-    assert train(splits, tmp_path / "enough", method)[1].converged is True
-
-
-def test_what_has_not_converged_says_so(splits, tmp_path):
-    assert train(splits, tmp_path)[1].converged is False
+    assert record.converged is converged and len(record.curve) == training.CHECKS
 
 
 @pytest.mark.parametrize(
@@ -168,12 +163,17 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(splits, tmp_path, monkey
     assert [total for _, total in half.method.seen[:9] + again.method.seen] == [t for _, t in whole.method.seen]
 
 
-def test_a_checkpoint_of_another_run_is_refused(splits, tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(splits, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SECONDS_PER_CHECKPOINT", -1)
     train(splits, tmp_path)
     other = MethodTraining(Line(), *splits, tmp_path, Budget(1e6, 24, 4), seed=4)
     with pytest.raises(InputError, match="made with seed = 3, this run has 4"):
         other.run()
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    for path in checkpoint.glob("custom_checkpoint_*"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=f"{checkpoint.name}: not a readable checkpoint"):
+        train(splits, tmp_path)
 
 
 def test_averaged_weights_are_those_that_stay(splits, tmp_path):

@@ -1,0 +1,215 @@
+"""What every method of the tables keeps to, and the registry of the tables."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from trivial_phantom import train_briefly, trivial_auprc, trivial_batch, trivial_slices
+
+from diffusers_cf.baselines import NETWORKS, ROWS, Grid, make_baseline, network_of_data, row_of
+from diffusers_cf.baselines.method import foreground, frozen, residual_map
+from diffusers_cf.benchmark.presets import PRESETS
+from diffusers_cf.errors import InputError
+
+
+CLASSES = ("healthy", "unhealthy")
+GRID = Grid(num_inference_steps=20, guidance_scales=(3.0,), strengths=(0.4,), classifier_scales=(30.0,))
+TINY = {
+    "fanogan": {"block_out_channels": (8, 16, 16), "latent_dim": 32, "learning_rate": 1e-3,
+                "encoder_learning_rate": 1e-3},
+    "vae": {"base_channels": 16},
+    "dae": {"block_out_channels": (8, 16, 32)},
+    "cam": {"embedding_size": 16, "hidden_sizes": (32,), "depths": (2,)},
+}  # fmt: skip
+
+
+def tiny(name):
+    """A network of `NETWORKS` for the trivial phantom."""
+    torch.manual_seed(0)
+    if name in TINY:
+        return NETWORKS[name].cls(num_channels=1, image_size=16, **TINY[name])
+    return network_of_data(name, "small", 1, 16, CLASSES)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Function that trains a network once."""
+    networks = {}
+
+    def get(name):
+        if name not in networks:
+            networks[name] = train_briefly(tiny(name), 100 if name.startswith(("cdpm", "ours", "dae")) else 150)
+        return networks[name]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [name for name, row in ROWS.items() if row.network and not name.startswith("ours-")])
+def test_each_row_finds_the_square(trained, row):
+    method = row_of(row).make(trained(ROWS[row].network), GRID)
+    auprc, prevalence = trivial_auprc(method)
+    assert auprc > 5 * prevalence
+
+
+@pytest.mark.parametrize("method", ["threshold", "threshold-flair"])
+def test_thresholds_find_it_without_training(method):
+    auprc, prevalence = trivial_auprc(make_baseline(method, ["flair"]))
+    assert auprc > 5 * prevalence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fanogan", "vae", "dae"])
+def test_healthy_slices_are_reproduced(trained, name):
+    # any constant image would find the square: tissue and, where the loss covers it, the rim show what was learned
+    (images, _), method = trivial_slices(16, 99, False), trained(name)
+    assert method.anomaly_map(images)[foreground(images)[:, 0] > 0].mean() < 0.045
+    if name != "dae":
+        rebuilt = (
+            method.generator(method.encoder(images)) if name == "fanogan" else method.decode(method.encode(images)[0])
+        )
+        assert rebuilt.detach()[..., :2, :].mean() < 0.1
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_saved_network_gives_equal_maps(tmp_path, name):
+    method, images = train_briefly(tiny(name), 2), trivial_slices(3, 5, True)[0]
+    method.save_pretrained(tmp_path)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
+    assert torch.equal(type(method).from_pretrained(tmp_path).anomaly_map(images), method.anomaly_map(images))
+
+
+@pytest.mark.parametrize("row", [*TINY, "vae-restoration"])
+def test_a_map_depends_neither_on_its_batch_nor_on_the_mode(row):
+    network, images = tiny(ROWS[row].network).train(), trivial_slices(4, 3, True)[0]
+    method, given = row_of(row).make(network, replace(GRID, restoration_steps=5)), images.clone()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    maps = method.anomaly_map(images)
+    assert maps.shape == (4, 16, 16) and not maps.requires_grad and network.training
+    assert torch.equal(images, given) and all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in network.parameters())
+    torch.testing.assert_close(method.anomaly_map(images[:1]), maps[:1], atol=1e-5, rtol=1e-4)
+    network.eval()
+    torch.testing.assert_close(method.anomaly_map(images), maps)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_validation_loss_is_the_first_of_the_last_step_in_evaluation_mode(name):
+    method = tiny(name).train()
+    batch = trivial_batch(4, 0, method.trained_on)
+    loss = method.validation_loss(batch)
+    assert not loss.requires_grad and method.training
+    torch.testing.assert_close(loss, next(method.eval().losses(batch, 1.0))[1].detach())
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 16), (4, 32), (3, 64), (2, 128)])
+@pytest.mark.parametrize("name", TINY)
+def test_a_network_fits_images_of_any_size(name, channels, size):
+    method = NETWORKS[name].cls(num_channels=channels, image_size=size)
+    assert method.anomaly_map(torch.rand(2, channels, 96, 96)).shape == (2, size, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("fanogan", {"image_size": 48}, "image_size is 48: it must be a power of two, at least 8"),
+        ("fanogan", {"image_size": 4}, "image_size is 4"),
+        ("fanogan", {"num_channels": 1, "image_size": 16, "latent_dim": 129}, "latent_dim is 129"),
+        ("vae", {"image_size": 48}, "image_size is 48: it must be 4 times a power of two"),
+        ("vae", {"image_size": 4}, "image_size is 4"),
+        ("vae", {"num_channels": 1, "image_size": 8, "latent_dim": 65}, "latent_dim is 65"),
+        ("dae", {"image_size": 8}, "image_size is 8: it must be a multiple of 8, two or more"),
+        ("dae", {"image_size": 40, "block_out_channels": (8,) * 5}, "image_size is 40: it must be a multiple of 16"),
+        ("cam", {"image_size": 20, "hidden_sizes": (8, 8), "depths": (1, 1)}, "image_size is 20: .* multiple of 8"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_named(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NETWORKS[name].cls(**arguments)
+
+
+def test_the_residual_is_the_mean_over_channels_in_the_foreground():
+    images = torch.tensor([[0.0, 0.0, 0.5], [0.0, 0.4, 0.5]]).reshape(1, 2, 1, 3)
+    restored = images + torch.tensor([[9.0, 0.2, -0.1], [9.0, 0.0, 0.3]]).reshape(1, 2, 1, 3)
+    torch.testing.assert_close(residual_map(images, restored), torch.tensor([[[0.0, 0.1, 0.2]]]))
+
+
+def test_frozen_modules_are_given_back_as_they_were():
+    module = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    module[0].weight.requires_grad_(False)
+    with pytest.raises(RuntimeError), frozen(module):
+        assert not any(p.requires_grad for p in module.parameters()) and not module.training
+        raise RuntimeError
+    assert [p.requires_grad for p in module.parameters()] == [False, True, True, True] and module.training
+
+
+CLIPPED = {"thresholding": False, "clip_sample": True}
+DYNAMIC = {"thresholding": True, "use_clipped_model_output": True}
+
+
+@pytest.mark.parametrize(
+    ("row", "scales", "kind", "both", "encoding"),
+    [
+        ("cdpm-healthy", {0.0}, "counterfactual", CLIPPED, {}),
+        ("cdpm-classifier", {30.0}, "counterfactual", CLIPPED, {}),
+        ("cdpm-adagn", {1.0}, "counterfactual", CLIPPED, {}),
+        ("cdpm-adagn-guided", {3.0}, "counterfactual", CLIPPED, {}),
+        ("ours-clipped", {3.0}, "counterfactual", CLIPPED, {}),
+        ("ours-unclipped", {3.0}, "counterfactual", {"thresholding": False, "clip_sample": False}, {}),
+        ("ours", {3.0}, "counterfactual", DYNAMIC, {}),
+        ("ours-reconstruction", {3.0}, "reconstruction", DYNAMIC, {}),
+        ("forward-map", {3.0}, "forward", DYNAMIC, {}),
+        ("ours-raw-epsilon", {3.0}, "counterfactual", {"thresholding": True, "use_clipped_model_output": False}, {}),
+        ("ours-fixed-point", {3.0}, "counterfactual", DYNAMIC, {"num_fixed_point_iterations": 3}),
+    ],
+)
+def test_a_diffusion_row_is_what_its_title_says(row, scales, kind, both, encoding):
+    method = row_of(row).make(tiny(ROWS[row].network), GRID)
+    for scheduler in (method.pipe.scheduler, method.pipe.inverse_scheduler):
+        assert both.items() <= dict(scheduler.config).items()
+    expected = {"num_fixed_point_iterations": 0, "solver_order": 1} | encoding
+    assert expected.items() <= dict(method.pipe.inverse_scheduler.config).items()
+    assert method.pipe.scheduler.config.solver_order == 1 and not method.pipe.config.crop_background
+    assert {c["guidance_scale"] for c in method.candidates} == scales
+    assert {c["map"] for c in method.candidates} == {kind} and method.settings == method.candidates[0]
+
+
+@pytest.mark.parametrize("steps", [3, 500])
+def test_restoration_goes_as_far_in_any_number_of_steps(steps):
+    ways = [row_of("vae-restoration").make(tiny("vae"), replace(GRID, restoration_steps=n)) for n in (None, steps)]
+    lengths = [[c["num_steps"] * c["step_size"] for c in way.candidates] for way in ways]
+    assert lengths[0] == pytest.approx(lengths[1])
+    assert {c["num_steps"] for c in ways[1].candidates} == {steps}
+
+
+def test_the_class_activation_map_of_every_preset_has_locations():
+    for preset in PRESETS.values():
+        with torch.device("meta"):
+            network = network_of_data("cam", preset.size, 4, preset.image_size, CLASSES)
+            images = torch.rand(1, 4, preset.image_size, preset.image_size)
+            assert min(network.activation_map(images).shape[1:]) >= 4
+
+
+def test_settings_of_the_grid_are_every_combination():
+    grid = PRESETS["cpu"].grid
+    settings = grid.settings((1.5, 3.0))
+    assert len(settings) == 2 * len(grid.strengths) == len({json.dumps(s) for s in settings})
+    assert {s["num_inference_steps"] for s in settings} == {20}
+    assert np.isin([s["strength"] for s in settings], grid.strengths).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("threshold", "needs the modality flair, but the images hold t1, t2"),
+        ("threshold-t1ce", "needs the modality t1ce, but the images hold t1, t2"),
+        ("threshold-", "there is no method threshold-; the methods are threshold,"),
+        ("treshold", "there is no method treshold; the methods are threshold,"),
+        ("dae", "method dae must be trained first"),
+    ],
+)
+def test_a_wrong_id_or_modality_is_named(method, message):
+    with pytest.raises(InputError, match=message):
+        make_baseline(method, ["t1", "t2"])
