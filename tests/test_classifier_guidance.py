@@ -129,14 +129,16 @@ def test_scale_1_with_exact_parts_is_the_conditional_noise(gaussian_pipe, label,
     """Bayes: score of x_t plus grad log p(y | x_t) is the score given y. So is the noise, up to a factor."""
     sample, t = noise(3, 2, 8, 8, scale=0.7), torch.tensor(timestep)
     with torch.no_grad():
-        guided = gaussian_pipe._guided_prediction(target, 1.0, 3)(sample, t)
+        guided = gaussian_pipe.predict_guided(sample, t, None, gaussian_pipe.encode_target(target, 3), 1.0)
     torch.testing.assert_close(guided.double(), exact_noise(sample.double(), label, t), rtol=1e-4, atol=1e-5)
 
 
 def test_guidance_is_linear_in_the_scale(gaussian_pipe):
     sample, t = noise(3, 2, 8, 8, scale=0.7), torch.tensor(700)
     with torch.no_grad():
-        plain, once, more = (gaussian_pipe._guided_prediction(None, s, 3)(sample, t) for s in (0, 1, 2.5))
+        plain, once, more = (
+            gaussian_pipe.predict_guided(sample, t, None, gaussian_pipe.encode_target(None, 3), s) for s in (0, 1, 2.5)
+        )
     assert (once - plain).abs().mean() > 0.01
     torch.testing.assert_close(more - plain, 2.5 * (once - plain), rtol=1e-4, atol=1e-5)
 

@@ -3,7 +3,7 @@
 Wolleb et al. (2022) find lesions this way, with a scale s of 100; here s is chosen on validation slices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin, UNet2DConditionModel
@@ -129,7 +129,7 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
         guided = round(settings["num_inference_steps"] * settings["strength"]) if settings["guidance_scale"] else 0
         return super().network_evaluations(**settings) + guided
 
-    def _encode_target(self, target: str | Sequence[str] | None, batch_size: int) -> torch.Tensor:
+    def encode_target(self, target: str | Sequence[str] | None, batch_size: int) -> torch.Tensor:
         """Return the index of each sample's target among the logits, `(N,)`."""
         known = list(self.config.class_names)
         target = known[0] if target is None else target
@@ -141,16 +141,11 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
                 raise ValueError(f"class {name!r} is unknown: this model knows {', '.join(known)}")
         return torch.tensor([known.index(name) for name in names], device=self._execution_device)
 
-    def _guided_prediction(self, target, guidance_scale: float, batch_size: int) -> Callable:
-        """Return `(x_t, t) -> eps'`; a scale of 0 does not call the classifier."""
-        class_ids = self._encode_target(target, batch_size)
+    def predict_guided(self, sample: torch.Tensor, timestep: int, null, target, guidance_scale: float) -> torch.Tensor:
+        """Return eps' of x_t for the logits `target` `(N,)`; a scale of 0 does not call the classifier."""
+        noise = self.predict_noise(sample, timestep, None)
         if guidance_scale == 0:
-            return lambda sample, t: self.predict_noise(sample, t, None)
-
-        def predict(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            timesteps = torch.full((batch_size,), int(t), device=sample.device)
-            gradient = log_probability_gradient(self.classifier, sample, timesteps, class_ids)
-            noise_level = (1 - self.scheduler.alphas_cumprod[int(t)]).sqrt()
-            return self.predict_noise(sample, t, None) - noise_level * guidance_scale * gradient
-
-        return predict
+            return noise
+        timesteps = torch.full((len(sample),), int(timestep), device=sample.device)
+        gradient = log_probability_gradient(self.classifier, sample, timesteps, target)
+        return noise - (1 - self.scheduler.alphas_cumprod[int(timestep)]).sqrt() * guidance_scale * gradient
