@@ -1,4 +1,4 @@
-"""A cohort of phantom patients, one of them damaged, from a command that is killed to a page in a browser."""
+"""A cohort of phantom patients, one of them damaged: `segment` is killed and run again, `report` opens in a browser."""
 
 import json
 import os
@@ -11,8 +11,7 @@ import time
 
 import nibabel as nib
 import pytest
-from segmentation_files import MODALITIES, make_pipe
-from test_report import foreign_addresses, text_of
+from segmentation_files import MODALITIES, error_lines, foreign_addresses, make_pipe, text_of
 
 from diffusers_cf.data.phantom import make_patient, write_patient
 
@@ -20,7 +19,7 @@ from diffusers_cf.data.phantom import make_patient, write_patient
 pytest.importorskip("nilearn", reason="phantoms and viewers need nilearn")
 pytestmark = pytest.mark.slow
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DAMAGED = 6  # after the kill, so that the second run is the one that meets it
+DAMAGED = 6  # the second run meets it, after the kill
 FILES = {*(f"counterfactual_{name}.nii.gz" for name in MODALITIES), "heatmap.nii.gz", "mask.nii.gz"}
 FILES |= {"preview.png", "report.json"}
 
@@ -68,8 +67,8 @@ def results(cohort, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "out"
     segment = command("segment", cohort, "--model", model, "--output", out)
     process = subprocess.Popen(segment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    # as soon as the fifth has a folder that is half-written
-    code = kill_when(process, lambda: len(list(out.glob("P_*"))) >= 4 and list(out.glob(".P_*.tmp")))
+    # as soon as the fifth patient's folder is half written
+    code = kill_when(process, lambda: len(list(out.glob("P_*"))) >= 4 and list(out.glob(".P_*.tmp-*")))
     assert code == -signal.SIGKILL
     left = sorted(path.name for path in out.iterdir())
     again = subprocess.run(segment, capture_output=True, text=True)
@@ -78,11 +77,10 @@ def results(cohort, model, tmp_path_factory):
 
 def test_nine_whole_results_and_one_reason(results, cohort):
     out, left, again = results
-    assert 4 <= sum(name.startswith("P_") for name in left) < 9 and any(name.endswith(".tmp") for name in left)
+    assert 4 <= sum(name.startswith("P_") for name in left) < 9 and any(".tmp-" in name for name in left)
     assert again.returncode == 2 and "Traceback" not in again.stderr
-    errors = [line for line in again.stderr.splitlines() if line.startswith("error: ")]
-    damaged = f"P_{DAMAGED:02d}"
-    assert len(errors) == 1 and f"{damaged}_t1.nii.gz: truncated" in errors[0]
+    (line,), damaged = error_lines(again), f"P_{DAMAGED:02d}"
+    assert f"{damaged}_t1.nii.gz: truncated" in line
     finished = sum(name.startswith("P_") for name in left)
     assert f"{9 - finished} done, {finished} finished before, 1 failed" in again.stdout
     names = [f"P_{index:02d}" for index in range(10) if index != DAMAGED]

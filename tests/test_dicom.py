@@ -1,4 +1,4 @@
-"""DICOM series as scans, and what `segment` writes for them; oblique, unsorted series throughout."""
+"""DICOM series as scans, and what `segment` writes for them. All series are oblique and unsorted."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,6 @@ from diffusers_cf.data.nifti import to_canonical
 from diffusers_cf.errors import InputError
 from diffusers_cf.segmentation.cohorts import find_patients
 from diffusers_cf.segmentation.dicom import (
-    find_series,
     is_series,
     read_series,
     series_sha256,
@@ -15,12 +14,12 @@ from diffusers_cf.segmentation.dicom import (
     write_segmentation,
 )
 from diffusers_cf.segmentation.patient import segment_patient
+from diffusers_cf.segmentation.volumes import patient_files
 
 
 highdicom = pytest.importorskip("highdicom")
 from dicom_files import oblique_affine, without_preamble, write_series  # noqa: E402
-from segmentation_files import SETTINGS, BrightnessPipeline, make_pipe  # noqa: E402
-from test_volumes import run  # noqa: E402
+from segmentation_files import SETTINGS, BrightnessPipeline, cli, error_lines, make_pipe  # noqa: E402
 
 
 SHAPE = (10, 12, 7)
@@ -89,13 +88,15 @@ def test_an_empty_mask_is_written_too(series, tmp_path):
 
 
 def test_a_series_is_found_by_the_name_of_its_folder(series, tmp_path):
-    assert find_series(tmp_path / "P_01", "flair") == series and find_series(tmp_path / "P_01", "t1") is None
+    assert patient_files(tmp_path / "P_01", ["flair"]) == {"flair": series}
     (tmp_path / "P_01" / "t1").mkdir()
-    assert not is_series(tmp_path / "P_01" / "t1") and find_series(tmp_path / "P_01", "t1") is None
+    assert not is_series(tmp_path / "P_01" / "t1")
+    with pytest.raises(InputError, match="P_01: modality missing: t1"):
+        patient_files(tmp_path / "P_01", ["flair", "t1"])
     series.rename(tmp_path / "P_01" / "t2f")
     write_series(tmp_path / "P_01" / "flair", np.ones(SHAPE), oblique_affine())
-    with pytest.raises(InputError, match="several series are flair: flair, t2f"):
-        find_series(tmp_path / "P_01", "flair")
+    with pytest.raises(InputError, match="several scans are flair: flair, t2f"):
+        patient_files(tmp_path / "P_01", ["flair"])
 
 
 def test_a_series_is_the_same_whatever_its_files_are_called(series):
@@ -149,11 +150,11 @@ def test_what_is_no_series_is_refused_in_one_line(series, voxels, tmp_path):
         read_series(series)
     assert "\n" not in str(caught.value) and str(series) in str(caught.value)
     files[3].unlink()
-    with pytest.raises(InputError, match="no usable series"):
+    with pytest.raises(InputError, match="FLAIR: not a readable DICOM series"):
         read_series(series)
     write_series(tmp_path / "two", voxels, oblique_affine())
     files[0].rename(tmp_path / "two" / "other")
-    with pytest.raises(InputError, match="holds 2 DICOM series: one folder for each"):
+    with pytest.raises(InputError, match="two: holds 2 DICOM series"):
         read_series(tmp_path / "two")
 
 
@@ -191,14 +192,9 @@ def test_a_patient_of_series_is_segmented_to_nifti_and_dicom(pipe, patient_of_se
     np.testing.assert_allclose(heat.array, nibabel.load(out / "heatmap.nii.gz").get_fdata(), atol=1e-6)
     again = segment_patient(pipe, patient, tmp_path / "out", progress=False)
     assert again == report
-    for name in ("mask.dcm", "heatmap.dcm"):
-        (out / name).rename(tmp_path / name)
-        with pytest.raises(InputError, match=f"{name} is missing: --overwrite"):
-            segment_patient(pipe, patient, tmp_path / "out", progress=False)
-        (tmp_path / name).rename(out / name)
 
 
-def test_a_series_that_can_not_carry_a_mask_costs_nobody_the_nifti_files(
+def test_a_series_that_lacks_attributes_of_a_segmentation_gets_nifti_files(
     pipe, patient_of_series, tmp_path, monkeypatch, capsys
 ):
     import pydicom
@@ -209,11 +205,10 @@ def test_a_series_that_can_not_carry_a_mask_costs_nobody_the_nifti_files(
         image.save_as(path)
     monkeypatch.setattr("diffusers_cf.commands.segment.open_pipeline", lambda *_: pipe)
     for state in ("s ->", "finished before, skipped"):
-        assert run(patient_of_series, "--model", "any", "--output", tmp_path / "out") == 2
+        assert cli("segment", patient_of_series, "--model", "any", "--output", tmp_path / "out") == 2
         printed = capsys.readouterr()
-        errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and "holds NIfTI files alone: " in errors[0]
-        assert "FLAIR: the series can't carry mask.dcm (" in errors[0] and "StudyInstanceUID" in errors[0]
+        (line,) = error_lines(printed)
+        assert "FLAIR: " in line and "mask.dcm" in line and "StudyInstanceUID" in line
         assert state in printed.out
     written = sorted(path.name for path in (tmp_path / "out" / "P_01").iterdir())
     assert {"heatmap.nii.gz", "mask.nii.gz", "report.json"} < set(written)
