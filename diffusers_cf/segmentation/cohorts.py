@@ -93,10 +93,8 @@ def find_patients(
     if not patients:
         nothing = f"{folder}: neither it nor a folder in it holds a scan (names end in {', '.join(modalities)})"
         raise InputError("; ".join(problems.values()) or nothing)
-    return [(_name(path, folder), path) for path in sorted(patients)], problems
-
-
-def _name(path: Path, cohort: Path) -> str:
-    parts = [part for part in path.relative_to(cohort).parts if part not in UNNAMED]
-    # the folder itself may be given as `.` or by a path that ends in `..`
-    return "_".join(parts) or Path(os.path.abspath(cohort)).name
+    own_name = Path(os.path.abspath(folder)).name  # the folder may be given as `.` or by a path that ends in `..`
+    parts = {
+        path: [part for part in path.relative_to(folder).parts if part not in UNNAMED] for path in sorted(patients)
+    }
+    return [("_".join(names) or own_name, path) for path, names in parts.items()], problems

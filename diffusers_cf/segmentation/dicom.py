@@ -14,12 +14,11 @@ from diffusers_cf.errors import InputError, reading
 from diffusers_cf.loading import sha256_of
 
 
-SOFTWARE = {
-    "manufacturer": "diffusers_cf",
-    "manufacturer_model_name": "CounterfactualDDIMPipeline",
-    "software_versions": __version__,
-    "device_serial_number": "0",
-}
+# Attributes of the objects that are written.
+_SOFTWARE = {
+    "manufacturer": "diffusers_cf", "manufacturer_model_name": "CounterfactualDDIMPipeline",
+    "software_versions": __version__, "device_serial_number": "0", "instance_number": 1,
+}  # fmt: skip
 _PREAMBLE = 128  # bytes before the letters DICM
 # Some archives write files without a preamble. They start with group 2 or 8, little-endian.
 _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
@@ -46,20 +45,17 @@ def _states_its_class(path: Path) -> bool:
     """Return whether a file without preamble, parsed as DICOM, has a registered SOP class."""
     try:
         import pydicom
-    except ImportError:  # reported when the series is read
-        return True
-    try:
+
         found = pydicom.dcmread(path, force=True, specific_tags=["SOPClassUID"], stop_before_pixels=True)
         return found.get("SOPClassUID") in pydicom.uid.UID_dictionary
+    except ImportError:  # reported when the series is read
+        return True
     except Exception:  # pydicom raises arbitrary exceptions for other files
         return False
 
 
 def read_series(folder: Path) -> Scan:
     """Read the one series of single-frame images in a folder; file names and their order do not matter.
-
-    Args:
-        folder (`Path`): a folder with the files of one series.
 
     Returns:
         `Scan`: float32 voxels after the rescaling that each file states, and an affine to RAS millimetres, as for NIfTI.
@@ -127,27 +123,24 @@ def write_segmentation(path: Path, mask: np.ndarray, affine: np.ndarray, source:
 
     def make(highdicom, images: list):
         from pydicom.sr.codedict import codes
+        from pydicom.uid import generate_uid
 
         algorithm = highdicom.AlgorithmIdentificationSequence(
             name="diffusers_cf", family=codes.DCM.ArtificialIntelligence, version=__version__
         )
         segment = highdicom.seg.SegmentDescription(
-            segment_number=1,
-            segment_label="lesion",
+            segment_number=1, segment_label="lesion",
             segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
             segmented_property_type=codes.SCT.Lesion,
-            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-            algorithm_identification=algorithm,
-        )
+            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC, algorithm_identification=algorithm,
+        )  # fmt: skip
         return highdicom.seg.Segmentation(
             source_images=images,
             pixel_array=_on_grid_of(images, mask.astype(np.uint8), affine),
-            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=[segment],
-            series_number=9001,
-            series_description=description,
-            **_new_instance(),
-        )
+            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY, segment_descriptions=[segment],
+            series_number=9001, series_description=description,
+            series_instance_uid=generate_uid(), sop_instance_uid=generate_uid(), **_SOFTWARE,
+        )  # fmt: skip
 
     _write(path, source, make)
 
@@ -171,27 +164,22 @@ def write_parametric_map(
 
     def make(highdicom, images: list):
         from pydicom.sr.codedict import codes
+        from pydicom.uid import generate_uid
 
         low, high = float(heat.min()), max(float(heat.max()), 1e-6)
         mapping = highdicom.pm.RealWorldValueMapping(
-            lut_label="heat",
-            lut_explanation=f"change, {unit}",
-            unit=codes.UCUM.NoUnits,
-            value_range=[low, high],
-            slope=1,
-            intercept=0,
-        )
+            lut_label="heat", lut_explanation=f"change, {unit}", unit=codes.UCUM.NoUnits, value_range=[low, high],
+            slope=1, intercept=0,
+        )  # fmt: skip
         window = highdicom.VOILUTTransformation(window_center=(low + high) / 2, window_width=high - low)
         return highdicom.pm.ParametricMap(
             source_images=images,
             pixel_array=_on_grid_of(images, heat.astype(np.float32), affine),
             contains_recognizable_visual_features=False,
-            real_world_value_mappings=[mapping],
-            voi_lut_transformations=[window],
-            series_number=9002,
-            series_description=description,
-            **_new_instance(),
-        )
+            real_world_value_mappings=[mapping], voi_lut_transformations=[window],
+            series_number=9002, series_description=description,
+            series_instance_uid=generate_uid(), sop_instance_uid=generate_uid(), **_SOFTWARE,
+        )  # fmt: skip
 
     _write(path, source, make)
 
@@ -203,17 +191,6 @@ def _write(path: Path, source: Path, make: Callable) -> None:
     with reading(source, f"series with all attributes that {path.name} needs"):
         make(highdicom, images).save_as(content)
     path.write_bytes(content.getvalue())
-
-
-def _new_instance() -> dict:
-    from pydicom.uid import generate_uid
-
-    return {
-        "series_instance_uid": generate_uid(),
-        "sop_instance_uid": generate_uid(),
-        "instance_number": 1,
-        **SOFTWARE,
-    }
 
 
 def _on_grid_of(images: list, values: np.ndarray, affine: np.ndarray):

@@ -39,13 +39,9 @@ from diffusers_cf.segmentation.volumes import (
 
 # Entries of report.json that must agree for a finished patient to be skipped, and how messages name them.
 _MUST_AGREE = {
-    "model_sha256": "another model",
-    "dtype": "another dtype",
-    "preprocessing": "another preprocessing",
-    "settings": "other settings",
-    "postprocessed": "other post-processing",
-    "inputs": "other scans",
-}
+    "model_sha256": "another model", "dtype": "another dtype", "preprocessing": "another preprocessing",
+    "settings": "other settings", "postprocessed": "other post-processing", "inputs": "other scans",
+}  # fmt: skip
 _OWN_FILES = re.compile(r"(heatmap|mask|counterfactual_.+)\.nii\.gz|(heatmap|mask)\.dcm|preview\.png|report\.json")
 
 

@@ -12,11 +12,11 @@ import nibabel
 import numpy as np
 from tqdm.auto import tqdm
 
-from diffusers_cf.data.nifti import Scan, check_same_grid, read_nifti, to_canonical
+from diffusers_cf.data.nifti import Scan, read_nifti, to_canonical
 from diffusers_cf.errors import InputError, in_one_line, reading
 from diffusers_cf.files import new_file
 from diffusers_cf.segmentation.cohorts import find_patients
-from diffusers_cf.segmentation.results import REPORT, read_report, read_summary
+from diffusers_cf.segmentation.results import read_report
 from diffusers_cf.segmentation.volumes import patient_files, read_scan, scan_sha256
 
 
@@ -31,6 +31,7 @@ class PatientSummary:
         folder (`Path`): OUT/PATIENT.
         report (`dict`): the content of report.json.
         areas_mm2 (`np.ndarray`): `(Z,)`, area of the mask in each axial slice, lowest slice first.
+        lesion_slices (`list[int]`): axial indices of the slices with lesion.
         max_heat (`float`): the highest heat.
         bright_heat (`float`): the 99.5th percentile of all heat above 0; 0 if there is none.
     """
@@ -38,13 +39,9 @@ class PatientSummary:
     folder: Path
     report: dict
     areas_mm2: np.ndarray
+    lesion_slices: list[int]
     max_heat: float
     bright_heat: float
-
-    @property
-    def lesion_slices(self) -> list[int]:
-        """Axial indices of the slices with lesion."""
-        return np.flatnonzero(self.areas_mm2).tolist()
 
 
 def write_report(
@@ -100,21 +97,17 @@ def write_report(
 
 
 def read_patient(folder: Path) -> PatientSummary:
-    """Read what `segment` has written about a patient.
-
-    Args:
-        folder (`Path`): OUT/PATIENT.
+    """Read what `segment` has written about a patient in the folder OUT/PATIENT.
 
     Raises:
         InputError: a file is missing, damaged, or not what `segment` writes.
     """
     report = read_report(folder)
     heat, mask = (to_canonical(read_nifti(folder / f"{name}.nii.gz")) for name in ("heatmap", "mask"))
-    check_same_grid([heat, mask])
     areas_mm2 = (mask.data > 0).sum(axis=(0, 1)) * float(mask.spacing_mm[0] * mask.spacing_mm[1])
-    positive = heat.data[heat.data > 0]
+    positive, max_heat = heat.data[heat.data > 0], float(heat.data.max())
     bright_heat = float(np.percentile(positive, 99.5)) if positive.size else 0.0
-    return PatientSummary(folder, report, areas_mm2, float(heat.data.max()), bright_heat)
+    return PatientSummary(folder, report, areas_mm2, np.flatnonzero(areas_mm2).tolist(), max_heat, bright_heat)
 
 
 def _sections(
@@ -127,7 +120,6 @@ def _sections(
             section["preview"] = base64.b64encode((patient.folder / "preview.png").read_bytes()).decode()
             heat = to_canonical(read_nifti(patient.folder / "heatmap.nii.gz"))
             scan, section["background"] = _background(patient, scans.get(patient.report["patient"]))
-            check_same_grid([heat, scan])
             section["viewer"] = volume_viewer(patient, heat, scan, vmax)
         except (InputError, OSError, MemoryError) as error:
             section["failure"] = in_one_line(error)
@@ -170,24 +162,3 @@ def ranges(numbers: Sequence[int]) -> str:
     runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     found = [[number for _, number in run] for _, run in runs]
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in found)
-
-
-def finished_patients(folder: Path) -> list[Path]:
-    """Return the folders that `segment` has written: the given one, or those in it.
-
-    Raises:
-        InputError: there are none.
-    """
-    if (folder / REPORT).exists():
-        return [folder]
-    # folders whose name begins with a dot are temporary ones of a running process
-    found = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and (path / REPORT).exists()]
-    if not found:
-        raise InputError(f"{folder}: segment has written nothing in it ({REPORT} is missing)")
-    return found
-
-
-def unsegmented_patients(folder: Path) -> list[str]:
-    """Return one line for each patient in OUT/summary.json that `segment` failed on."""
-    failed = [(name, outcome["reason"]) for name, outcome in read_summary(folder).items() if "reason" in outcome]
-    return [reason if name in reason else f"{name}: {reason}" for name, reason in failed]

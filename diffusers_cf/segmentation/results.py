@@ -15,7 +15,6 @@ _REQUIRED = (
     "n_slices", "settings",
 )  # fmt: skip
 _SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "map")
-_PATIENCE = 60.0  # seconds to wait while another process writes the summary
 
 
 def read_report(folder: Path) -> dict:
@@ -39,7 +38,7 @@ def add_to_summary(output: Path, outcomes: Mapping[str, Mapping[str, str]]) -> N
         outcomes (`Mapping`): by patient, or by path where there is no patient: `state`, one of `STATES`, and for a
             failure its `reason`.
     """
-    with alone_at(output / SUMMARY, _PATIENCE):  # shards may end at the same time
+    with alone_at(output / SUMMARY, timeout=60):  # shards may end at the same time
         patients = read_summary(output) | {name: dict(outcome) for name, outcome in outcomes.items()}
         counts = {state: sum(outcome["state"] == state for outcome in patients.values()) for state in STATES}
         write_json(counts | {"patients": dict(sorted(patients.items()))}, output / SUMMARY)

@@ -176,16 +176,22 @@ def map_slices(
     """
     found = network_slices(volumes, config)
     settings = {name: value for name, value in config["settings"].items() if name != "threshold"}
-    if callable(progress):
-        settings["callback_on_step_end"] = _share_of_steps(progress, config["settings"], len(found.images))
+    walks = {"forward": 1, "counterfactual": 2}.get(settings["map"], 3)
+    total, done = len(found.images) * walks * round(settings["num_inference_steps"] * settings["strength"]), 0
+
+    def count(_, step, timestep, tensors):
+        nonlocal done
+        done += len(tensors["latents"])
+        progress(min(1.0, done / total))  # empty slices take no steps
+        return {}
 
     def call(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out = pipe(images, **settings)
+        out = pipe(images, callback_on_step_end=count if callable(progress) else None, **settings)
         return out.heatmaps, out.counterfactuals
 
     # `leave=None` removes the bar at its end if it is shown below a bar of patients
-    options = {"unit": "slice", "disable": progress is not True, "leave": None}
-    with tqdm(total=len(found.images), desc=volumes.patient, **options) as bar:
+    bar = tqdm(total=len(found.images), desc=volumes.patient, unit="slice", disable=progress is not True, leave=None)
+    with bar:
         patient = [(volumes.patient, found.images)]
         ((_, (heatmaps, counterfactuals), _),) = map_in_batches(call, patient, batch_size, pipe.device, bar)
     maps = SliceMaps(found, heatmaps, counterfactuals - found.images)
@@ -194,24 +200,9 @@ def map_slices(
     return maps
 
 
-def _share_of_steps(progress: Callable[[float], None], settings: dict, n_slices: int) -> Callable:
-    """Return a pipeline callback that reports the finished share of all steps of all slices; empty slices take none."""
-    walks = {"forward": 1, "counterfactual": 2}.get(settings["map"], 3)
-    total, done = n_slices * walks * round(settings["num_inference_steps"] * settings["strength"]), 0
-
-    def count(_, step, timestep, tensors):
-        nonlocal done
-        done += len(tensors["latents"])
-        progress(min(1.0, done / total))
-        return {}
-
-    return count
-
-
 def heat_volume(volumes: PatientVolumes, maps: SliceMaps, heatmaps: np.ndarray, field_mm: float) -> np.ndarray:
     """Resample heatmaps `(S, H, W)` to the scan's grid: float32 `(X, Y, Z)`, RAS, exactly 0 outside the foreground."""
-    shape = volumes.volume.shape[1:]
-    heat = volume_from_slices(heatmaps, maps.found.slices, shape, volumes.spacing_mm, field_mm)
+    heat = volume_from_slices(heatmaps, maps.found.slices, volumes.volume.shape[1:], volumes.spacing_mm, field_mm)
     heat[~volumes.foreground] = 0
     return heat
 
@@ -245,10 +236,9 @@ def counterfactual_volume(
 
     Only the change is resampled, so the scan keeps its resolution. Only the foreground changes. Values stay above 0.
     """
-    scan = volumes.volume[channel]
-    change = volume_from_slices(
-        maps.changes[:, channel], maps.found.slices, scan.shape, volumes.spacing_mm, field_mm
-    ) * np.float32(unit_intensity(scan, normalize))
+    scan, changes = volumes.volume[channel], maps.changes[:, channel]
+    change = volume_from_slices(changes, maps.found.slices, scan.shape, volumes.spacing_mm, field_mm)
+    change *= np.float32(unit_intensity(scan, normalize))
     return np.clip(np.where(volumes.foreground, scan + change, scan), 0, None)
 
 
@@ -292,22 +282,17 @@ def write_preview(
     path: Path, volumes: PatientVolumes, maps: SliceMaps, mask: np.ndarray, config: dict, title: str
 ) -> None:
     """Write a picture of the most suspicious slices: scan, counterfactual, heatmap, and mask with the expert's."""
-    images, slices, field_mm = maps.found.images, maps.found.slices, config["preprocessing"]["field_mm"]
+    images, slices, preprocessing = maps.found.images, maps.found.slices, config["preprocessing"]
     inside = (images > 0).any(axis=1)
     heatmaps = np.where(inside, maps.heatmaps, 0)
-    shown = resample_slices(display(mask)[slices], volumes.spacing_mm, images.shape[-1], field_mm) >= 0.5
+    geometry = volumes.spacing_mm, images.shape[-1], preprocessing["field_mm"]
+    shown = resample_slices(display(mask)[slices], *geometry) >= 0.5
     rows = most_suspicious(heatmaps, shown)
+    counterfactuals = np.clip(images + inside[:, None] * maps.changes, 0, None)
     plot_slices(
-        path,
-        images[rows],
-        np.clip(images[rows] + inside[rows, None] * maps.changes[rows], 0, None),
-        heatmaps[rows],
-        masks=shown[rows],
-        channel_names=list(volumes.files),
-        title=f"{title}\nL, R: the patient's left and right",
-        row_names=[f"axial slice {slices[row]}" for row in rows],
-        mask_name="found (red)" if volumes.seg is None else "found (red), expert (green)",
-        sides=True,
-        unit=unit_in_words(config["preprocessing"]["normalize"]),
+        path, images[rows], counterfactuals[rows], heatmaps[rows], masks=shown[rows],
         references=None if volumes.seg is None else maps.found.masks[rows],
-    )
+        mask_name="found (red)" if volumes.seg is None else "found (red), expert (green)",
+        channel_names=list(volumes.files), row_names=[f"axial slice {slices[row]}" for row in rows],
+        title=f"{title}\nL, R: the patient's left and right", sides=True, unit=unit_in_words(preprocessing["normalize"]),
+    )  # fmt: skip
