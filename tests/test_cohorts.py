@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_cf.data.nifti import canonical_modality, nifti_suffix
 from diffusers_cf.errors import InputError
 from diffusers_cf.segmentation.cohorts import find_patients
 
@@ -54,8 +53,7 @@ def test_links_are_followed_and_a_patient_counts_once_under_its_own_name(tmp_pat
     touch(tmp_path, "cohort/a/B/b_flair.nii.gz", "elsewhere/x/p_flair.nii.gz", "elsewhere/P/q_t1.nii.gz")
     for link, goal in (("P_01", "elsewhere/x"), ("a/all", "cohort"), ("0", "cohort/a"), ("more", "elsewhere")):
         (tmp_path / "cohort" / link).symlink_to(tmp_path / goal)
-    expected = [("P_01", "P_01"), ("a_B", "a/B"), ("more_P", "more/P")]
-    assert found(tmp_path / "cohort") == expected
+    assert found(tmp_path / "cohort") == [("P_01", "P_01"), ("a_B", "a/B"), ("more_P", "more/P")]
 
 
 def test_folders_that_can_not_be_read_are_named(tmp_path, monkeypatch):
@@ -96,12 +94,3 @@ def test_folders_without_patients(tmp_path, folder, reason):
     touch(tmp_path, "A/a_adc.nii.gz", "file.nii.gz")
     with pytest.raises(InputError, match=f"{folder}: .*{reason}"):
         find_patients(tmp_path / folder, NAMES)
-
-
-@pytest.mark.parametrize(
-    ("name", "modality"),
-    [("sub-01_ce-gadolinium_T1w.nii.gz", "t1ce"), ("sub-01_T1w.nii.gz", "t1"), ("x_ce-gd_FLAIR.nii", "flair"),
-     ("advance-t1w.nii.gz", "t1")],
-)  # fmt: skip
-def test_bids_marks_a_contrast_agent_by_an_entity(name, modality):
-    assert canonical_modality(nifti_suffix(name)) == modality

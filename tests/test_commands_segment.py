@@ -1,13 +1,12 @@
 """`diffusers-cf segment` on one patient and on cohorts."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 from data_files import save, write_brats
 from filelock import FileLock
-from segmentation_files import MODALITIES, cli, error_lines, make_pipe
+from segmentation_files import cli, error_lines, make_pipe
 
 from diffusers_cf.segmentation import patient as patient_module
 from diffusers_cf.segmentation.results import add_to_summary, read_summary
@@ -57,27 +56,19 @@ def test_the_papers_settings_by_name(model, patient, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--strength", "2"], "strength is 2.0"),
         (["--num_inference_steps", "7"], "num_inference_steps is 7"),
-        (["--num_inference_steps", "0"], "num_inference_steps is 0"),
         (["--guidance-scale", "-1"], "guidance_scale is -1.0"),
         (["--threshold", "nan"], "threshold is nan"),
-        (["--threshold", "0"], "threshold is 0.0"),
         (["--batch_size", "0"], "--batch_size"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--model", "DATA"], "model_index.json"),
-        (["TWIN"], "two patients are called P_01"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(model, patient, tmp_path, capsys, options, message):
-    shutil.copytree(patient, tmp_path / "other" / "P_01")
-    paths = {"DATA": str(patient), "TWIN": f"{tmp_path / 'other' / 'P_01'}/"}
-    options = [paths.get(option, option) for option in options]
-    options += [] if "--model" in options else ["--model", model]
+    options = ["--model", model, *(str(patient) if option == "DATA" else option for option in options)]
     assert cli("segment", patient, *options, "--output", tmp_path / "out") == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
-    assert not (tmp_path / "out").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line and not (tmp_path / "out").exists()
 
 
 def test_an_output_that_is_a_file(cohort, tmp_path, capsys):
@@ -102,29 +93,24 @@ def test_bad_patients_do_not_stop_the_others(model, tmp_path, capsys):
     assert len(list((tmp_path / "out" / "C").iterdir())) == 6
 
 
-def test_a_cohort_goes_on_where_it_ended(model, tmp_path, capsys):
-    cohort = tmp_path / "cohort"
-    for seed, name in enumerate("ABC"):
-        write_brats(cohort, name, seed=seed)
-    damaged = cohort / "B" / "B_t1.nii.gz"
+def test_a_cohort_goes_on_where_it_ended(cohort, tmp_path, capsys):
+    damaged = tmp_path / "site2" / "B" / "B_t1.nii.gz"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-9])
-    options = ("--model", model, "--output", cohort / "results")
-    assert cli("segment", cohort, tmp_path / "none", *options) == 2
-    printed = capsys.readouterr()
-    assert printed.out.splitlines()[-1] == "2 done, 0 finished before, 2 failed"
+    assert cohort("site2", "none") == 2
+    assert capsys.readouterr().out.splitlines()[-1] == "1 done, 0 finished before, 2 failed"
     damaged.write_bytes(whole)
-    assert cli("segment", cohort, *options) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "1 done, 2 finished before, 0 failed"
-    assert sorted(path.name for path in (cohort / "results").iterdir()) == ["A", "B", "C", "summary.json"]
-    report = json.loads((cohort / "results" / "B" / "report.json").read_text())
-    assert report["patient"] == "B" and report["preprocessing"]["modalities"] == MODALITIES
-    summary = json.loads((cohort / "results" / "summary.json").read_text())
-    states = {name: outcome["state"] for name, outcome in summary["patients"].items()}
-    # the latest outcome of each, including those of the first run
-    assert states == {"A": "skipped", "B": "done", "C": "skipped", str(tmp_path / "none"): "failed"}
-    assert (summary["done"], summary["skipped"], summary["failed"]) == (1, 2, 1)
-    assert "none: no such folder" in summary["patients"][str(tmp_path / "none")]["reason"]
+    assert cohort("site2") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 done, 1 finished before, 0 failed"
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    failure = summary["patients"].pop(str(tmp_path / "none"))  # of the first run
+    assert failure["state"] == "failed" and "none: no such folder" in failure["reason"]
+    assert summary == {
+        "done": 1,
+        "skipped": 1,
+        "failed": 1,
+        "patients": {"A": {"state": "skipped"}, "B": {"state": "done"}},
+    }
 
 
 def test_two_patients_of_one_name_are_named_and_the_others_are_done(cohort, tmp_path, capsys):
@@ -143,15 +129,6 @@ def test_the_process_that_writes_a_patient_reports_its_outcome(cohort, tmp_path,
     printed = capsys.readouterr()
     assert "A: another process is writing it" in printed.err and "1 done, 0 finished before, 1 failed" in printed.out
     assert read_summary(tmp_path / "out") == {"A": {"state": "done"}, "B": {"state": "done"}}
-
-
-def test_a_bar_counts_patients_and_one_below_it_slices(cohort, capsys):
-    assert cohort("site2", options=("--strength", 0)) == 0
-    printed = capsys.readouterr()
-    assert "Patients: 100%" in printed.err and "2/2" in printed.err
-    assert "\x1b[A" in printed.err  # the bar of slices has a line of its own
-    assert cohort("site1", options=("--strength", 0, "--overwrite")) == 0
-    assert "Patients:" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [MemoryError("Unable to allocate 9 GiB"), OSError(28, "No space left on device")])

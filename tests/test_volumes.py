@@ -23,7 +23,7 @@ from diffusers_cf.segmentation.volumes import (
     lesion_mask,
     most_suspicious,
     patient_files,
-)
+)  # fmt: skip
 
 
 def test_a_folder_is_listed_once_for_all_modalities(tmp_path, monkeypatch):
@@ -34,6 +34,15 @@ def test_a_folder_is_listed_once_for_all_modalities(tmp_path, monkeypatch):
         "t1": "P_01_t1.nii.gz", "t2w": "P_01_t2.nii.gz", "FLAIR": "P_01_flair.nii.gz", "seg": "P_01_seg.nii.gz",
     }  # fmt: skip
     assert list(files) == ["t1", "t2w", "FLAIR", "seg"] and listed == [folder]
+
+
+def test_bids_marks_a_contrast_agent_by_an_entity(tmp_path):
+    for name in ("sub-01_T1w.nii.gz", "sub-01_ce-gadolinium_T1w.nii.gz", "sub-01_ce-gd_FLAIR.nii"):
+        (tmp_path / name).touch()
+    names = {name: path.name for name, path in patient_files(tmp_path, ["t1ce", "t1", "flair"]).items()}
+    assert names == {
+        "t1ce": "sub-01_ce-gadolinium_T1w.nii.gz", "t1": "sub-01_T1w.nii.gz", "flair": "sub-01_ce-gd_FLAIR.nii",
+    }  # fmt: skip
 
 
 def test_scans_that_are_missing_or_there_twice(tmp_path):
@@ -69,11 +78,12 @@ def test_the_mask_is_that_of_the_postprocessing_of_evaluation(voxels_per_pixel):
 
 def test_preview(tmp_path, monkeypatch):
     drawn, patient = {}, write_brats(tmp_path / "data", "P_01", "LPS")
-    monkeypatch.setattr(
-        volumes_module,
-        "plot_slices",
-        lambda *args, **options: drawn.update(options, images=args[1:4]) or plot_slices(*args, **options),
-    )
+
+    def plot(*args, **options):
+        drawn.update(options, images=args[1:4])
+        plot_slices(*args, **options)
+
+    monkeypatch.setattr(volumes_module, "plot_slices", plot)
     segment_patient(make_pipe(), patient, tmp_path / "out", progress=False)
     with Image.open(tmp_path / "out" / "P_01" / "preview.png") as picture:
         assert picture.format == "PNG" and picture.height > 6 * 100
