@@ -113,16 +113,6 @@ def test_voxels_that_are_not_finite_after_rescaling_are_refused(tmp_path, voxels
         read_series(series)
 
 
-def test_a_folder_that_can_not_be_read_is_one_line(series, monkeypatch):
-    def refuse(path, *_):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(type(series), "open", refuse)
-    for function in (is_series, series_sha256, read_series):
-        with pytest.raises(InputError, match=r"FLAIR/\d+: can't be read \(Permission denied\)"):
-            function(series)
-
-
 def test_what_is_no_series_is_refused_in_one_line(series, voxels, tmp_path):
     files = sorted(series.iterdir())
     files[3].write_bytes(files[3].read_bytes()[:400])
