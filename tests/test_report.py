@@ -92,21 +92,21 @@ def test_the_page_loads_nothing_and_escapes_names(cohort, out, page):
 
 
 def test_one_patient_is_in_memory_at_a_time(cohort, page, monkeypatch):
-    read, volumes, alive = report_module.read_nifti, [], []
+    to_canonical, volumes, alive = report_module.to_canonical, [], []
 
-    def watched(path):
-        scan = read(path)
-        volumes.append(weakref.ref(scan.data))
-        return scan
+    def watched(scan):
+        canonical = to_canonical(scan)
+        volumes.extend(map(weakref.ref, (scan.data, canonical.data)))
+        return canonical
 
     def viewer(*_):
-        alive.append(sum(volume() is not None for volume in volumes[:-2]))  # of all but this patient
+        alive.append(sum(volume() is not None for volume in volumes[:-4]))  # of all but this patient
         return "viewer"
 
-    monkeypatch.setattr(report_module, "read_nifti", watched)
+    monkeypatch.setattr(report_module, "to_canonical", watched)
     monkeypatch.setattr(report_module, "volume_viewer", viewer)
     assert cli("report", cohort / "out", "--output", page) == 0
-    assert len(volumes) == 8 and alive == [0, 0]
+    assert len(volumes) == 16 and alive == [0, 0]
 
 
 @pytest.mark.parametrize(

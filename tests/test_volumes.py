@@ -50,7 +50,7 @@ def test_scans_that_are_missing_or_there_twice(tmp_path):
     with pytest.raises(InputError, match=r"P_01: modality missing: adc, dwi \(names end in adc: adc; dwi: dwi\)"):
         patient_files(folder, ["t1", "adc", "dwi"])
     (folder / "x-t1n.nii").touch()
-    with pytest.raises(InputError, match="P_01: several scans are t1: P_01_t1.nii.gz, x-t1n.nii"):
+    with pytest.raises(InputError, match="P_01: several files are t1: P_01_t1.nii.gz, x-t1n.nii"):
         patient_files(folder, ["t1"])
 
 

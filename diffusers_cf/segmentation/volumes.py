@@ -101,7 +101,8 @@ def patient_files(folder: Path, modalities: Sequence[str]) -> dict[str, Path]:
         raise InputError(f"{folder}: modality missing: {', '.join(missing)} (names end in {accepted})")
     for name, paths in found.items():
         if len(paths) > 1:
-            raise InputError(f"{folder}: several scans are {name}: {', '.join(path.name for path in paths)}")
+            kind, listed = "series" if paths[0].is_dir() else "files", ", ".join(path.name for path in paths)
+            raise InputError(f"{folder}: several {kind} are {name}: {listed}")
     return {name: path for name, (path,) in found.items()}
 
 
