@@ -6,7 +6,7 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 
 def oblique_affine(spacing=(1.5, 2.0, 3.0), angle=0.3):
-    """Index (column direction, row direction, slice) to LPS millimetres: turned about the patient's axis and tilted."""
+    """Index (column, row, slice) to LPS millimetres: rotated about the patient's long axis and tilted."""
     c, s = np.cos(angle), np.sin(angle)
     turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
     affine = np.eye(4)
@@ -16,10 +16,7 @@ def oblique_affine(spacing=(1.5, 2.0, 3.0), angle=0.3):
 
 
 def write_series(folder, voxels, affine, study=None, seed=0, slope=2.0):
-    """Writes int voxels (columns, rows, slices) as a series whose files are named at random; returns the folder.
-
-    `affine` leads from an index to LPS millimetres. Stored values are voxels / slope, and the files say so.
-    """
+    """Write voxels (columns, rows, slices) as a series of files with random names that store voxels / slope."""
     folder.mkdir(parents=True)
     study, series, frame = study or generate_uid(), generate_uid(), generate_uid()
     random = np.random.default_rng(seed)
@@ -50,7 +47,7 @@ def write_series(folder, voxels, affine, study=None, seed=0, slope=2.0):
 
 
 def without_preamble(path, with_meta=False):
-    """Rewrites a file as some archives do: no preamble, and perhaps no header that names the encoding either."""
+    """Rewrite a file without preamble, as some archives do, and perhaps without the header that names its encoding."""
     image = pydicom.dcmread(path)
     image.preamble = None
     if not with_meta:

@@ -1,100 +1,72 @@
-"""DICOM in and out: a series as a scan like any other, and mask and heatmap as DICOM SEG and Parametric Map."""
+"""DICOM: read a series as a scan, and write mask and heatmap as DICOM SEG and Parametric Map."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from functools import wraps
+import io
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
 import numpy as np
 
 from diffusers_cf import __version__
-from diffusers_cf.data.nifti import Scan, canonical_modality, check_finite
-from diffusers_cf.errors import InputError
+from diffusers_cf.data.nifti import Scan, check_finite
+from diffusers_cf.errors import InputError, reading
 from diffusers_cf.loading import sha256_of
 
 
-SOFTWARE = {
-    "manufacturer": "diffusers_cf",
-    "manufacturer_model_name": "CounterfactualDDIMPipeline",
-    "software_versions": __version__,
-    "device_serial_number": "0",
-}
-_PREAMBLE = 128  # bytes before a DICOM file says that it is one
-# Group 2 or 8, little-endian: how a file begins that lacks the preamble, as some archives write it.
+# Attributes of the objects that are written.
+_SOFTWARE = {
+    "manufacturer": "diffusers_cf", "manufacturer_model_name": "CounterfactualDDIMPipeline",
+    "software_versions": __version__, "device_serial_number": "0", "instance_number": 1,
+}  # fmt: skip
+_PREAMBLE = 128  # bytes before the letters DICM
+# Some archives write files without a preamble. They start with group 2 or 8, little-endian.
 _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
 
 
-def _readable(function: Callable) -> Callable:
-    """Says in one line which file or folder can't be read."""
-
-    @wraps(function)
-    def call(path: Path, *args, **options):
-        try:
-            return function(path, *args, **options)
-        except OSError as error:
-            raise InputError(f"{error.filename or path}: can't be read ({error.strerror or error})") from None
-
-    return call
-
-
-@_readable
-def find_series(folder: Path, modality: str) -> Path | None:
-    """The sub-folder of a patient that is called like a modality and holds DICOM files; None if there is none.
+def is_series(folder: Path) -> bool:
+    """Return whether a folder holds a DICOM file.
 
     Raises:
-        InputError: several fit, or the folder can't be read.
+        InputError: a file in it can't be read.
     """
-    wanted = canonical_modality(modality)
-    found = [path for path in sorted(folder.iterdir()) if canonical_modality(path.name) == wanted and is_series(path)]
-    if len(found) > 1:
-        raise InputError(f"{folder}: several series are {modality}: {', '.join(path.name for path in found)}")
-    return found[0] if found else None
-
-
-@_readable
-def is_series(folder: Path) -> bool:
-    """Whether the folder holds a DICOM file; raises InputError if it can't be read."""
-    return folder.is_dir() and any(_is_dicom(path) for path in sorted(folder.iterdir()))
+    return folder.is_dir() and any(map(_is_dicom, sorted(folder.iterdir())))
 
 
 def _is_dicom(path: Path) -> bool:
     if not path.is_file():
         return False
-    with path.open("rb") as file:
+    with reading(path, "file"), path.open("rb") as file:
         start = file.read(_PREAMBLE + 4)
-    return start[_PREAMBLE:] == b"DICM" or (start.startswith(_FIRST_GROUPS) and _names_its_class(path))
+    return start[_PREAMBLE:] == b"DICM" or (start.startswith(_FIRST_GROUPS) and _states_its_class(path))
 
 
-def _names_its_class(path: Path) -> bool:
-    """Whether a file without preamble is DICOM all the same: read as such, it says what kind of object it is."""
+def _states_its_class(path: Path) -> bool:
+    """Return whether a file without preamble, parsed as DICOM, has a registered SOP class."""
     try:
         import pydicom
-    except ImportError:  # said when the series is read
-        return True
-    try:
+
         found = pydicom.dcmread(path, force=True, specific_tags=["SOPClassUID"], stop_before_pixels=True)
         return found.get("SOPClassUID") in pydicom.uid.UID_dictionary
-    except Exception:  # what is no DICOM raises whatever it likes
+    except ImportError:  # reported when the series is read
+        return True
+    except Exception:  # pydicom raises arbitrary exceptions for other files
         return False
 
 
-@_readable
 def read_series(folder: Path) -> Scan:
-    """Reads the one series of single-frame images in a folder, whatever its files are called and in whatever order.
+    """Read the one series of single-frame images in a folder; file names and their order do not matter.
 
     Returns:
-        Voxels after the rescaling that each file states; the affine leads to RAS millimetres as that of NIfTI does.
+        `Scan`: float32 voxels after the rescaling that each file states, and an affine to RAS millimetres, as for NIfTI.
 
     Raises:
         InputError: pydicom or highdicom is missing, a file is damaged, there are several series, slices are missing or
-            uneven, or voxels are NaN or infinite after the rescaling.
+            unevenly spaced, or voxels are NaN or infinite after rescaling.
     """
-    highdicom, datasets = _package(), _read_files(folder)
-    try:
-        volume = highdicom.get_volume_from_series(datasets, dtype=np.float32)
-    except Exception as error:  # decoders raise whatever they like
-        raise InputError(f"{folder}: no usable series ({_first_line(error)})") from None
+    highdicom, images = _import_highdicom(), _read_files(folder)
+    with reading(folder, "DICOM series"):
+        volume = highdicom.get_volume_from_series(images, dtype=np.float32)
     check_finite(folder, volume.array)
     affine = volume.get_affine("RAS")
     image = nibabel.Nifti1Image(volume.array, affine)
@@ -102,7 +74,7 @@ def read_series(folder: Path) -> Scan:
     return Scan(np.asarray(volume.array), affine, image.header, folder)
 
 
-def _package():
+def _import_highdicom():
     try:
         import highdicom
     except ImportError:
@@ -110,146 +82,123 @@ def _package():
     return highdicom
 
 
-def _read_files(folder: Path, **options) -> list:
-    """The DICOM files of a folder, all of one series; options as in `pydicom.dcmread`."""
+def _read_files(folder: Path) -> list:
+    """Read the DICOM files of a folder, which must belong to one series."""
     import pydicom
-
-    datasets = []
-    for path in sorted(path for path in folder.iterdir() if _is_dicom(path)):
-        try:
-            dataset = pydicom.dcmread(path, force=True, **options)
-            if "TransferSyntaxUID" not in dataset.file_meta:  # of a file without preamble
-                dataset.file_meta.TransferSyntaxUID = _encoding(dataset)
-            datasets.append(dataset)
-        except Exception as error:  # a damaged file raises whatever it likes
-            raise InputError(f"{path}: damaged ({_first_line(error)})") from None
-    series = {str(dataset.get("SeriesInstanceUID")) for dataset in datasets}
-    if len(series) != 1:
-        raise InputError(f"{folder}: holds {len(series)} DICOM series: one folder for each")
-    return datasets
-
-
-def _encoding(dataset):
-    """Transfer syntax of an uncompressed file that does not name it, as pydicom has found it out."""
     from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-    return ImplicitVRLittleEndian if dataset.original_encoding[0] else ExplicitVRLittleEndian
+    images = []
+    for path in filter(_is_dicom, sorted(folder.iterdir())):
+        with reading(path, "DICOM file"):
+            image = pydicom.dcmread(path, force=True)
+            if "TransferSyntaxUID" not in image.file_meta:  # a file without preamble: take the one pydicom detected
+                implicit = image.original_encoding[0]
+                image.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+            images.append(image)
+    count = len({str(image.get("SeriesInstanceUID")) for image in images})
+    if count != 1:
+        raise InputError(f"{folder}: holds {count} DICOM series; use one folder for each series")
+    return images
 
 
-@_readable
 def series_sha256(folder: Path) -> str:
-    """SHA-256 of a series, whatever its files are called."""
+    """Return the SHA-256 of a series, which does not depend on the names of its files."""
     sums = sorted(sha256_of(path) for path in folder.iterdir() if _is_dicom(path))
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def _made_for_a_series(write: Callable) -> Callable:
-    """Says in one line why a series can't carry what is made of it: highdicom demands more of it than reading does."""
-
-    @wraps(write)
-    def call(path: Path, values: np.ndarray, affine: np.ndarray, source: Path, *words: str) -> None:
-        try:
-            write(path, values, affine, source, *words)
-        except (InputError, OSError, MemoryError):
-            raise
-        except Exception as error:  # whatever it likes, AttributeError among them
-            reason = _first_line(error)
-            raise InputError(f"{source}: the series can't carry {path.name} ({reason})") from None
-
-    return call
-
-
-@_made_for_a_series
 def write_segmentation(path: Path, mask: np.ndarray, affine: np.ndarray, source: Path, description: str) -> None:
-    """Writes a mask as a binary DICOM SEG that refers to the images of a series.
+    """Write a mask as a binary DICOM SEG that refers to the images of a series.
 
     Args:
-        path: a .dcm file.
-        mask: bool (X, Y, Z).
-        affine: voxel index of `mask` to RAS millimetres.
-        source: folder of the series, which lies on the same grid.
-        description: of the series that is made.
+        path (`Path`): a .dcm file.
+        mask (`np.ndarray`): bool `(X, Y, Z)`, on the grid of the series up to flips and permutations of axes.
+        affine (`np.ndarray`): `(4, 4)`, voxel index of `mask` to RAS millimetres.
+        source (`Path`): folder of the series.
+        description (`str`): description of the new series.
 
     Raises:
-        InputError: the series lacks what such an object must say, or can't be read.
+        InputError: the series can't be read, or lacks attributes that a DICOM SEG requires.
     """
-    highdicom = _package()
-    from pydicom.sr.codedict import codes
-    from pydicom.uid import generate_uid
 
-    images = _read_files(source)
-    algorithm = highdicom.AlgorithmIdentificationSequence(
-        name="diffusers_cf", family=codes.DCM.ArtificialIntelligence, version=__version__
-    )
-    segment = highdicom.seg.SegmentDescription(
-        segment_number=1,
-        segment_label="lesion",
-        segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-        segmented_property_type=codes.SCT.Lesion,
-        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=algorithm,
-    )
-    made = highdicom.seg.Segmentation(
-        source_images=images,
-        pixel_array=_on_grid_of(images, mask.astype(np.uint8), affine),
-        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[segment],
-        series_instance_uid=generate_uid(),
-        series_number=9001,
-        sop_instance_uid=generate_uid(),
-        instance_number=1,
-        series_description=description,
-        **SOFTWARE,
-    )
-    made.save_as(path)
+    def make(highdicom, images: list):
+        from pydicom.sr.codedict import codes
+        from pydicom.uid import generate_uid
+
+        algorithm = highdicom.AlgorithmIdentificationSequence(
+            name="diffusers_cf", family=codes.DCM.ArtificialIntelligence, version=__version__
+        )
+        segment = highdicom.seg.SegmentDescription(
+            segment_number=1, segment_label="lesion",
+            segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+            segmented_property_type=codes.SCT.Lesion,
+            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC, algorithm_identification=algorithm,
+        )  # fmt: skip
+        return highdicom.seg.Segmentation(
+            source_images=images,
+            pixel_array=_on_grid_of(images, mask.astype(np.uint8), affine),
+            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY, segment_descriptions=[segment],
+            series_number=9001, series_description=description,
+            series_instance_uid=generate_uid(), sop_instance_uid=generate_uid(), **_SOFTWARE,
+        )  # fmt: skip
+
+    _write(path, source, make)
 
 
-@_made_for_a_series
 def write_parametric_map(
     path: Path, heat: np.ndarray, affine: np.ndarray, source: Path, description: str, unit: str
 ) -> None:
-    """Writes a heatmap as a float32 DICOM Parametric Map; arguments as in [`write_segmentation`], and what 1 means."""
-    highdicom = _package()
-    from pydicom.sr.codedict import codes
-    from pydicom.uid import generate_uid
+    """Write a heatmap as a float32 DICOM Parametric Map that refers to the images of a series.
 
-    images = _read_files(source)
-    limits = [float(heat.min()), max(float(heat.max()), 1e-6)]
-    mapping = highdicom.pm.RealWorldValueMapping(
-        lut_label="heat",
-        lut_explanation=f"change, {unit}",
-        unit=codes.UCUM.NoUnits,
-        value_range=limits,
-        slope=1,
-        intercept=0,
-    )
-    made = highdicom.pm.ParametricMap(
-        source_images=images,
-        pixel_array=_on_grid_of(images, heat.astype(np.float32), affine),
-        series_instance_uid=generate_uid(),
-        series_number=9002,
-        sop_instance_uid=generate_uid(),
-        instance_number=1,
-        contains_recognizable_visual_features=False,
-        real_world_value_mappings=[mapping],
-        voi_lut_transformations=[
-            highdicom.VOILUTTransformation(window_center=sum(limits) / 2, window_width=limits[1] - limits[0])
-        ],
-        series_description=description,
-        **SOFTWARE,
-    )
-    made.save_as(path)
+    Args:
+        path (`Path`): a .dcm file.
+        heat (`np.ndarray`): float32 `(X, Y, Z)`, from 0 up, on the grid of the series as in [`write_segmentation`].
+        affine (`np.ndarray`): `(4, 4)`, voxel index of `heat` to RAS millimetres.
+        source (`Path`): folder of the series.
+        description (`str`): description of the new series.
+        unit (`str`): what a heat of 1 means.
+
+    Raises:
+        InputError: the series can't be read, or lacks attributes that a Parametric Map requires.
+    """
+
+    def make(highdicom, images: list):
+        from pydicom.sr.codedict import codes
+        from pydicom.uid import generate_uid
+
+        low, high = float(heat.min()), max(float(heat.max()), 1e-6)
+        mapping = highdicom.pm.RealWorldValueMapping(
+            lut_label="heat", lut_explanation=f"change, {unit}", unit=codes.UCUM.NoUnits, value_range=[low, high],
+            slope=1, intercept=0,
+        )  # fmt: skip
+        window = highdicom.VOILUTTransformation(window_center=(low + high) / 2, window_width=high - low)
+        return highdicom.pm.ParametricMap(
+            source_images=images,
+            pixel_array=_on_grid_of(images, heat.astype(np.float32), affine),
+            contains_recognizable_visual_features=False,
+            real_world_value_mappings=[mapping], voi_lut_transformations=[window],
+            series_number=9002, series_description=description,
+            series_instance_uid=generate_uid(), sop_instance_uid=generate_uid(), **_SOFTWARE,
+        )  # fmt: skip
+
+    _write(path, source, make)
 
 
-def _on_grid_of(images: Sequence, values: np.ndarray, affine: np.ndarray):
-    """Values (X, Y, Z) as a highdicom volume whose axes run as those of a series."""
-    highdicom = _package()
+def _write(path: Path, source: Path, make: Callable) -> None:
+    """Write the object that `make(highdicom, images)` returns for the images of the series in `source`."""
+    highdicom, images, content = _import_highdicom(), _read_files(source), io.BytesIO()
+    # highdicom requires more attributes of a series than reading does, and raises arbitrary exceptions
+    with reading(source, f"series with all attributes that {path.name} needs"):
+        make(highdicom, images).save_as(content)
+    path.write_bytes(content.getvalue())
+
+
+def _on_grid_of(images: list, values: np.ndarray, affine: np.ndarray):
+    """Return values `(X, Y, Z)` as a highdicom volume with the axes of a series."""
+    import highdicom
+
     series = highdicom.get_volume_from_series(images)
     volume = highdicom.Volume(
         values, affine, "PATIENT", series.frame_of_reference_uid, from_reference_convention="RAS"
     )
     return volume.match_geometry(series)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

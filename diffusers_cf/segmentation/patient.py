@@ -1,6 +1,5 @@
-"""A patient's folder to heatmap, mask and counterfactual as NIfTI in the scan's own geometry, whole or not at all."""
+"""Segment one patient: from a folder of scans to heatmap, mask and counterfactuals on the scans' own grid."""
 
-import json
 import os
 import re
 import time
@@ -13,16 +12,15 @@ from diffusers_cf.data.geometry import from_ras
 from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.data.nifti import Scan
 from diffusers_cf.data.scans import check_patient_id
-from diffusers_cf.errors import InputError
+from diffusers_cf.errors import InputError, in_one_line
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.protocol import dice
-from diffusers_cf.files import alone_at, new_folder, tidy
-from diffusers_cf.loading import sha256_of
+from diffusers_cf.files import alone_at, new_folder, tidy, write_json
 from diffusers_cf.model_facts import usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.precision import computing_dtype
 from diffusers_cf.provenance import model_fingerprint
-from diffusers_cf.segmentation.dicom import series_sha256, write_parametric_map, write_segmentation
+from diffusers_cf.segmentation.dicom import write_parametric_map, write_segmentation
 from diffusers_cf.segmentation.results import REPORT, read_report
 from diffusers_cf.segmentation.volumes import (
     PatientVolumes,
@@ -33,20 +31,17 @@ from diffusers_cf.segmentation.volumes import (
     map_slices,
     patient_files,
     read_volumes,
+    scan_sha256,
     write_preview,
     write_volume,
 )
 
 
-# Facts of a finished patient that must agree for it to be skipped, and how to call them.
+# Entries of report.json that must agree for a finished patient to be skipped, and how messages name them.
 _MUST_AGREE = {
-    "model_sha256": "another model",
-    "dtype": "another dtype",
-    "preprocessing": "another preprocessing",
-    "settings": "other settings",
-    "postprocessed": "other post-processing",
-    "inputs": "other scans",
-}
+    "model_sha256": "another model", "dtype": "another dtype", "preprocessing": "another preprocessing",
+    "settings": "other settings", "postprocessed": "other post-processing", "inputs": "other scans",
+}  # fmt: skip
 _OWN_FILES = re.compile(r"(heatmap|mask|counterfactual_.+)\.nii\.gz|(heatmap|mask)\.dcm|preview\.png|report\.json")
 
 
@@ -62,86 +57,73 @@ def segment_patient(
     progress: bool | Callable[[float], None] = True,
     **settings,
 ) -> dict:
-    """Segments one patient and writes `output/PATIENT/`, whole or not at all.
+    """Segment one patient and write the folder `output/PATIENT`, as a whole or not at all.
 
-    Written are heatmap.nii.gz (float32, on the model's intensity scale, 0 outside the foreground, before any
-    post-processing), mask.nii.gz (uint8, 1 = lesion), counterfactual_<modality>.nii.gz (float32, the scan's units),
-    preview.png and report.json. Heatmap and mask have shape, axes and affine of the first modality's file, each
-    counterfactual those of its own. A patient that is finished with the same model, settings, dtype and scans is left
-    as it is.
+    The folder holds heatmap.nii.gz (float32, on the model's intensity scale, 0 outside the foreground, before any
+    post-processing), mask.nii.gz (uint8, 1 for lesion), counterfactual_<modality>.nii.gz (float32, in the scan's units),
+    preview.png and report.json. Heatmap and mask have the shape, axes and affine of the first modality's scan, each
+    counterfactual those of its own. A patient that was finished with the same model, settings, dtype and scans is
+    skipped.
 
     Args:
-        pipe: The pipeline; `pipe.preprocessing` names its modalities.
-        folder: Folder with one NIfTI file a modality (names end in the modality), and seg if there is one; or with a
-            DICOM series a modality, in a folder called like it. Then mask and heatmap are written as DICOM, too.
-        output: Folder that gets a sub-folder named like the patient.
-        model: Name of the model for the report; the folder it was loaded from if empty.
-        patient: Its name; that of `folder` if empty.
-        batch_size: Slices at a time; None = 64 on a CPU, on an accelerator the largest that fits.
-        overwrite: Replace what is there, which another model, settings, dtype or scans need.
-        progress: Whether to show a progress bar, or what is told after each step which share of them is done.
-        **settings: `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; None = what the model
-            recommends, or with `settings="paper"` the paper's.
+        pipe (`CounterfactualDDIMPipeline`): a pipeline whose `preprocessing` names its modalities.
+        folder (`str` or `Path`): folder with a NIfTI file for each modality, whose name ends in it, and a seg file if
+            there is one. Each file may instead be a DICOM series in a folder named after its modality. If the first
+            modality is a series, mask and heatmap are written as DICOM, too.
+        output (`str` or `Path`): folder that gets a sub-folder named after the patient.
+        model (`str`): name of the model for the report; by default the folder that it was loaded from.
+        patient (`str`): name of the patient; by default that of `folder`.
+        batch_size (`int`, *optional*): slices in a batch; by default 64 on a CPU, and the largest that fits on a GPU.
+        overwrite (`bool`): replace existing results, also those of another model, settings, dtype or scans.
+        progress (`bool` or `Callable`): whether to show a bar of slices, or a function that receives the finished share
+            of all steps, in (0, 1], after each step.
+        **settings: `guidance_scale`, `strength`, `num_inference_steps`, `map` and `threshold`, by default those that the
+            model recommends; `settings="paper"` selects the paper's.
 
     Returns:
-        The content of report.json. `dice` (of the mask) and `auprc` (of the heatmap) over all voxels where a seg file
-        lies beside the scans, None where that is empty; `lesion_volume_ml`; `seconds` of the whole patient;
-        `dicom_error` where a DICOM series can't carry mask or heatmap, which are then written as NIfTI alone.
+        `dict`: the content of report.json. With a seg file it has `dice` of the mask and `auprc` of the heatmap over all
+        voxels, None if that file is empty. `seconds` is the duration for the whole patient. `dicom_error` says why a
+        DICOM series got NIfTI files only.
 
     Raises:
-        InputError: Model, settings, scans or output can't be used, another process is at this patient, or memory does
-            not suffice; the message names file and reason.
+        InputError: model, settings, scans or output can't be used, or a batch does not fit into the device's memory.
+        BusyError: another process is writing this patient.
+        OSError: the results can't be written.
     """
-    folder, patient = Path(folder), patient or patient_name(folder)
-    facts = segmentation_facts(pipe, model=model, **settings)
-    try:
-        return _segment(pipe, folder, Path(output), patient, facts, overwrite, (batch_size, progress))
-    except MemoryError as error:
-        reason = " ".join(str(error).split()) or "its scans are too large"
-        raise InputError(f"{folder}: not enough memory ({reason})") from None
-
-
-def _segment(
-    pipe, folder: Path, output: Path, patient: str, facts: dict, overwrite: bool, how: tuple[int | None, object]
-) -> dict:
     start = time.perf_counter()
-    target = output / check_patient_id(patient)
-    files = patient_files(folder, facts["preprocessing"]["modalities"])
-    facts["inputs"] = {name: _scan_sha256(path) for name, path in files.items()}
-    if finished := _finished_report(target, files, facts, overwrite):
+    config = segmentation_facts(pipe, model=model, **settings)
+    patient = check_patient_id(patient or Path(os.path.abspath(folder)).name)  # `folder` may be `.` or end in `..`
+    target = Path(output) / patient
+    files = patient_files(Path(folder), config["preprocessing"]["modalities"])
+    config["inputs"] = {name: scan_sha256(path) for name, path in files.items()}
+    if finished := _finished_report(target, config, overwrite):
         tidy(target)
         return finished
     volumes = read_volumes(patient, files)
     with alone_at(target):
-        if finished := _finished_report(target, files, facts, overwrite):  # by another process, meanwhile
+        if finished := _finished_report(target, config, overwrite):  # by another process in the meantime
             return finished
-        maps = map_slices(pipe, volumes, facts, *how)
+        maps = map_slices(pipe, volumes, config, batch_size, progress)
         with new_folder(target) as temporary:
-            measured = _write_volumes(temporary, volumes, maps, facts)
-            report = {"patient": patient, **facts, **measured, "seconds": round(time.perf_counter() - start, 3)}
-            text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-            (temporary / REPORT).write_text(text, encoding="utf-8")
+            measured = _write_volumes(temporary, volumes, maps, config)
+            report = {"patient": patient, **config, **measured, "seconds": round(time.perf_counter() - start, 3)}
+            write_json(report, temporary / REPORT)
     return report
-
-
-def patient_name(folder: str | Path) -> str:
-    """The name of a patient's folder, also where it is given as `.` or by a path that ends in `..`."""
-    return Path(os.path.abspath(folder)).name
 
 
 def segmentation_facts(
     pipe: CounterfactualDDIMPipeline, model: str = "", needs_threshold: bool = True, **settings
 ) -> dict:
-    """What a segmentation depends on besides the scans, checked: model, preprocessing, settings.
+    """Return everything that a segmentation depends on besides the scans: model, dtype, preprocessing and settings.
 
     Args:
-        pipe: The pipeline.
-        model: Its name for the report; the folder it was loaded from if empty.
-        needs_threshold: Whether it is an error that there is none.
-        **settings: As in `segment_patient`.
+        pipe (`CounterfactualDDIMPipeline`): the pipeline.
+        model (`str`): name of the model for the report; by default the folder that it was loaded from.
+        needs_threshold (`bool`): whether a missing threshold is an error.
+        **settings: as in [`segment_patient`].
 
     Raises:
-        InputError: The model does not say what it takes, a setting is out of range, or there is no threshold.
+        InputError: the model does not state its modalities, a setting is out of range, or there is no threshold.
     """
     model = model or str(pipe.config.get("_name_or_path") or "pipeline")
     usable = usable_facts(pipe, model, **settings)
@@ -160,88 +142,71 @@ def segmentation_facts(
     }
 
 
-def _scan_sha256(path: Path) -> str:
+def _finished_report(target: Path, config: dict, overwrite: bool) -> dict | None:
+    """Return the report of a patient that was finished with this configuration; None if there is work to do.
+
+    Raises:
+        InputError: the target holds something else, which is not replaced, or not without `overwrite`.
+    """
+    if not os.path.lexists(target):
+        return None
+    if target.is_symlink() or not target.is_dir():
+        raise InputError(f"{target}: not a folder that segment has written; choose another output folder")
+    names = {path.name for path in target.iterdir()}
+    if foreign := sorted(name for name in names if not _OWN_FILES.fullmatch(name)):
+        raise InputError(f"{target}: holds {foreign[0]}, which segment did not write; choose another output folder")
+    if overwrite:
+        return None
+    volumes = ("heatmap", "mask", *(f"counterfactual_{name}" for name in config["preprocessing"]["modalities"]))
+    if missing := [f"{name}.nii.gz" for name in volumes if f"{name}.nii.gz" not in names]:
+        raise InputError(f"{target}: {missing[0]} is missing; --overwrite replaces the folder")
     try:
-        return series_sha256(path) if path.is_dir() else sha256_of(path)
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror or error})") from None
+        report = read_report(target)
+    except InputError as error:
+        raise InputError(f"{error}; --overwrite replaces the folder") from None
+    if differing := [text for key, text in _MUST_AGREE.items() if report.get(key) != config[key]]:
+        raise InputError(f"{target}: finished with {' and '.join(differing)}; --overwrite replaces it")
+    return report
 
 
-def _write_volumes(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts: dict) -> dict:
-    """Writes volumes and preview, and returns what the report says about them."""
-    field_mm, normalize = facts["preprocessing"]["field_mm"], facts["preprocessing"]["normalize"]
+def _write_volumes(folder: Path, volumes: PatientVolumes, maps: SliceMaps, config: dict) -> dict:
+    """Write volumes and preview, and return the entries of the report that are measured on them."""
+    field_mm, normalize = config["preprocessing"]["field_mm"], config["preprocessing"]["normalize"]
     first = next(iter(volumes.files.values()))
     heat = heat_volume(volumes, maps, maps.heatmaps, field_mm)
     write_volume(folder / "heatmap.nii.gz", heat, first, np.float32)
-    mask = lesion_mask(volumes, maps, heat, facts)
+    mask = lesion_mask(volumes, maps, heat, config)
     write_volume(folder / "mask.nii.gz", mask, first, np.uint8)
-    written = _write_dicom(folder, heat, mask, first, volumes.patient, normalize) if first.path.is_dir() else {}
     for channel, (modality, like) in enumerate(volumes.files.items()):
         counterfactual = counterfactual_volume(volumes, maps, channel, field_mm, normalize)
         write_volume(folder / f"counterfactual_{modality}.nii.gz", counterfactual, like, np.float32)
     millilitres = float(mask.sum() * abs(np.linalg.det(first.affine[:3, :3])) / 1000)
-    measured = {"lesion_volume_ml": millilitres, "n_slices": len(maps.found.slices), **written}
-    title = f"{volumes.patient}: {millilitres:.1f} ml above {facts['threshold']:.3g}"
+    measured = {"lesion_volume_ml": millilitres, "n_slices": len(maps.found.slices)}
+    if first.path.is_dir():
+        measured |= _write_dicom(folder, heat, mask, first, volumes.patient, unit_in_words(normalize))
+    title = f"{volumes.patient}: {millilitres:.1f} ml above {config['threshold']:.3g}"
     if volumes.seg is not None:
         counts = PixelCounts()
         counts.update(heat, volumes.seg)
         measured |= {"dice": dice(mask, volumes.seg), "auprc": counts.average_precision()}
         title += "" if measured["dice"] is None else f", Dice {measured['dice']:.2f}"
-    write_preview(folder / "preview.png", volumes, maps, mask, facts, title)
+    write_preview(folder / "preview.png", volumes, maps, mask, config, title)
     return measured
 
 
-def _write_dicom(folder: Path, heat: np.ndarray, mask: np.ndarray, like: Scan, patient: str, normalize: str) -> dict:
-    """Mask and heatmap on the grid of the DICOM series that the first modality came from.
+def _write_dicom(folder: Path, heat: np.ndarray, mask: np.ndarray, like: Scan, patient: str, unit: str) -> dict:
+    """Write mask and heatmap on the grid of the DICOM series that the first modality came from.
 
     Returns:
-        `dicom_error`, why there are none: a series that can't carry them costs nobody the NIfTI files. Else {}.
+        `dict`: empty, or `dicom_error`, the reason why the series can't carry them and only NIfTI files are written.
     """
-    written = []
+    paths, words = [folder / f"{name}.dcm" for name in ("mask", "heatmap")], f"of {patient}, not for clinical use"
+    heat, mask = (from_ras(volume, like.affine) for volume in (heat, mask))
     try:
-        of_heat = (unit_in_words(normalize),)
-        for name, values, write, words in (
-            ("mask", mask, write_segmentation, ()), ("heatmap", heat, write_parametric_map, of_heat),
-        ):  # fmt: skip
-            description = f"{name} of {patient}, not for clinical use"
-            written.append(folder / f"{name}.dcm")
-            write(written[-1], from_ras(values, like.affine), like.affine, like.path, description, *words)
+        write_segmentation(paths[0], mask, like.affine, like.path, f"mask {words}")
+        write_parametric_map(paths[1], heat, like.affine, like.path, f"heatmap {words}", unit)
     except InputError as error:
-        for path in written:
+        for path in paths:
             path.unlink(missing_ok=True)
-        return {"dicom_error": " ".join(str(error).split())}
+        return {"dicom_error": in_one_line(error)}
     return {}
-
-
-def _finished_report(target: Path, files: dict[str, Path], facts: dict, overwrite: bool) -> dict | None:
-    """The report of a patient that is finished with just these facts; None if there is work to do.
-
-    Raises:
-        InputError: Something else is there that must not, or not without `overwrite`, be replaced.
-    """
-    folder = next(iter(files.values())).parent
-    if not os.path.lexists(target):
-        return None
-    if target.is_symlink() or not target.is_dir() or target.resolve() == folder.resolve():
-        raise InputError(f"{target}: the output would replace what segment did not write, choose another folder")
-    names = [path.name for path in target.iterdir()]
-    foreign = sorted(name for name in names if not _OWN_FILES.fullmatch(name))
-    if foreign:
-        raise InputError(f"{target}: holds {foreign[0]}, which segment did not write: choose another output folder")
-    if overwrite:
-        return None
-    try:
-        report = read_report(target)
-    except InputError:
-        raise InputError(f"{target}: holds no readable {REPORT}: --overwrite replaces the folder") from None
-    differing = [text for key, text in _MUST_AGREE.items() if report.get(key) != facts[key]]
-    volumes = ["heatmap", "mask", *(f"counterfactual_{name}" for name in facts["preprocessing"]["modalities"])]
-    due = {"preview.png", *(f"{name}.nii.gz" for name in volumes)}
-    if next(iter(files.values())).is_dir() and "dicom_error" not in report:
-        due |= {"mask.dcm", "heatmap.dcm"}
-    missing = sorted(due - set(names))
-    if missing:
-        raise InputError(f"{target}: {missing[0]} is missing: --overwrite makes all anew")
-    if differing:
-        raise InputError(f"{target}: finished with {' and '.join(differing)}: --overwrite replaces it")
-    return report

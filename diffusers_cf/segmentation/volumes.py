@@ -1,4 +1,4 @@
-"""One patient from NIfTI to NIfTI: reading, anomaly maps of all slices, and back to the voxels of the scan's own files."""
+"""The volumes of one patient: read scans, run the pipeline on all slices, and bring its maps back to the scans' grid."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,20 +10,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_cf.data.geometry import (
-    display,
-    from_ras,
-    resample_slices,
-    slices_from_volume,
-    volume_from_slices,
-)
+from diffusers_cf.data.geometry import display, from_ras, resample_slices, slices_from_volume, volume_from_slices
 from diffusers_cf.data.intensity import unit_in_words, unit_intensity
 from diffusers_cf.data.nifti import (
+    ALIASES,
     MAX_BYTES,
     Scan,
+    canonical_modality,
     check_same_grid,
-    find_file,
-    find_modality_files,
     read_nifti,
     to_canonical,
 )
@@ -32,13 +26,15 @@ from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.batching import map_in_batches
 from diffusers_cf.evaluation.postprocessing import MIN_COMPONENT_SIZE, postprocess_maps, remove_small_components
+from diffusers_cf.loading import sha256_of
 from diffusers_cf.plots import plot_slices
-from diffusers_cf.segmentation.dicom import find_series, read_series
+from diffusers_cf.segmentation.cohorts import scans_among
+from diffusers_cf.segmentation.dicom import read_series, series_sha256
 
 
 logger = logging.getLogger(__name__)
 
-# Label ids that are known, of BraTS up to 2021 and from 2023; any other id above 0 is lesion too, with a warning.
+# Label ids of BraTS, up to 2021 and since 2023. Any other id above 0 counts as lesion, too, with a warning.
 KNOWN_IDS = frozenset(range(5))
 PREVIEW_ROWS = 6
 
@@ -48,11 +44,11 @@ class PatientVolumes:
     """The scans of one patient on one grid.
 
     Attributes:
-        patient: Id.
-        volume: float32 (C, X, Y, Z), RAS-canonical, scanner units, channels in the model's order.
-        seg: bool (X, Y, Z), RAS-canonical, the expert's lesion; None where no seg file lies beside the scans.
-        spacing_mm: (3,) voxel size along x, y, z.
-        files: Modality to its file's own path, affine and header, without voxels.
+        patient (`str`): name of the patient.
+        volume (`np.ndarray`): float32 `(C, X, Y, Z)`, RAS, scanner units, channels in the model's order.
+        seg (`np.ndarray` or `None`): bool `(X, Y, Z)`, RAS, the expert's lesion; None without a seg file.
+        spacing_mm (`np.ndarray`): `(3,)`, voxel size along x, y and z.
+        files (`dict[str, Scan]`): by modality the affine and header of its file, without voxels.
     """
 
     patient: str
@@ -63,18 +59,18 @@ class PatientVolumes:
 
     @property
     def foreground(self) -> np.ndarray:
-        """Where any channel is above 0, bool (X, Y, Z)."""
+        """Where any channel is above 0, bool `(X, Y, Z)`."""
         return (self.volume > 0).any(axis=0)
 
 
 @dataclass
 class SliceMaps:
-    """What the pipeline says about the slices of one patient, all in display orientation over the field.
+    """The pipeline's output for the slices of one patient, in display orientation over the in-plane field.
 
     Attributes:
-        found: The slices that it was given.
-        heatmaps: float32 (S, H, W), in input units.
-        changes: float32 (S, C, H, W), counterfactual minus input, in input units.
+        found (`PatientSlices`): the slices that the pipeline was given.
+        heatmaps (`np.ndarray`): float32 `(S, H, W)`, on the model's intensity scale.
+        changes (`np.ndarray`): float32 `(S, C, H, W)`, counterfactual minus input, on the same scale.
     """
 
     found: PatientSlices
@@ -83,38 +79,60 @@ class SliceMaps:
 
 
 def patient_files(folder: Path, modalities: Sequence[str]) -> dict[str, Path]:
-    """Files of a patient: one for each modality, NIfTI or the folder of a DICOM series, and `seg` where there is one.
+    """List a patient's folder and return the scan of each modality, and the expert's segmentation if there is one.
+
+    Args:
+        folder (`Path`): the patient's folder.
+        modalities (`Sequence[str]`): the modalities that a model takes.
+
+    Returns:
+        `dict[str, Path]`: by modality, in the given order, a NIfTI file or the folder of a DICOM series; then `seg`.
 
     Raises:
-        InputError: A modality is missing (the message names it) or several files fit.
+        InputError: a modality is missing, or there are several scans of one.
     """
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise InputError(f"{folder}: a file; give the folder that holds the patient's scans")
-    files = {name: find_file(folder, name) or find_series(folder, name) for name in modalities}
-    missing = [name for name, path in files.items() if path is None]
-    if missing:
-        find_modality_files(folder, missing)  # says how files may be called
-    seg = find_file(folder, "seg")
-    return files if seg is None else files | {"seg": seg}
+    found = scans_among(sorted(folder.iterdir()), [*modalities, "seg"])
+    if missing := [name for name in modalities if name not in found]:
+        accepted = "; ".join(
+            f"{name}: {', '.join(ALIASES.get(canonical_modality(name), (name,)))}" for name in missing
+        )
+        raise InputError(f"{folder}: modality missing: {', '.join(missing)} (names end in {accepted})")
+    for name, paths in found.items():
+        if len(paths) > 1:
+            kind, listed = "series" if paths[0].is_dir() else "files", ", ".join(path.name for path in paths)
+            raise InputError(f"{folder}: several {kind} are {name}: {listed}")
+    return {name: path for name, (path,) in found.items()}
+
+
+def scan_sha256(path: Path) -> str:
+    """Return the SHA-256 of a NIfTI file or of the DICOM series in a folder."""
+    return series_sha256(path) if path.is_dir() else sha256_of(path)
+
+
+def read_scan(path: Path, **limits) -> Scan:
+    """Read a NIfTI file, with limits as in [`read_nifti`], or the DICOM series in a folder."""
+    return read_series(path) if path.is_dir() else read_nifti(path, **limits)
 
 
 def read_volumes(
     patient: str, files: dict[str, Path], max_bytes: int = MAX_BYTES, max_voxels: int | None = None
 ) -> PatientVolumes:
-    """Reads a patient's scans strictly and checks that they can be used together.
+    """Read a patient's scans and check that they can be used together.
 
     Args:
-        patient: Id.
-        files: As from `patient_files`.
-        max_bytes: Limit for the decompressed size of a NIfTI file.
-        max_voxels: Limit for the voxels of one.
+        patient (`str`): name of the patient.
+        files (`dict[str, Path]`): scans by modality, from [`patient_files`].
+        max_bytes (`int`): limit for the decompressed size of a NIfTI file.
+        max_voxels (`int`, *optional*): limit for the number of voxels of a NIfTI file.
 
     Raises:
-        InputError: A file is damaged, empty, no raw intensities, no segmentation, or on another grid.
+        InputError: a scan is damaged, empty, not on a raw intensity scale, no segmentation, or on another grid.
     """
     originals, scans = {}, {}
     for name, path in files.items():
-        scan = read_series(path) if path.is_dir() else read_nifti(path, max_bytes=max_bytes, max_voxels=max_voxels)
+        scan = read_scan(path, max_bytes=max_bytes, max_voxels=max_voxels)
         originals[name], scans[name] = replace(scan, data=None), to_canonical(scan)
         if name == "seg":
             errors, warnings = seg_problems(scan, KNOWN_IDS)
@@ -131,130 +149,127 @@ def read_volumes(
     return PatientVolumes(patient, np.stack([scan.data for scan in scans.values()]), seg, spacing_mm, originals)
 
 
-def network_slices(volumes: PatientVolumes, facts: dict) -> PatientSlices:
-    """Every axial slice of a patient from the first to the last one with content, as the pipeline takes it."""
-    geometry = {name: facts["preprocessing"][name] for name in ("size", "field_mm", "normalize")}
+def network_slices(volumes: PatientVolumes, config: dict) -> PatientSlices:
+    """Cut a patient into the pipeline's inputs: axial slices from the first to the last one with content."""
+    geometry = {name: config["preprocessing"][name] for name in ("size", "field_mm", "normalize")}
     return slices_from_volume(volumes.patient, volumes.volume, volumes.seg, volumes.spacing_mm, **geometry)
 
 
 def map_slices(
     pipe,
     volumes: PatientVolumes,
-    facts: dict,
+    config: dict,
     batch_size: int | None,
     progress: bool | Callable[[float], None] = True,
 ) -> SliceMaps:
-    """Runs the pipeline on every axial slice from the first to the last one with content.
+    """Run the pipeline on every axial slice from the first to the last one with content.
 
     Args:
-        pipe: A `CounterfactualDDIMPipeline`.
-        volumes: The patient.
-        facts: As from `volumes.segmentation_facts`.
-        batch_size: Slices at a time, None = as many as fit; the outcome does not depend on it.
-        progress: Whether to show a bar that counts slices, or what is told after each step which share is done.
+        pipe (`CounterfactualDDIMPipeline`): the pipeline.
+        volumes (`PatientVolumes`): the patient.
+        config (`dict`): from [`segmentation_facts`].
+        batch_size (`int` or `None`): slices in a batch; None for as many as fit. The result does not depend on it.
+        progress (`bool` or `Callable`): whether to show a bar of slices, or a function that receives the finished share
+            of all steps, in (0, 1], after each step.
 
     Raises:
-        InputError: The model yields NaN or infinite values, or a batch does not fit the device's memory.
+        InputError: the model yields NaN or infinite values, or a batch does not fit into the device's memory.
     """
-    found = network_slices(volumes, facts)
-    settings = {name: value for name, value in facts["settings"].items() if name != "threshold"}
-    if callable(progress):
-        settings["callback_on_step_end"] = _share_of_steps(progress, facts["settings"], len(found.images))
-
-    def call(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out = pipe(images, **settings)
-        return out.heatmaps, out.counterfactuals
-
-    # below a bar of patients it goes when it is full
-    options = {"unit": "slice", "disable": progress is not True, "leave": None}
-    with tqdm(total=len(found.images), desc=volumes.patient, **options) as bar:
-        patient = [(volumes.patient, found.images)]
-        ((_, (heatmaps, counterfactuals), _),) = map_in_batches(call, patient, batch_size, pipe.device, bar)
-    maps = SliceMaps(found, heatmaps, counterfactuals - found.images)
-    if not (np.isfinite(maps.heatmaps).all() and np.isfinite(maps.changes).all()):
-        raise InputError(f"{facts['model']}: the model yields NaN or infinite values on {volumes.patient}")
-    return maps
-
-
-def _share_of_steps(tell: Callable[[float], None], settings: dict, n_slices: int) -> Callable:
-    """A callback of the pipeline that tells the share of all steps of all slices; empty slices take none."""
+    found = network_slices(volumes, config)
+    settings = {name: value for name, value in config["settings"].items() if name != "threshold"}
     walks = {"forward": 1, "counterfactual": 2}.get(settings["map"], 3)
-    total, done = n_slices * walks * round(settings["num_inference_steps"] * settings["strength"]), 0
+    total, done = len(found.images) * walks * round(settings["num_inference_steps"] * settings["strength"]), 0
 
     def count(_, step, timestep, tensors):
         nonlocal done
         done += len(tensors["latents"])
-        tell(min(1.0, done / total))
+        progress(min(1.0, done / total))  # empty slices take no steps
         return {}
 
-    return count
+    def call(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = pipe(images, callback_on_step_end=count if callable(progress) else None, **settings)
+        return out.heatmaps, out.counterfactuals
+
+    # `leave=None` removes the bar at its end if it is shown below a bar of patients
+    bar = tqdm(total=len(found.images), desc=volumes.patient, unit="slice", disable=progress is not True, leave=None)
+    with bar:
+        patient = [(volumes.patient, found.images)]
+        ((_, (heatmaps, counterfactuals), _),) = map_in_batches(call, patient, batch_size, pipe.device, bar)
+    maps = SliceMaps(found, heatmaps, counterfactuals - found.images)
+    if not (np.isfinite(maps.heatmaps).all() and np.isfinite(maps.changes).all()):
+        raise InputError(f"{config['model']}: the model yields NaN or infinite values on {volumes.patient}")
+    return maps
 
 
 def heat_volume(volumes: PatientVolumes, maps: SliceMaps, heatmaps: np.ndarray, field_mm: float) -> np.ndarray:
-    """Brings heatmaps (S, H, W) to the scan's grid: float32 (X, Y, Z), RAS, exactly 0 outside the foreground."""
-    shape = volumes.volume.shape[1:]
-    heat = volume_from_slices(heatmaps, maps.found.slices, shape, volumes.spacing_mm, field_mm)
+    """Resample heatmaps `(S, H, W)` to the scan's grid: float32 `(X, Y, Z)`, RAS, exactly 0 outside the foreground."""
+    heat = volume_from_slices(heatmaps, maps.found.slices, volumes.volume.shape[1:], volumes.spacing_mm, field_mm)
     heat[~volumes.foreground] = 0
     return heat
 
 
-def lesion_mask(volumes: PatientVolumes, maps: SliceMaps, heat: np.ndarray, facts: dict) -> np.ndarray:
-    """The mask that a threshold makes of the heat: bool (X, Y, Z), RAS, inside the foreground.
+def lesion_mask(volumes: PatientVolumes, maps: SliceMaps, heat: np.ndarray, config: dict) -> np.ndarray:
+    """Threshold the heat inside the foreground: bool `(X, Y, Z)`, RAS.
 
-    Where the model's settings ask for it the map goes through the chain of `postprocessing.py` first, at the
-    resolution of evaluation, where the threshold was chosen; then components are removed that are smaller than
-    evaluation's limit, which is so many of its own pixels, one slice thick.
+    If the model's settings ask for post-processing, heatmaps are first post-processed as in evaluation, at the
+    resolution at which the threshold was chosen. Then components are removed that are smaller than evaluation's limit,
+    which is a number of evaluation's pixels, one slice thick.
+
+    Args:
+        volumes (`PatientVolumes`): the patient.
+        maps (`SliceMaps`): heatmaps of the patient's slices.
+        heat (`np.ndarray`): float32 `(X, Y, Z)`, from [`heat_volume`].
+        config (`dict`): from [`segmentation_facts`].
     """
-    size, field_mm = facts["preprocessing"]["size"], facts["preprocessing"]["field_mm"]
-    if not facts["postprocessed"]:
-        return volumes.foreground & (heat >= facts["threshold"])
+    size, field_mm = config["preprocessing"]["size"], config["preprocessing"]["field_mm"]
+    if not config["postprocessed"]:
+        return volumes.foreground & (heat >= config["threshold"])
     processed = postprocess_maps(maps.heatmaps, maps.found.images)
-    mask = volumes.foreground & (heat_volume(volumes, maps, processed, field_mm) >= facts["threshold"])
-    voxels_a_pixel = (field_mm / size) ** 2 / (volumes.spacing_mm[0] * volumes.spacing_mm[1])
-    least = max(1, round(MIN_COMPONENT_SIZE * voxels_a_pixel))
-    return remove_small_components(mask, min_size=least)
+    mask = volumes.foreground & (heat_volume(volumes, maps, processed, field_mm) >= config["threshold"])
+    voxels_per_pixel = (field_mm / size) ** 2 / (volumes.spacing_mm[0] * volumes.spacing_mm[1])
+    return remove_small_components(mask, min_size=max(1, round(MIN_COMPONENT_SIZE * voxels_per_pixel)))
 
 
 def counterfactual_volume(
     volumes: PatientVolumes, maps: SliceMaps, channel: int, field_mm: float, normalize: str
 ) -> np.ndarray:
-    """One modality as it would look in the target class: float32 (X, Y, Z), RAS, in the scan's own units.
+    """Add the change to one modality's scan: float32 `(X, Y, Z)`, RAS, in the scan's own units.
 
-    The scan plus the change, so that it keeps its own resolution: only the change was resampled. Only the foreground
-    changes, and nothing is negative.
+    Only the change is resampled, so the scan keeps its resolution. Only the foreground changes. Values stay above 0.
     """
-    scan = volumes.volume[channel]
-    change = volume_from_slices(
-        maps.changes[:, channel], maps.found.slices, scan.shape, volumes.spacing_mm, field_mm
-    ) * np.float32(unit_intensity(scan, normalize))
+    scan, changes = volumes.volume[channel], maps.changes[:, channel]
+    change = volume_from_slices(changes, maps.found.slices, scan.shape, volumes.spacing_mm, field_mm)
+    change *= np.float32(unit_intensity(scan, normalize))
     return np.clip(np.where(volumes.foreground, scan + change, scan), 0, None)
 
 
-def write_volume(path: Path, volume: np.ndarray, like: Scan, dtype) -> None:
-    """Writes an RAS volume with the shape, axes, affine and header of a patient's file.
+def write_volume(path: Path, volume: np.ndarray, like: Scan, dtype: type) -> None:
+    """Write an RAS volume with the shape, axes, affine and header of a patient's file.
 
     Args:
-        path: A name that ends in .nii.gz.
-        volume: (X, Y, Z), RAS-canonical.
-        like: The file's own affine and header.
-        dtype: In which voxels are stored, unscaled.
+        path (`Path`): a name that ends in .nii.gz.
+        volume (`np.ndarray`): `(X, Y, Z)`, RAS.
+        like (`Scan`): affine and header of the patient's file.
+        dtype (`type`): type of the stored voxels, which are not rescaled.
     """
     header = like.header.copy()
     header.set_data_dtype(dtype)
     header.set_intent("none")
-    header["cal_min"] = header["cal_max"] = 0  # the display window of the scan means nothing for a map
+    header["cal_min"] = header["cal_max"] = 0  # the scan's display window does not apply to a map
     data = from_ras(volume, like.affine).astype(dtype).reshape(header.get_data_shape())
     image_class = nibabel.Nifti1Image if header["sizeof_hdr"] == 348 else nibabel.Nifti2Image
     nibabel.save(image_class(data, like.affine, header), path)
 
 
 def most_suspicious(heatmaps: np.ndarray, masks: np.ndarray, count: int = PREVIEW_ROWS) -> list[int]:
-    """Indices of slices, worst first: by area of the mask, then by heat; neighbours show the same, so they keep apart.
+    """Return indices of slices, by area of the mask and then by heat, largest first.
+
+    Neighbouring slices look alike, so chosen slices keep a distance.
 
     Args:
-        heatmaps: (S, H, W), 0 outside the foreground.
-        masks: (S, H, W), above 0 = found.
-        count: How many at most.
+        heatmaps (`np.ndarray`): `(S, H, W)`, 0 outside the foreground.
+        masks (`np.ndarray`): `(S, H, W)`, above 0 for lesion.
+        count (`int`): the highest number of slices.
     """
     order = np.lexsort((heatmaps.sum(axis=(1, 2)), (masks > 0).sum(axis=(1, 2))))[::-1]
     gap, chosen = max(1, len(order) // (4 * count)), []
@@ -265,25 +280,20 @@ def most_suspicious(heatmaps: np.ndarray, masks: np.ndarray, count: int = PREVIE
 
 
 def write_preview(
-    path: Path, volumes: PatientVolumes, maps: SliceMaps, mask: np.ndarray, facts: dict, title: str
+    path: Path, volumes: PatientVolumes, maps: SliceMaps, mask: np.ndarray, config: dict, title: str
 ) -> None:
-    """Writes a picture of the most suspicious slices: scan, counterfactual, heatmap, and mask beside the expert's."""
-    images, slices, field_mm = maps.found.images, maps.found.slices, facts["preprocessing"]["field_mm"]
+    """Write a picture of the most suspicious slices: scan, counterfactual, heatmap, and mask with the expert's."""
+    images, slices, preprocessing = maps.found.images, maps.found.slices, config["preprocessing"]
     inside = (images > 0).any(axis=1)
     heatmaps = np.where(inside, maps.heatmaps, 0)
-    shown = resample_slices(display(mask)[slices], volumes.spacing_mm, images.shape[-1], field_mm) >= 0.5
+    geometry = volumes.spacing_mm, images.shape[-1], preprocessing["field_mm"]
+    shown = resample_slices(display(mask)[slices], *geometry) >= 0.5
     rows = most_suspicious(heatmaps, shown)
+    counterfactuals = np.clip(images + inside[:, None] * maps.changes, 0, None)
     plot_slices(
-        path,
-        images[rows],
-        np.clip(images[rows] + inside[rows, None] * maps.changes[rows], 0, None),
-        heatmaps[rows],
-        masks=shown[rows],
-        channel_names=list(volumes.files),
-        title=f"{title}\nL, R: the patient's left and right",
-        row_names=[f"axial slice {slices[row]}" for row in rows],
-        mask_name="found (red)" if volumes.seg is None else "found (red), expert (green)",
-        sides=True,
-        unit=unit_in_words(facts["preprocessing"]["normalize"]),
+        path, images[rows], counterfactuals[rows], heatmaps[rows], masks=shown[rows],
         references=None if volumes.seg is None else maps.found.masks[rows],
-    )
+        mask_name="found (red)" if volumes.seg is None else "found (red), expert (green)",
+        channel_names=list(volumes.files), row_names=[f"axial slice {slices[row]}" for row in rows],
+        title=f"{title}\nL, R: the patient's left and right", sides=True, unit=unit_in_words(preprocessing["normalize"]),
+    )  # fmt: skip
