@@ -17,7 +17,7 @@ from diffusers_cf.commands.options import (
     open_pipeline,
     take_device,
 )
-from diffusers_cf.data import SliceDataset, SliceStream
+from diffusers_cf.data import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.measuring import begin_parts
 from diffusers_cf.evaluation.processes import share_of_work
@@ -33,7 +33,6 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset", required=True, help="folder written by diffusers-cf prepare, or user/name[@revision] on the Hub"
     )
-    parser.add_argument("--streaming", action="store_true", help="read patient by patient, without a download")
     parser.add_argument(
         "--split", default="test", choices=("train", "validation", "test"), help="default: %(default)s"
     )
@@ -65,7 +64,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.max_patients is not None and args.max_patients < 1:
         raise InputError(f"--max_patients must be at least 1, not {args.max_patients}")
     output = _output_file(args.output)
-    dataset = (SliceStream if args.streaming else SliceDataset)(args.dataset, args.split)
+    dataset = SliceDataset(args.dataset, args.split)
     if not dataset.has_masks:
         raise InputError(f"{args.dataset} has no lesion masks: it trains a model, but can't be evaluated")
     if not len(dataset):
@@ -98,7 +97,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _facts(args: argparse.Namespace, dataset: SliceDataset | SliceStream, settings: dict) -> dict:
+def _facts(args: argparse.Namespace, dataset: SliceDataset, settings: dict) -> dict:
     return {
         "model" if args.model else "method": args.model or args.method,
         "settings": settings,
@@ -127,7 +126,7 @@ def _output_file(path: str) -> Path:
     return output
 
 
-def _load_model(args: argparse.Namespace, dataset: SliceDataset | SliceStream) -> dict:
+def _load_model(args: argparse.Namespace, dataset: SliceDataset) -> dict:
     """Returns a model's keyword arguments for `evaluate`, and `settings`."""
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile, dataset=dataset)
     names = ("settings", "guidance_scale", "strength", "num_inference_steps", "map", "threshold")
@@ -145,7 +144,7 @@ def _load_model(args: argparse.Namespace, dataset: SliceDataset | SliceStream) -
     }
 
 
-def _load_baseline(args: argparse.Namespace, dataset: SliceDataset | SliceStream) -> dict:
+def _load_baseline(args: argparse.Namespace, dataset: SliceDataset) -> dict:
     """Returns a baseline's keyword arguments for `evaluate`, and `settings`."""
     for name in ("settings", "guidance_scale", "strength", "num_inference_steps", "map"):
         if getattr(args, name) is not None:

@@ -6,7 +6,6 @@ from diffusers_cf.data.decathlon import DecathlonSource
 from diffusers_cf.data.folder import FolderSource
 from diffusers_cf.data.phantom import PhantomSource
 from diffusers_cf.data.slices import PatientSlices, SliceDataset
-from diffusers_cf.data.streaming import SliceStream
 
 
 SOURCES = {
@@ -26,5 +25,4 @@ __all__ = [
     "PatientSlices",
     "PhantomSource",
     "SliceDataset",
-    "SliceStream",
 ]
