@@ -1,6 +1,5 @@
 """prepare: splits by patient, the whole way to a data set, restarts, refusals, and its command line."""
 
-import argparse
 import json
 import os
 import signal
@@ -14,13 +13,14 @@ import datasets
 import numpy as np
 import pytest
 from data_files import MadeSource, write_brats
-from filelock import FileLock
 
 import diffusers_cf.data.prepare
+from diffusers_cf.cli import main
 from diffusers_cf.data import BratsSource, SliceDataset
-from diffusers_cf.data.prepare import add_prepare_arguments, find_problems, prepare, run_prepare
+from diffusers_cf.data.prepare import find_problems, prepare
 from diffusers_cf.data.splits import read_splits, seeded_splits
-from diffusers_cf.errors import InputError
+from diffusers_cf.errors import BusyError, InputError
+from diffusers_cf.files import alone_at
 
 
 DATA = Path(os.environ.get("DIFFUSERS_CF_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -71,8 +71,8 @@ def test_split_file(tmp_path, caplog):
 
 
 BAD_SPLIT_FILES = {
-    "no JSON": ("{", "", "not valid JSON"),
-    "a list": ("[]", "", "an object with"),
+    "no JSON": ("{", "", "not a readable JSON file"),
+    "a list": ("[]", "", "not a JSON object"),
     "several": ('{"split_1": {"train": ["a"]}}', "", "choose one: splits.json:split_1"),
     "unknown selection": ('{"split_1": {"train": ["a"]}}', ":split_9", r"no split named split_9 \(there are split_1"),
     "unknown split": ('{"train": ["a"], "val": ["b"]}', "", "not val"),
@@ -242,16 +242,16 @@ def test_foreign_folder_is_not_touched(tmp_path):
         prepare(MadeSource(3), tmp_path / "set")
     assert content(tmp_path / "set") == {"data/precious.txt": b"mine"}
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file: can't be written"):
+    with pytest.raises(FileExistsError):
         prepare(MadeSource(3), tmp_path / "file")
 
 
-def test_disk_error_names_the_folder(tmp_path, monkeypatch):
+def test_full_disk_keeps_finished_patients(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(diffusers_cf.data.prepare, "write_tables", full)
-    with pytest.raises(InputError, match=r"set: can't be written \(No space left on device\)"):
+    monkeypatch.setattr(diffusers_cf.data.prepare, "_write_shards", full)
+    with pytest.raises(OSError, match="No space left on device"):
         prepare(MadeSource(3), tmp_path / "set")
     monkeypatch.undo()
     source = MadeSource(3)
@@ -259,8 +259,7 @@ def test_disk_error_names_the_folder(tmp_path, monkeypatch):
 
 
 def test_two_runs_do_not_mix(tmp_path):
-    (tmp_path / "set").mkdir()
-    with FileLock(tmp_path / "set" / ".prepare.lock"), pytest.raises(InputError, match="another process"):
+    with alone_at(tmp_path / "set"), pytest.raises(BusyError, match="set: another process"):
         prepare(MadeSource(3), tmp_path / "set")
 
 
@@ -274,9 +273,7 @@ def test_limit_of_patients(tmp_path):
 
 
 def command(*arguments) -> int:
-    parser = argparse.ArgumentParser()
-    add_prepare_arguments(parser)
-    return run_prepare(parser.parse_args([str(argument) for argument in arguments]))
+    return main(["prepare", *map(str, arguments)])
 
 
 def test_command_line(tmp_path, capsys):
@@ -302,29 +299,30 @@ def test_command_line(tmp_path, capsys):
 
 
 BAD_COMMANDS = {
-    "no output": (["--source", "brats", "--input", "."], "--output is needed"),
+    "no output": (["--source", "brats", "--input", "."], "--output is needed (or --check)"),
     "no input": (["--source", "folder", "--output", "x"], "--source folder needs --input"),
     "foreign option": (
         ["--source", "arrays", "--input", "x", "--class_names", "a", "--lenient", "--output", "y"],
         "--source arrays takes no --class_names, --lenient",
     ),
     "input for the phantom": (["--source", "phantom", "--input", "x"], "--source phantom takes no --input"),
+    "size": (["--source", "phantom", "--size", "0"], "size must be at least 1, not 0"),
+    "field": (["--source", "phantom", "--field_mm", "-3"], "field_mm must be above 0, not -3.0"),
+    "scale": (
+        ["--source", "phantom", "--normalize", "max"],
+        "normalize is 'max': it must be median, p99 (any percentile) or none",
+    ),
+    "seed": (["--source", "phantom", "--seed", "-1"], "--seed must be at least 0, not -1"),
+    "patients": (["--source", "brats", "--input", ".", "--patients", "0"], "--patients must be at least 1, not 0"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_COMMANDS)
-def test_command_that_makes_no_sense(case, tmp_path, monkeypatch):
+def test_command_that_makes_no_sense(case, tmp_path, monkeypatch, capsys):
     arguments, reason = BAD_COMMANDS[case]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=reason):
-        command(*arguments)
-
-
-@pytest.mark.parametrize("option", [("--size", 0), ("--size", "big"), ("--field_mm", -3), ("--seed", -1)])
-def test_option_out_of_range(option, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        command("--source", "brats", *option)
-    assert option[0] in capsys.readouterr().err
+    assert command(*arguments) == 2
+    assert capsys.readouterr().err == f"error: {reason}\n"
 
 
 @pytest.mark.real_data

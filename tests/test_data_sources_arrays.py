@@ -118,7 +118,7 @@ BAD_ARRAYS = {
     ),
     "has for too few": (arrays(has_flair=np.ones(2, dtype=bool)), r"has_flair must have the shape \(6,\)"),
     "unknown label": (arrays(label=np.array(["sick"] * 6)), "unknown label 'sick'"),
-    "pickled objects": (arrays(patient=np.array([{}] * 6)), "not a sound .npz file"),
+    "pickled objects": (arrays(patient=np.array([{}] * 6)), "not a readable .npz file"),
 }
 
 
@@ -136,11 +136,11 @@ def test_damaged_arrays_file(tmp_path):
         content = (tmp_path / "x.npz").read_bytes()
         for damaged in (content[:-100], content[:1000], b"", b"no zip at all"):
             (tmp_path / "x.npz").write_bytes(damaged)
-            with pytest.raises(InputError, match="x.npz: not an .npz file, or truncated"):
+            with pytest.raises(InputError, match="x.npz: not a readable .npz file"):
                 ArraysSource(tmp_path / "x.npz")
         for position in range(300, 900, 60):
             (tmp_path / "x.npz").write_bytes(content[:position] + b"!!" + content[position + 2 :])
-            with pytest.raises(InputError, match="x.npz: not a sound .npz file"):
+            with pytest.raises(InputError, match="x.npz: not a readable .npz file"):
                 ArraysSource(tmp_path / "x.npz")
     with pytest.raises(InputError, match="absent.npz: can't be read"):
         ArraysSource(tmp_path / "absent.npz")
@@ -208,7 +208,7 @@ def test_folder_with_labels(tmp_path):
 
 
 def test_bad_image_folders(tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="absent: can't be read"):
         FolderSource(tmp_path / "absent")
     write_images(tmp_path, ["a/1.png"])
     with pytest.raises(InputError, match="at least two sub-folders"):
@@ -236,7 +236,7 @@ def test_bad_images_are_named(tmp_path):
         "2": "2.png: 3 channels, but other images have 1",
         "3": "3.png: can't be read",
         "5": "5.npy: 16 values are NaN or infinite",
-        "6": "6.npy: can't be read",
+        "6": "6.npy: not a readable image",
         "7": r"7.npy: \(H, W\) or \(C, H, W\) numbers expected",
     }
     assert source.problems("4") == []
