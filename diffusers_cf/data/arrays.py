@@ -70,18 +70,15 @@ class ArraysSource(Source):
             raise InputError(f"{self.path}: no patient has all of {', '.join(self.modalities)}")
 
     def patients(self) -> list[str]:
-        """Return the sorted ids of the file."""
         return sorted(set(self.arrays["patient"].tolist()) - set(self.left_out))
 
     def facts(self) -> dict:
-        """Return what the source adds to preprocessing.json."""
         stored = {"dtype": "uint8", "scale": self.scale} if self.keeps_bytes else {"dtype": "float16", "scale": 1}
         if "note" in self.arrays:
             stored["note"] = str(self.arrays["note"])
         return stored | super().facts()
 
     def problems(self, patient: str) -> list[str]:
-        """Return every problem of a patient, one line each; empty if there is none."""
         _, index, images = self._select(patient)
         found, where = [], f"{self.path}: {patient}"
         bad = int((~np.isfinite(images)).sum())
@@ -98,11 +95,6 @@ class ArraysSource(Source):
         return found
 
     def read(self, patient: str) -> PatientSlices:
-        """Return the slices of a patient, sorted by index.
-
-        Raises:
-            InputError: the patient has a problem.
-        """
         problems = self.problems(patient)
         if problems:
             raise InputError(problems[0])

@@ -74,15 +74,12 @@ class FolderSource(Source):
             raise InputError(f"{first}: {channels} channels, but modalities names {len(self.modalities)}")
 
     def patients(self) -> list[str]:
-        """Return the sorted ids."""
         return sorted(self.files)
 
     def facts(self) -> dict:
-        """Return what the source adds to preprocessing.json."""
         return {"orientation": "as in the files"} | super().facts()
 
     def problems(self, patient: str) -> list[str]:
-        """Return every problem of a patient, one line each; empty if there is none."""
         found = []
         for path, _, _ in self.files[patient]:
             try:
@@ -100,16 +97,13 @@ class FolderSource(Source):
         return found
 
     def read(self, patient: str) -> PatientSlices:
-        """Read the images of a patient.
-
-        Raises:
-            InputError: the patient has a problem; the message names the file.
-        """
         problems = self.problems(patient)
         if problems:
             raise InputError(problems[0])
         paths, indices, labels = zip(*sorted(self.files[patient], key=lambda file: file[1]), strict=True)
-        images = np.stack([to_square(read_image(path), self.size) for path in paths])
+        images = [read_image(path) for path in paths]
+        # The field is the square around the image, centred, in pixels.
+        images = np.stack([resample_slices(image, (1.0, 1.0), self.size, max(image.shape[1:])) for image in images])
         for channel in images.swapaxes(0, 1) if self.normalize != "none" else ():
             if (channel > 0).any():  # a picture may have nothing in one of its colours
                 channel /= unit_intensity(channel, self.normalize)
@@ -162,8 +156,3 @@ def read_image(path: Path) -> np.ndarray:
     if bad:
         raise InputError(f"{path}: {bad} values are NaN or infinite")
     return image if image.ndim == 3 else image[None]
-
-
-def to_square(image: np.ndarray, size: int) -> np.ndarray:
-    """Pad `(C, H, W)` with 0 to a square, centred, and resample it to `(C, size, size)`."""
-    return resample_slices(image, (1.0, 1.0), size, float(max(image.shape[-2:])))

@@ -88,14 +88,9 @@ def resample_mask(masks: np.ndarray, spacing_mm: Sequence[float], size: int, fie
 
 
 def slices_from_volume(
-    patient: str,
-    volume: np.ndarray,
-    mask: np.ndarray | None,
-    spacing_mm: Sequence[float],
-    size: int,
-    field_mm: float = FIELD_MM,
-    normalize: str = DEFAULT_NORMALIZE,
-) -> PatientSlices:
+    patient: str, volume: np.ndarray, mask: np.ndarray | None, spacing_mm: Sequence[float], size: int,
+    field_mm: float = FIELD_MM, normalize: str = DEFAULT_NORMALIZE,
+) -> PatientSlices:  # fmt: skip
     """Cut a patient's scans into axial slices on the intensity scale (with p99 the protocol of Sec. 4 of the paper).
 
     Each channel is divided by the intensity that becomes 1 (`unit_intensity`); voxels below 0 become background. The
@@ -138,12 +133,9 @@ def slices_from_volume(
 
 
 def volume_from_slices(
-    maps: np.ndarray,
-    slices: np.ndarray,
-    shape: tuple[int, int, int],
-    spacing_mm: Sequence[float],
+    maps: np.ndarray, slices: np.ndarray, shape: tuple[int, int, int], spacing_mm: Sequence[float],
     field_mm: float = FIELD_MM,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Put maps back into the grid of the scan: the inverse of the resampling in `slices_from_volume`.
 
     Args:

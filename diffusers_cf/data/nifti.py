@@ -18,12 +18,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2 << 30
 MODALITIES = ("flair", "t1", "t1ce", "t2")
-ALIASES = {
-    "flair": ("flair", "t2f"),
-    "t1": ("t1", "t1n", "t1w"),
-    "t1ce": ("t1ce", "t1gd", "t1c"),
-    "t2": ("t2", "t2w"),
-}
+ALIASES = {"flair": ("flair", "t2f"), "t1": ("t1", "t1n", "t1w"), "t1ce": ("t1ce", "t1gd", "t1c"), "t2": ("t2", "t2w")}
 SPACING_TOLERANCE_MM = 1e-3
 DIRECTION_TOLERANCE = 1e-4
 
@@ -216,22 +211,19 @@ def check_same_grid(scans: list[Scan]) -> None:
     Raises:
         InputError: they do not; the message lists each file.
     """
-    if all(_same_grid(scans[0], scan) for scan in scans[1:]):
-        return
-    grids = []
-    for scan in scans:
-        shape = "x".join(str(n) for n in scan.data.shape)
-        spacing, origin = (", ".join(f"{mm:.7g}" for mm in row) for row in (scan.spacing_mm, scan.affine[:3, 3]))
-        grids.append(f"{scan.path.name} is {shape}, spacing ({spacing}) mm, origin ({origin}) mm")
-    raise InputError(f"{scans[0].path.parent}: shape or geometry differ: {'; '.join(grids)}")
 
+    def differ(values: list[np.ndarray], tolerance: float) -> bool:
+        return not all(np.allclose(values[0], value, rtol=0, atol=tolerance) for value in values[1:])
 
-def _same_grid(a: Scan, b: Scan) -> bool:
-    if a.data.shape[:3] != b.data.shape[:3]:
-        return False
-    directions = [scan.affine[:3, :3] / scan.spacing_mm for scan in (a, b)]
-    return (
-        np.allclose(a.spacing_mm, b.spacing_mm, rtol=0, atol=SPACING_TOLERANCE_MM)
-        and np.allclose(*directions, rtol=0, atol=DIRECTION_TOLERANCE)
-        and np.allclose(a.affine[:3, 3], b.affine[:3, 3], rtol=0, atol=SPACING_TOLERANCE_MM)
-    )
+    if (
+        len({scan.data.shape[:3] for scan in scans}) > 1
+        or differ([scan.spacing_mm for scan in scans], SPACING_TOLERANCE_MM)
+        or differ([scan.affine[:3, 3] for scan in scans], SPACING_TOLERANCE_MM)
+        or differ([scan.affine[:3, :3] / scan.spacing_mm for scan in scans], DIRECTION_TOLERANCE)
+    ):
+        grids = []
+        for scan in scans:
+            shape = "x".join(str(n) for n in scan.data.shape)
+            spacing, origin = (", ".join(f"{mm:.7g}" for mm in row) for row in (scan.spacing_mm, scan.affine[:3, 3]))
+            grids.append(f"{scan.path.name} is {shape}, spacing ({spacing}) mm, origin ({origin}) mm")
+        raise InputError(f"{scans[0].path.parent}: shape or geometry differ: {'; '.join(grids)}")

@@ -54,11 +54,6 @@ class PhantomPatient:
         """The whole lesion, uint8 `(X, Y, Z)`."""
         return (self.labels > 0).astype(np.uint8)
 
-    @property
-    def has_tumour(self) -> bool:
-        """Whether any voxel belongs to a lesion."""
-        return bool(self.labels.any())
-
 
 def make_patient(seed: int, index: int, tumour: bool = True) -> PhantomPatient:
     """Make patient `index` of cohort `seed`, which takes about 1 s; the same arguments give the same patient.
@@ -262,15 +257,12 @@ class PhantomSource(Source):
         self._index = {f"phantom-s{seed}-{index:04d}": index for index in range(patients)}
 
     def patients(self) -> list[str]:
-        """Return the ids of all patients, sorted."""
         return sorted(self._index)
 
     def problems(self, patient: str) -> list[str]:
-        """Return an empty list: a phantom never has a problem."""
         return []
 
     def read(self, patient: str) -> PatientSlices:
-        """Make the patient and cut it into slices."""
         if patient not in self._index:
             raise InputError(f"{patient}: no such patient among the {len(self._index)} of this phantom")
         return self.slices(make_patient(self.seed, self._index[patient]))
@@ -289,5 +281,4 @@ class PhantomSource(Source):
         return {"train": ids[:train], "validation": ids[train : train + validation], "test": ids[train + validation :]}
 
     def facts(self) -> dict:
-        """Return what the source adds to preprocessing.json: nothing beside its seed."""
         return {}

@@ -51,15 +51,9 @@ def find_problems(source: Source, *, patients: int | None = None, num_workers: i
 
 
 def prepare(
-    source: Source,
-    output: str | Path,
-    *,
-    seed: int = 0,
-    split_file: str | Path | None = None,
-    patients: int | None = None,
-    skip_bad: bool = False,
-    num_workers: int = 0,
-) -> dict:
+    source: Source, output: str | Path, *, seed: int = 0, split_file: str | Path | None = None,
+    patients: int | None = None, skip_bad: bool = False, num_workers: int = 0,
+) -> dict:  # fmt: skip
     """Write the slice data set of a source. The result does not depend on the number of workers.
 
     Args:
@@ -185,16 +179,15 @@ def _write_shards(work: Path, splits: dict[str, list[str]], facts: dict) -> dict
     counts = {}
     for split, patients in splits.items():
         shards, labels, filled = [], [], 0
-        for patient in patients:
-            own = pyarrow.parquet.read_table(work / f"{patient}.parquet", columns=["label"])["label"].to_pylist()
+        for path in [work / f"{patient}.parquet" for patient in patients]:
+            own = pyarrow.parquet.read_table(path, columns=["label"])["label"].to_pylist()
             labels += own
             if not shards or filled + len(own) * row_bytes > SHARD_BYTES:
-                shards.append([])
-                filled = 0
-            shards[-1].append(patient)
+                shards, filled = [*shards, []], 0
+            shards[-1].append(path)
             filled += len(own) * row_bytes
         for number, shard in enumerate(shards):
-            tables = (pyarrow.parquet.read_table(work / f"{patient}.parquet") for patient in shard)
+            tables = (pyarrow.parquet.read_table(path) for path in shard)
             name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
             write_tables(work / "data" / name, tables, facts["class_names"])
         unhealthy = sum(label > 0 for label in labels)

@@ -104,14 +104,12 @@ class PatientScans:
         seg (`Scan`, *optional*): RAS-canonical segmentation.
         has_seg (`bool`): whether there is a file of it, readable or not.
         errors (`list[str]`): what makes the patient unusable.
-        warnings (`list[str]`): what makes it doubtful: not skull-stripped, unknown label ids.
     """
 
     scans: dict[str, Scan] = field(default_factory=dict)
     seg: Scan | None = None
     has_seg: bool = False
     errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
     @contextmanager
     def noting_errors(self) -> Iterator[None]:
@@ -148,47 +146,14 @@ class VolumeSource(Source):
         raise NotImplementedError
 
     def facts(self) -> dict:
-        """Return what the source adds to preprocessing.json."""
         return super().facts() | ({"lenient": True} if self.lenient else {})
 
-    def inspect(self, patient: str) -> PatientScans:
-        """Load and check a patient."""
-        found = self.load(patient)
-        for modality, scan in found.scans.items():
-            errors = scan_errors(modality, scan)
-            found.errors += errors
-            found.warnings += [] if errors else skull_warnings(modality, scan)
-        if found.seg is not None:
-            errors, warnings = seg_problems(found.seg, self.known_ids)
-            found.errors += errors
-            found.warnings += warnings
-        if not found.has_seg and self.labels is None:
-            found.errors.append(f"{patient}: no segmentation, and no labels file instead of it (--labels)")
-        elif not found.has_seg:
-            # Without a readable scan the number of slices is unknown: any label of the patient is enough then.
-            slices = self.labels.slices.get(patient, [-1])
-            for scan in found.scans.values():
-                slices = range(scan.data.shape[2])
-            if self.labels.lookup(patient, slices).max() < 0:
-                path = self.labels.path
-                found.errors.append(f"{path}: no label for any slice of {patient}, which has no segmentation")
-        with found.noting_errors():
-            check_same_grid([*found.scans.values(), *([] if found.seg is None else [found.seg])])
-        return found
-
     def problems(self, patient: str) -> list[str]:
-        """Return every problem of a patient, one line each; empty if there is none."""
-        found = self.inspect(patient)
-        return found.errors + ([] if self.lenient else found.warnings)
+        return self._problems_of(patient, self.load(patient))
 
     def read(self, patient: str) -> PatientSlices:
-        """Read a patient and cut it into slices.
-
-        Raises:
-            InputError: the patient has a problem; the message is the first one.
-        """
-        found = self.inspect(patient)
-        problems = found.errors + ([] if self.lenient else found.warnings)
+        found = self.load(patient)
+        problems = self._problems_of(patient, found)
         if problems:
             more = f" (and {len(problems) - 1} more; --check lists all)" if len(problems) > 1 else ""
             raise InputError(problems[0] + more)
@@ -199,6 +164,31 @@ class VolumeSource(Source):
         if self.labels is not None:
             slices = apply_labels(slices, self.labels)
         return slices if self.has_masks else replace(slices, masks=None)
+
+    def _problems_of(self, patient: str, found: PatientScans) -> list[str]:
+        """Return what could not be read and what is wrong with what was."""
+        errors, warnings = found.errors, []
+        for modality, scan in found.scans.items():
+            of_scan = scan_errors(modality, scan)
+            errors += of_scan
+            warnings += [] if of_scan else skull_warnings(modality, scan)
+        if found.seg is not None:
+            of_seg, doubts = seg_problems(found.seg, self.known_ids)
+            errors += of_seg
+            warnings += doubts
+        if not found.has_seg and self.labels is None:
+            errors.append(f"{patient}: no segmentation, and no labels file instead of it (--labels)")
+        elif not found.has_seg:
+            # Without a readable scan the number of slices is unknown: any label of the patient is enough then.
+            slices = self.labels.slices.get(patient, [-1])
+            for scan in found.scans.values():
+                slices = range(scan.data.shape[2])
+            if self.labels.lookup(patient, slices).max() < 0:
+                path = self.labels.path
+                errors.append(f"{path}: no label for any slice of {patient}, which has no segmentation")
+        with found.noting_errors():
+            check_same_grid([*found.scans.values(), *([] if found.seg is None else [found.seg])])
+        return errors + ([] if self.lenient else warnings)
 
 
 class BratsSource(VolumeSource):
@@ -226,7 +216,6 @@ class BratsSource(VolumeSource):
         )
 
     def patients(self) -> list[str]:
-        """Return the sorted names of the sub-folders."""
         with reading(self.path, "folder"):
             files = sorted(self.path.iterdir())
         folders = [file.name for file in files if file.is_dir() and not file.name.startswith(".")]
@@ -237,7 +226,6 @@ class BratsSource(VolumeSource):
         return folders
 
     def load(self, patient: str) -> PatientScans:
-        """Read every modality and the segmentation, and note what fails."""
         folder, found = self.path / patient, PatientScans()
         for modality in self.modalities:
             with found.noting_errors():
@@ -285,11 +273,9 @@ class DecathlonSource(VolumeSource):
         self.has_masks = self.labels is None or all(self._has_mask(entry) for entry in self.entries.values())
 
     def patients(self) -> list[str]:
-        """Return the sorted ids of the training list in dataset.json."""
         return sorted(self.entries)
 
     def load(self, patient: str) -> PatientScans:
-        """Read the 4-D image and the segmentation, and note what fails."""
         entry, found = self.entries[patient], PatientScans()
         with found.noting_errors():
             image = to_canonical(read_nifti(self._inside(entry["image"]), dimensions=4))

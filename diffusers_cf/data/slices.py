@@ -80,54 +80,23 @@ def slices_to_table(
 
 
 def write_tables(path: str | Path, tables: Iterable[pyarrow.Table], class_names: Iterable[str]) -> None:
-    """Write tables one after the other into one Parquet file.
-
-    Raises:
-        ValueError: a table has other columns.
-    """
+    """Write tables one after the other into one Parquet file; raise ValueError if one has other columns."""
     schema = slice_features(class_names).arrow_schema
     with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table.cast(schema), row_group_size=ROW_GROUP_SIZE)
 
 
-@dataclass
-class ShardsConfig(datasets.BuilderConfig):
-    """The shards to convert. Their modification times and sizes make a changed file a new entry of the cache.
+def read_rows(shards: list[tuple[str, int, int]]) -> Iterator[dict]:
+    """Yield the rows of Parquet files, each given as path, modification time and size.
 
-    Attributes:
-        split (`str`): the split they hold.
-        shards (`list[tuple[str, int, int]]`): absolute path, modification time in ns and size in bytes of each.
-        class_names (`list[str]`): names of the classes.
+    Time and size make a changed file a new entry in the cache of `datasets`.
     """
-
-    split: str = ""
-    shards: list[tuple[str, int, int]] = ()
-    class_names: list[str] = ()
-
-
-class Shards(datasets.ArrowBasedBuilder):
-    """Converts Parquet files to the memory-mapped Arrow copy in the cache of `datasets`.
-
-    `datasets.load_dataset` takes each path for a pattern: it would expand `*`, `[1]` and `$VAR` and split at `::`, and so
-    might read the files of another data set.
-    """
-
-    BUILDER_CONFIG_CLASS = ShardsConfig
-
-    def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo(features=slice_features(self.config.class_names))
-
-    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
-        return [datasets.SplitGenerator(self.config.split, {"paths": [path for path, _, _ in self.config.shards]})]
-
-    def _generate_tables(self, paths: list[str]) -> Iterator[tuple[tuple[int, int], pyarrow.Table]]:
-        for number, path in enumerate(paths):
-            with reading(path, "Parquet file"), pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-                for group in range(file.num_row_groups):
-                    # Arrow's own threads outlive an error and crash the process at its end.
-                    table = file.read_row_group(group, use_threads=False)
-                    yield (number, group), table.select(self.info.features).cast(self.info.features.arrow_schema)
+    for path, *_ in shards:
+        with reading(path, "Parquet file"), pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            for group in range(file.num_row_groups):
+                # Arrow's own threads outlive an error and crash the process at its end.
+                yield from file.read_row_group(group, use_threads=False).to_pylist()
 
 
 class SliceDataset(torch.utils.data.Dataset):
@@ -177,18 +146,19 @@ class SliceDataset(torch.utils.data.Dataset):
         if not count:
             # A split without patients has no file: `datasets` refuses to read a split of zero rows.
             return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
-        files = [
-            (str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in shards_of(path, self.split)
-        ]
-        if not files:
+        shards = [(str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size) for f in shards_of(path, self.split)]
+        if not shards:
             where = "" if self.commit is None else " in the repository or, without network, in the local cache"
             raise InputError(f"{self.folder}: no data/{self.split}-*.parquet{where}")
-        builder = Shards(cache_dir=cache_dir, split=self.split, shards=files, class_names=self.class_names)
-        try:
-            builder.download_and_prepare()
-            rows = builder.as_dataset(split=self.split)
-        except datasets.exceptions.DatasetGenerationError as error:  # around the one that says what is wrong
-            raise error.__cause__ from None
+        with reading(self.folder, "slice data set"):
+            try:
+                # Not `load_dataset`, which takes a path for a pattern: it expands `*`, `[1]` and `$VAR` and splits at
+                # `::`, and so may read the files of another data set.
+                rows = datasets.Dataset.from_generator(
+                    read_rows, features=features, cache_dir=cache_dir, gen_kwargs={"shards": shards}, split=self.split
+                )
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise error.__cause__ from None
         check_count(self.folder, self.split, len(rows), count)
         return rows
 
