@@ -21,19 +21,12 @@ CLASS_NAMES = ("healthy", "unhealthy")
 
 @dataclass
 class LabelTable:
-    """Class indices by patient and by slice of a patient.
-
-    Attributes:
-        path (`Path`): the file.
-        digest (`str`): its SHA-256.
-        patients (`dict[str, int]`): class index of a whole patient.
-        slices (`dict[str, dict[int, int]]`): class index by slice number, by patient.
-    """
+    """Class indices of whole patients and of single slices."""
 
     path: Path
-    digest: str
-    patients: dict[str, int] = field(default_factory=dict)
-    slices: dict[str, dict[int, int]] = field(default_factory=dict)
+    digest: str  # SHA-256 of the file
+    patients: dict[str, int] = field(default_factory=dict)  # by patient
+    slices: dict[str, dict[int, int]] = field(default_factory=dict)  # by patient, then by slice number
 
     def lookup(self, patient: str, slices: np.ndarray) -> np.ndarray:
         """Return the class index `(S,)` of each slice of a patient; -1 where the file has no label."""

@@ -75,22 +75,12 @@ def prepare(
     output = Path(output)
     splits = _choose_splits(source, seed, split_file, patients)
     facts = {
-        "version": VERSION,
-        "source": source.name,
-        "input": source.path.name,
-        "modalities": list(source.modalities),
-        "class_names": list(source.class_names),
-        "size": source.size,
-        "channels": len(source.modalities),
-        "dtype": "float16",
-        "scale": 1,
-        "field_mm": source.field_mm,
-        "normalize": source.normalize,
-        "orientation": ORIENTATION,
-        "has_masks": source.has_masks,
-        "seed": seed,
+        "version": VERSION, "source": source.name, "input": source.path.name, "modalities": list(source.modalities),
+        "class_names": list(source.class_names), "size": source.size, "channels": len(source.modalities),
+        "dtype": "float16", "scale": 1, "field_mm": source.field_mm, "normalize": source.normalize,
+        "orientation": ORIENTATION, "has_masks": source.has_masks, "seed": seed,
         "split_sha256": hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest(),
-    } | source.facts()
+    } | source.facts()  # fmt: skip
     with alone_at(output.resolve()):
         make_folder(output)
         try:
@@ -229,13 +219,12 @@ def _call(function: Callable, patient: str) -> object:
 def _start_worker(function: Callable) -> None:
     global _function
     _function = function
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
+    def exit_with_parent() -> None:  # a worker would wait for work forever if its parent is killed
+        multiprocessing.parent_process().join()
+        os._exit(1)
 
-def _exit_with_parent() -> None:
-    """End this worker if its parent is killed: otherwise it would wait for work forever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _call_in_worker(patient: str) -> object:

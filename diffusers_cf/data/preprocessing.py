@@ -84,9 +84,8 @@ def collate_rows(rows: list[dict], preprocessing: dict) -> dict:
         elif row["label"] not in range(num_classes):
             wrong = f"its label {row['label']} is none of {num_classes} classes"
         if wrong:
-            raise InputError(
-                f"patient {row['patient']}, slice {row['slice']}: {wrong}, as {PREPROCESSING_FILE} has it"
-            )
+            where = f"patient {row['patient']}, slice {row['slice']}"
+            raise InputError(f"{where}: {wrong}, as {PREPROCESSING_FILE} has it")
     stored = np.frombuffer(b"".join(row["image"] for row in rows), dtype=dtype)
     images = torch.from_numpy(stored.astype(np.float32).reshape(len(rows), channels, size, size))
     masks = None

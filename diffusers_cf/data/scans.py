@@ -97,18 +97,11 @@ def seg_problems(seg: Scan, known_ids: frozenset[int]) -> tuple[list[str], list[
 
 @dataclass
 class PatientScans:
-    """The scans of one patient.
+    """The scans of one patient, RAS-canonical, and what could not be read."""
 
-    Attributes:
-        scans (`dict[str, Scan]`): RAS-canonical scans by modality.
-        seg (`Scan`, *optional*): RAS-canonical segmentation.
-        has_seg (`bool`): whether there is a file of it, readable or not.
-        errors (`list[str]`): what makes the patient unusable.
-    """
-
-    scans: dict[str, Scan] = field(default_factory=dict)
+    scans: dict[str, Scan] = field(default_factory=dict)  # by modality
     seg: Scan | None = None
-    has_seg: bool = False
+    has_seg: bool = False  # whether there is a file of it, readable or not
     errors: list[str] = field(default_factory=list)
 
     @contextmanager

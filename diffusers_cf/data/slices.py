@@ -46,15 +46,9 @@ class PatientSlices:
 
 def slice_features(class_names: Iterable[str]) -> datasets.Features:
     """Return the columns of the data set; `image` and `mask` are raw bytes, decoded by `SliceDataset.collate`."""
-    return datasets.Features(
-        {
-            "image": datasets.Value("binary"),
-            "mask": datasets.Value("binary"),
-            "label": datasets.ClassLabel(names=list(class_names)),
-            "patient": datasets.Value("string"),
-            "slice": datasets.Value("int32"),
-        }
-    )
+    label, binary = datasets.ClassLabel(names=list(class_names)), datasets.Value("binary")
+    text, number = datasets.Value("string"), datasets.Value("int32")
+    return datasets.Features({"image": binary, "mask": binary, "label": label, "patient": text, "slice": number})
 
 
 def slices_to_table(
@@ -135,13 +129,13 @@ class SliceDataset(torch.utils.data.Dataset):
         self.preprocessing = read_preprocessing(path)
         self.class_names = tuple(self.preprocessing["class_names"])
         self.has_masks = self.preprocessing["has_masks"]
-        self.rows = self._load(path, cache_dir)
+        self.rows = self._open(path, cache_dir)
         # Straight from Arrow: row by row it takes a minute for the slices of a thousand patients.
         self.labels = self.rows.data.column("label").to_numpy().astype(np.int64)
         self.patients = self.rows.data.column("patient").to_numpy().astype(str)
         self.slices = self.rows.data.column("slice").to_numpy().astype(np.int64)
 
-    def _load(self, path: Path, cache_dir: str | Path | None) -> datasets.Dataset:
+    def _open(self, path: Path, cache_dir: str | Path | None) -> datasets.Dataset:
         features, count = slice_features(self.class_names), self.preprocessing["splits"][self.split]["slices"]
         if not count:
             # A split without patients has no file: `datasets` refuses to read a split of zero rows.
@@ -182,10 +176,8 @@ class SliceDataset(torch.utils.data.Dataset):
 def check_count(folder: str, split: str, found: int, expected: int) -> None:
     """Raise `InputError` unless a split holds as many slices as preprocessing.json says."""
     if found != expected:
-        raise InputError(
-            f"{folder}: {found} of the {expected} slices of its split {split} are there: not copied or downloaded as a"
-            " whole"
-        )
+        text = f"{found} of the {expected} slices of its split {split} are there: not copied or downloaded as a whole"
+        raise InputError(f"{folder}: {text}")
 
 
 def batches_of(dataset, indices: Sequence[int], batch_size: int) -> Iterator[dict]:
