@@ -1,7 +1,6 @@
 """The NIfTI reader: every bad file gives one clear line, every unusual but sound one is read correctly."""
 
 import gzip
-import struct
 import tracemalloc
 
 import nibabel as nib
@@ -51,7 +50,7 @@ def flipped(packed: bytes, position: int) -> bytes:
 
 PLAIN = nifti_bytes()
 PACKED = gzip.compress(nifti_bytes(np.random.default_rng(0).integers(0, 900, (30, 30, 30)).astype(np.int16)))
-HUGE = [3, 32000, 32000, 32000, 1, 1, 1, 1]
+HUGE = nifti_bytes(dim=[3, 32000, 32000, 32000, 1, 1, 1, 1])
 BAD_FILES = {
     "truncated": (PACKED[: int(0.7 * len(PACKED))], "truncated"),
     "last byte missing": (PACKED[:-1], "truncated"),
@@ -65,14 +64,8 @@ BAD_FILES = {
     "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(600), "not a single-file NIfTI"),
     "NaN": (with_voxels({(0, 0, 0): np.nan, (1, 1, 1): np.nan}), "2 of 120 voxels are NaN or infinite"),
     "infinite": (with_voxels({(0, 0, 0): -np.inf}), "1 of 120 voxels are NaN or infinite"),
-    "claims 65 TB": (
-        nifti_bytes(dim=HUGE),
-        "asks for 65536000000352 bytes (shape (32000, 32000, 32000)), the limit is",
-    ),
-    "claims 65 TB, packed": (
-        gzip.compress(nifti_bytes(dim=HUGE)),
-        "asks for 65536000000352 bytes (shape (32000, 32000, 32000)), the limit is",
-    ),
+    "claims 65 TB": (HUGE, "asks for 65536000000352 bytes"),
+    "claims 65 TB, packed": (gzip.compress(HUGE), "asks for 65536000000352 bytes"),
     "negative dimension": (nifti_bytes(dim=[3, 6, -5, 4, 1, 1, 1, 1]), "shape (6, -5, 4)"),
     "dimension 0": (nifti_bytes(dim=[3, 6, 0, 4, 1, 1, 1, 1]), "shape (6, 0, 4)"),
     "no dimensions": (nifti_bytes(dim=[0, 6, 5, 4, 1, 1, 1, 1]), "0 dimensions"),
@@ -157,10 +150,6 @@ def test_sound_file_is_read(case, tmp_path):
     np.testing.assert_allclose(scan.spacing_mm, [8, 6, 9])
 
 
-def test_big_endian_case_is_big_endian():
-    assert struct.unpack(">i", SOUND_FILES["big-endian"][0][:4]) == (348,)
-
-
 def test_integers_take_no_more_memory_than_in_the_file(tmp_path):
     voxels = np.zeros((256, 256, 400), np.uint8)
     (tmp_path / "scan.nii.gz").write_bytes(gzip.compress(nib.Nifti1Image(voxels, np.eye(4)).to_bytes(), 1))
@@ -209,51 +198,26 @@ def test_four_dimensional_canonical(tmp_path):
     np.testing.assert_array_equal(canonical.data, volume)
 
 
-@pytest.mark.parametrize(
-    ("name", "modality"),
-    [
-        ("FLAIR", "flair"),
-        ("t2f", "flair"),
-        ("T1", "t1"),
-        ("t1n", "t1"),
-        ("t1w", "t1"),
-        ("t1Gd", "t1ce"),
-        ("T1C", "t1ce"),
-        ("t1ce", "t1ce"),
-        ("T2w", "t2"),
-        ("t2", "t2"),
-        ("ADC", "adc"),
-    ],
-)
-def test_modality_aliases(name, modality):
-    assert canonical_modality(name) == modality
+def test_modality_aliases():
+    names = "FLAIR t2f T1 t1n t1w t1Gd T1C t1ce T2w t2 ADC".split()
+    expected = "flair flair t1 t1 t1 t1ce t1ce t1ce t2 t2 adc".split()
+    assert [canonical_modality(name) for name in names] == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "suffix"),
-    [
-        ("BraTS2021_00006_t1ce.nii.gz", "t1ce"),
-        ("BraTS-GLI-00001-000-T2F.nii.gz", "t2f"),
-        ("flair.nii", "flair"),
-        ("a.b_Seg.NII.GZ", "seg"),
-        ("._x_t1.nii.gz", ""),
-        ("x_t1.nii.gz.part", ""),
-        ("x_t1.png", ""),
-    ],
-)
-def test_nifti_suffix(name, suffix):
-    assert nifti_suffix(name) == suffix
+def test_nifti_suffix():
+    suffixes = {"BraTS2021_00006_t1ce.nii.gz": "t1ce", "BraTS-GLI-00001-000-T2F.nii.gz": "t2f", "flair.nii": "flair"}
+    suffixes |= {"a.b_Seg.NII.GZ": "seg", "sub-01_ce-X_T1w.nii.gz": "t1ce", "sub-01_T1w.nii.gz": "t1w"}
+    suffixes |= {"._x_t1.nii.gz": "", "x_t1.nii.gz.part": "", "x_t1.png": ""}
+    assert {name: nifti_suffix(name) for name in suffixes} == suffixes
 
 
 def test_modality_files_are_found_and_missing_ones_named(tmp_path):
     for name in ("p-t1n.nii.gz", "p-t1c.nii.gz", "p-T2F.nii", "p-seg.nii.gz", "notes.txt"):
         (tmp_path / name).touch()
     found = find_modality_files(tmp_path, ("t1ce", "flair", "t1"))
-    assert {key: path.name for key, path in found.items()} == {
-        "t1ce": "p-t1c.nii.gz",
-        "flair": "p-T2F.nii",
-        "t1": "p-t1n.nii.gz",
-    }
+    assert [(key, path.name) for key, path in found.items()] == [
+        ("t1ce", "p-t1c.nii.gz"), ("flair", "p-T2F.nii"), ("t1", "p-t1n.nii.gz")
+    ]  # fmt: skip
     assert find_file(tmp_path, "seg").name == "p-seg.nii.gz"
     with pytest.raises(InputError, match=r"modality missing: t2, adc \(names end in t2: t2, t2w; adc: adc\)"):
         find_modality_files(tmp_path, ("t1", "t2", "adc"))
