@@ -124,12 +124,6 @@ def test_frames_are_padded_or_cropped_about_their_centre(shape):
     np.testing.assert_allclose(found, padded[:, r : r + 24, c : c + 24], atol=1e-6)
 
 
-def test_uneven_ratio_keeps_the_mean():
-    constant = np.ones((1, 37, 41), dtype=np.float32)
-    found = resample_slices(constant, (7.3, 8.1, 1), 19)
-    np.testing.assert_allclose(found[0, 1:-1, 1:-1], 1, atol=1e-5)
-
-
 def test_map_returns_to_the_scans_grid():
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (50, 60, 4)), indexing="ij")
     smooth = (np.exp(-3 * ((x - 0.2) ** 2 + (y + 0.3) ** 2)) * (1 + z)).astype(np.float32)

@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score
 
 from diffusers_cf.data import phantom
 from diffusers_cf.data.phantom import MODALITIES, PhantomSource, make_patient, write_patient
-from diffusers_cf.data.phantom_anatomy import SPACING_MM, MassEffect, smooth_noise
+from diffusers_cf.data.phantom_anatomy import SPACING_MM
 from diffusers_cf.errors import InputError
 
 
@@ -133,18 +133,3 @@ def test_source_refuses_what_it_cannot_make():
     with pytest.raises(InputError, match="phantom-s0-0340"):
         PhantomSource().read("phantom-s0-0340")
     assert PhantomSource().problems("phantom-s0-0000") == []
-
-
-def test_smooth_noise_has_unit_variance_and_is_smooth():
-    fields = np.stack([smooth_noise(np.random.default_rng(seed), 20.0) for seed in range(8)])
-    assert fields.shape == (8, 128, 128, 48)
-    assert abs(fields.mean()) < 0.05 and abs(fields.std() - 1) < 0.05
-    assert np.abs(np.diff(fields, axis=1)).mean() < 0.15
-
-
-def test_mass_effect_pushes_outward_and_stops_at_its_reach():
-    push = MassEffect(np.zeros(3), amount=0.4, reach=30.0)
-    radius = np.linspace(0.5, 60, 50)
-    source = push.source(np.stack([radius, 0 * radius, 0 * radius]))[0]
-    assert (source[radius < 29] < radius[radius < 29]).all() and (np.diff(source) > 0).all()
-    np.testing.assert_array_equal(source[radius >= 30], radius[radius >= 30])

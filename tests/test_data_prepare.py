@@ -257,23 +257,3 @@ def test_command_that_makes_no_sense(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command(*arguments) == 2
     assert capsys.readouterr().err == f"error: {reason}\n"
-
-
-@pytest.mark.real_data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: {DATA} (DIFFUSERS_CF_DATA) is missing")
-def test_real_arrays_by_their_fixed_split(tmp_path):
-    arguments = ("--source", "arrays", "--input", DATA / "slices" / "msd_flair.npz", "--output", tmp_path / "set")
-    split_file = DATA / "slices" / "msd_flair_splits.json"
-    assert command(*arguments, "--split_file", f"{split_file}:split_1") == 0
-    dataset = SliceDataset(tmp_path / "set", "test", cache_dir=tmp_path / "cache")
-    with np.load(DATA / "slices" / "msd_flair.npz") as stored:
-        rows = np.flatnonzero(np.isin(stored["patient"], json.loads(split_file.read_text())["split_1"]["test"]))
-        rows = rows[np.lexsort((stored["slice"][rows], stored["patient"][rows]))]
-        images, masks = stored["images"][rows], stored["masks"][rows]
-    batch = dataset.collate(dataset.__getitems__(list(range(len(dataset)))))
-    for patient in np.unique(dataset.patients):
-        own = dataset.patients == patient
-        unit = 2.5 * np.median(images[own][images[own] > 0])
-        np.testing.assert_allclose(batch["images"][own].numpy(), images[own] / unit, rtol=1e-3)
-    np.testing.assert_array_equal(batch["masks"], masks)
-    np.testing.assert_array_equal(dataset.labels, masks.any(axis=(1, 2)))
