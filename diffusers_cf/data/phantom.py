@@ -54,6 +54,11 @@ class PhantomPatient:
         """The whole lesion, uint8 `(X, Y, Z)`."""
         return (self.labels > 0).astype(np.uint8)
 
+    @property
+    def has_tumour(self) -> bool:
+        """Whether any voxel belongs to a lesion."""
+        return bool(self.labels.any())
+
 
 def make_patient(seed: int, index: int, tumour: bool = True) -> PhantomPatient:
     """Make patient `index` of cohort `seed`, which takes about 1 s; the same arguments give the same patient.
