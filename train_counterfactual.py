@@ -26,7 +26,6 @@ from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler
 from diffusers_cf.arguments import run_command
 from diffusers_cf.commands.options import computes_in_bfloat16
 from diffusers_cf.data.slices import SliceDataset
-from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.files import alone_at, make_folder
 from diffusers_cf.hub.publishing import model_repository, push_model
 from diffusers_cf.images import window_side
@@ -53,7 +52,6 @@ from diffusers_cf.training.loop import (
     save_checkpoint,
 )
 from diffusers_cf.training.options import command_of, parse_args
-from diffusers_cf.training.stream import TrainingStream
 from diffusers_cf.training.validation import Validation
 
 
@@ -105,9 +103,7 @@ def start_accelerator(args, output: Path) -> Accelerator:
     return accelerator
 
 
-def build_model(
-    args, dataset: SliceDataset | SliceStream, base: CounterfactualDDIMPipeline | None
-) -> ConditionalNoisePredictor:
+def build_model(args, dataset: SliceDataset, base: CounterfactualDDIMPipeline | None) -> ConditionalNoisePredictor:
     """A new network for the data set's channels and classes, or that of the pipeline to fine-tune."""
     if base:
         model = ConditionalNoisePredictor(base.unet, base.class_encoder)
@@ -150,7 +146,7 @@ class Run:
     accelerator: Accelerator
     base: CounterfactualDDIMPipeline | None
     output: Path
-    slices: TrainingSlices | TrainingStream
+    slices: TrainingSlices
     network: ConditionalNoisePredictor
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -233,7 +229,7 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     """Data, model, optimiser, schedule and average, at step 0."""
     # 1. Data: a slice data set with labels; masks, if there are any, are for validation alone.
     with accelerator.main_process_first():
-        dataset = (SliceStream if args.streaming else SliceDataset)(args.dataset, "train")
+        dataset = SliceDataset(args.dataset, "train")
     set_seed(args.seed)
     base = open_base(args, dataset)
     if args.crop_background is None and base and base.config.crop_background:
@@ -270,9 +266,7 @@ def set_up(args: Namespace, accelerator: Accelerator, output: Path) -> Run:
     )
 
 
-def training_slices(
-    args: Namespace, dataset: SliceDataset | SliceStream, network: ConditionalNoisePredictor
-) -> TrainingSlices | TrainingStream:
+def training_slices(args: Namespace, dataset: SliceDataset, network: ConditionalNoisePredictor) -> TrainingSlices:
     """What the network is trained on, at its size.
 
     Raises:
@@ -287,10 +281,7 @@ def training_slices(
         "num_train_timesteps": args.ddpm_num_steps, "random_flip": args.random_flip, "augment": args.augment,
         "crop_background": args.crop_background or 0.0, "window_side": side, "clip_input": not args.no_clip_input,
     }  # fmt: skip
-    if args.streaming:
-        slices = TrainingStream(dataset, args.seed, size, args.shuffle_buffer, **options)
-    else:
-        slices = TrainingSlices(dataset, args.seed, size, args.max_train_samples, **options)
+    slices = TrainingSlices(dataset, args.seed, size, args.max_train_samples, **options)
     if network.class_encoder and (missing := set(range(len(dataset.class_names))) - slices.classes()):
         names = ", ".join(dataset.class_names[index] for index in sorted(missing))
         raise InputError(f"{args.dataset}: no slice to train on is labelled {names}")
@@ -299,7 +290,7 @@ def training_slices(
 
 def model_facts(
     args: Namespace,
-    slices: TrainingSlices | TrainingStream,
+    slices: TrainingSlices,
     global_batch: int,
     base: CounterfactualDDIMPipeline | None,
 ) -> dict:

@@ -10,7 +10,7 @@ from diffusers_cf.arguments import ArgumentParser, run_command
 
 # name -> (module that has add_NAME_arguments and run_NAME, what it does)
 COMMANDS = {
-    "prepare": ("diffusers_cf.data.prepare", "scans, arrays, pictures or the phantom to a slice data set"),
+    "prepare": ("diffusers_cf.commands.prepare", "scans, arrays, pictures or the phantom to a slice data set"),
     "segment": ("diffusers_cf.commands.segment", "patients or cohorts to heatmap, mask and counterfactual as NIfTI"),
     "evaluate": ("diffusers_cf.commands.evaluate", "a model or method on a data set to RESULT.json"),
     "sweep": (

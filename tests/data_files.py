@@ -6,6 +6,8 @@ import nibabel as nib
 import numpy as np
 
 from diffusers_cf.data.slices import PatientSlices
+from diffusers_cf.data.source import Source
+from diffusers_cf.errors import InputError
 
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
@@ -49,36 +51,24 @@ def write_brats(folder: Path, patient: str = "P_01", axes: str = "RAS", seed: in
     return folder / patient
 
 
-class MadeSource:
+class MadeSource(Source):
     """Slices without files: `patients` of them, 3 slices of 2 channels each; `bad` ones fail."""
 
     name = "made"
     modalities = ("flair", "t1")
-    class_names = ("healthy", "unhealthy")
-    has_masks = True
-    field_mm = 240.0
-    path = ""
-    normalize = "median"
 
     def __init__(self, patients: int, bad: tuple[str, ...] = (), size: int = 8):
-        self.ids, self.bad, self.size = [f"p{i:02d}" for i in range(patients)], bad, size
+        super().__init__("", size, 240.0, "median")
+        self.ids, self.bad = [f"p{i:02d}" for i in range(patients)], bad
         self.was_read = []
 
     def patients(self) -> list[str]:
         return list(self.ids)
 
-    def fixed_splits(self) -> None:
-        return None
-
-    def facts(self) -> dict:
-        return {}
-
     def problems(self, patient: str) -> list[str]:
         return [f"{patient}.nii.gz: broken", f"{patient}: twice"] if patient in self.bad else []
 
     def read(self, patient: str) -> PatientSlices:
-        from diffusers_cf.errors import InputError
-
         self.was_read.append(patient)
         if patient in self.bad:
             raise InputError(f"{patient}.nii.gz: broken")

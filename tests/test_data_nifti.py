@@ -1,7 +1,7 @@
-"""The strict NIfTI reader: every bad file gives one clear line, every odd but sound one is read right."""
+"""The NIfTI reader: every bad file gives one clear line, every unusual but sound one is read correctly."""
 
 import gzip
-import struct
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
@@ -50,32 +50,26 @@ def flipped(packed: bytes, position: int) -> bytes:
 
 PLAIN = nifti_bytes()
 PACKED = gzip.compress(nifti_bytes(np.random.default_rng(0).integers(0, 900, (30, 30, 30)).astype(np.int16)))
-HUGE = [3, 32000, 32000, 32000, 1, 1, 1, 1]
+HUGE = nifti_bytes(dim=[3, 32000, 32000, 32000, 1, 1, 1, 1])
 BAD_FILES = {
     "truncated": (PACKED[: int(0.7 * len(PACKED))], "truncated"),
     "last byte missing": (PACKED[:-1], "truncated"),
-    "byte flipped": (flipped(PACKED, len(PACKED) // 2), "damaged gzip"),
-    "only the CRC wrong": (flipped(PACKED, -8), "damaged gzip"),
-    "only the length wrong": (flipped(PACKED, -1), "damaged gzip"),
-    "garbage behind the stream": (PACKED + b"garbage", "damaged gzip"),
-    "plain and truncated": (PLAIN[:-30], "truncated"),
-    "empty": (b"", "only 0 bytes"),
-    "packed nothing": (gzip.compress(b""), "only 0 bytes"),
+    "byte flipped": (flipped(PACKED, len(PACKED) // 2), "CRC check failed"),
+    "only the CRC wrong": (flipped(PACKED, -8), "CRC check failed"),
+    "only the length wrong": (flipped(PACKED, -1), "Incorrect length"),
+    "garbage behind the stream": (PACKED + b"garbage", "Not a gzipped file"),
+    "plain and truncated": (PLAIN[:-30], "Expected 240 bytes, got 210"),
+    "empty": (b"", "0 bytes"),
+    "packed nothing": (gzip.compress(b""), "0 bytes"),
     "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(600), "not a single-file NIfTI"),
     "NaN": (with_voxels({(0, 0, 0): np.nan, (1, 1, 1): np.nan}), "2 of 120 voxels are NaN or infinite"),
     "infinite": (with_voxels({(0, 0, 0): -np.inf}), "1 of 120 voxels are NaN or infinite"),
-    "claims 65 TB": (
-        nifti_bytes(dim=HUGE),
-        "asks for 65536000000352 bytes (shape (32000, 32000, 32000)), the limit is",
-    ),
-    "claims 65 TB, packed": (
-        gzip.compress(nifti_bytes(dim=HUGE)),
-        "asks for 65536000000352 bytes (shape (32000, 32000, 32000)), the limit is",
-    ),
+    "claims 65 TB": (HUGE, "asks for 65536000000352 bytes"),
+    "claims 65 TB, packed": (gzip.compress(HUGE), "asks for 65536000000352 bytes"),
     "negative dimension": (nifti_bytes(dim=[3, 6, -5, 4, 1, 1, 1, 1]), "shape (6, -5, 4)"),
     "dimension 0": (nifti_bytes(dim=[3, 6, 0, 4, 1, 1, 1, 1]), "shape (6, 0, 4)"),
     "no dimensions": (nifti_bytes(dim=[0, 6, 5, 4, 1, 1, 1, 1]), "0 dimensions"),
-    "unknown data type": (nifti_bytes(datatype=77), "unknown data type 77"),
+    "unknown data type": (nifti_bytes(datatype=77), "77 not recognized"),
     "complex": (nifti_bytes(DATA.astype(np.complex64)), "magnitude image"),
     "colour": (nifti_bytes(np.zeros((6, 5, 4), dtype=[(c, "u1") for c in "RGB"])), "colour"),
     "4-D": (nifti_bytes(np.zeros((6, 5, 4, 2), dtype=np.int16)), "3-D image expected, but its shape is (6, 5, 4, 2)"),
@@ -84,10 +78,9 @@ BAD_FILES = {
     "NaN affine": (nifti_bytes(srow_x=[np.nan, 0, 0, 0]), "no usable geometry"),
     "no affine": (nifti_bytes(sform_code=0, qform_code=0), "neither sform nor qform"),
     "header and image apart": (nifti_bytes(magic=b"ni1"), "not a single-file NIfTI"),
-    "data inside the header": (nifti_bytes(vox_offset=100), "data offset 100"),
-    "NaN data offset": (nifti_bytes(vox_offset=np.nan), "data offset nan"),
-    "intercept NaN": (nifti_bytes(scl_slope=2, scl_inter=np.nan), "not a usable NIfTI file"),
-    "wrong header size": (nifti_bytes(sizeof_hdr=7), "header size 7"),
+    "data inside the header": (nifti_bytes(vox_offset=100), "vox offset 100 too low"),
+    "NaN data offset": (nifti_bytes(vox_offset=np.nan), "NaN"),
+    "intercept NaN": (nifti_bytes(scl_slope=2, scl_inter=np.nan), "invalid intercept"),
 }
 
 
@@ -110,9 +103,9 @@ def test_no_flipped_byte_goes_unnoticed(position, tmp_path):
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="absent.nii.gz: can't be read .No such file"):
         read_nifti(tmp_path / "absent.nii.gz")
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="can't be read .Is a directory"):
         read_nifti(tmp_path)
 
 
@@ -121,10 +114,15 @@ def test_gzip_bomb_stops_at_the_limit(tmp_path):
     with pytest.raises(InputError, match="more than 2000000 bytes after decompression"):
         read_nifti(tmp_path / "bomb.nii.gz", max_bytes=2_000_000)
     assert read_nifti(tmp_path / "bomb.nii.gz").data.shape == (6, 5, 4)
+    with pytest.raises(InputError, match="120 voxels .* the limit is 100"):
+        read_nifti(tmp_path / "bomb.nii.gz", max_voxels=100)
 
 
+BIG_ENDIAN = nib.Nifti1Header(endianness=">")
+BIG_ENDIAN.set_data_dtype(np.int16)
 SOUND_FILES = {
     "plain": (PLAIN, DATA),
+    "wrong header size": (nifti_bytes(sizeof_hdr=7), DATA),
     "packed": (gzip.compress(PLAIN), DATA),
     "slope": (nifti_bytes(scl_slope=0.5, scl_inter=-100), DATA * 0.5 - 100),
     "slope 0": (nifti_bytes(scl_slope=0, scl_inter=7), DATA),
@@ -134,28 +132,32 @@ SOUND_FILES = {
     "uint8": (nifti_bytes((DATA % 256).astype(np.uint8)), DATA),
     "singleton axis": (nifti_bytes(DATA[..., None]), DATA),
     "2-D": (nifti_bytes(DATA[..., 0]), DATA[..., :1]),
-    "big-endian": (
-        nib.Nifti1Image(DATA, ras_affine(None), nib.Nifti1Header(endianness=">")).to_bytes(),
-        DATA,
-    ),
+    "big-endian": (nib.Nifti1Image(DATA, ras_affine(None), BIG_ENDIAN).to_bytes(), DATA),
     "NIfTI-2": (nib.Nifti2Image(DATA, ras_affine(None)).to_bytes(), DATA),
 }
 
 
 @pytest.mark.parametrize("case", SOUND_FILES)
-def test_sound_file_is_read_as_float32(case, tmp_path):
+def test_sound_file_is_read(case, tmp_path):
     content, expected = SOUND_FILES[case]
     path = tmp_path / "scan.nii"
     path.write_bytes(content)
     scan = read_nifti(path)
-    assert scan.data.dtype == np.float32
+    kept = {"slope": np.float32, "float64": np.float32, "uint8": np.uint8}
+    assert scan.data.dtype == kept.get(case, np.int16) and scan.data.dtype.isnative
     np.testing.assert_array_equal(scan.data, expected)
     np.testing.assert_allclose(scan.affine, ras_affine(None))
     np.testing.assert_allclose(scan.spacing_mm, [8, 6, 9])
 
 
-def test_big_endian_case_is_big_endian():
-    assert struct.unpack(">i", SOUND_FILES["big-endian"][0][:4]) == (348,)
+def test_integers_take_no_more_memory_than_in_the_file(tmp_path):
+    voxels = np.zeros((256, 256, 400), np.uint8)
+    (tmp_path / "scan.nii.gz").write_bytes(gzip.compress(nib.Nifti1Image(voxels, np.eye(4)).to_bytes(), 1))
+    tracemalloc.start()
+    read_nifti(tmp_path / "scan.nii.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * voxels.nbytes
 
 
 def test_plain_file_named_gz_is_read_with_a_warning(tmp_path, caplog):
@@ -188,66 +190,39 @@ def test_canonical_and_back(axes, tmp_path):
     np.testing.assert_array_equal(canonical.data, volume)
     np.testing.assert_allclose(canonical.affine, ras_affine(None), atol=1e-4)
     np.testing.assert_array_equal(from_ras(canonical.data, scan.affine), scan.data)
+    save(tmp_path / "four.nii", np.stack([volume, volume + 1], axis=-1), axes)
+    four = to_canonical(read_nifti(tmp_path / "four.nii", dimensions=4))
+    np.testing.assert_array_equal(four.data[..., 1], volume + 1)
+    assert check_same_grid([canonical, four, to_canonical(read_nifti(save(tmp_path / "ras.nii", volume)))]) is None
 
 
-def test_four_dimensional_canonical(tmp_path):
-    volume = np.moveaxis(brain()[0], 0, -1)
-    canonical = to_canonical(read_nifti(save(tmp_path / "scan.nii.gz", volume, "PSR"), dimensions=4))
-    np.testing.assert_array_equal(canonical.data, volume)
+def test_modality_aliases():
+    names = "FLAIR t2f T1 t1n t1w t1Gd T1C t1ce T2w t2 ADC".split()
+    expected = "flair flair t1 t1 t1 t1ce t1ce t1ce t2 t2 adc".split()
+    assert [canonical_modality(name) for name in names] == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "modality"),
-    [
-        ("FLAIR", "flair"),
-        ("t2f", "flair"),
-        ("T1", "t1"),
-        ("t1n", "t1"),
-        ("t1w", "t1"),
-        ("t1Gd", "t1ce"),
-        ("T1C", "t1ce"),
-        ("t1ce", "t1ce"),
-        ("T2w", "t2"),
-        ("t2", "t2"),
-        ("ADC", "adc"),
-    ],
-)
-def test_modality_aliases(name, modality):
-    assert canonical_modality(name) == modality
-
-
-@pytest.mark.parametrize(
-    ("name", "suffix"),
-    [
-        ("BraTS2021_00006_t1ce.nii.gz", "t1ce"),
-        ("BraTS-GLI-00001-000-T2F.nii.gz", "t2f"),
-        ("flair.nii", "flair"),
-        ("a.b_Seg.NII.GZ", "seg"),
-        ("._x_t1.nii.gz", ""),
-        ("x_t1.nii.gz.part", ""),
-        ("x_t1.png", ""),
-    ],
-)
-def test_nifti_suffix(name, suffix):
-    assert nifti_suffix(name) == suffix
+def test_nifti_suffix():
+    suffixes = {"BraTS2021_00006_t1ce.nii.gz": "t1ce", "BraTS-GLI-00001-000-T2F.nii.gz": "t2f", "flair.nii": "flair"}
+    suffixes |= {"a.b_Seg.NII.GZ": "seg", "sub-01_ce-X_T1w.nii.gz": "t1ce", "sub-01_T1w.nii.gz": "t1w"}
+    suffixes |= {"._x_t1.nii.gz": "", "x_t1.nii.gz.part": "", "x_t1.png": ""}
+    assert {name: nifti_suffix(name) for name in suffixes} == suffixes
 
 
 def test_modality_files_are_found_and_missing_ones_named(tmp_path):
     for name in ("p-t1n.nii.gz", "p-t1c.nii.gz", "p-T2F.nii", "p-seg.nii.gz", "notes.txt"):
         (tmp_path / name).touch()
     found = find_modality_files(tmp_path, ("t1ce", "flair", "t1"))
-    assert {key: path.name for key, path in found.items()} == {
-        "t1ce": "p-t1c.nii.gz",
-        "flair": "p-T2F.nii",
-        "t1": "p-t1n.nii.gz",
-    }
+    assert [(key, path.name) for key, path in found.items()] == [
+        ("t1ce", "p-t1c.nii.gz"), ("flair", "p-T2F.nii"), ("t1", "p-t1n.nii.gz")
+    ]  # fmt: skip
     assert find_file(tmp_path, "seg").name == "p-seg.nii.gz"
     with pytest.raises(InputError, match=r"modality missing: t2, adc \(names end in t2: t2, t2w; adc: adc\)"):
         find_modality_files(tmp_path, ("t1", "t2", "adc"))
     (tmp_path / "p_t1gd.nii.gz").touch()
     with pytest.raises(InputError, match="several files are t1ce: p-t1c.nii.gz, p_t1gd.nii.gz"):
         find_modality_files(tmp_path, ("t1ce",))
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="absent: can't be read"):
         find_modality_files(tmp_path / "absent", ("t1",))
 
 
@@ -269,9 +244,3 @@ def test_same_grid_within_tolerance(change, tmp_path):
 def test_other_grid_lists_each_file(change, tmp_path):
     with pytest.raises(InputError, match=r"differ: a\.nii is 6x5x4, spacing .*; b\.nii is 6x5x"):
         check_same_grid(scans_with(tmp_path, **change))
-
-
-def test_files_in_different_orientation_are_on_one_grid(tmp_path):
-    volume = brain()[0][0]
-    paths = save(tmp_path / "a.nii", volume, "LPS"), save(tmp_path / "b.nii", volume, "RAS")
-    assert check_same_grid([to_canonical(read_nifti(path)) for path in paths]) is None

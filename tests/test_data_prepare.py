@@ -1,6 +1,5 @@
-"""prepare: splits by patient, the whole way to a data set, restarts, refusals, and its command line."""
+"""prepare: from a source to a data set, restarts, refusals, and its command line."""
 
-import argparse
 import json
 import os
 import signal
@@ -14,13 +13,14 @@ import datasets
 import numpy as np
 import pytest
 from data_files import MadeSource, write_brats
-from filelock import FileLock
 
 import diffusers_cf.data.prepare
+from diffusers_cf.cli import main
 from diffusers_cf.data import BratsSource, SliceDataset
-from diffusers_cf.data.prepare import add_prepare_arguments, find_problems, prepare, run_prepare
-from diffusers_cf.data.splits import read_splits, seeded_splits
-from diffusers_cf.errors import InputError
+from diffusers_cf.data.prepare import find_problems, prepare
+from diffusers_cf.data.splits import seeded_splits
+from diffusers_cf.errors import BusyError, InputError
+from diffusers_cf.files import alone_at
 
 
 DATA = Path(os.environ.get("DIFFUSERS_CF_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -29,72 +29,6 @@ SPLITS = ("train", "validation", "test")
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def test_split_sizes_of_the_paper():
-    splits = seeded_splits([f"BraTS2021_{i:05d}" for i in range(1251)], seed=0)
-    assert [len(splits[name]) for name in SPLITS] == [938, 62, 251]
-
-
-@pytest.mark.parametrize(
-    ("n", "sizes"), [(1, [0, 0, 1]), (2, [1, 0, 1]), (3, [1, 1, 1]), (4, [2, 1, 1]), (10, [6, 1, 3]), (17, [11, 1, 5])]
-)
-def test_few_patients_reach_every_split_if_they_can(n, sizes):
-    splits = seeded_splits([f"p{i}" for i in range(n)], seed=3)
-    assert [len(splits[name]) for name in SPLITS] == sizes
-
-
-def test_splits_share_no_patient_and_depend_on_the_seed_alone():
-    patients = [f"p{i:03d}" for i in range(100)]
-    splits = seeded_splits(patients, seed=1)
-    assert sorted(sum(splits.values(), [])) == patients
-    assert seeded_splits(patients[::-1], seed=1) == splits
-    assert seeded_splits(patients, seed=2) != splits
-    assert splits["test"] != patients[-20:]
-
-
-def test_visits_of_a_person_stay_together():
-    visits = [f"BraTS-GLI-{person:05d}-{visit:03d}" for person in range(40) for visit in range(3)]
-    splits = seeded_splits(visits, seed=0)
-    people = [{patient[:-4] for patient in splits[name]} for name in SPLITS]
-    assert [len(p) for p in people] == [30, 2, 8] and len(set.union(*people)) == 40
-    assert [len(splits[name]) for name in SPLITS] == [90, 6, 24]
-
-
-def test_split_file(tmp_path, caplog):
-    path = tmp_path / "splits.json"
-    path.write_text(json.dumps({"train": ["c", "a"], "test": ["d"]}))
-    assert read_splits(path, list("abcd")) == {"train": ["a", "c"], "validation": [], "test": ["d"]}
-    assert "1 patients are in no split and left out: b" in caplog.text
-    path.write_text(json.dumps({"split_1": {"train": ["a"]}, "split_2": {"train": ["b"], "validation": ["a"]}}))
-    assert read_splits(f"{path}:split_2", list("ab"))["validation"] == ["a"]
-
-
-BAD_SPLIT_FILES = {
-    "no JSON": ("{", "", "not valid JSON"),
-    "a list": ("[]", "", "an object with"),
-    "several": ('{"split_1": {"train": ["a"]}}', "", "choose one: splits.json:split_1"),
-    "unknown selection": ('{"split_1": {"train": ["a"]}}', ":split_9", r"no split named split_9 \(there are split_1"),
-    "unknown split": ('{"train": ["a"], "val": ["b"]}', "", "not val"),
-    "empty": ("{}", "", "not nothing"),
-    "not a list": ('{"train": "a"}', "", "train must be a list of patient ids"),
-    "in two splits": ('{"train": ["a", "b"], "test": ["b"]}', "", "in two splits or twice: b"),
-    "twice": ('{"train": ["a", "a"]}', "", "in two splits or twice: a"),
-    "unknown patient": ('{"train": ["a", "x"]}', "", "1 patients are not in the data: x"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_SPLIT_FILES)
-def test_bad_split_file(case, tmp_path):
-    text, selection, reason = BAD_SPLIT_FILES[case]
-    (tmp_path / "splits.json").write_text(text)
-    with pytest.raises(InputError, match=f"splits.json: .*{reason}"):
-        read_splits(f"{tmp_path / 'splits.json'}{selection}", ["a", "b"])
-
-
-def test_missing_split_file(tmp_path):
-    with pytest.raises(InputError, match="absent.json: can't be read"):
-        read_splits(tmp_path / "absent.json", ["a"])
 
 
 def test_written_scans_become_a_data_set(tmp_path):
@@ -242,16 +176,16 @@ def test_foreign_folder_is_not_touched(tmp_path):
         prepare(MadeSource(3), tmp_path / "set")
     assert content(tmp_path / "set") == {"data/precious.txt": b"mine"}
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file: can't be written"):
+    with pytest.raises(FileExistsError):
         prepare(MadeSource(3), tmp_path / "file")
 
 
-def test_disk_error_names_the_folder(tmp_path, monkeypatch):
+def test_full_disk_keeps_finished_patients(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(diffusers_cf.data.prepare, "write_tables", full)
-    with pytest.raises(InputError, match=r"set: can't be written \(No space left on device\)"):
+    monkeypatch.setattr(diffusers_cf.data.prepare, "_write_shards", full)
+    with pytest.raises(OSError, match="No space left on device"):
         prepare(MadeSource(3), tmp_path / "set")
     monkeypatch.undo()
     source = MadeSource(3)
@@ -259,8 +193,7 @@ def test_disk_error_names_the_folder(tmp_path, monkeypatch):
 
 
 def test_two_runs_do_not_mix(tmp_path):
-    (tmp_path / "set").mkdir()
-    with FileLock(tmp_path / "set" / ".prepare.lock"), pytest.raises(InputError, match="another process"):
+    with alone_at(tmp_path / "set"), pytest.raises(BusyError, match="set: another process"):
         prepare(MadeSource(3), tmp_path / "set")
 
 
@@ -274,9 +207,7 @@ def test_limit_of_patients(tmp_path):
 
 
 def command(*arguments) -> int:
-    parser = argparse.ArgumentParser()
-    add_prepare_arguments(parser)
-    return run_prepare(parser.parse_args([str(argument) for argument in arguments]))
+    return main(["prepare", *map(str, arguments)])
 
 
 def test_command_line(tmp_path, capsys):
@@ -302,46 +233,27 @@ def test_command_line(tmp_path, capsys):
 
 
 BAD_COMMANDS = {
-    "no output": (["--source", "brats", "--input", "."], "--output is needed"),
+    "no output": (["--source", "brats", "--input", "."], "--output is needed (or --check)"),
     "no input": (["--source", "folder", "--output", "x"], "--source folder needs --input"),
     "foreign option": (
         ["--source", "arrays", "--input", "x", "--class_names", "a", "--lenient", "--output", "y"],
         "--source arrays takes no --class_names, --lenient",
     ),
     "input for the phantom": (["--source", "phantom", "--input", "x"], "--source phantom takes no --input"),
+    "size": (["--source", "phantom", "--size", "0"], "size must be at least 1, not 0"),
+    "field": (["--source", "phantom", "--field_mm", "-3"], "field_mm must be above 0, not -3.0"),
+    "scale": (
+        ["--source", "phantom", "--normalize", "max"],
+        "normalize is 'max': it must be median, p99 (any percentile) or none",
+    ),
+    "seed": (["--source", "phantom", "--seed", "-1"], "--seed must be at least 0, not -1"),
+    "patients": (["--source", "brats", "--input", ".", "--patients", "0"], "--patients must be at least 1, not 0"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_COMMANDS)
-def test_command_that_makes_no_sense(case, tmp_path, monkeypatch):
+def test_command_that_makes_no_sense(case, tmp_path, monkeypatch, capsys):
     arguments, reason = BAD_COMMANDS[case]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=reason):
-        command(*arguments)
-
-
-@pytest.mark.parametrize("option", [("--size", 0), ("--size", "big"), ("--field_mm", -3), ("--seed", -1)])
-def test_option_out_of_range(option, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        command("--source", "brats", *option)
-    assert option[0] in capsys.readouterr().err
-
-
-@pytest.mark.real_data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: {DATA} (DIFFUSERS_CF_DATA) is missing")
-def test_real_arrays_by_their_fixed_split(tmp_path):
-    arguments = ("--source", "arrays", "--input", DATA / "slices" / "msd_flair.npz", "--output", tmp_path / "set")
-    split_file = DATA / "slices" / "msd_flair_splits.json"
-    assert command(*arguments, "--split_file", f"{split_file}:split_1") == 0
-    dataset = SliceDataset(tmp_path / "set", "test", cache_dir=tmp_path / "cache")
-    with np.load(DATA / "slices" / "msd_flair.npz") as stored:
-        rows = np.flatnonzero(np.isin(stored["patient"], json.loads(split_file.read_text())["split_1"]["test"]))
-        rows = rows[np.lexsort((stored["slice"][rows], stored["patient"][rows]))]
-        images, masks = stored["images"][rows], stored["masks"][rows]
-    batch = dataset.collate(dataset.__getitems__(list(range(len(dataset)))))
-    for patient in np.unique(dataset.patients):
-        own = dataset.patients == patient
-        unit = 2.5 * np.median(images[own][images[own] > 0])
-        np.testing.assert_allclose(batch["images"][own].numpy(), images[own] / unit, rtol=1e-3)
-    np.testing.assert_array_equal(batch["masks"], masks)
-    np.testing.assert_array_equal(dataset.labels, masks.any(axis=(1, 2)))
+    assert command(*arguments) == 2
+    assert capsys.readouterr().err == f"error: {reason}\n"

@@ -8,7 +8,7 @@ from hub_server import HubServer
 from training_data import write_training_set
 
 from diffusers_cf.arguments import run_command
-from diffusers_cf.data import SliceDataset, SliceStream
+from diffusers_cf.data import SliceDataset
 from diffusers_cf.errors import InputError
 
 
@@ -25,8 +25,8 @@ def content(folder):
 
 
 # What follows runs in the client's process, whose Hub is the stand-in.
-def opened(name, split, kind=SliceDataset):
-    dataset = kind(name, split)
+def opened(name, split):
+    dataset = SliceDataset(name, split)
     batch = dataset.collate(dataset.__getitems__(list(range(len(dataset)))))
     return batch["images"].numpy().tobytes(), dataset.patients.tolist(), dataset.commit
 
@@ -65,9 +65,8 @@ def client(hub, home):
         yield call
 
 
-@pytest.mark.parametrize("kind", [SliceDataset, SliceStream])
-def test_a_name_on_the_hub_stands_for_a_folder(hub, client, data, kind):
-    images, patients, commit = client(opened, "user/slices", "test", kind)
+def test_a_name_on_the_hub_stands_for_a_folder(hub, client, data):
+    images, patients, commit = client(opened, "user/slices", "test")
     own = SliceDataset(data, "test")
     assert images == own.collate(own.__getitems__(list(range(16))))["images"].numpy().tobytes()
     assert patients == ["p3"] * 8 + ["p4"] * 8 and commit == hub.repositories["datasets/user/slices"].refs["main"]
@@ -87,8 +86,7 @@ def test_a_revision_is_a_branch_or_a_commit(hub, client, data, tmp_path):
     hub.put("user/revised", content(other), branch="v1", kind="datasets")
     hub.put("user/revised", content(data), kind="datasets")
     for revision, patients in (("", {"p3", "p4"}), (f"@{first}", {"p5"}), ("@v1", {"p5"})):
-        for kind in (SliceDataset, SliceStream):
-            assert set(client(opened, f"user/revised{revision}", "test", kind)[1]) == patients
+        assert set(client(opened, f"user/revised{revision}", "test")[1]) == patients
 
 
 def test_a_folder_wins(data, tmp_path, monkeypatch):
@@ -109,19 +107,14 @@ def test_a_second_time_needs_no_network(hub, client, data, home):
             offline(opened, "user/offline", "train")
         with pytest.raises(InputError, match="user/never: not a folder, not in the local cache"):
             offline(opened, "user/never", "test")
-        with pytest.raises(InputError, match="user/offline: the download failed: .*offline mode"):
-            offline(opened, "user/offline", "test", SliceStream)
         assert hub.requests == []
     hub.stop()
     try:
         assert client(opened, "user/offline", "test") == first
-        with pytest.raises(InputError, match="user/offline: the download failed: .*refused"):
-            client(opened, "user/offline", "test", SliceStream)
     finally:
         hub.start()
 
 
-@pytest.mark.parametrize("kind", [SliceDataset, SliceStream])
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -135,7 +128,7 @@ def test_a_second_time_needs_no_network(hub, client, data, home):
         ("user/else", "patient p3, slice 30: its image has not 2048 bytes, as preprocessing.json has it"),
     ],
 )
-def test_what_the_hub_lacks_or_holds_wrongly_is_said_in_one_line(hub, client, data, tmp_path, name, reason, kind):
+def test_what_the_hub_lacks_or_holds_wrongly_is_said_in_one_line(hub, client, data, tmp_path, name, reason):
     files, smaller = content(data), content(write_training_set(tmp_path / "smaller", test=(3,)))
     facts = json.loads(files["preprocessing.json"])
 
@@ -151,48 +144,42 @@ def test_what_the_hub_lacks_or_holds_wrongly_is_said_in_one_line(hub, client, da
         if name == f"user/{key}":
             hub.put(name, held, kind="datasets")
     with pytest.raises(InputError, match=reason) as caught:
-        client(opened, name, "test", kind)
+        client(opened, name, "test")
     assert "\n" not in str(caught.value)
 
 
 def test_a_private_data_set_opens_with_the_token_of_the_log_in(hub, client, tmp_path):
-    for kind in (SliceDataset, SliceStream):
-        assert len(client(opened, "user/private", "test", kind)[1]) == 16
+    assert len(client(opened, "user/private", "test")[1]) == 16
     with client_process(hub.environment(tmp_path) | {"HF_TOKEN": None}) as anybody:
-        for kind in (SliceDataset, SliceStream):
-            with pytest.raises(InputError, match=r"user/private: neither a folder .* \(run `hf auth login`\?\)"):
-                anybody(opened, "user/private", "test", kind)
+        with pytest.raises(InputError, match=r"user/private: neither a folder .* \(run `hf auth login`\?\)"):
+            anybody(opened, "user/private", "test")
 
 
-def test_evaluation_takes_the_name_downloaded_or_streamed(hub, client, data, tmp_path):
+def test_evaluation_takes_the_name(hub, client, data, tmp_path):
     results = []
-    for number, options in enumerate((["user/slices"], ["user/slices", "--streaming"], [data, "--streaming"])):
+    for number, dataset in enumerate(("user/slices", data)):
         output = tmp_path / f"{number}.json"
         code, _, err = client(
-            command_line, "evaluate", "--method", "threshold", "--output", output, "--dataset", *options
+            command_line, "evaluate", "--method", "threshold", "--output", output, "--dataset", dataset
         )
         assert code == 0, err
         results.append(json.loads(output.read_text()))
     assert results[0]["dataset"]["commit"] == hub.repositories["datasets/user/slices"].refs["main"]
-    assert "commit" not in results[2]["dataset"]
+    assert "commit" not in results[1]["dataset"]
     timed = ("seconds_per_slice", "command", "dataset")
-    first, *others = ({key: value for key, value in result.items() if key not in timed} for result in results)
-    assert others == [first, first] and first["n_slices"] == 16
+    first, second = ({key: value for key, value in result.items() if key not in timed} for result in results)
+    assert first == second and first["n_slices"] == 16
     code, _, err = client(
         command_line, "evaluate", "--method", "threshold", "--output", output, "--dataset", "user/no"
     )
     assert code == 2 and err.startswith("error: user/no: neither a folder nor") and len(err.splitlines()) == 1
 
 
-def test_training_takes_the_name_and_streams_it(hub, client, data, home, tmp_path):
-    commit = hub.put("user/streamed", content(data), kind="datasets")
-    options = ["--dataset", "user/streamed", "--streaming", "--shuffle_buffer", "8", "--output_dir", tmp_path]
+def test_training_takes_the_name(hub, client, data, home, tmp_path):
+    commit = hub.put("user/trained", content(data), kind="datasets")
+    options = ["--dataset", "user/trained", "--output_dir", tmp_path]
     assert client(train, *options) == 0
-    shard = SHARD.format("train")
-    assert f"GET /datasets/user/streamed/resolve/{commit}/{shard}" in hub.requests
-    assert not list(home.glob(f"hub/datasets--user--streamed/snapshots/*/{shard}"))
+    assert list(home.glob(f"hub/datasets--user--trained/snapshots/{commit}/{SHARD.format('train')}"))
     facts = json.loads((tmp_path / "preprocessing.json").read_text())["training"]
-    assert facts["slices"] == 16 and facts["patients"] == 2 and "--streaming --shuffle_buffer 8" in facts["command"]
+    assert facts["slices"] == 16 and facts["patients"] == 2
     assert client(train, *options, "--resume_from_checkpoint", "checkpoint-1") == 0
-    assert client(train, "--dataset", "user/streamed", "--output_dir", tmp_path / "whole") == 0
-    assert list(home.glob(f"hub/datasets--user--streamed/snapshots/{commit}/{shard}"))

@@ -11,13 +11,11 @@ from training_data import write_training_set
 
 import train_counterfactual
 from diffusers_cf.data.slices import SliceDataset
-from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.errors import InputError
 from diffusers_cf.images import MARGIN
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import class_token_encoder, counterfactual_unet
 from diffusers_cf.training.loop import PositionBatches, TrainingSlices
-from diffusers_cf.training.stream import TrainingStream
 from train_counterfactual import parse_args, train_on_batch, training_slices
 
 
@@ -125,14 +123,12 @@ def test_each_image_weighs_the_same_in_the_loss(share):
     torch.testing.assert_close(network.weight.detach(), 1 - 0.5 * gradient)
 
 
-def test_a_stream_cuts_windows_too(tmp_path):
+def test_batches_are_cut_to_windows(tmp_path):
     data = write_training_set(tmp_path / "data", size=32, area=0.3)
-    for kind, source in ((TrainingStream, SliceStream(data, "train")), (TrainingSlices, SliceDataset(data, "train"))):
-        slices = kind(source, 0, (64, 64), crop_background=1.0, window_side=48)
-        positions = PositionBatches(0, 2, 8, 1, 0, 1)
-        for parts in slices.batches(positions, 0, False):
-            assert sum(len(part["images"]) for part in parts) == 8
-            assert [part["images"].shape[2:] for part in parts] == [(48, 48)]
+    slices = TrainingSlices(SliceDataset(data, "train"), 0, (64, 64), crop_background=1.0, window_side=48)
+    for parts in slices.batches(PositionBatches(0, 2, 8, 1, 0, 1), 0, False):
+        assert sum(len(part["images"]) for part in parts) == 8
+        assert [part["images"].shape[2:] for part in parts] == [(48, 48)]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--model", metavar="FOLDER", help="folder, Hub id or name of a model")
     method.add_argument("--method", metavar="ID", help="a baseline without training, such as threshold-flair")
     add("--dataset", required=True, help="folder written by diffusers-cf prepare, or user/name[@revision] on the Hub")
-    add("--streaming", action="store_true", help="read the data set patient by patient instead of downloading it")
     add("--split", default="test", choices=("train", "validation", "test"), help="default: %(default)s")
     add(
         "--output",
@@ -66,7 +65,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.is_dir() or output.suffix != ".json":
         raise InputError(f"{output}: the output must be a file RESULT.json")
-    dataset = open_split(args.dataset, args.split, streaming=args.streaming)
+    dataset = open_split(args.dataset, args.split)
     load = _load_model if args.model else _load_baseline
     method, settings, fingerprint = load(args, dataset)
     chosen = np.isin(dataset.patients, np.unique(dataset.patients)[: args.max_patients])

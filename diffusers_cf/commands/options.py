@@ -8,7 +8,6 @@ import torch
 
 from diffusers_cf.data.intensity import check_same_scale
 from diffusers_cf.data.slices import SliceDataset
-from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.processes import Share
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
@@ -97,7 +96,7 @@ def check_device_arguments(args: argparse.Namespace) -> None:
 
 def open_pipeline(
     model: str, device: str = "cpu", dtype: str = "float32", compile: bool = False, variant: str | None = None,
-    dataset: SliceDataset | SliceStream | None = None,
+    dataset: SliceDataset | None = None,
 ):  # fmt: skip
     """A model folder or Hub id as a [`CounterfactualDDIMPipeline`] without progress bars of its own.
 
@@ -107,7 +106,7 @@ def open_pipeline(
         dtype (`str`): a key of `DTYPES`, in which the network computes where it does no harm ([`compute_in`]).
         compile (`bool`): whether to compile the network, now.
         variant (`str`, *optional*): of the weights.
-        dataset (`SliceDataset` or `SliceStream`, *optional*): what it will be shown.
+        dataset (`SliceDataset`, *optional*): what it will be shown.
 
     Raises:
         InputError: the model can't be loaded, not be compiled, or takes other images than the data set's; the line names
@@ -135,7 +134,7 @@ def open_pipeline(
     return pipe
 
 
-def _check_takes(pipe: CounterfactualDDIMPipeline, model: str, dataset: SliceDataset | SliceStream) -> None:
+def _check_takes(pipe: CounterfactualDDIMPipeline, model: str, dataset: SliceDataset) -> None:
     known, given = pipe.preprocessing, dataset.preprocessing
     modalities, channels = known.get("modalities", given["modalities"]), pipe.unet.config.in_channels
     if list(modalities) != list(given["modalities"]):

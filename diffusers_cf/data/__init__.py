@@ -1,21 +1,14 @@
-"""Data: the slice data set, the strict NIfTI reader, and one module per source of images."""
+"""Data: the slice data set, the NIfTI reader, and the sources of images."""
 
 from diffusers_cf.data.arrays import ArraysSource
-from diffusers_cf.data.brats import BratsSource
-from diffusers_cf.data.decathlon import DecathlonSource
 from diffusers_cf.data.folder import FolderSource
 from diffusers_cf.data.phantom import PhantomSource
+from diffusers_cf.data.scans import BratsSource, DecathlonSource
 from diffusers_cf.data.slices import PatientSlices, SliceDataset
-from diffusers_cf.data.streaming import SliceStream
+from diffusers_cf.data.source import Source
 
 
-SOURCES = {
-    "phantom": PhantomSource,
-    "brats": BratsSource,
-    "decathlon": DecathlonSource,
-    "arrays": ArraysSource,
-    "folder": FolderSource,
-}
+SOURCES = {source.name: source for source in (PhantomSource, BratsSource, DecathlonSource, ArraysSource, FolderSource)}
 
 __all__ = [
     "SOURCES",
@@ -26,5 +19,5 @@ __all__ = [
     "PatientSlices",
     "PhantomSource",
     "SliceDataset",
-    "SliceStream",
+    "Source",
 ]

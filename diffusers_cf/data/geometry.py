@@ -1,9 +1,11 @@
 """From a scan's voxels to network slices and back: orientation, intensity, in-plane resampling.
 
-Volumes here are RAS-canonical (x to the patient's right, y to anterior, z to superior). A slice is shown with
-anterior up and the patient's left at the image's left: `volume[:, ::-1, z].T`. The in-plane field is a square of
-`field_mm`, centred on the centre of the scan's frame.
+Volumes here are RAS-canonical: x to the patient's right, y to anterior, z to superior. A slice is shown with anterior
+up and the patient's left at the image's left: `volume[:, ::-1, z].T`. The in-plane field is a square of `field_mm`,
+centred on the centre of the scan's frame.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,19 +18,19 @@ FIELD_MM = 240.0
 
 
 def check_geometry(size: int, field_mm: float, normalize: str = DEFAULT_NORMALIZE) -> None:
-    """Raises ValueError if size, field (mm) or intensity scale make no sense."""
+    """Raise `InputError` for a size, a field (mm) or an intensity scale that can't be."""
     if size < 1:
-        raise ValueError(f"size must be at least 1, not {size}")
+        raise InputError(f"size must be at least 1, not {size}")
     if not 0 < field_mm < float("inf"):
-        raise ValueError(f"field_mm must be above 0, not {field_mm}")
+        raise InputError(f"field_mm must be above 0, not {field_mm}")
     check_normalize(normalize)
 
 
 def area_weights(n_in: int, spacing_mm: float, size: int, field_mm: float) -> np.ndarray:
-    """Weights (size, n_in) that bring one axis of a scan to `size` pixels over the field.
+    """Return the weights `(size, n_in)` that resample one axis of a scan to `size` pixels over the field.
 
-    Shrinking averages over each pixel's area, growing interpolates linearly; what lies outside the frame counts as
-    0. Works for any ratio, also where the field is no whole number of voxels.
+    Shrinking averages over each pixel's area, growing interpolates linearly. Outside the frame the scan counts as 0.
+    Any ratio works, also where the field is not a whole number of voxels.
     """
     pixel_mm = field_mm / size
     voxels = (np.arange(n_in) - (n_in - 1) / 2) * spacing_mm
@@ -43,7 +45,7 @@ def area_weights(n_in: int, spacing_mm: float, size: int, field_mm: float) -> np
 
 
 def linear_weights(n_out: int, spacing_mm: float, size: int, field_mm: float) -> np.ndarray:
-    """Weights (n_out, size) that bring one axis of a map back to the scan's voxels, linearly; 0 outside the field."""
+    """Return the weights `(n_out, size)` that interpolate one axis of a map at the scan's voxels; 0 outside the field."""
     pixel_mm = field_mm / size
     voxels = (np.arange(n_out) - (n_out - 1) / 2) * spacing_mm
     position = voxels / pixel_mm + (size - 1) / 2
@@ -54,104 +56,97 @@ def linear_weights(n_out: int, spacing_mm: float, size: int, field_mm: float) ->
 
 
 def display(volume: np.ndarray) -> np.ndarray:
-    """RAS (..., X, Y, Z) to slices (Z, ..., Y, X) in display orientation: row 0 anterior, column 0 patient's left."""
+    """Turn RAS `(..., X, Y, Z)` into slices `(Z, ..., Y, X)`: row 0 anterior, column 0 the patient's left."""
     return np.moveaxis(np.swapaxes(volume[..., ::-1, :], -3, -2), -1, 0)
 
 
 def undisplay(slices: np.ndarray) -> np.ndarray:
-    """The inverse of `display`: slices (Z, ..., Y, X) to RAS (..., X, Y, Z)."""
+    """Invert `display`: slices `(Z, ..., Y, X)` to RAS `(..., X, Y, Z)`."""
     return np.swapaxes(np.moveaxis(slices, 0, -1), -3, -2)[..., ::-1, :]
 
 
-def content_range(volume: np.ndarray) -> tuple[int, int]:
-    """First and one past the last axial index with a voxel above 0 in any channel of a RAS volume (C, X, Y, Z).
-
-    Raises:
-        InputError: There is none.
-    """
-    filled = np.flatnonzero((volume > 0).any(axis=(0, 1, 2)))
-    if not filled.size:
-        raise InputError("the scan is empty: no voxel above 0")
-    return int(filled[0]), int(filled[-1]) + 1
-
-
-def resample_slices(slices: np.ndarray, spacing_mm, size: int, field_mm: float = FIELD_MM) -> np.ndarray:
-    """Slices (..., Y, X) in display orientation to float32 (..., size, size) over the field.
+def resample_slices(
+    slices: np.ndarray, spacing_mm: Sequence[float], size: int, field_mm: float = FIELD_MM
+) -> np.ndarray:
+    """Resample slices `(..., Y, X)` in display orientation to float32 `(..., size, size)` over the field.
 
     Args:
-        slices: Values; 0 outside the frame is assumed.
-        spacing_mm: (x, y, ...) voxel size in mm.
-        size: Pixels along each side.
-        field_mm: Side of the square field in mm.
+        slices (`np.ndarray`): values, taken as 0 outside the frame.
+        spacing_mm (`Sequence[float]`): voxel size along x, y, .. in mm.
+        size (`int`): pixels along each side.
+        field_mm (`float`): side of the square field in mm.
     """
     rows = area_weights(slices.shape[-2], float(spacing_mm[1]), size, field_mm)
     columns = area_weights(slices.shape[-1], float(spacing_mm[0]), size, field_mm)
     return rows @ np.asarray(slices, dtype=np.float32) @ columns.T
 
 
-def slices_from_volume(
-    patient: str,
-    volume: np.ndarray,
-    mask: np.ndarray | None,
-    spacing_mm,
-    size: int,
-    field_mm: float = FIELD_MM,
-    normalize: str = DEFAULT_NORMALIZE,
-) -> PatientSlices:
-    """Cuts a patient's scans into normalised axial slices (with p99 the protocol of Sec. 4 of the paper).
+def resample_mask(masks: np.ndarray, spacing_mm: Sequence[float], size: int, field_mm: float) -> np.ndarray:
+    """Resample masks `(..., Y, X)`, above 0 = lesion, to uint8 `(..., size, size)`: 1 if lesion fills half a pixel."""
+    share = resample_slices(masks > 0, spacing_mm, size, field_mm)
+    return (share >= 0.5 - 1e-5).astype(np.uint8)  # the margin absorbs float32 rounding
 
-    Each channel is divided by the intensity that becomes 1 (`unit_intensity`); voxels below 0 become background. Kept
-    are the slices from the first to the last one with content. A slice is unhealthy (1) if the mask has any voxel
-    there at the scan's own resolution, also when the lesion is too small to survive the resampling of the mask.
+
+def slices_from_volume(
+    patient: str, volume: np.ndarray, mask: np.ndarray | None, spacing_mm: Sequence[float], size: int,
+    field_mm: float = FIELD_MM, normalize: str = DEFAULT_NORMALIZE,
+) -> PatientSlices:  # fmt: skip
+    """Cut a patient's scans into axial slices on the intensity scale (with p99 the protocol of Sec. 4 of the paper).
+
+    Each channel is divided by the intensity that becomes 1 (`unit_intensity`); voxels below 0 become background. The
+    slices go from the first to the last one with content. A slice is unhealthy (1) if the mask has any voxel there at
+    the scan's own resolution, also when the lesion is too small to survive the resampling of the mask.
 
     Args:
-        patient: Id of the patient.
-        volume: float32 (C, X, Y, Z), RAS-canonical, scanner units, no NaN.
-        mask: (X, Y, Z), above 0 = lesion, or None: then every label is 0 and there are no masks.
-        spacing_mm: (3,) voxel size along x, y, z in mm.
-        size: Pixels along each side of a slice.
-        field_mm: Side of the square in-plane field in mm, centred on the frame.
-        normalize: The intensity scale (`intensity.py`).
+        patient (`str`): id of the patient.
+        volume (`np.ndarray`): `(C, X, Y, Z)`, RAS-canonical, scanner units, no NaN.
+        mask (`np.ndarray`, *optional*): `(X, Y, Z)`, above 0 = lesion; without it every label is 0 and there are no
+            masks.
+        spacing_mm (`Sequence[float]`): voxel size along x, y, z in mm.
+        size (`int`): pixels along each side of a slice.
+        field_mm (`float`): side of the square in-plane field in mm, centred on the frame.
+        normalize (`str`): the intensity scale (`intensity.py`).
 
     Raises:
-        InputError: A channel has no voxel above 0, or some that are infinite in units of the scale.
+        InputError: a channel has no voxel above 0, or some that are infinite in units of the scale.
     """
-    first, last = content_range(volume)
-    scales = []
-    for index, channel in enumerate(volume):
-        if not (channel > 0).any():
-            raise InputError(f"{patient}: channel {index} is empty: no voxel above 0")
-        scales.append(unit_intensity(channel, normalize))
+    empty = [index for index, channel in enumerate(volume) if not (channel > 0).any()]
+    if empty:
+        raise InputError(f"{patient}: channel {empty[0]} is empty: no voxel above 0")
+    filled = np.flatnonzero((volume > 0).any(axis=(0, 1, 2)))
+    first, last = int(filled[0]), int(filled[-1]) + 1
     images = np.empty((last - first, len(volume), size, size), dtype=np.float32)
     for index, channel in enumerate(volume):
-        with np.errstate(over="ignore", invalid="ignore"):  # said below
-            shown = np.clip(display(channel[..., first:last]), 0, None) / np.float32(scales[index])
-            images[:, index] = resample_slices(shown, spacing_mm, size, field_mm)
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
+            scale = np.float32(unit_intensity(channel, normalize))
+            images[:, index] = resample_slices(
+                np.clip(display(channel[..., first:last]), 0, None) / scale, spacing_mm, size, field_mm
+            )
     if not np.isfinite(images).all():
         raise InputError(f"{patient}: intensities lie too far apart: on the scale {normalize} some are infinite")
     labels, masks = np.zeros(last - first, dtype=np.int64), None
     if mask is not None:
         lesion = display(mask[..., first:last] > 0)
         labels = lesion.any(axis=(1, 2)).astype(np.int64)
-        # A voxel belongs to the lesion if at least half its area does; the margin absorbs float32 rounding.
-        masks = (resample_slices(lesion, spacing_mm, size, field_mm) >= 0.5 - 1e-5).astype(np.uint8)
+        masks = resample_mask(lesion, spacing_mm, size, field_mm)
     return PatientSlices(patient, images, labels, np.arange(first, last, dtype=np.int64), masks)
 
 
 def volume_from_slices(
-    maps: np.ndarray, slices: np.ndarray, shape: tuple[int, int, int], spacing_mm, field_mm: float = FIELD_MM
-) -> np.ndarray:
-    """Puts maps back into the grid of the scan: the inverse of the resampling in `slices_from_volume`.
+    maps: np.ndarray, slices: np.ndarray, shape: tuple[int, int, int], spacing_mm: Sequence[float],
+    field_mm: float = FIELD_MM,
+) -> np.ndarray:  # fmt: skip
+    """Put maps back into the grid of the scan: the inverse of the resampling in `slices_from_volume`.
 
     Args:
-        maps: (S, H, W) square, in display orientation over the field.
-        slices: (S,) axial index of each map, as in `PatientSlices.slices`.
-        shape: (X, Y, Z) of the RAS-canonical scan.
-        spacing_mm: (3,) voxel size in mm.
-        field_mm: Side of the field the maps cover, in mm.
+        maps (`np.ndarray`): square `(S, H, W)`, in display orientation over the field.
+        slices (`np.ndarray`): `(S,)` axial index of each map, as in `PatientSlices.slices`.
+        shape (`tuple[int, int, int]`): `(X, Y, Z)` of the RAS-canonical scan.
+        spacing_mm (`Sequence[float]`): voxel size along x, y, z in mm.
+        field_mm (`float`): side of the field of the maps, in mm.
 
     Returns:
-        float32 (X, Y, Z), bilinear in-plane; 0 outside the field and in slices without a map.
+        `np.ndarray`: float32 `(X, Y, Z)`, bilinear in-plane; 0 outside the field and in slices without a map.
     """
     x, y, z = shape
     rows = linear_weights(y, float(spacing_mm[1]), maps.shape[-2], field_mm)
@@ -161,23 +156,16 @@ def volume_from_slices(
     return np.ascontiguousarray(undisplay(stack))
 
 
-def canonical_orientation(affine: np.ndarray) -> np.ndarray:
-    """Orientation (3, 2), as in nibabel.orientations, that takes a scan's axes to RAS."""
-    import nibabel
-
-    return nibabel.io_orientation(affine)
-
-
 def to_ras(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Flips and permutes (X, Y, Z[, T]) from the scan's own axes to RAS; no interpolation."""
+    """Flip and permute `(X, Y, Z[, T])` from the scan's own axes to RAS, without interpolation."""
     import nibabel
 
-    return nibabel.apply_orientation(volume, canonical_orientation(affine))
+    return nibabel.apply_orientation(volume, nibabel.io_orientation(affine))
 
 
 def from_ras(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """The inverse of `to_ras`: RAS (X, Y, Z[, T]) to the axes of the scan whose own affine is given."""
+    """Invert `to_ras`: RAS `(X, Y, Z[, T])` to the axes of the scan with this affine."""
     import nibabel
 
     ras = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
-    return nibabel.apply_orientation(volume, nibabel.orientations.ornt_transform(ras, canonical_orientation(affine)))
+    return nibabel.apply_orientation(volume, nibabel.orientations.ornt_transform(ras, nibabel.io_orientation(affine)))

@@ -4,8 +4,8 @@
     p99       the 99th percentile of the foreground (Sec. 4 of the paper); p98 and the like for other percentiles
     none      1: images as they are
 
-A lesion is bright and a small share of the brain: it moves the 99th percentile and leaves the median where it is. So
-with `p99` a large lesion makes healthy tissue dark, and no one threshold or network fits all patients.
+A lesion is bright and a small share of the brain. It raises the 99th percentile and hardly changes the median. With
+`p99` a large lesion therefore makes healthy tissue dark, and no single threshold or network fits all patients.
 """
 
 import re
@@ -22,26 +22,25 @@ _PERCENTILE = re.compile(r"p(\d{1,2}(?:\.\d+)?|100)")
 
 
 def check_normalize(normalize: str) -> None:
-    """Raises ValueError unless it is the name of an intensity scale."""
+    """Raise `InputError` unless `normalize` is the name of an intensity scale."""
     if not isinstance(normalize, str) or not (normalize in ("median", "none") or _PERCENTILE.fullmatch(normalize)):
-        raise ValueError(f"normalize is {normalize!r}: it must be median, p99 (any percentile) or none")
+        raise InputError(f"normalize is {normalize!r}: it must be median, p99 (any percentile) or none")
 
 
 def unit_intensity(volume: np.ndarray, normalize: str) -> float:
-    """The intensity that becomes 1, in the units of one modality of one scan.
+    """Return the intensity that becomes 1, in the units of one modality of one scan.
 
     Args:
-        volume: Intensities of any shape; the foreground is what is above 0.
-        normalize: Name of the scale.
+        volume (`np.ndarray`): intensities of any shape; the foreground is what is above 0.
+        normalize (`str`): name of the scale.
 
     Raises:
-        InputError: No voxel is above 0.
-        ValueError: There is no such scale.
+        InputError: no voxel is above 0, or there is no such scale.
     """
     check_normalize(normalize)
     if normalize == "none":
         return 1.0
-    foreground = volume[volume > 0]
+    foreground = volume[volume > 0].astype(np.float32)
     if not foreground.size:
         raise InputError("the scan is empty: no voxel above 0")
     if normalize == "median":
@@ -50,9 +49,9 @@ def unit_intensity(volume: np.ndarray, normalize: str) -> float:
 
 
 def normalize_of(facts: Mapping) -> str:
-    """The scale of the images that a preprocessing.json describes, of a data set or of a model.
+    """Return the scale of the images that a preprocessing.json describes, of a data set or of a model.
 
-    Files written before there was a choice name a percentile, or None for images as they are.
+    Older files have no `normalize`. They name a percentile, or None for images as they are.
     """
     if "normalize" in facts:
         return facts["normalize"]
@@ -61,29 +60,26 @@ def normalize_of(facts: Mapping) -> str:
 
 
 def with_named_scale(facts: Mapping) -> dict:
-    """The facts with `normalize`, in the place of the percentile that older files name."""
+    """Return the content of a preprocessing.json with `normalize` instead of the percentile that older files name."""
     return {name: value for name, value in facts.items() if name != "percentile"} | {"normalize": normalize_of(facts)}
 
 
 def unit_in_words(normalize: str) -> str:
-    """What 1 means, for legends and help: `1 = 99th percentile` and the like."""
+    """Return what 1 means, for legends and help: `1 = 99th percentile` and the like."""
     if normalize == "median":
         return f"1 = {MEDIANS_OF_ONE:g} x the foreground's median"
     return "1 = value 1 of the images" if normalize == "none" else f"1 = {normalize[1:]}th percentile"
 
 
 def check_same_scale(model: str, of_model: Mapping, dataset: str, of_dataset: Mapping, hint: str = "") -> None:
-    """Refuses to show a model images of another scale than its own.
+    """Raise `InputError` if a model and a data set differ in their intensity scale.
 
     Args:
-        model: Its name, for the message.
-        of_model: preprocessing.json of the model.
-        dataset: Its name.
-        of_dataset: preprocessing.json of the data set.
-        hint: What the message says at its end.
-
-    Raises:
-        InputError: The scales differ.
+        model (`str`): name of the model, for the message.
+        of_model (`Mapping`): preprocessing.json of the model.
+        dataset (`str`): name of the data set, for the message.
+        of_dataset (`Mapping`): preprocessing.json of the data set.
+        hint (`str`): end of the message.
     """
     known, given = normalize_of(of_model), normalize_of(of_dataset)
     if known != given:

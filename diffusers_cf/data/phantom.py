@@ -1,11 +1,11 @@
-"""The phantom: real anatomy, invented disease, so that everything runs without a download.
+"""The phantom: real anatomy with invented disease, so that everything runs without a download.
 
-The healthy brain is made in `phantom_anatomy`; here it gets confounders (bright spots and caps, choroid plexus,
-vessels, meninges: in every patient, whether sick or not), most often one tumour, and the scanner's appearance. Each of
-these draws from a stream of its own, so a patient without the tumour is the same patient everywhere else.
+`phantom_anatomy` makes the healthy brain. This module adds confounders (bright spots and caps, choroid plexus, vessels,
+meninges) to every patient, a tumour to most of them, and the scanner's appearance. Each of these draws from a random
+stream of its own, so a patient without the tumour is the same patient everywhere else.
 
 The patients of seed 0 are an exam: PHANTOM_VERSION, FROZEN_SEED and FROZEN_SPLITS are frozen. A change of what
-`make_patient` returns may only make the exam harder, raises the version, and stands in the change log.
+`make_patient` returns may only make the exam harder, must raise the version, and is recorded in the change log.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import numpy as np
 from diffusers_cf.data.geometry import slices_from_volume
 from diffusers_cf.data.phantom_anatomy import SHAPE, SPACING_MM, Head, MassEffect
 from diffusers_cf.data.slices import PatientSlices
+from diffusers_cf.data.source import Source
 from diffusers_cf.errors import InputError
 
 
@@ -35,10 +36,12 @@ class PhantomPatient:
     """One phantom patient.
 
     Attributes:
-        patient: Id such as `phantom-s0-0012`: seed, then index.
-        volumes: (4, X, Y, Z) float32 in flair, t1, t1ce, t2 order, whole scanner units, 0 exactly outside the brain.
-        labels: (X, Y, Z) uint8 BraTS values: 1 necrosis or solid core, 2 oedema, 4 enhancing, 0 elsewhere.
-        affine: (4, 4) voxel to RAS+ millimetres.
+        patient (`str`): id such as `phantom-s0-0012`: seed, then index.
+        volumes (`np.ndarray`): float32 `(4, X, Y, Z)` in the order flair, t1, t1ce, t2, in whole scanner units, exactly
+            0 outside the brain.
+        labels (`np.ndarray`): uint8 `(X, Y, Z)`, BraTS values: 1 necrosis or solid core, 2 oedema, 4 enhancing, 0
+            elsewhere.
+        affine (`np.ndarray`): `(4, 4)`, from voxel index to RAS millimetres.
     """
 
     patient: str
@@ -48,7 +51,7 @@ class PhantomPatient:
 
     @property
     def mask(self) -> np.ndarray:
-        """The whole lesion, (X, Y, Z) uint8."""
+        """The whole lesion, uint8 `(X, Y, Z)`."""
         return (self.labels > 0).astype(np.uint8)
 
     @property
@@ -58,12 +61,12 @@ class PhantomPatient:
 
 
 def make_patient(seed: int, index: int, tumour: bool = True) -> PhantomPatient:
-    """Make the patient `index` of the cohort `seed`; the same arguments give the same patient, about 1 s.
+    """Make patient `index` of cohort `seed`, which takes about 1 s; the same arguments give the same patient.
 
     Args:
-        seed: The cohort, >= 0.
-        index: The patient, >= 0.
-        tumour: False leaves out the tumour (85 % of patients have one) and nothing else.
+        seed (`int`): the cohort, 0 or more.
+        index (`int`): the patient, 0 or more.
+        tumour (`bool`): False leaves out the tumour (85 % of patients have one) and nothing else.
     """
     root = np.random.default_rng([PHANTOM_VERSION, seed, index])
     anatomy_rng, tumour_rng, confounder_rng, scanner_rng = root.spawn(4)
@@ -92,7 +95,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _tissue_signal(head: Head, rng: np.random.Generator, tissue: tuple) -> np.ndarray:
-    """Healthy signal (4, N): tissue fractions by this patient's tissue intensities, with texture."""
+    """Return the healthy signal (4, N): tissue fractions times this patient's tissue intensities, with texture."""
     intensities = TISSUE_SIGNAL * np.exp(rng.normal(0, 0.05, size=(4, 3)))
     signal = intensities @ np.stack(tissue)
     shared = head.noise(rng, 9.0)
@@ -102,7 +105,7 @@ def _tissue_signal(head: Head, rng: np.random.Generator, tissue: tuple) -> np.nd
 
 
 def _scan(head: Head, rng: np.random.Generator, signal: np.ndarray) -> np.ndarray:
-    """What the scanner records of `signal` (4, N): bias field, Rician noise, gain, whole numbers of at least 1."""
+    """Return what the scanner records of `signal` (4, N): bias field, Rician noise, gain, whole numbers from 1 up."""
     scans = np.empty_like(signal)
     for row, scan in zip(signal, scans, strict=True):
         bias = np.exp(rng.uniform(0.03, 0.10) * head.noise(rng, 90.0))
@@ -119,10 +122,10 @@ def _blend(signal: np.ndarray, weight: np.ndarray, target: np.ndarray | list) ->
 
 
 def _add_confounders(head: Head, rng: np.random.Generator, signal: np.ndarray, mni: np.ndarray, tissue: tuple) -> None:
-    """Add what fools a threshold and is no lesion, drawn alike for healthy and sick patients, in place.
+    """Add bright structures that are no lesions, drawn alike for healthy and sick patients, in place.
 
-    White-matter disease of age has the signal of oedema, but sits around the ventricles on both sides or in small
-    spots; choroid plexus, vessels and meninges enhance as tumour does.
+    Age-related white-matter disease has the signal of oedema, but lies around the ventricles on both sides or in small
+    spots. Choroid plexus, vessels and meninges enhance as a tumour does.
     """
     _, _, white = tissue
     ventricle = head.template.sample("ventricle", mni)
@@ -156,7 +159,7 @@ def _blend_oedema(signal: np.ndarray, weight: np.ndarray, strength: float) -> No
 
 
 def _spots(head: Head, rng: np.random.Generator, mni: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """White-matter spots of 2 to 7 mm, weights (N,): their number varies from none to dozens."""
+    """Return the weights (N,) of white-matter spots of 2 to 7 mm, from none to dozens."""
     white = head.template.sample("white", head.mni)
     near = np.exp(-head.template.sample("ventricle", head.mni) / 14)
     chance = np.cumsum((white > 0.6) * (head.mni[2] > -8) * (head.depth > 9) * (0.15 + near))
@@ -186,7 +189,7 @@ class _Tumour:
         self.mni = head.pushed(push)
 
     def add(self, signal: np.ndarray, tissue: tuple) -> np.ndarray:
-        """Write the tumour into `signal` (4, N) in place; gives the BraTS labels (N,)."""
+        """Write the tumour into `signal` (4, N) in place; return the BraTS labels (N,)."""
         head, rng = self.head, self.rng
         fluid, _, white = tissue
         lumps = np.clip(0.18 * head.noise(rng, 22.0) + 0.07 * head.noise(rng, 8.0), -0.35, 0.35)
@@ -215,7 +218,7 @@ class _Tumour:
 
 
 def write_patient(patient: PhantomPatient, folder: str | Path) -> Path:
-    """Write a patient in BraTS layout, `folder/ID/ID_{flair,t1,t1ce,t2,seg}.nii.gz`; gives the patient's folder.
+    """Write a patient in BraTS layout, `folder/ID/ID_{flair,t1,t1ce,t2,seg}.nii.gz`; return its folder.
 
     Images are int16 (the volumes hold whole numbers, so nothing is lost), the segmentation is uint8.
     """
@@ -229,42 +232,42 @@ def write_patient(patient: PhantomPatient, folder: str | Path) -> Path:
     return target
 
 
-class PhantomSource:
+class PhantomSource(Source):
     """The phantom as a source of slices.
 
     Args:
-        seed: The cohort; 0 is the frozen exam.
-        patients: How many, at least 3 (one for each split).
-        size: Side of a slice in pixels.
-        field_mm: Side of the square field a slice shows, in mm.
-        normalize: Intensity scale (`diffusers_cf.data.intensity`); the frozen exam has the paper's.
+        seed (`int`): the cohort, 0 or more; 0 is the frozen exam.
+        patients (`int`): how many, at least 3 (one for each split).
+        size (`int`): pixels along each side of a slice.
+        field_mm (`float`): side of the square field that a slice shows, in mm.
+        normalize (`str`): intensity scale (`intensity.py`); the frozen exam has the paper's.
 
     Raises:
-        InputError: If there are too few patients for three splits, or the seed is negative.
+        InputError: there are too few patients for three splits, or the seed is negative.
     """
 
     name = "phantom"
     modalities = MODALITIES
-    class_names = ("healthy", "unhealthy")
-    has_masks = True
 
     def __init__(
         self, seed: int = FROZEN_SEED, patients: int = 340, size: int = 128, field_mm: float = 240.0,
         normalize: str = "p99",
     ):  # fmt: skip
+        super().__init__("", size, field_mm, normalize)
         if patients < 3:
             raise InputError(f"the phantom needs at least 3 patients, one for each split, not {patients}")
         if seed < 0:
             raise InputError(f"the phantom's seed must be 0 or more, not {seed}")
-        self.seed, self.size, self.field_mm, self.normalize = seed, size, field_mm, normalize
+        self.seed = seed
         self._index = {f"phantom-s{seed}-{index:04d}": index for index in range(patients)}
 
     def patients(self) -> list[str]:
-        """Ids of all patients, sorted."""
         return sorted(self._index)
 
+    def problems(self, patient: str) -> list[str]:
+        return []
+
     def read(self, patient: str) -> PatientSlices:
-        """Make the patient and cut it into slices."""
         if patient not in self._index:
             raise InputError(f"{patient}: no such patient among the {len(self._index)} of this phantom")
         return self.slices(make_patient(self.seed, self._index[patient]))
@@ -274,18 +277,13 @@ class PhantomSource:
         geometry = {"size": self.size, "field_mm": self.field_mm, "normalize": self.normalize}
         return slices_from_volume(made.patient, made.volumes, made.mask, tuple(SPACING_MM), **geometry)
 
-    def problems(self, patient: str) -> list[str]:
-        """What is wrong with the patient, in words: nothing ever is."""
-        return []
-
     def fixed_splits(self) -> dict[str, list[str]]:
-        """Patients of each split, by index; for other counts than 340 in the same proportions, one at least."""
+        """Return the patients of each split, by index, in the proportions of the 340 frozen ones, at least one each."""
         ids = list(self._index)
         total = sum(FROZEN_SPLITS.values())
         validation, test = (max(1, round(len(ids) * FROZEN_SPLITS[name] / total)) for name in ("validation", "test"))
         train = len(ids) - validation - test
-        return {
-            "train": ids[:train],
-            "validation": ids[train : train + validation],
-            "test": ids[train + validation :],
-        }
+        return {"train": ids[:train], "validation": ids[train : train + validation], "test": ids[train + validation :]}
+
+    def facts(self) -> dict:
+        return {}

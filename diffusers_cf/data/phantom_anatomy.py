@@ -32,7 +32,7 @@ class Template:
     origin: np.ndarray  # MNI position of voxel (0, 0, 0)
 
     def sample(self, name: str, mni: np.ndarray) -> np.ndarray:
-        """Value of the map `name` at MNI positions (3, N), linear, 0 outside the template."""
+        """Return the map `name` at MNI positions (3, N), by linear interpolation, 0 outside the template."""
         values = getattr(self, name)
         step = 2.0 if name in ("depth", "ventricle") else 1.0
         return ndimage.map_coordinates(values, (mni - self.origin[:, None]) / step, output=np.float64, order=1)
@@ -43,7 +43,7 @@ def load_template() -> Template:
     """Read the ICBM 2009a maps that ship inside the nilearn wheel (no download); once per process, about 2 s.
 
     Raises:
-        InputError: If nilearn is not installed.
+        InputError: nilearn is not installed.
     """
     try:
         from nilearn import datasets
@@ -75,7 +75,7 @@ def load_template() -> Template:
 
 
 def _spline_weights(length: int, step: float) -> np.ndarray:
-    """Cubic B-spline weights (length, knots) from knots `step` voxels apart, each row of unit energy."""
+    """Return cubic B-spline weights (length, knots) for knots `step` voxels apart, each row of unit energy."""
     position = np.arange(length) / step
     knots = np.arange(int(np.floor(position[-1])) + 4) - 1
     t = np.abs(position[:, None] - knots[None, :])
@@ -85,7 +85,7 @@ def _spline_weights(length: int, step: float) -> np.ndarray:
 
 
 def smooth_noise(rng: np.random.Generator, scale_mm: float) -> np.ndarray:
-    """Gaussian noise of mean 0 and variance 1 on the frame, (X, Y, Z), smooth over about `scale_mm`."""
+    """Return Gaussian noise (X, Y, Z) of mean 0 and variance 1 on the frame, smooth over about `scale_mm`."""
     steps = np.maximum(scale_mm / SPACING_MM, 1.0)
     wx, wy, wz = (_spline_weights(n, step) for n, step in zip(SHAPE, steps, strict=True))
     knots = rng.standard_normal((wx.shape[1], wy.shape[1], wz.shape[1]))
@@ -101,7 +101,7 @@ class MassEffect:
     reach: float  # mm; nothing moves beyond
 
     def source(self, frame: np.ndarray) -> np.ndarray:
-        """Where the tissue at frame positions (3, N) came from."""
+        """Return where the tissue at frame positions (3, N) came from."""
         offset = frame - self.centre[:, None]
         radius = np.sqrt((offset**2).sum(axis=0))
         return frame - offset * (self.amount * np.clip(1 - radius / self.reach, 0, None) ** 2)
@@ -111,7 +111,8 @@ class Head:
     """One patient's brain: which voxels of the frame it fills and where each came from in the template.
 
     Args:
-        rng: The patient's anatomy stream: rotation of a few degrees, scale within 8 %, shift, smooth warp, atrophy.
+        rng (`np.random.Generator`): the patient's anatomy stream, for a rotation of a few degrees, a scale within 8 %, a
+            shift, a smooth warp and atrophy.
     """
 
     def __init__(self, rng: np.random.Generator):
@@ -135,15 +136,15 @@ class Head:
         return self.rotation @ (frame - self.shift[:, None]) + warp + BRAIN_CENTRE_MNI[:, None]
 
     def pushed(self, mass_effect: MassEffect) -> np.ndarray:
-        """Template positions (3, N) of the brain voxels once a tumour has pushed the tissue aside."""
+        """Return template positions (3, N) of the brain voxels once a tumour has pushed the tissue aside."""
         return self._to_mni(mass_effect.source(self.frame), self.warp)
 
     def noise(self, rng: np.random.Generator, scale_mm: float) -> np.ndarray:
-        """smooth_noise at the brain voxels, (N,)."""
+        """Return `smooth_noise` at the brain voxels, (N,)."""
         return smooth_noise(rng, scale_mm).reshape(-1)[self.voxels]
 
     def tissue(self, mni: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Fractions (fluid, grey, white), each (N,), that sum to 1 at template positions (3, N)."""
+        """Return the fractions of fluid, grey and white matter, each (N,), at template positions (3, N); their sum is 1."""
         grey, white = self.template.sample("grey", mni), self.template.sample("white", mni)
         fluid = np.clip(1 - grey - white, 0, 1) * self.fluid_gain
         # The maps are averages over people; squaring gives back the sharp borders of a single brain.
@@ -152,14 +153,14 @@ class Head:
         return (fluid + 1e-6) / total, grey / total, white / total
 
     def volume(self, values: np.ndarray, dtype: type) -> np.ndarray:
-        """Brain voxels (N,) put back into a volume (X, Y, Z), 0 outside the brain."""
+        """Put brain voxels (N,) back into a volume (X, Y, Z), 0 outside the brain."""
         full = np.zeros(int(np.prod(SHAPE)), dtype)
         full[self.voxels] = values
         return full.reshape(SHAPE)
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:
-    """Rotation matrix (3, 3) about x, then y, then z by `angles` in radians."""
+    """Return the rotation matrix (3, 3) about x, then y, then z by `angles` in radians."""
     (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])

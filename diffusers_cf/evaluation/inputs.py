@@ -2,15 +2,15 @@
 
 import numpy as np
 
-from diffusers_cf.data import SliceDataset, SliceStream
+from diffusers_cf.data import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.sweep import evenly_spread
 from diffusers_cf.settings import check_signs
 
 
-def open_split(folder: str, split: str, masks: bool = True, streaming: bool = False) -> SliceDataset | SliceStream:
+def open_split(folder: str, split: str, masks: bool = True) -> SliceDataset:
     """Open a split that has slices and, unless `masks` is False, lesion masks; raise `InputError` otherwise."""
-    dataset = (SliceStream if streaming else SliceDataset)(folder, split)
+    dataset = SliceDataset(folder, split)
     if masks and not dataset.has_masks:
         raise InputError(f"{folder} has no lesion masks: it can train a model, but can't be evaluated")
     if not len(dataset):

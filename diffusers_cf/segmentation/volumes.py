@@ -146,7 +146,9 @@ def read_volumes(
     seg = scans.pop("seg").data > 0 if "seg" in scans else None
     originals.pop("seg", None)
     spacing_mm = next(iter(scans.values())).spacing_mm
-    return PatientVolumes(patient, np.stack([scan.data for scan in scans.values()]), seg, spacing_mm, originals)
+    return PatientVolumes(
+        patient, np.stack([scan.data for scan in scans.values()], dtype=np.float32), seg, spacing_mm, originals
+    )
 
 
 def network_slices(volumes: PatientVolumes, config: dict) -> PatientSlices:

@@ -7,14 +7,13 @@ from diffusers import UNet2DConditionModel
 
 from diffusers_cf.data.intensity import check_same_scale
 from diffusers_cf.data.slices import SliceDataset
-from diffusers_cf.data.streaming import SliceStream
 from diffusers_cf.errors import InputError
 from diffusers_cf.model_facts import modalities_of
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.settings import check_signs
 
 
-def open_base(args, dataset: SliceDataset | SliceStream) -> CounterfactualDDIMPipeline | None:
+def open_base(args, dataset: SliceDataset) -> CounterfactualDDIMPipeline | None:
     """The pipeline to fine-tune, if there is one and it fits the data set; of its modalities those of the data set.
 
     Raises:
@@ -63,7 +62,7 @@ def keep_channels(unet: UNet2DConditionModel, channels: Sequence[int]) -> UNet2D
     return kept
 
 
-def _check_fits(args, pipe: CounterfactualDDIMPipeline, dataset: SliceDataset | SliceStream) -> None:
+def _check_fits(args, pipe: CounterfactualDDIMPipeline, dataset: SliceDataset) -> None:
     channels, classes = pipe.unet.config.in_channels, pipe.class_encoder and pipe.class_encoder.config.class_names
     if channels != dataset.preprocessing["channels"]:
         raise InputError(

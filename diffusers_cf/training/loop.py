@@ -33,7 +33,7 @@ class TrainingImages:
     """What becomes of a slice at a global position of the run, wherever its row is from.
 
     Args:
-        slices: a `SliceDataset` or `SliceStream` (anything with `collate`).
+        slices: a `SliceDataset` (anything with `collate`).
         seed (`int`): of the run.
         image_size (`tuple[int, int]`): height and width of the network's input.
         num_train_timesteps (`int`): T; timesteps are drawn uniformly from [0, T).

@@ -19,7 +19,7 @@ LEAST = {
     "seed": 0, "train_batch_size": 1, "gradient_accumulation_steps": 1, "max_train_steps": 1, "num_train_epochs": 1,
     "max_train_samples": 1, "learning_rate": 0, "lr_warmup_steps": 0, "ddpm_num_steps": 1, "dataloader_num_workers": 0,
     "checkpointing_steps": 1, "checkpoints_total_limit": 1, "validation_steps": 0, "num_validation_slices": 1,
-    "logging_steps": 1, "shuffle_buffer": 1,
+    "logging_steps": 1,
 }  # fmt: skip
 
 
@@ -48,9 +48,6 @@ def parse_args(args: list[str] | None = None) -> Namespace:
         parser.error(f"--first_timesteps is {args.first_timesteps}: it must lie in (0, 1]")
     if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
         parser.error(f"--resolution is {args.resolution}: it must be a multiple of 8")
-    for name in ("max_train_samples", "dataloader_num_workers") if args.streaming else ():
-        if getattr(args, name):
-            parser.error(f"--{name} does not go with --streaming, which reads everything, ahead of the training")
     steps = SETTINGS["num_inference_steps"]
     if args.validation_steps and args.ddpm_num_steps % steps:
         parser.error(f"--ddpm_num_steps is {args.ddpm_num_steps}: validation needs a multiple of {steps}")
@@ -74,8 +71,6 @@ def _add_model_options(add) -> None:
         required=True,
         help="slice data set: a folder of `diffusers-cf prepare`, or user/name[@revision] on the Hub",
     )
-    add("--streaming", action="store_true", help="read the training split while training, without a download of it")
-    add("--shuffle_buffer", type=int, default=2048, help="slices that --streaming keeps in memory to draw from")
     add("--output_dir", required=True, help="the pipeline, with checkpoints and logs beside it")
     add("--unet_size", choices=list(UNET_SIZES), default="small")
     add("--conditioning", choices=CONDITIONINGS, default="attention")

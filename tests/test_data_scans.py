@@ -1,4 +1,4 @@
-"""The sources: BraTS and Decathlon scans, arrays, image folders, labels without masks, and every bad patient."""
+"""The sources of NIfTI scans: BraTS and Decathlon, labels without masks, and every bad patient."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from data_files import MODALITIES, brain, ras_affine, save, write_brats
 
 from diffusers_cf.data import BratsSource, DecathlonSource
-from diffusers_cf.data.labels import read_labels
+from diffusers_cf.data.prepare import find_problems
 from diffusers_cf.errors import InputError
 
 
@@ -154,8 +154,8 @@ def test_healthy_patient_and_any_label_id_is_lesion(tmp_path):
 
 
 def test_folders_that_hold_no_patients(tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
-        BratsSource(tmp_path / "absent")
+    with pytest.raises(InputError, match="absent: can't be read .No such file"):
+        BratsSource(tmp_path / "absent").patients()
     with pytest.raises(InputError, match="no folder per patient"):
         BratsSource(tmp_path).patients()
     folder = write_brats(tmp_path / "a")
@@ -163,7 +163,7 @@ def test_folders_that_hold_no_patients(tmp_path):
         BratsSource(folder).patients()
     (tmp_path / "b" / "one two").mkdir(parents=True)
     with pytest.raises(InputError, match="'one two' can't be a patient's id"):
-        BratsSource(tmp_path / "b").patients()
+        find_problems(BratsSource(tmp_path / "b"))
     with pytest.raises(ValueError, match="size must be at least 1, not 0"):
         BratsSource(tmp_path, size=0)
 
@@ -211,41 +211,6 @@ def test_patient_that_the_labels_file_forgets(text, tmp_path):
     assert "labels.csv: no label for any slice of P_01" in problem
 
 
-def test_forgotten_patient_is_named_also_if_no_scan_can_be_read(tmp_path):
-    source = unlabelled(tmp_path, "patient,label\nP_02,healthy\n")
-    for path in (tmp_path / "scans" / "P_01").iterdir():
-        path.unlink()
-    problems = source.problems("P_01")
-    assert len(problems) == 5 and "no label for any slice of P_01" in problems[-1]
-
-
-BAD_LABELS = {
-    "no column": ("patient,slice\nP_01,3\n", "column missing: label"),
-    "empty file": ("", "column missing: label, patient"),
-    "unknown label": ("patient,label\nP_01,healthy\nP_02,sick\n", r"line 3: unknown label 'sick' \(one of healthy"),
-    "number as label": ("patient,label\nP_01,1\n", "line 2: unknown label '1'"),
-    "no patient": ("patient,label\n,healthy\n", "line 2: patient is empty"),
-    "slice no number": ("patient,slice,label\nP_01,3.5,healthy\n", "line 2: slice '3.5' is no whole number"),
-    "contradiction": ("patient,label\nP_01,healthy\nP_01,unhealthy\n", "line 3: contradicts"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_LABELS)
-def test_bad_labels_file(case, tmp_path):
-    text, reason = BAD_LABELS[case]
-    (tmp_path / "labels.csv").write_text(text)
-    with pytest.raises(InputError, match=f"labels.csv: {reason}"):
-        read_labels(tmp_path / "labels.csv", ("healthy", "unhealthy"))
-
-
-def test_labels_file_that_is_no_text(tmp_path):
-    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00patient")
-    with pytest.raises(InputError, match="not a CSV file"):
-        read_labels(tmp_path / "labels.csv", ("healthy", "unhealthy"))
-    with pytest.raises(InputError, match="can't be read"):
-        read_labels(tmp_path / "absent.csv", ("healthy", "unhealthy"))
-
-
 def change_index(folder, **changes):
     path = folder / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -265,7 +230,7 @@ def test_decathlon_problems(tmp_path):
     assert "unknown label ids 1 (known: 0, 2)" in DecathlonSource(tmp_path / "b").problems("P_01")[0]
     (tmp_path / "b" / "labelsTr" / "P_01.nii.gz").unlink()
     (problem,) = DecathlonSource(tmp_path / "b").problems("P_01")
-    assert "labelsTr/P_01.nii.gz: no such file" in problem
+    assert "labelsTr/P_01.nii.gz: can't be read" in problem
 
 
 def test_decathlon_index_is_not_trusted(tmp_path):
@@ -273,7 +238,7 @@ def test_decathlon_index_is_not_trusted(tmp_path):
         DecathlonSource(tmp_path)
     for text in ("{", "[]", "{}", '{"modality": {"x": "T1"}, "training": []}'):
         (tmp_path / "dataset.json").write_text(text)
-        with pytest.raises(InputError, match="not a dataset.json"):
+        with pytest.raises(InputError, match="dataset.json: not a"):
             DecathlonSource(tmp_path)
     folder = write_decathlon(tmp_path / "a")
     change_index(folder, training=[{"image": "../P_01.nii.gz", "label": "./labelsTr/P_01.nii.gz"}])

@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score
 
 from diffusers_cf.data import phantom
 from diffusers_cf.data.phantom import MODALITIES, PhantomSource, make_patient, write_patient
-from diffusers_cf.data.phantom_anatomy import SPACING_MM, MassEffect, smooth_noise
+from diffusers_cf.data.phantom_anatomy import SPACING_MM
 from diffusers_cf.errors import InputError
 
 
@@ -66,22 +66,12 @@ def test_background_is_zero_and_scans_are_whole_positive_numbers():
     assert (volumes == np.round(volumes)).all() and volumes.min() == 0 and volumes.max() < 32767
 
 
-def test_scanner_gain_differs_between_modalities_and_patients():
-    gains = [np.median(volume[volume > 0]) for index in (SICK, HEALTHY) for volume in patient(index).volumes]
-    assert max(gains) / min(gains) > 2
-
-
 def test_lesion_is_inside_the_brain_and_made_of_brats_labels():
     sick = patient(SICK)
-    assert sick.has_tumour and sick.mask.dtype == np.uint8 and set(np.unique(sick.mask)) == {0, 1}
+    assert sick.mask.any() and sick.mask.dtype == np.uint8 and set(np.unique(sick.mask)) == {0, 1}
     assert set(np.unique(sick.labels)) <= {0, 1, 2, 4} and (sick.labels == 2).any()
     assert (sick.volumes[:, sick.mask > 0] > 0).all()
     assert 5 < sick.mask.sum() * SPACING_MM.prod() / 1000 < 450
-
-
-def test_healthy_patient_has_no_mask():
-    assert not patient(HEALTHY).has_tumour and not patient(HEALTHY).labels.any()
-    assert not PhantomSource().read("phantom-s0-0330").labels.any()
 
 
 def test_confounders_do_not_depend_on_the_tumour():
@@ -93,13 +83,6 @@ def test_confounders_do_not_depend_on_the_tumour():
     assert from_lesion[differs].max() < 45
     assert (~differs & (sick.volumes[0] > 0)).sum() > 0.5 * (sick.volumes[0] > 0).sum()
     np.testing.assert_array_equal(sick.volumes > 0, cured.volumes > 0)
-
-
-def test_lesion_stands_out_from_the_same_brain_without_it():
-    sick, cured = patient(SICK), patient(SICK, tumour=False)
-    lesion = sick.mask > 0
-    flair, t1, _, t2 = (s[lesion].mean() / c[lesion].mean() for s, c in zip(sick.volumes, cured.volumes, strict=True))
-    assert flair > 1.15 and t2 > 1.1 and t1 < 0.97
 
 
 def test_a_flair_threshold_finds_it_hard():
@@ -134,13 +117,6 @@ def test_write_patient_makes_brats_files_without_loss(tmp_path):
     assert np.allclose(nib.affines.apply_affine(sick.affine, (np.array([128, 128, 48]) - 1) / 2), 0)
 
 
-def test_source_cuts_the_patient_into_slices():
-    slices = PhantomSource(size=64).read("phantom-s0-0317")
-    assert slices.patient == "phantom-s0-0317"
-    assert slices.images.shape == (len(slices.slices), 4, 64, 64) and slices.images.dtype == np.float32
-    np.testing.assert_array_equal(slices.labels, patient(SICK).mask.any(axis=(0, 1))[slices.slices])
-
-
 @pytest.mark.parametrize(("count", "sizes"), [(340, (300, 16, 24)), (34, (30, 2, 2)), (10, (8, 1, 1)), (3, (1, 1, 1))])
 def test_fixed_splits_follow_the_index(count, sizes):
     splits = PhantomSource(patients=count).fixed_splits()
@@ -157,18 +133,3 @@ def test_source_refuses_what_it_cannot_make():
     with pytest.raises(InputError, match="phantom-s0-0340"):
         PhantomSource().read("phantom-s0-0340")
     assert PhantomSource().problems("phantom-s0-0000") == []
-
-
-def test_smooth_noise_has_unit_variance_and_is_smooth():
-    fields = np.stack([smooth_noise(np.random.default_rng(seed), 20.0) for seed in range(8)])
-    assert fields.shape == (8, 128, 128, 48)
-    assert abs(fields.mean()) < 0.05 and abs(fields.std() - 1) < 0.05
-    assert np.abs(np.diff(fields, axis=1)).mean() < 0.15
-
-
-def test_mass_effect_pushes_outward_and_stops_at_its_reach():
-    push = MassEffect(np.zeros(3), amount=0.4, reach=30.0)
-    radius = np.linspace(0.5, 60, 50)
-    source = push.source(np.stack([radius, 0 * radius, 0 * radius]))[0]
-    assert (source[radius < 29] < radius[radius < 29]).all() and (np.diff(source) > 0).all()
-    np.testing.assert_array_equal(source[radius >= 30], radius[radius >= 30])

@@ -1,0 +1,108 @@
+"""Images in class folders, or in one folder with labels."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_cf.data import FolderSource
+from diffusers_cf.errors import InputError
+
+
+def write_images(folder, names, shape=(12, 12), seed=0):
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        values = rng.integers(0, 256, shape).astype(np.uint8)
+        if name.endswith(".npy"):
+            np.save(folder / name, np.moveaxis(values, -1, 0) if values.ndim == 3 else values)
+        else:
+            Image.fromarray(values).save(folder / name)
+    return folder
+
+
+def test_folder_of_classes(tmp_path):
+    names = ["unhealthy/p1_012.png", "healthy/p1_003.png", "healthy/p2.png", "healthy/a_b_1.npy", "healthy/notes.txt"]
+    write_images(tmp_path, names[:-1])
+    (tmp_path / names[-1]).touch()
+    source = FolderSource(tmp_path, size=12)
+    assert source.class_names == ("healthy", "unhealthy") and source.modalities == ("channel0",)
+    assert source.patients() == ["a_b", "p1", "p2"]
+    found = source.read("p1")
+    assert found.slices.tolist() == [3, 12] and found.labels.tolist() == [0, 1] and found.masks is None
+    pixels = np.asarray(Image.open(tmp_path / "unhealthy/p1_012.png"))
+    np.testing.assert_allclose(found.images[1, 0], pixels / 255, atol=1e-6)
+    np.testing.assert_allclose(source.read("a_b").images[0, 0], np.load(tmp_path / names[3]) / 255, atol=1e-6)
+
+
+def test_folder_of_three_classes_and_colours(tmp_path):
+    write_images(tmp_path, ["cat/1.png", "dog/2.png", "bird/3.npy"], shape=(6, 10, 3))
+    source = FolderSource(tmp_path, size=10)
+    assert source.class_names == ("bird", "cat", "dog") and len(source.modalities) == 3
+    assert source.read("2").slices.tolist() == [0]
+    assert source.read("2").slices.tolist() == [0]
+    found = source.read("2").images[0]
+    pixels = np.moveaxis(np.asarray(Image.open(tmp_path / "dog/2.png")), -1, 0) / 255
+    np.testing.assert_allclose(found[:, 2:8], pixels, atol=1e-6)
+    assert not found[:, :2].any() and not found[:, 8:].any()
+    ordered = FolderSource(tmp_path, size=10, class_names=("dog", "bird", "cat"), modalities=("r", "g", "b"))
+    assert ordered.class_names == ("dog", "bird", "cat") and ordered.read("1").labels.tolist() == [2]
+
+
+def test_kinds_of_images(tmp_path):
+    values = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4000
+    write_images(tmp_path, ["a/1.png"], shape=(4, 4))
+    (tmp_path / "b").mkdir()
+    Image.fromarray(values).save(tmp_path / "b/2.png")
+    np.save(tmp_path / "b/3.npy", values.astype(np.float64) / 1000)
+    Image.fromarray(values > 30000).save(tmp_path / "b/4.png")
+    source = FolderSource(tmp_path, size=4)
+    np.testing.assert_allclose(source.read("2").images[0, 0], values / 65535, atol=1e-6)
+    np.testing.assert_allclose(source.read("3").images[0, 0], values / 1000, rtol=1e-6)
+    np.testing.assert_array_equal(source.read("4").images[0, 0], values > 30000)
+
+
+def test_folder_with_labels(tmp_path):
+    write_images(tmp_path / "images", ["p1_1.png", "p1_2.png", "p2_1.png"])
+    (tmp_path / "labels.csv").write_text("patient,slice,label\np1,2,b\np1,,a\n")
+    source = FolderSource(tmp_path / "images", size=12, labels=tmp_path / "labels.csv", class_names=("a", "b"))
+    assert source.read("p1").labels.tolist() == [0, 1] and source.class_names == ("a", "b")
+    assert "no label for any image of p2" in source.problems("p2")[0]
+
+
+def test_bad_image_folders(tmp_path):
+    with pytest.raises(InputError, match="absent: can't be read"):
+        FolderSource(tmp_path / "absent")
+    write_images(tmp_path, ["a/1.png"])
+    with pytest.raises(InputError, match="at least two sub-folders"):
+        FolderSource(tmp_path)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(InputError, match="b: no .png or .npy file in it"):
+        FolderSource(tmp_path)
+    write_images(tmp_path, ["b/2.png"])
+    with pytest.raises(InputError, match="the sub-folders are a, b, not a, c"):
+        FolderSource(tmp_path, class_names=("a", "c"))
+    with pytest.raises(InputError, match="1 channels, but modalities names 2"):
+        FolderSource(tmp_path, modalities=("x", "y"))
+
+
+def test_bad_images_are_named(tmp_path):
+    write_images(tmp_path, ["a/1.png", "b/1.png", "b/3.png", "b/4.png"])
+    write_images(tmp_path, ["b/2.png"], shape=(12, 12, 3))
+    (tmp_path / "b/3.png").write_bytes((tmp_path / "b/3.png").read_bytes()[:60])
+    np.save(tmp_path / "b/5.npy", np.full((4, 4), np.nan))
+    np.save(tmp_path / "b/6.npy", np.array([{}]), allow_pickle=True)
+    np.save(tmp_path / "b/7.npy", np.zeros((2, 2, 2, 2)))
+    source = FolderSource(tmp_path)
+    words = {
+        "1": "1: a slice occurs twice",
+        "2": "2.png: 3 channels, but other images have 1",
+        "3": "3.png: can't be read",
+        "5": "5.npy: 16 values are NaN or infinite",
+        "6": "6.npy: not a readable image",
+        "7": r"7.npy: \(H, W\) or \(C, H, W\) numbers expected",
+    }
+    assert source.problems("4") == []
+    for patient, reason in words.items():
+        assert len(source.problems(patient)) == 1
+        with pytest.raises(InputError, match=reason):
+            source.read(patient)

@@ -1,0 +1,43 @@
+"""Labels from a CSV file."""
+
+import numpy as np
+import pytest
+
+from diffusers_cf.data.labels import read_labels
+from diffusers_cf.errors import InputError
+
+
+def test_lookup(tmp_path):
+    (tmp_path / "labels.csv").write_text(
+        "patient, slice, label\na, 4, unhealthy\na, , healthy\nb, 2, healthy\n", "utf-8-sig"
+    )
+    table = read_labels(tmp_path / "labels.csv", ("healthy", "unhealthy"))
+    assert table.lookup("a", np.arange(3, 6)).tolist() == [0, 1, 0]
+    assert table.lookup("b", np.arange(1, 4)).tolist() == [-1, 0, -1] and table.lookup("c", [0]).tolist() == [-1]
+
+
+BAD_LABELS = {
+    "no column": ("patient,slice\nP_01,3\n", "column missing: label"),
+    "empty file": ("", "column missing: label, patient"),
+    "unknown label": ("patient,label\nP_01,healthy\nP_02,sick\n", r"line 3: unknown label 'sick' \(one of healthy"),
+    "number as label": ("patient,label\nP_01,1\n", "line 2: unknown label '1'"),
+    "no patient": ("patient,label\n,healthy\n", "line 2: patient is empty"),
+    "slice no number": ("patient,slice,label\nP_01,3.5,healthy\n", "line 2: slice '3.5' is not a whole number"),
+    "contradiction": ("patient,label\nP_01,healthy\nP_01,unhealthy\n", "line 3: contradicts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_bad_labels_file(case, tmp_path):
+    text, reason = BAD_LABELS[case]
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(InputError, match=f"labels.csv: {reason}"):
+        read_labels(tmp_path / "labels.csv", ("healthy", "unhealthy"))
+
+
+def test_labels_file_that_is_no_text(tmp_path):
+    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00patient")
+    with pytest.raises(InputError, match="labels.csv: not a readable CSV file"):
+        read_labels(tmp_path / "labels.csv", ("healthy", "unhealthy"))
+    with pytest.raises(InputError, match="can't be read"):
+        read_labels(tmp_path / "absent.csv", ("healthy", "unhealthy"))
