@@ -12,21 +12,20 @@ from diffusers_cf.files import make_folder, write_json
 from diffusers_cf.provenance import command_line, package_commit
 
 
-def make_parser(description: str, split: str, max_slices: int | None = None) -> ArgumentParser:
-    """Return a parser with the options `--dataset`, `--split`, `--output` and `--max_slices` (None leaves it out).
+def make_parser(description: str, split: str, max_slices: int) -> ArgumentParser:
+    """Return a parser with the options `--dataset`, `--split`, `--output` and `--max_slices`.
 
     Args:
         description (`str`): the script's docstring; its first line is shown.
         split (`str`): default of `--split`.
-        max_slices (`int`, *optional*): default of `--max_slices`.
+        max_slices (`int`): default of `--max_slices`.
     """
     parser = ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--dataset", required=True, help="slice data set")
     parser.add_argument("--split", default=split, choices=("train", "validation", "test"), help="default: %(default)s")
     parser.add_argument("--output", required=True, metavar="RESULT.json")
-    if max_slices is not None:
-        help = "largest number of slices, evenly spread over the split, default: %(default)s"
-        parser.add_argument("--max_slices", type=int, default=max_slices, help=help)
+    help = "largest number of slices, evenly spread over the split, default: %(default)s"
+    parser.add_argument("--max_slices", type=int, default=max_slices, help=help)
     return parser
 
 

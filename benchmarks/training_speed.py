@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import make_parser, run_script
+from common import run_script
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch.autograd import DeviceType
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_counterfactual as script
 from diffusers_cf import class_token_encoder, counterfactual_unet
+from diffusers_cf.arguments import ArgumentParser
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.models import UNET_SIZES, ConditionalNoisePredictor
 from diffusers_cf.training.options import parse_args
@@ -170,8 +171,10 @@ def report(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, "train")
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
+    add("--dataset", required=True, help="slice data set; its training split is used")
+    add("--output", required=True, metavar="RESULT.json")
     add("--unet_size", choices=sorted(UNET_SIZES), default="small")
     add("--resolution", type=int, default=64)
     add("--batch_size", type=int, default=32)
