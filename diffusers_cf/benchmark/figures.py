@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from diffusers_cf.baselines import ROWS, AnomalyMethod
 from diffusers_cf.benchmark.networks import Method
@@ -102,19 +103,17 @@ def write_figure1(path: Path, method: AnomalyMethod, data: BenchmarkData) -> Non
     times = pipe.inverse_scheduler.timesteps.tolist()
     chosen = evenly_spread(len(encodings) - 2, FIGURE1_IMAGES)  # without the image and the latent
 
-    def shown(images: torch.Tensor) -> np.ndarray:
-        """Return the first channel (h, w) of an image (1, C, H, W) at the network's size."""
+    def shown(images: torch.Tensor, is_latent: bool = False) -> np.ndarray:
+        """Return the first channel (h, w) of an image (1, C, H, W) at the network's size, in input units."""
+        images = (images + 1) / 2 if is_latent else images
         return resize_images(images.float().cpu(), pipe.image_size)[0, 0].numpy()
-
-    def shown_latent(latent: torch.Tensor) -> np.ndarray:
-        return shown((latent + 1) / 2)  # from [-1, 1] to input units
 
     # the latent after encoding step i + 1 and the one after all but i + 1 decoding steps have the same noise level
     encoding = {f"image ({data.modalities[0]})": shown(batch["images"])}
-    encoding |= {f"t = {times[i]}": shown_latent(encodings[i + 1]) for i in chosen}
-    encoding |= {f"latent, t = {times[len(encodings) - 2]}": shown_latent(encodings[-1])}
+    encoding |= {f"t = {times[i]}": shown(encodings[i + 1], is_latent=True) for i in chosen}
+    encoding |= {f"latent, t = {times[len(encodings) - 2]}": shown(encodings[-1], is_latent=True)}
     decoding = {"counterfactual": shown(out.counterfactuals)}
-    decoding |= {f"t = {times[i]}": shown_latent(decodings[-2 - i]) for i in chosen}
+    decoding |= {f"t = {times[i]}": shown(decodings[-2 - i], is_latent=True) for i in chosen}
     plot_process(path, encoding, decoding, shown(out.heatmaps[:, None]), shown(batch["masks"][:, None]) > 0.5)
 
 
@@ -122,21 +121,16 @@ def write_figure2(
     path: Path, methods: Sequence[str], made: Callable[[str], AnomalyMethod], data: BenchmarkData
 ) -> None:
     """Write Fig. 2: test slices of several patients and their maps by every method."""
-    rows, maps = example_rows(data, FIGURE2_ROWS), {}
+    rows, maps = example_rows(data, FIGURE2_ROWS), {ROWS[id].title: [] for id in methods}
     batch = data.test.collate(data.test.__getitems__(rows))
     for id in methods:
         method = made(id)
-        maps[ROWS[id].title] = np.concatenate(
-            [_map_of_row(method, data, row, tuple(batch["masks"].shape[1:])) for row in rows]
-        )
+        for row in rows:
+            whole = np.flatnonzero(data.test.patients == data.test.patients[row]).tolist()
+            given = whole if method.whole_patient else [row]
+            heat = method.anomaly_map(data.test.collate(data.test.__getitems__(given))["images"])[given.index(row)]
+            maps[ROWS[id].title].append(maps_at_size(heat[None], batch["masks"].shape[1:])[0])
     plot_method_maps(path, batch["images"][:, 0].numpy(), batch["masks"].numpy(), maps, data.modalities[0])
-
-
-def _map_of_row(method: AnomalyMethod, data: BenchmarkData, row: int, size: tuple[int, int]) -> np.ndarray:
-    """Return the map (1, H, W) of a test slice; a method that needs all slices of the patient gets them."""
-    rows = np.flatnonzero(data.test.patients == data.test.patients[row]).tolist() if method.whole_patient else [row]
-    images = data.test.collate(data.test.__getitems__(rows))["images"]
-    return maps_at_size(method.anomaly_map(images)[rows.index(row)][None], size)
 
 
 def write_figure3(benchmark, made: Callable[[str], AnomalyMethod], data: BenchmarkData, seed: int) -> None:
@@ -178,8 +172,7 @@ def plot_process(
     """
     *above, latent = encoding
     columns = range(1 + len(above))
-    figure = _figure(PAGE, 2.2)
-    figure.get_layout_engine().set(wspace=0.2)
+    figure = _figure(PAGE, 2.2, wspace=0.2)
     axes = figure.subplot_mosaic([[*(f"{row}{i}" for i in columns), "latent"] for row in "ab"])
     top, bottom, end = [axes[f"a{i}"] for i in columns], [axes[f"b{i}"] for i in columns], axes["latent"]
     image = next(iter(encoding.values()))
@@ -236,8 +229,7 @@ def plot_method_maps(
     rows, columns = len(images), 2 + len(maps)
     side = min(1.3, (PAGE - 0.3) / columns)
     small = {"fontsize": 6 if side > 0.7 else 5}
-    figure = _figure(columns * side + 0.3, rows * side + 0.95)
-    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
+    figure = _figure(columns * side + 0.3, rows * side + 0.95, w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -260,24 +252,21 @@ def plot_method_maps(
     return _saved(figure, path)
 
 
-def robustness(points: Sequence[Mapping]) -> dict[str, dict[str, float | None]]:
+def robustness(points: Sequence[Mapping]) -> dict[str, dict[str, float]]:
     """Return how much ideal Dice depends on guidance scale and strength, for each kind of guidance of Fig. 3.
 
-    A guidance that is equally bad everywhere has a small spread, too: read it beside `best` and relative to `mean`.
+    A guidance that is equally bad everywhere has a small spread, too: read it beside `best` and `mean`.
 
     Args:
         points (`Sequence[Mapping]`): one per setting, with `guidance`, `guidance_scale`, `strength` and `ideal_dice`.
 
     Returns:
-        `dict`: for each guidance `std` over the settings (n in the denominator), `best`, `mean` and `relative_std`
-        (std / mean, None for a mean of 0).
+        `dict`: for each guidance `best`, `mean` and `std` over its settings (n in the denominator).
     """
     spread = {}
     for guidance in dict.fromkeys(point["guidance"] for point in points):
         values = np.array([point["ideal_dice"] for point in points if point["guidance"] == guidance])
-        std, mean = float(values.std()), float(values.mean())
-        spread[guidance] = {"std": std, "best": float(values.max()), "mean": mean}
-        spread[guidance]["relative_std"] = std / mean if mean else None
+        spread[guidance] = {"best": float(values.max()), "mean": float(values.mean()), "std": float(values.std())}
     return spread
 
 
@@ -345,8 +334,9 @@ def plot_quality(path: str | Path, cells: Sequence[Mapping]) -> Figure:
     return _saved(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
+def _figure(width: float, height: float, **layout: float) -> Figure:
+    engine = ConstrainedLayoutEngine(**layout)
+    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout=engine)
 
 
 def _label(axis, x: str, y: str) -> None:

@@ -20,6 +20,7 @@ from diffusers_cf.provenance import package_commit
 
 
 RECORD_FILE = "training.json"
+DECIDES_TRAINING = ("image_size", "size", "budget")  # fields of a preset
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,12 @@ class Networks:
         preset (`Preset`): their size and training budget.
         device (`str`): where they run.
         dtype (`torch.dtype`): in which diffusion networks compute at inference.
-        images (`Mapping[str, int]`, *optional*): for each network by name the number of images to train on, instead of
-            the time of the budget.
+        images (`Mapping[str, int]`): number of images to train a network on, instead of the time of the budget; may be
+            empty.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        preset: Preset,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        images: Mapping[str, int] | None = None,
-    ):
-        self.folder, self.preset, self.device, self.dtype = Path(folder), preset, device, dtype
-        self.images = images or {}
+    def __init__(self, folder: Path, preset: Preset, device: str, dtype: torch.dtype, images: Mapping[str, int]):
+        self.folder, self.preset, self.device, self.dtype, self.images = folder, preset, device, dtype, images
         self._loaded: tuple = (None, None, None)
 
     def check(self, methods: Sequence[Method], data: BenchmarkData) -> None:
@@ -85,19 +78,20 @@ class Networks:
         Raises:
             InputError: a method can't be made for these images at the preset's size.
         """
+        size, side = self.preset.size, self.preset.image_size
         for method in methods:
             if method.row.network is None:
                 method.row.make(data.modalities, self.preset.grid)
                 continue
             try:
                 with torch.device("meta"):
-                    self._new_network(method.row.network, data)
+                    network_of_data(method.row.network, size, data.channels, side, data.train.class_names)
             except ValueError as error:
-                raise InputError(f"--image_size {self.preset.image_size} does not suit {method.id}: {error}") from None
+                raise InputError(f"--image_size {side} does not suit {method.id}: {error}") from None
 
     def is_ready(self, method: Method, seed: int) -> bool:
         """Return whether the method can be made without training."""
-        return method.row.network is None or (self._folder(method.row.network, seed) / RECORD_FILE).is_file()
+        return method.row.network is None or (self.folder / f"{method.row.network}-seed{seed}" / RECORD_FILE).is_file()
 
     def make(self, method: Method, data: BenchmarkData, seed: int) -> tuple[AnomalyMethod, dict]:
         """Return a method ready for inference and what its result says about its training.
@@ -108,33 +102,25 @@ class Networks:
         name, grid = method.row.network, self.preset.grid
         if name is None:
             return method.row.make(data.modalities, grid), {"trained_on": "not trained", "converged": None}
-        budget = asdict(self.preset.budget)
-        metadata = as_json(
-            {"data": data.metadata, "image_size": self.preset.image_size, "size": self.preset.size, "budget": budget}
-        )
+        metadata = {name: value for name, value in asdict(self.preset).items() if name in DECIDES_TRAINING}
+        metadata = as_json({"data": data.metadata} | metadata)
+        folder = self.folder / f"{name}-seed{seed}"
         if not self.is_ready(method, seed):
-            self._train(name, data, seed, metadata)
-        network, record = self._load(self._folder(name, seed))
+            self._train(name, data, seed, folder, metadata)
+        network, record = self._load(folder)
         if different := [key for key in metadata if record.get(key) != metadata[key]]:
-            folder = self._folder(name, seed)
             raise InputError(f"{folder} was trained with other {', '.join(different)}: choose another --models")
-        kept = ("trained_on", "converged", "images_seen", "parameters", "curve")
-        training = {"train_seconds": record["seconds"], "trained_commit": record["commit"]}
-        return method.row.make(network, grid), {key: record[key] for key in kept} | training
+        training = {key: record[key] for key in ("trained_on", "converged", "images_seen", "parameters", "curve")}
+        training |= {"train_seconds": record["seconds"], "trained_commit": record["commit"]}
+        return method.row.make(network, grid), training
 
-    def _folder(self, name: str, seed: int) -> Path:
-        return self.folder / f"{name}-seed{seed}"
-
-    def _new_network(self, name: str, data: BenchmarkData):
-        return network_of_data(name, self.preset.size, data.channels, self.preset.image_size, data.train.class_names)
-
-    def _train(self, name: str, data: BenchmarkData, seed: int, metadata: dict) -> None:
-        folder, budget = self._folder(name, seed), self.preset.budget
+    def _train(self, name: str, data: BenchmarkData, seed: int, folder: Path, metadata: dict) -> None:
+        size, side, budget = self.preset.size, self.preset.image_size, self.preset.budget
         if name in self.images:
             budget = replace(budget, seconds=math.inf, steps=math.ceil(self.images[name] / budget.batch_size))
         make_folder(folder)  # a wrong path fails before the training
         set_seed(seed)
-        network = self._new_network(name, data)
+        network = network_of_data(name, size, data.channels, side, data.train.class_names)
         training = MethodTraining(network, data.train, data.validation, folder, budget, seed, self.device, metadata)
         record = asdict(training.run()) | {"trained_on": network.trained_on, "parameters": network.num_parameters()}
         network.save_pretrained(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from diffusers_cf.baselines import AnomalyMethod
 from diffusers_cf.benchmark.figures import write_figures
 from diffusers_cf.benchmark.networks import Method, Networks
+from diffusers_cf.benchmark.presets import Preset
 from diffusers_cf.benchmark.protocol import (
     KIND,
     BenchmarkData,
@@ -83,8 +84,7 @@ class Benchmark:
             different += [name for name in KIND if slices.get(name) != first.metadata[name]]
             if cell["seed"] in data and slices != data[cell["seed"]].metadata:
                 different.append(f"slices for seed {cell['seed']}")
-            if different:
-                other = ", ".join(different)
+            if other := ", ".join(different):
                 raise InputError(f"{self.output} holds a benchmark with other {other}: choose another --output")
 
     def run_cell(self, method: Method, data: BenchmarkData, seed: int) -> None:
@@ -99,36 +99,26 @@ class Benchmark:
             counts = Path(folder) / "cell.counts.npz"
             cell = measure(made, data, counts)
             bootstrap = bootstraps_of_file(counts)
-        cell |= {
-            "method": method.id,
-            "row": method.row.title,
-            "tables": list(method.row.tables),
-            "seed": seed,
-            "settings": made.settings,
-            **training,
-            "choice": choice,
-            "bootstrap": bootstrap,
-            **self._more_scores(method, made, data, seed),
-            "dataset": data.folder,
-            "benchmark": self.metadata | {"data": data.metadata},
-            "command": command_line(),
-            "commit": package_commit(),
-            "device": self.networks.device,
-            "seconds": round(time.perf_counter() - start, 1),
-        }
+        cell |= {"method": method.id, "row": method.row.title, "tables": list(method.row.tables), "seed": seed}
+        cell |= {"settings": made.settings, "choice": choice, "bootstrap": bootstrap} | training
+        cell |= more_scores(method, made, data, seed, self.preset)
+        cell |= {"dataset": data.folder, "benchmark": self.metadata | {"data": data.metadata}}
+        cell |= {"command": command_line(), "commit": package_commit(), "device": self.networks.device}
+        cell["seconds"] = round(time.perf_counter() - start, 1)
         write_json(cell, path)
         auprc = f"AUPRC {cell['auprc']:.3f}, post-processed {cell['postprocessed']['auprc']:.3f}"
         print(f"{method.id}, seed {seed}: {auprc} ({cell['n_slices']} slices, settings {made.settings})", flush=True)
 
-    def _more_scores(self, method: Method, made: AnomalyMethod, data: BenchmarkData, seed: int) -> dict:
-        """Return scores of slices without a map, and how much of the foreground is saturated by encoding."""
-        scores = {"slice_scores": {"position": position_auroc(data)}}
-        if method.id == "ours":
-            scores["slice_scores"]["diffusion_classifier"] = diffusion_classifier_auroc(made.pipe, data, seed)
-        if method.id in ("ours", "ours-clipped", "ours-unclipped"):
-            grid = self.preset.grid
-            scores["saturated_share"] = saturated_share(made.pipe, data, max(grid.strengths), grid.num_inference_steps)
-        return scores
+
+def more_scores(method: Method, made: AnomalyMethod, data: BenchmarkData, seed: int, preset: Preset) -> dict:
+    """Return scores of slices without a map, and how much of the foreground is saturated by encoding."""
+    scores = {"slice_scores": {"position": position_auroc(data)}}
+    if method.id == "ours":
+        scores["slice_scores"]["diffusion_classifier"] = diffusion_classifier_auroc(made.pipe, data, seed)
+    if method.id in ("ours", "ours-clipped", "ours-unclipped"):
+        steps = preset.grid.num_inference_steps
+        scores["saturated_share"] = saturated_share(made.pipe, data, max(preset.grid.strengths), steps)
+    return scores
 
 
 def cells_of_share(methods: Sequence[Method], seeds: Sequence[int], share: Share) -> list[tuple[int, Method]]:
@@ -146,11 +136,8 @@ def images_of_seed(output: Path, seed: int, methods: Sequence[Method]) -> dict[s
     Raises:
         InputError: there is no result of that seed with one of the networks.
     """
-    seen = {
-        Method.of(cell["method"]).row.network: cell.get("images_seen")
-        for cell in collect_cells(output)
-        if cell["seed"] == seed
-    }
+    cells = [cell for cell in collect_cells(output) if cell["seed"] == seed]
+    seen = {Method.of(cell["method"]).row.network: cell.get("images_seen") for cell in cells}
     for method in methods:
         if method.row.network and not seen.get(method.row.network):
             raise InputError(f"{output}: no result of seed {seed} with the network {method.row.network} ({method.id})")

@@ -32,11 +32,12 @@ COLUMNS = {
 }
 DIFFERENCE = "ours - this, AUPRC [95 %]; each seed"
 SIZE_MEASURES = {"per_patient_auprc": "AUPRC per patient", "per_patient_dice": "Dice per patient"}
+TIMESTEPS = len(CLASSIFIER_TIMESTEPS)
 # Scores of a slice that need no map: in words, and number of network evaluations per slice.
 SLICE_SCORES = {
     "diffusion_classifier": (
         "diffusion classifier of our model",
-        f"{2 * len(CLASSIFIER_TIMESTEPS)} ({len(CLASSIFIER_TIMESTEPS)} timesteps x 2 conditions)",
+        f"{2 * TIMESTEPS} ({TIMESTEPS} timesteps x 2 conditions)",
     ),
     "position": ("position of the slice alone", "0"),
 }
@@ -84,7 +85,9 @@ def write_tables(folder: str | Path, methods: Sequence[Method] = (), seeds: Sequ
     seeds = sorted({cell["seed"] for cell in cells} | set(seeds))
     planned = {method.id: method.row.tables for method in [*_possible_methods(cells), *methods]}
     planned |= {cell["method"]: cell["tables"] for cell in cells}
-    by_method = {id: [cell for cell in cells if cell["method"] == id] for id in sorted(planned, key=_position)}
+    order = list(ROWS)  # in it a placeholder stands for the thresholds of single modalities
+    ids = sorted(planned, key=lambda id: (order.index(id if id in ROWS else "threshold-<modality>"), id))
+    by_method = {id: [cell for cell in cells if cell["method"] == id] for id in ids}
     draws = cells[0]["bootstrap"]["raw"]
     common = {
         "test_sets": _test_sets(cells),
@@ -106,12 +109,6 @@ def _possible_methods(cells: Sequence[dict]) -> list[Method]:
     modalities = [cell.get("benchmark", {}).get("data", {}).get("modalities") or ["flair"] for cell in cells]
     common = set.intersection(*map(set, modalities)) & {"flair"}
     return [method for method in methods_for(sorted(common)) if method.id in ROWS]
-
-
-def _position(id: str) -> tuple[int, str]:
-    """Return the sort key of a method in a table: the order of `ROWS`."""
-    order = list(ROWS)
-    return order.index(id if id in order else "threshold-<modality>"), id
 
 
 def _test_sets(cells: Sequence[dict]) -> list[dict]:
@@ -150,9 +147,8 @@ def _row(cells: Sequence[dict], ours: Sequence[dict]) -> dict:
     scores = [cell.get("slice_scores", {}) for cell in cells]
     row["slice_scores"] = {name: summary([s.get(name) for s in scores]) for name in sorted(set().union(*scores))}
     row["saturated_share"] = summary([cell.get("saturated_share") for cell in cells])
-    return row | {
-        name: [c.get(name) for c in cells] for name in ("settings", "choice", "dataset", "commit", "command")
-    }
+    names = ("settings", "choice", "dataset", "commit", "command")
+    return row | {name: [cell.get(name) for cell in cells] for name in names}
 
 
 def _chain(cells: Sequence[dict], ours: Sequence[dict], chain: str) -> dict:
@@ -333,12 +329,9 @@ def _remarks(table: dict) -> list[str]:
         *([OWN_TEST_SETS] if len(table["test_sets"]) > 1 else []),
         *([NOT_CONVERGED] if any(False in row["converged"] for row in rows) else []),
     ]
-    remarks += [
-        f"{row['row']}: {100 * row['saturated_share']['mean']:.2f} % of the foreground is saturated in the clean image"
-        " that the last step of encoding predicts."
-        for row in rows
-        if row["saturated_share"]["mean"] is not None
-    ]
+    shares = {row["row"]: row["saturated_share"]["mean"] for row in rows}
+    words = "of the foreground is saturated in the clean image that the last step of encoding predicts"
+    remarks += [f"{name}: {100 * share:.2f} % {words}." for name, share in shares.items() if share is not None]
     seeds = "; ".join(f"{row['row']} {', '.join(map(str, row['seeds']))}" for row in rows) or "none"
     commits = ", ".join(sorted({commit for row in rows for commit in row["commit"] if commit})) or "not known"
     missing = "; ".join(table["missing"]) or "nothing"
