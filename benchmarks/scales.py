@@ -1,25 +1,24 @@
-"""How well one FLAIR threshold fits all patients, by how their intensities are scaled; to choose a scale on training patients.
+"""How well one FLAIR threshold fits all patients, for several intensity scales; choose a scale on training patients.
 
 python benchmarks/scales.py --dataset DATASET [DATASET ..] --split train --output RESULT.json
 
-DATASET is a slice data set of any scale: all of them here are computed anew from each patient's foreground.
+The data sets may have any scale: every scale is computed from each patient's foreground.
 """
 
 from pathlib import Path
 
 import numpy as np
+from common import run_script
 
-from diffusers_cf.arguments import ArgumentParser, run_command
+from diffusers_cf.arguments import ArgumentParser
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
-from diffusers_cf.evaluation.protocol import rows_by_patient, write_result
-from diffusers_cf.files import make_folder
-from diffusers_cf.provenance import command_line, package_commit
+from diffusers_cf.evaluation.protocol import rows_by_patient
 
 
 def scaled(values: np.ndarray) -> dict[str, np.ndarray]:
-    """A patient's foreground intensities `(P,)` on each scale."""
+    """Return a patient's foreground intensities `(P,)` on each scale."""
     low, median, high = np.percentile(values, [25, 50, 75])
     counts, edges = np.histogram(values, bins=256)
     mode = edges[np.convolve(counts, np.ones(9), "same").argmax()]
@@ -35,7 +34,7 @@ def scaled(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def measure(dataset: SliceDataset) -> dict[str, dict]:
-    """For each scale AUPRC and ideal Dice of all patients' foreground pixels together, and the mean AUPRC per patient."""
+    """Return for each scale AUPRC and ideal Dice over all patients' foreground, and the mean AUPRC per patient."""
     pooled, per_patient = {}, {}
     channel = dataset.preprocessing["modalities"].index("flair")
     for rows in rows_by_patient(dataset, np.arange(len(dataset))).values():
@@ -57,8 +56,8 @@ def measure(dataset: SliceDataset) -> dict[str, dict]:
     }
 
 
-def main(args) -> None:
-    """Measures each data set, writes them, and prints a line a scale."""
+def main(args) -> dict:
+    """Return the scores of each data set and print a line per scale."""
     found = {}
     for folder in args.dataset:
         dataset = SliceDataset(folder, args.split)
@@ -68,9 +67,7 @@ def main(args) -> None:
         found[Path(folder).name] = facts | {"scales": measure(dataset)}
         for name, scores in found[Path(folder).name]["scales"].items():
             print(f"{folder} {name:42}" + "".join(f"{100 * value:7.1f}" for value in scores.values()), flush=True)
-    make_folder(Path(args.output).parent)
-    facts = {"split": args.split, "command": command_line(), "commit": package_commit()}
-    write_result({"datasets": found, **facts}, Path(args.output))
+    return {"datasets": found, "split": args.split}
 
 
 if __name__ == "__main__":
@@ -78,5 +75,4 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", nargs="+", required=True)
     parser.add_argument("--split", default="train")
     parser.add_argument("--output", required=True, metavar="RESULT.json")
-    arguments = parser.parse_args()
-    raise SystemExit(run_command(lambda: main(arguments)))
+    raise SystemExit(run_script(main, parser.parse_args()))

@@ -1,19 +1,17 @@
-"""Inference side by side at equal weights: ours, the authors' way, and a plain diffusers loop, in turn in one run.
+"""Inference side by side with equal weights: ours, the authors' way, and a plain diffusers loop, in turn in one run.
 
 python benchmarks/speed.py --dataset DATASET --output results/speed.json [--patient FOLDER]
 """
 
 import argparse
-import gc
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from common import make_parser, open_slices, run_script, write_result
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from diffusers_cf import (
@@ -23,26 +21,18 @@ from diffusers_cf import (
     anomaly_heatmap,
     class_token_encoder,
     counterfactual_unet,
-    implicit_guidance,
 )
-from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.commands.demo import SHIPPED_MODEL
 from diffusers_cf.commands.options import (
     DTYPES,
     add_compile_argument,
     add_device_arguments,
-    check_device_arguments,
     compile_network,
     open_pipeline,
 )
-from diffusers_cf.data.slices import SliceDataset, batches_of
-from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.protocol import write_result
-from diffusers_cf.evaluation.sweep import evenly_spread
-from diffusers_cf.files import make_folder
+from diffusers_cf.data.slices import batches_of
 from diffusers_cf.images import network_images
 from diffusers_cf.precision import compute_in
-from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
 from diffusers_cf.segmentation.volumes import map_slices, patient_files, read_volumes
 from diffusers_cf.settings import PAPER_SETTINGS
@@ -53,17 +43,19 @@ AUTHORS_BATCH = 32
 
 
 class AuthorsPipeline(CounterfactualDDIMPipeline):
-    """The authors' way: whole images in float32, and each branch of the guidance a call of its own."""
+    """The authors' way: whole images in float32, and a network call of its own for each branch of the guidance."""
 
-    def _guided_prediction(self, target, guidance_scale: float, batch_size: int) -> Callable:
-        null, wanted = self.encode_classes(None, batch_size), self._encode_target(target, batch_size)
-        return lambda sample, t: implicit_guidance(
-            self.predict_noise(sample, t, null), self.predict_noise(sample, t, wanted), guidance_scale
+    def predict_noise(self, sample: torch.Tensor, timestep: int, condition: tuple) -> torch.Tensor:
+        """Return the prediction for at most `AUTHORS_BATCH` images a call; two branches hold twice as many."""
+        predict, groups = (
+            super().predict_noise,
+            zip(*(t.split(AUTHORS_BATCH) for t in (sample, *condition)), strict=True),
         )
+        return torch.cat([predict(images, timestep, tuple(parts)) for images, *parts in groups])
 
 
 class PlainLoop:
-    """What a user of diffusers writes: stock schedulers, both branches in one batch, nothing else."""
+    """What a user of diffusers would write: stock schedulers and both branches in one batch."""
 
     def __init__(self, pipe: CounterfactualDDIMPipeline):
         self.pipe, self.unet, self.encoder = pipe, pipe.unet, pipe.class_encoder
@@ -93,7 +85,7 @@ class PlainLoop:
 
 
 def load(args: argparse.Namespace, way: str) -> tuple[CounterfactualDDIMPipeline, Callable]:
-    """One of the three ways as the pipeline that holds its network, and a function of images."""
+    """Return one of the three ways: the pipeline that holds its network, and a function of images."""
     ours = way == "ours"
     dtype = args.dtype if ours else "float32"
     pipe = _untrained(args, dtype) if args.unet_size else open_pipeline(args.model, args.device, dtype)
@@ -115,7 +107,7 @@ def load(args: argparse.Namespace, way: str) -> tuple[CounterfactualDDIMPipeline
 
 
 def _untrained(args, dtype: str) -> CounterfactualDDIMPipeline:
-    """A network of a size that no shipped model has, with the shipped model's everything else."""
+    """Return the pipeline of the model with an untrained network of another size."""
     pipe = open_pipeline(args.model, args.device)
     torch.manual_seed(0)
     channels = pipe.unet.config.in_channels
@@ -127,71 +119,54 @@ def _untrained(args, dtype: str) -> CounterfactualDDIMPipeline:
 
 
 def run_all(function: Callable, images: torch.Tensor, batch_size: int) -> float:
-    """Seconds for all images, maps on the CPU."""
+    """Return the seconds for all images, with the maps copied to the CPU."""
     start = time.perf_counter()
     for part in images.split(batch_size):
         function(part).cpu()
     return time.perf_counter() - start
 
 
-def peak_memory(args: argparse.Namespace, way: str, images: torch.Tensor) -> float:
-    """Peak memory of a way in MiB: of the GPU, or of a process of its own where the CPU computes."""
-    if torch.device(args.device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        run_all(load(args, way)[1], images, batch_size(args, way))
-        return torch.cuda.max_memory_allocated() / 2**20
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak_of_this_process, args, way, images.numpy()).result()
-
-
-def _peak_of_this_process(args: argparse.Namespace, way: str, images) -> float:
-    torch.set_num_threads(args.threads)
-    run_all(load(args, way)[1], torch.from_numpy(images), batch_size(args, way))
-    # not getrusage, which begins with the peak of the process that started this one
-    status = Path("/proc/self/status").read_text().split()
-    return int(status[status.index("VmHWM:") + 1]) / 2**10
-
-
 def batch_size(args: argparse.Namespace, way: str) -> int:
-    """Slices a call: the authors' 32 for their way and the plain loop."""
+    """Return the number of slices per call: the authors' 32 for their way and for the plain loop."""
     return args.batch_size if way == "ours" else AUTHORS_BATCH
 
 
 def in_turn(args: argparse.Namespace, images: torch.Tensor) -> dict[str, dict]:
-    """Every way once a round, after a warm-up that doesn't count; seconds of each round and passes a slice."""
+    """Run every way once per round, after a warm-up; return seconds of each round, NFE and, on a GPU, peak memory."""
+    on_gpu = torch.device(args.device).type == "cuda"
     loaded = {way: load(args, way) for way in WAYS}
     rows = {way: {"passes_per_slice": passes(way, pipe), "seconds_per_slice": []} for way, (pipe, _) in loaded.items()}
     for way, (_, function) in loaded.items():
-        # sizes of windows are graphs of their own where the network is compiled
+        # every size of window is compiled separately
         run_all(function, images if way == "ours" else images[:2], batch_size(args, way))
     for _ in range(args.rounds):
         for way, (_, function) in loaded.items():
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
             seconds = run_all(function, images, batch_size(args, way))
             rows[way]["seconds_per_slice"].append(seconds / len(images))
-    del loaded, function, _  # or a GPU's memory would count them
-    gc.collect()
-    for way, row in rows.items():
+            if on_gpu:  # includes the weights of all three ways
+                rows[way]["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    for row in rows.values():
         row["times_ours"] = ratio(row["seconds_per_slice"], rows["ours"]["seconds_per_slice"])
-        row["peak_memory_mib"] = peak_memory(args, way, images)
     return rows
 
 
 def passes(way: str, pipe: CounterfactualDDIMPipeline) -> int:
-    """Network evaluations of one slice with content; the plain loop walks as the authors do."""
+    """Return the NFE of one slice with content; the plain loop takes the same steps as the authors."""
     return pipe.network_evaluations(settings=None if way == "ours" else "paper")
 
 
 def ratio(seconds: list[float], ours: list[float]) -> dict[str, float]:
-    """How many times ours, round by round: median, least and most."""
+    """Return median, minimum and maximum over rounds of the time relative to ours."""
     found = [one / other for one, other in zip(seconds, ours, strict=True)]
     return {"median": statistics.median(found), "least": min(found), "most": max(found)}
 
 
 def whole_patient(args: argparse.Namespace, way: str) -> dict[str, float]:
-    """Seconds of `segment_patient`, reading and writing included, and of its resampling and network alone.
+    """Return the seconds of `segment_patient` with reading and writing, and of its resampling and network alone.
 
-    The model is loaded and warm. Both ways make the mask with the threshold that the model recommends.
+    The model is loaded and warmed up. Both ways use the threshold that the model recommends.
     """
     pipe, _ = load(args, way)
     settings = {"settings": None if way == "ours" else "paper", "threshold": pipe.resolve_settings()["threshold"]}
@@ -210,56 +185,37 @@ def whole_patient(args: argparse.Namespace, way: str) -> dict[str, float]:
     return seconds
 
 
-def main(args: argparse.Namespace) -> None:
-    """All ways on some slices of the test split, and with `--patient` ours and the authors' on a whole scan."""
-    check_device_arguments(args)
-    for name in ("rounds", "max_slices"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    dataset = SliceDataset(args.dataset, "test")
-    if not len(dataset):
-        raise InputError(f"{args.dataset}: the split test is empty")
-    make_folder(Path(args.output).parent)
-    args.threads = torch.get_num_threads()
-    rows = evenly_spread(len(dataset), args.max_slices)
+def main(args: argparse.Namespace) -> dict:
+    """Measure all ways on slices, and with `--patient` ours and the authors' on a whole scan."""
+    dataset, rows = open_slices(args)
     images = torch.cat([batch["images"] for batch in batches_of(dataset, rows, 32)])
-    facts = {"command": command_line(), "commit": package_commit(), "torch": torch.__version__}
-    facts |= {"device": args.device, "dtype": args.dtype, "threads": args.threads, "n_slices": len(images)}
-    result = facts | {"ways": in_turn(args, images)}
-    write_result(result, Path(args.output))
+    result = {"torch": torch.__version__, "device": args.device, "dtype": args.dtype}
+    result |= {"threads": torch.get_num_threads(), "n_slices": len(images), "ways": in_turn(args, images)}
     if args.patient:
+        write_result(result, args.output)  # a whole patient takes minutes
         result["patient"] = {way: whole_patient(args, way) for way in ("ours", "authors")}
-        write_result(result, Path(args.output))
     report(result)
+    return result
 
 
 def report(result: dict) -> None:
-    """Prints the figures."""
+    """Print the result."""
     for way, row in result["ways"].items():
         seconds, times = statistics.median(row["seconds_per_slice"]), row["times_ours"]
         spread = f"{times['median']:.1f} [{times['least']:.1f}, {times['most']:.1f}] times ours"
-        print(
-            f"{way:8} {row['passes_per_slice']:6.1f} passes {seconds:8.3f} s a slice, {spread},"
-            f" {row['peak_memory_mib']:.0f} MiB"
-        )
+        print(f"{way:8} NFE {row['passes_per_slice']:5.1f} {seconds:8.3f} s a slice, {spread}")
     for way, seconds in result.get("patient", {}).items():
         inner = seconds.get("resampling_and_network_seconds")
         print(f"{way:8} {seconds['seconds']:8.1f} s a patient" + (f", network {inner:.1f} s" if inner else ""))
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "test", max_slices=32)
     add = parser.add_argument
-    add("--model", default=str(SHIPPED_MODEL), help="the shipped one")
-    add(
-        "--unet_size", choices=("small", "paper"), help="an untrained network of this size in the place of the model's"
-    )
-    add("--dataset", required=True, help="slices; those of the test split are used")
-    add("--patient", type=Path, metavar="FOLDER", help="scans to segment whole, too")
-    add("--output", required=True, metavar="RESULT.json")
-    add("--max_slices", type=int, default=32)
+    add("--model", default=str(SHIPPED_MODEL), help="default: the shipped model")
+    add("--unet_size", choices=("small", "paper"), help="use an untrained network of this size instead of the model's")
+    add("--patient", type=Path, metavar="FOLDER", help="also segment a whole patient")
     add("--rounds", type=int, default=3)
     add_device_arguments(parser, batch_size=16)
     add_compile_argument(parser)
-    arguments = parser.parse_args()
-    raise SystemExit(run_command(lambda: main(arguments)))
+    raise SystemExit(run_script(main, parser.parse_args(), counts=("rounds", "max_slices")))

@@ -1,4 +1,4 @@
-"""Training side by side: the script's loop and a plain float32 diffusers loop, in turn in one run, and what they spend.
+"""Training side by side: the training script and a plain float32 diffusers loop, in turn in one run.
 
 python benchmarks/training_speed.py --dataset DATASET --output results/training_speed.json
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from common import run_script
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch.autograd import DeviceType
@@ -21,23 +22,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_counterfactual as script
 from diffusers_cf import class_token_encoder, counterfactual_unet
-from diffusers_cf.arguments import ArgumentParser, run_command
+from diffusers_cf.arguments import ArgumentParser
 from diffusers_cf.data.slices import SliceDataset
-from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.protocol import write_result
-from diffusers_cf.files import make_folder
 from diffusers_cf.models import UNET_SIZES, ConditionalNoisePredictor
-from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.training.options import parse_args
 
 
 WAYS = ("ours", "plain")
-TOP = 5  # costs that a profile names
-MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices that the machine's rate is measured with
+TOP = 5  # number of operations in a profile
+MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices for measuring the machine
 
 
 def ours(args) -> Iterator[None]:
-    """A step of `train_counterfactual.py` each time."""
+    """Yield after each step of `train_counterfactual.py`."""
     options = {
         "dataset": args.dataset, "output_dir": args.folder, "unet_size": args.unet_size, "mixed_precision": "bf16",
         "resolution": args.resolution, "train_batch_size": args.batch_size, "max_train_steps": 10**6,
@@ -55,7 +52,7 @@ def ours(args) -> Iterator[None]:
 
 
 def plain(args) -> Iterator[None]:
-    """A step of a loop as a user of diffusers writes it each time."""
+    """Yield after each step of a loop as a user of diffusers would write it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = SliceDataset(args.dataset, "train")
     unet = counterfactual_unet(args.unet_size, "attention", args.resolution, dataset.preprocessing["channels"])
@@ -86,7 +83,7 @@ def plain(args) -> Iterator[None]:
 
 
 def seconds_of(steps: Iterator[None], count: int) -> float:
-    """Seconds of so many steps, work of a GPU included."""
+    """Return the seconds that `count` steps take, with the work of a GPU."""
     start = time.perf_counter()
     for _ in range(count):
         next(steps)
@@ -96,12 +93,12 @@ def seconds_of(steps: Iterator[None], count: int) -> float:
 
 
 def largest_costs(steps: Iterator[None]) -> list[dict]:
-    """The five operations that two steps spend most of their time in, with their shares."""
+    """Return the operations that take most of the time of two steps, with their shares."""
     on_gpu = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
         seconds_of(steps, 2)
     spent, events = "self_cpu_time_total", profiler.key_averages()
-    if on_gpu:  # kernels alone: the operations that called them have their time as well
+    if on_gpu:  # kernels only: their time is counted again in the operations that called them
         spent = "self_device_time_total"
         events = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     events = sorted(events, key=lambda event: -getattr(event, spent))
@@ -110,19 +107,19 @@ def largest_costs(steps: Iterator[None]) -> list[dict]:
 
 
 def flops_an_image(args) -> float:
-    """Arithmetic of one training image, forwards and backwards, counted once by PyTorch."""
+    """Return the floating point operations of one training image, forward and backward."""
     counter = FlopCounterMode(display=False)
     channels = SliceDataset(args.dataset, "train").preprocessing["channels"]
     unet = counterfactual_unet(args.unet_size, "attention", args.resolution, channels)
     model = ConditionalNoisePredictor(unet, class_token_encoder(args.unet_size))
-    with sdpa_kernel(SDPBackend.MATH), counter:  # the counter knows no arithmetic of a CPU's fused attention
+    with sdpa_kernel(SDPBackend.MATH), counter:  # the counter does not know the fused attention of CPUs
         sample = torch.randn(1, channels, args.resolution, args.resolution)
         model(sample, torch.tensor([500]), torch.tensor([0])).sum().backward()
     return float(counter.get_total_flops())
 
 
 def matrix_rate() -> float:
-    """Arithmetic a second of a bfloat16 matrix product on this machine, the best of ten."""
+    """Return the floating point operations per second of bfloat16 matrix products on this machine, the best of ten."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     side = MATRIX[device]
     one = torch.randn(side, side, device=device, dtype=torch.bfloat16)
@@ -135,78 +132,54 @@ def matrix_rate() -> float:
     return 5 * 2 * side**3 / min(seconds_of(work, 5) for _ in range(10))
 
 
-def main(args) -> None:
-    """Both loops in turn, after steps that don't count; then what they spend their time on."""
-    for name in ("rounds", "steps", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    make_folder(Path(args.output).parent)
+def main(args) -> dict:
+    """Run both loops in turn, after a warm-up, then profile them."""
+    rows, images = {}, args.steps * args.batch_size
     with TemporaryDirectory() as args.folder:
-        rows = measured(args, {"ours": ours(args), "plain": plain(args)})
+        work = {"ours": ours(args), "plain": plain(args)}
+        for way in WAYS:
+            rows[way] = {"warm_up_seconds": seconds_of(work[way], 3), "images_per_second": []}
+        for _ in range(args.rounds):
+            for way in WAYS:
+                rows[way]["images_per_second"].append(images / seconds_of(work[way], args.steps))
+        for way in WAYS:
+            rows[way]["largest_costs"] = largest_costs(work[way])
     rates = {way: rows[way]["images_per_second"] for way in WAYS}
     ratios = [one / other for one, other in zip(rates["ours"], rates["plain"], strict=True)]
     flops, rate = flops_an_image(args), matrix_rate()
     result = {
-        "command": command_line(), "commit": package_commit(), "torch": torch.__version__,
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(), "ways": rows,
         "times_plain": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
         "flops_an_image": flops, "matrix_flops_per_second": rate,
         "share_of_matrix_rate": flops * statistics.median(rates["ours"]) / rate,
     }  # fmt: skip
-    write_result(result, args.output)
-    first_rate(args.output).unlink()
     report(result)
-
-
-def measured(args, work: dict[str, Iterator[None]]) -> dict[str, dict]:
-    """Seconds of the first steps, images a second of each round and largest costs of each way."""
-    rows, images = {}, args.steps * args.batch_size
-    for way in WAYS:
-        rows[way] = {"warm_up_seconds": seconds_of(work[way], 3), "images_per_second": []}
-        if way == "ours":  # known early, for who has no time for the rest; it does not count
-            rate = images / seconds_of(work[way], args.steps)
-            print(f"{rate:.0f} images a second, first three steps {rows[way]['warm_up_seconds']:.1f} s", flush=True)
-            write_result(
-                {"warm_up_seconds": rows[way]["warm_up_seconds"], "images_per_second": rate}, first_rate(args.output)
-            )
-    for _ in range(args.rounds):
-        for way in WAYS:
-            rows[way]["images_per_second"].append(images / seconds_of(work[way], args.steps))
-    for way in WAYS:
-        rows[way]["largest_costs"] = largest_costs(work[way])
-    return rows
-
-
-def first_rate(output: str) -> Path:
-    """Where our loop's first rate stands until all is measured."""
-    return Path(output).with_suffix(".first.json")
+    return result
 
 
 def report(result: dict) -> None:
-    """Prints the figures."""
+    """Print the result."""
     for way, row in result["ways"].items():
         costs = ", ".join(f"{cost['operation']} {cost['share']:.0%}" for cost in row["largest_costs"])
         print(f"{way:6} {statistics.median(row['images_per_second']):8.1f} images a second; most in {costs}")
         print(f"{'':6} first three steps {row['warm_up_seconds']:.1f} s")
-    times = result["times_plain"]
-    share = (
-        f"{result['share_of_matrix_rate']:.1%} of {result['matrix_flops_per_second'] / 1e12:.2f} TFLOP/s in bfloat16"
-    )
+    times, rate = result["times_plain"], result["matrix_flops_per_second"] / 1e12
+    share = f"{result['share_of_matrix_rate']:.1%} of {rate:.2f} TFLOP/s in bfloat16"
     print(f"ours is {times['median']:.2f} [{times['least']:.2f}, {times['most']:.2f}] times the plain loop; {share}")
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--dataset", required=True, help="slice data set")
+    add("--dataset", required=True, help="slice data set; its training split is used")
     add("--output", required=True, metavar="RESULT.json")
     add("--unet_size", choices=sorted(UNET_SIZES), default="small")
     add("--resolution", type=int, default=64)
     add("--batch_size", type=int, default=32)
-    add("--steps", type=int, default=5, help="of each loop a round")
+    add("--steps", type=int, default=5, help="steps of each loop per round, default: %(default)s")
     add("--rounds", type=int, default=5)
     add("--dataloader_num_workers", type=int, default=0)
     add("--compile", action="store_true", help="torch.compile our network")
-    arguments = parser.parse_args()
-    raise SystemExit(run_command(lambda: main(arguments)))
+    raise SystemExit(run_script(main, parser.parse_args(), counts=("rounds", "steps", "batch_size")))

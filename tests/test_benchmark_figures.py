@@ -1,25 +1,148 @@
-"""Figures of the benchmark from cells that are there already."""
+"""What the figures of a benchmark draw, read back from their axes."""
 
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
-from diffusers_cf.benchmark import plots as benchmark_figures
+from diffusers_cf.benchmark import figures
+from diffusers_cf.benchmark.figures import (
+    plot_method_maps,
+    plot_process,
+    plot_quality,
+    plot_strengths,
+    robustness,
+    scale_of_maps,
+    write_figures,
+)
+from diffusers_cf.files import write_json
+from diffusers_cf.plots import GREY
 
 
-class Slices:
-    patients = np.array(["A", "B"])
-
-    def __getitems__(self, rows):
-        return rows
-
-    def collate(self, rows):
-        return {"images": torch.ones(len(rows), 1, 4, 4), "masks": torch.zeros(len(rows), 4, 4)}
+RNG = np.random.default_rng(0)
 
 
-def test_a_cell_that_is_older_than_the_map_keeps_the_rows_own(tmp_path, monkeypatch):
-    """The forward map was no `map` of the pipeline once, so its cells name none."""
+def shown(axis):
+    """The image of an axes."""
+    return np.asarray(axis.images[0].get_array())
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_process_runs_right_above_and_left_below(tmp_path):
+    image, latent, counterfactual, heat, *steps = RNG.random((8, 16, 16))
+    mask = np.zeros((16, 16))
+    mask[3:8, 3:8] = 1
+    encoding = {"image": image, "t = 1": steps[0], "t = 2": steps[1], "latent": latent}
+    decoding = {"counterfactual": counterfactual, "t = 1": steps[2], "t = 2": steps[3]}
+    figure = plot_process(tmp_path / "f.png", encoding, decoding, heat, mask)
+    assert is_png(tmp_path / "f.png")
+    *rows, end = sorted(figure.axes, key=lambda axis: axis.get_position().x0)
+    below, above = ([a for a in rows if (a.get_position().y0 > 0.4) == upper] for upper in (False, True))
+    for axis, expected in zip(above, [image, image, *steps[:2]], strict=True):
+        np.testing.assert_array_equal(shown(axis), expected)
+    for axis, expected in zip(below, [heat, counterfactual, *steps[2:]], strict=True):
+        np.testing.assert_array_equal(shown(axis), expected)
+    np.testing.assert_array_equal(shown(end), latent)
+    assert {a.images[0].get_clim() for a in [*above, *below[1:], end]} == {(GREY["vmin"], GREY["vmax"])}
+    assert below[0].images[0].get_clim() == (0, np.percentile(heat, 99.9))
+    assert [len(axis.collections) for axis in above] == [1, 0, 0, 0]  # the outline of the lesion
+
+
+def test_every_map_is_shown_in_one_unit_per_method(tmp_path):
+    images, masks = RNG.random((3, 16, 16)), np.zeros((3, 16, 16), dtype=np.uint8)
+    masks[:2, 4:9, 4:9] = 1
+    maps = {"ours": RNG.random((3, 16, 16)), "restoration": 40 * RNG.random((3, 8, 8))}
+    maps["ours"][1] *= 0.1
+    figure = plot_method_maps(tmp_path / "f.png", images, masks, maps, "flair")
+    assert is_png(tmp_path / "f.png")
+    axes = np.array(figure.axes[:-1]).reshape(3, 4)
+    for i, row in enumerate(axes):
+        np.testing.assert_array_equal(shown(row[0]), images[i])
+        np.testing.assert_array_equal(shown(row[1]), images[i])
+        for axis, values in zip(row[2:], maps.values(), strict=True):
+            np.testing.assert_allclose(shown(axis), values[i] / np.percentile(values, 99.9))
+            assert axis.images[0].get_clim() == (0, 1)  # the same colours for all rows: a faint slice stays dark
+    outline = axes[0, 1].collections[0].get_paths()[0].vertices
+    assert outline.min(axis=0) == pytest.approx([3.5, 3.5]) and outline.max(axis=0) == pytest.approx([8.5, 8.5])
+    assert [[len(axis.collections) for axis in row] for row in axes] == [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+def test_the_unit_of_maps_is_positive():
+    maps = np.stack([np.zeros((10, 10)), np.arange(100.0).reshape(10, 10)])
+    assert scale_of_maps(maps, 75) == pytest.approx(np.percentile(maps, 75))
+    assert scale_of_maps(maps, 10) == 99 and scale_of_maps(0 * maps) == 1
+
+
+def points(guidance, scales, dice):
+    settings = [(scale, strength) for scale in scales for strength in (0.8, 0.4, 0.6)]
+    return [
+        {"guidance": guidance, "guidance_scale": scale, "strength": strength, "ideal_dice": value}
+        for (scale, strength), value in zip(settings, dice, strict=True)
+    ]
+
+
+IMPLICIT = points("implicit", (1.5, 3.0), (0.5, 0.6, 0.7, 0.5, 0.6, 0.7))
+CLASSIFIER = points("classifier", (10.0,), (0.2, 0.2, 0.8))
+
+
+def test_robustness_is_the_spread_over_the_settings():
+    spread = robustness(IMPLICIT + CLASSIFIER)
+    assert list(spread) == ["implicit", "classifier"]
+    std = np.sqrt(0.02 / 3)
+    assert spread["implicit"] == pytest.approx({"std": std, "best": 0.7, "mean": 0.6})
+    std = np.sqrt(0.08)
+    assert spread["classifier"] == pytest.approx({"std": std, "best": 0.8, "mean": 0.4})
+
+
+def test_strengths_has_a_curve_for_each_guidance_and_scale(tmp_path):
+    figure = plot_strengths(tmp_path / "f.png", IMPLICIT + CLASSIFIER)
+    assert is_png(tmp_path / "f.png")
+    curves = figure.axes[0].lines
+    assert [list(line.get_xdata()) for line in curves] == [[0.4, 0.6, 0.8]] * 3
+    assert [list(line.get_ydata()) for line in curves] == [[0.6, 0.7, 0.5]] * 2 + [[0.2, 0.8, 0.2]]
+    # guidance differs in colour and line style, scales in marker
+    assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == 2
+    assert curves[0].get_marker() != curves[1].get_marker()
+    assert [len(legend.get_texts()) for legend in figure.legends] == [2, 1]
+
+
+def cell(method, evaluations, auprc, seed=0, tables=(1,)):
+    facts = {"method": method, "row": f"The row of {method}", "tables": list(tables), "seed": seed}
+    facts |= {"auprc": 0.9, "postprocessed": {"auprc": auprc}}
+    return facts | {"network_evaluations_per_slice": evaluations}
+
+
+def test_quality_is_the_mean_over_seeds_at_its_cost(tmp_path):
+    cells = [cell("threshold", 0, 0.4), cell("ours", 45, 0.6), cell("ours", 45, 0.7, seed=1)]
+    cells += [cell("ours-clipped", 60, 0.5, tables=[2]), cell("ours-unclipped", 60, 0.2, tables=[2])]
+    figure = plot_quality(tmp_path / "f.png", cells)
+    assert is_png(tmp_path / "f.png")
+    axis = figure.axes[0]
+    found = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axis.containers}
+    assert found == {"The row of threshold": [[0, 0.4]], "The row of ours": [[45, pytest.approx(0.65)]]}
+    deviation = axis.containers[1].lines[2][0].get_segments()[0]
+    assert np.ptp(deviation[:, 1]) == pytest.approx(2 * np.std([0.6, 0.7], ddof=1))
+    assert [line.get_xydata().tolist() for line in axis.lines if line.get_marker() == "."] == [
+        [[60, 0.5]],
+        [[60, 0.2]],
+    ]
+    assert len(figure.legends[0].get_texts()) == 3  # methods of Table 2 alone have one name together
+
+
+def test_methods_without_a_network_stand_at_zero_left_of_one(tmp_path):
+    figure = plot_quality(tmp_path / "f.png", [cell("threshold", 0, 0.4), cell("dae", 1, 0.5), cell("vae", 500, 0.5)])
+    axis = figure.axes[0]
+    zero, one, ten, hundred = (axis.transData.transform((x, 0.5))[0] for x in (0, 1, 10, 100))
+    assert axis.get_window_extent().x0 < zero < one and ten - one == pytest.approx(hundred - ten)
+    assert 0.2 * (ten - one) < one - zero < ten - one
+
+
+def test_a_result_older_than_a_setting_keeps_the_method_s_own(tmp_path, monkeypatch):
+    """Early results of the forward map do not name their map."""
     seen = []
 
     class Method:
@@ -30,9 +153,15 @@ def test_a_cell_that_is_older_than_the_map_keeps_the_rows_own(tmp_path, monkeypa
             seen.append(self.settings)
             return images[:, 0]
 
-    cell = {"settings": {"guidance_scale": 16.0, "strength": 0.75, "num_inference_steps": 10}}
-    data = SimpleNamespace(test=Slices(), modalities=["flair"])
-    benchmark = SimpleNamespace(output=tmp_path, make_method=lambda *_: (Method(), {}))
-    monkeypatch.setattr(benchmark_figures, "example_rows", lambda *_: [0, 1])
-    benchmark_figures.write_figure2(benchmark, data, 1, {"forward-map": cell})
-    assert seen == [cell["settings"] | {"map": "forward"}] * 2 and (tmp_path / "figure2.png").is_file()
+    def collate(rows):
+        return {"images": torch.ones(len(rows), 1, 4, 4), "masks": torch.zeros(len(rows), 4, 4)}
+
+    settings = {"guidance_scale": 16.0, "strength": 0.75, "num_inference_steps": 10}
+    (tmp_path / "cells").mkdir()
+    write_json(cell("forward-map", 10, 0.5, seed=1) | {"settings": settings}, tmp_path / "cells" / "x.json")
+    test = SimpleNamespace(patients=np.array(["A", "B"]), __getitems__=lambda rows: rows, collate=collate)
+    networks = SimpleNamespace(is_ready=lambda *_: True, make=lambda *_: (Method(), {}))
+    monkeypatch.setattr(figures, "example_rows", lambda *_: [0, 1])
+    data = SimpleNamespace(test=test, modalities=["flair"])
+    write_figures(SimpleNamespace(output=tmp_path, networks=networks), {1: data}, pictures=True)
+    assert seen == [settings | {"map": "forward"}] * 2 and is_png(tmp_path / "figure2.png")

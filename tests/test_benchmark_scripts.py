@@ -6,11 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from data_files import write_brats
 from training_data import write_training_set
 
-from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.cli import main
 
 
@@ -25,9 +23,9 @@ SETTINGS = {
 
 
 def run(script, *arguments):
-    """A script of `benchmarks/`, on one thread."""
+    """A script of `benchmarks/`."""
     command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -41,6 +39,7 @@ def files(make_pipeline, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_three_ways_of_inference_in_turn_and_a_whole_patient(files):
     paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "speed.json"]
     done = run("speed", *paths, "--patient", files / "P_0", "--max_slices", 2, "--rounds", 2, "--dtype", "float32")
@@ -50,13 +49,11 @@ def test_three_ways_of_inference_in_turn_and_a_whole_patient(files):
     # K = 2 of 4 steps: encoding, two branches, reconstruction; the paper: 75 of 100 steps, encoding and two branches
     assert passes == {"ours": 4 * 2, "authors": 3 * 75, "plain": 3 * 75}
     for way, row in result["ways"].items():
-        assert len(row["seconds_per_slice"]) == 2 and row["peak_memory_mib"] > 0
-        assert (row["times_ours"]["median"] == 1) == (way == "ours")
-    assert result["patient"]["authors"]["seconds"] > result["patient"]["ours"]["seconds"] > 0
-    assert 0 < result["patient"]["ours"]["resampling_and_network_seconds"]
-    assert "times ours" in done.stdout
+        assert len(row["seconds_per_slice"]) == 2 and (row["times_ours"]["median"] == 1) == (way == "ours")
+    assert set(result["patient"]) == {"ours", "authors"} and result["command"] and result["commit"]
 
 
+@pytest.mark.slow
 def test_a_network_of_another_size_stands_in_for_the_models(files):
     paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "speed.json"]
     done = run("speed", *paths, "--unet_size", "small", "--max_slices", 1, "--rounds", 1)
@@ -64,6 +61,7 @@ def test_a_network_of_another_size_stands_in_for_the_models(files):
     assert json.loads((files / "speed.json").read_text())["ways"]["plain"]["passes_per_slice"] == 225
 
 
+@pytest.mark.slow
 def test_two_ways_of_training_in_turn(files):
     options = ["--batch_size", 2, "--steps", 1, "--rounds", 2, "--resolution", 16]
     done = run("training_speed", "--dataset", files / "slices", "--output", files / "training.json", *options)
@@ -72,10 +70,10 @@ def test_two_ways_of_training_in_turn(files):
     for row in result["ways"].values():
         assert len(row["images_per_second"]) == 2 and min(row["images_per_second"]) > 0
         assert len(row["largest_costs"]) == 5 and 0 < sum(cost["share"] for cost in row["largest_costs"]) <= 1
-    assert 0 < result["share_of_matrix_rate"] < 1
     assert result["times_plain"]["least"] <= result["times_plain"]["median"] <= result["times_plain"]["most"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "option"), [("speed", "rounds"), ("training_speed", "steps")])
 def test_nothing_to_measure_is_refused(files, script, option):
     done = run(script, "--dataset", files / "slices", "--output", files / "none" / "out.json", f"--{option}", 0)
@@ -83,40 +81,17 @@ def test_nothing_to_measure_is_refused(files, script, option):
     assert not (files / "none").exists()
 
 
-def test_what_else_could_save_passes(files, monkeypatch):
-    """The whole of guidance is the pipeline's own map; parts of it and shared noise cost what is said of them."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from cheaper_passes import VARIANTS, Walk, passes
-    from sweep_cost import Counter
-
-    paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "passes.json"]
-    done = run("cheaper_passes", *paths, "--max_slices", 4, "--dtype", "float32")
+@pytest.mark.slow
+def test_round_trip_measures_healthy_slices(files):
+    paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "out.json"]
+    done = run("round_trip", *paths, "--num_inference_steps", 4, 8, "--strengths", 0.5, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
-    found = json.loads((files / "passes.json").read_text())["variants"]
-    # of two steps the middle is the second one, as is the half near the image
-    assert len(found) == len(VARIANTS) + 2 == 1 + len({point["auprc"] for point in found.values()})
-    pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
-    pipe.set_progress_bar_config(disable=True)
-    images, settings, counter = torch.rand(3, 2, 8, 8), pipe.resolve_settings(), Counter(pipe.unet)
-    with torch.no_grad():
-        for name, variant in VARIANTS.items():
-            counter.images = 0
-            heat = variant(Walk(pipe, pipe.prepare_images(images), settings))
-            assert counter.images == 3 * passes(name, settings) == 3 * found[name]["network_evaluations"]
-            if name == "guidance: whole":
-                torch.testing.assert_close(heat, pipe(images).heatmaps)
+    found = json.loads((files / "out.json").read_text())
+    assert found["n_slices"] == 10 and [row["num_inference_steps"] for row in found["rows"]] == [4, 8]
+    assert all(0 < row["mean_error"] <= row["worst_slice"] for row in found["rows"])
 
 
-def test_nothing_cheaper_is_sought_where_nothing_is_decoded(files):
-    path = files / "model" / "preprocessing.json"
-    facts = json.loads(path.read_text())
-    path.write_text(json.dumps(facts | {"settings": SETTINGS | {"map": "forward"}}))
-    paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "none" / "passes.json"]
-    done = run("cheaper_passes", *paths, "--dtype", "float32")
-    assert done.returncode == 2 and "recommends the map forward, which decodes nothing" in done.stderr
-    assert not (files / "none").exists()
-
-
+@pytest.mark.slow
 def test_two_settings_compared_on_the_same_patients(files):
     for name, scale in (("one", 1), ("three", 3)):
         options = ["--dataset", files / "slices", "--guidance_scale", scale, "--output", files / f"{name}.json"]
@@ -138,14 +113,16 @@ def test_two_settings_compared_on_the_same_patients(files):
     assert json.loads(out.read_text())["raw"]["interval"] == [0, 0]
 
 
+@pytest.mark.slow
 def test_what_is_no_result_is_refused(files):
     (files / "other.json").write_text("{}")
     paths = ["--first", files / "other.json", "--second", files / "other.json", "--output", files / "out.json"]
     done = run("compare", *paths)
-    assert done.returncode == 2 and "other.json: no result of diffusers-cf evaluate" in done.stderr
+    assert done.returncode == 2 and "other.json: not a result of diffusers-cf evaluate" in done.stderr
     assert not (files / "out.json").exists()
 
 
+@pytest.mark.slow
 def test_scales_script_measures_each_scale_and_patient(files):
     """A scale changes no order within a patient: of one patient all scales have the same AUPRC, pooled and its own."""
     done = run("scales", "--dataset", files / "slices", "--split", "validation", "--output", files / "out.json")

@@ -1,7 +1,6 @@
-"""What the package costs: time to import, memory of an evaluation, and what half precision gives up."""
+"""What the package costs: modules that an import loads, memory of an evaluation, and what half precision loses."""
 
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -21,17 +20,8 @@ from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_
 ROOT = Path(__file__).parent.parent
 DIFFUSERS = "from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel"
 HEAVY = (
-    "datasets",
-    "gradio",
-    "matplotlib",
-    "nibabel",
-    "nilearn",
-    "pandas",
-    "pyarrow",
-    "scipy",
-    "sklearn",
-    "torchvision",
-)
+    "datasets", "gradio", "matplotlib", "nibabel", "nilearn", "pandas", "pyarrow", "scipy", "sklearn", "torchvision",
+)  # fmt: skip
 
 
 def python(code: str) -> str:
@@ -57,14 +47,8 @@ def test_help_loads_no_command():
     assert "segment" in text and not any(name.startswith(("diffusers_cf", *HEAVY)) for name in loaded.split())
 
 
-def test_importing_takes_little_longer_than_diffusers():
-    """At most 0.3 s on an idle machine; three times that here, where other jobs may run."""
-    code = f"import time; {DIFFUSERS}; start = time.perf_counter(); import diffusers_cf; print(time.perf_counter() - start)"
-    assert statistics.median(float(python(code)) for _ in range(3)) < 0.9
-
-
 def peak_memory(folder: Path, output: Path) -> float:
-    """Peak of the memory that an evaluation in a process of its own holds, in MiB; pages of files not counted."""
+    """Peak of the memory that an evaluation in a process of its own holds, in MiB, without pages of files."""
     code = (
         "import sys, threading, time; from diffusers_cf.cli import main; peak = 0\n"
         "def watch():\n"
@@ -81,9 +65,10 @@ def peak_memory(folder: Path, output: Path) -> float:
     return float(python(code).rpartition("peak")[2])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_patients(tmp_path):
-    """200 patients of 2 MB each in memory, against 40: enough for both to fill the batches that are on their way."""
+    """200 patients of 2 MB each in memory, against 40, which are enough to fill all batches on their way."""
     peaks = []
     for count in (40, 200):
         folder = write_dataset(tmp_path / str(count), patients=count, size=256)
@@ -92,28 +77,26 @@ def test_memory_does_not_grow_with_the_number_of_patients(tmp_path):
     assert peaks[1] < 1.1 * peaks[0]
 
 
-@pytest.fixture(scope="module")
 def phantom_slices():
-    """Slices of three phantom patients with a lesion, 64 x 64, every sixth of them."""
+    """Every sixth slice of three phantom patients with a lesion, 64 x 64: images and masks."""
     source, found = PhantomSource(FROZEN_SEED, size=64), []
     for patient in map(source.read, source.fixed_splits()["validation"]):
         found += [patient] * bool(patient.masks.any())
         if len(found) == 3:
             break
-    return tuple(np.concatenate([getattr(patient, name)[::6] for patient in found]) for name in ("images", "masks"))
+    return (np.concatenate([getattr(patient, name)[::6] for patient in found]) for name in ("images", "masks"))
 
 
-def auprc(maps: torch.Tensor, images: np.ndarray, masks: np.ndarray) -> float:
-    inside, counts = foreground_mask(images), PixelCounts()
-    counts.update(postprocess_maps(maps.float().numpy(), images)[inside], masks[inside])
-    return counts.average_precision()
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(not computes_in_bfloat16("cpu"), reason="bfloat16 is emulated here")
-def test_bfloat16_finds_what_float32_finds(phantom_slices):
-    """Within one point of AUPRC, post-processed, on these few slices."""
-    images, masks = phantom_slices
-    pipes = [open_pipeline(str(SHIPPED_MODEL), "cpu", dtype) for dtype in ("float32", "bfloat16")]
-    scores = [auprc(pipe(torch.from_numpy(images)).heatmaps, images, masks) for pipe in pipes]
-    assert scores[0] > 5 * masks.sum() / foreground_mask(images).sum()
+def test_bfloat16_finds_what_float32_finds():
+    """Within one point of AUPRC in the foreground after post-processing."""
+    images, masks = phantom_slices()
+    inside, scores = foreground_mask(images), []
+    for dtype in ("float32", "bfloat16"):
+        maps = open_pipeline(str(SHIPPED_MODEL), "cpu", dtype)(torch.from_numpy(images)).heatmaps
+        counts = PixelCounts()
+        counts.update(postprocess_maps(maps.float().numpy(), images)[inside], masks[inside])
+        scores.append(counts.average_precision())
+    assert scores[0] > 5 * masks.sum() / inside.sum()
     assert scores[1] == pytest.approx(scores[0], abs=0.01)

@@ -1,1 +1,1 @@
-"""Tables 1 and 2 and the figures of the paper, every method under one protocol."""
+"""Tables 1 and 2 and Figures 1 to 4 of the paper: every method under one protocol."""

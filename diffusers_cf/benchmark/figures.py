@@ -1,397 +1,355 @@
 """Figures 1 to 4: the process, maps of every method, sensitivity to settings, quality against cost.
 
-Sized for print: 7 inches are the width of a page with two columns, 3.4 that of one. Colours are those of Okabe and Ito,
-which tell apart without red and green; line style and marker say the same once more.
+Sized for print: 7 inches are the width of a page with two columns, 3.4 inches that of one column. The colours are those
+of Okabe and Ito, which colour-blind readers can tell apart; line style and marker repeat what colour says.
 """
 
-import itertools
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from diffusers_cf.benchmark.figure_labels import label_points
+from diffusers_cf.baselines import ROWS, AnomalyMethod
+from diffusers_cf.benchmark.networks import Method
+from diffusers_cf.benchmark.protocol import BenchmarkData
+from diffusers_cf.benchmark.tables import collect_cells
+from diffusers_cf.evaluation.protocol import maps_at_size
+from diffusers_cf.evaluation.sweep import evenly_spread, has_lesion, sweep
+from diffusers_cf.evaluation.trajectories import encode_trajectory
+from diffusers_cf.files import read_json, write_json
+from diffusers_cf.images import resize_images
 from diffusers_cf.plots import GREY, draw_contour
+from diffusers_cf.provenance import command_line, package_commit
 
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 PAGE, COLUMN = 7.0, 3.4
 DOTS_PER_INCH = 200
 FONT = {"fontsize": 7}
 BLUE, VERMILLION, SKY, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
+OTHERS = (BLUE, "#E69F00", "#009E73", SKY, "#CC79A7")
 MARKERS = "osD^vPX*<>hp"
 HEAT = "inferno"
+FIGURE1_IMAGES = 5  # intermediate images of each of the two loops
+# Columns of Fig. 2: the methods of Table 1 but for single modalities, which look like the input.
+FIGURE2 = [name for name, row in ROWS.items() if 1 in row.tables and "<" not in name]
+FIGURE2_ROWS = 5
+# Scales of the paper's Fig. 3, and the method of each kind of guidance.
+FIGURE3_SCALES = (1.5, 2.5, 3.0)
+FIGURE3 = {"implicit": "ours", "classifier": "cdpm-classifier"}
 
 
-def percentile_scales(maps: Mapping[str, np.ndarray], percentile: float = 99.9) -> dict[str, float]:
-    """Returns for each method the percentile of all its maps `(N, H, W)` together: its unit in `plot_method_maps`.
+def write_figures(benchmark, data: Mapping[int, BenchmarkData], pictures: bool) -> None:
+    """Write figure4.png of all seeds, and figure1.png to figure3.png of the first seed.
 
-    A method whose percentile isn't above 0 gets its maximum, and one without anything above 0 gets 1.
-    """
-    scales = {}
-    for name, values in maps.items():
-        found = [float(np.percentile(values, percentile)), float(np.max(values)), 1.0]
-        scales[name] = next(value for value in found if value > 0)
-    return scales
-
-
-def plot_method_maps(
-    path: str | Path,
-    images: np.ndarray,
-    masks: np.ndarray,
-    maps: Mapping[str, np.ndarray],
-    scales: Mapping[str, float],
-    scale_name: str,
-    maximum: float = 1.0,
-    channel: int = 0,
-    channel_name: str = "FLAIR",
-    row_names: Sequence[str] = (),
-) -> "Figure":
-    """Writes Fig. 2: a row a slice, columns input, ground truth and the map of every method.
-
-    Methods have units of their own. Each map is divided by one number, the same for all slices of the method and
-    printed below its column, so that slices compare within a column and no image is stretched by itself.
+    Fig. 1 to 3 load networks and never train any: those whose methods are not measured, or whose networks lie elsewhere,
+    are left out.
 
     Args:
-        path: The picture.
-        images: (N, C, H, W) in input units.
-        masks: (N, H, W), above 0 = lesion.
-        maps: Method's name -> (N, h, w), higher = more lesion, columns in this order.
-        scales: Method's name -> a positive number in the method's units, such as its threshold chosen on validation
-            slices, or `percentile_scales` of maps of many slices.
-        scale_name: What `scales` are, for the legend.
-        maximum: The relative value that has the brightest colour: 2 puts a threshold in the middle of the scale.
-        channel: Index of the channel that is shown.
-        channel_name: Its name.
-        row_names: One a slice.
-
-    Raises:
-        ValueError: A scale isn't positive.
+        benchmark (`Benchmark`): the benchmark, with results in its output folder.
+        data (`Mapping[int, BenchmarkData]`): the slices of each seed of this run.
+        pictures (`bool`): whether to write Fig. 1 and Fig. 2, which show slices.
     """
-    for name in maps:
-        if not scales[name] > 0:
-            raise ValueError(f"the scale of {name} must be positive, not {scales[name]}")
-    rows, columns = len(images), 2 + len(maps)
-    side = min(1.3, (PAGE - 0.3) / columns)
-    small = 6 if side > 0.7 else 5
-    figure = _figure(columns * side + 0.3, rows * side + 0.95)
-    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for i, row in enumerate(axes):
-        for axis in row[:2]:
-            axis.imshow(images[i, channel], **GREY)
-        draw_contour(row[1], masks[i], SKY, 0.8)
-        for axis, (name, values) in zip(row[2:], maps.items(), strict=True):
-            heat = axis.imshow(values[i] / scales[name], cmap=HEAT, vmin=0, vmax=maximum)
-        if len(row_names):
-            row[0].set_ylabel(row_names[i], **FONT)
-        _hide_ticks(row)
-    for axis, name in zip(axes[0], (f"input\n({channel_name})", "ground\ntruth", *maps), strict=True):
-        axis.set_title(_wrapped(name, 13), fontsize=small)
-    for axis, name in zip(axes[-1, 2:], maps, strict=True):
-        axis.set_xlabel(f"1 = {scales[name]:.2g}", fontsize=small)
-    bar = figure.colorbar(heat, ax=axes, location="bottom", shrink=0.6, aspect=45, extend="max")
-    bar.set_label(f"map / {scale_name}\n(one number a method, below its column)", **FONT)
-    bar.ax.tick_params(labelsize=6)
-    return _saved(figure, path)
+    cells, seed = collect_cells(benchmark.output), min(data)
+    plot_quality(benchmark.output / "figure4.png", cells)
+    if seed != min(cell["seed"] for cell in cells):
+        return
+    settings = {
+        cell["method"]: cell["settings"]
+        for cell in cells
+        if cell["seed"] == seed and benchmark.networks.is_ready(Method.of(cell["method"]), seed)
+    }
+
+    def made(id: str) -> AnomalyMethod:
+        """Return a method with the settings of its result."""
+        method, _ = benchmark.networks.make(Method.of(id), data[seed], seed)
+        method.settings = method.settings | settings[id]  # an older result may lack a setting
+        return method
+
+    if set(FIGURE3.values()) <= set(settings):
+        write_figure3(benchmark, made, data[seed], seed)
+    if pictures and "ours" in settings:
+        write_figure1(benchmark.output / "figure1.png", made("ours"), data[seed])
+    if pictures and set(FIGURE2) & set(settings):
+        write_figure2(benchmark.output / "figure2.png", [id for id in FIGURE2 if id in settings], made, data[seed])
+
+
+def example_rows(data: BenchmarkData, count: int) -> list[int]:
+    """Return the test slice with the largest lesion of each of `count` patients, evenly spread over those with one."""
+    areas = np.concatenate([batch["masks"].sum(dim=(1, 2)).numpy() for batch in data.test_batches()])
+    rows, patients = np.asarray(data.test_rows), data.test.patients[data.test_rows]
+    best = {p: rows[patients == p][areas[patients == p].argmax()] for p in np.unique(patients[areas > 0])}
+    return [int(best[list(best)[i]]) for i in evenly_spread(len(best), count)]
+
+
+def write_figure1(path: Path, method: AnomalyMethod, data: BenchmarkData) -> None:
+    """Write Fig. 1 of one test slice, from the images that encoding and decoding go through."""
+    pipe, settings, row = method.pipe, method.settings, example_rows(data, FIGURE2_ROWS)[0]
+    batch = data.test.collate(data.test.__getitems__([row]))
+    walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
+    encodings = encode_trajectory(pipe, pipe.prepare_images(batch["images"]), **walk)
+    decodings = []
+
+    def keep(_, step, timestep, tensors):
+        decodings.append(tensors["latents"])
+        return {}
+
+    pipe.denoise(encodings[-1], None, settings["guidance_scale"], callback_on_step_end=keep, **walk)
+    out = pipe(batch["images"], **settings)
+    times = pipe.inverse_scheduler.timesteps.tolist()
+    chosen = evenly_spread(len(encodings) - 2, FIGURE1_IMAGES)  # without the image and the latent
+
+    def shown(images: torch.Tensor, is_latent: bool = False) -> np.ndarray:
+        """Return the first channel (h, w) of an image (1, C, H, W) at the network's size, in input units."""
+        images = (images + 1) / 2 if is_latent else images
+        return resize_images(images.float().cpu(), pipe.image_size)[0, 0].numpy()
+
+    # the latent after encoding step i + 1 and the one after all but i + 1 decoding steps have the same noise level
+    encoding = {f"image ({data.modalities[0]})": shown(batch["images"])}
+    encoding |= {f"t = {times[i]}": shown(encodings[i + 1], is_latent=True) for i in chosen}
+    encoding |= {f"latent, t = {times[len(encodings) - 2]}": shown(encodings[-1], is_latent=True)}
+    decoding = {"counterfactual": shown(out.counterfactuals)}
+    decoding |= {f"t = {times[i]}": shown(decodings[-2 - i], is_latent=True) for i in chosen}
+    plot_process(path, encoding, decoding, shown(out.heatmaps[:, None]), shown(batch["masks"][:, None]) > 0.5)
+
+
+def write_figure2(
+    path: Path, methods: Sequence[str], made: Callable[[str], AnomalyMethod], data: BenchmarkData
+) -> None:
+    """Write Fig. 2: test slices of several patients and their maps by every method."""
+    rows, maps = example_rows(data, FIGURE2_ROWS), {ROWS[id].title: [] for id in methods}
+    batch = data.test.collate(data.test.__getitems__(rows))
+    for id in methods:
+        method = made(id)
+        for row in rows:
+            whole = np.flatnonzero(data.test.patients == data.test.patients[row]).tolist()
+            given = whole if method.whole_patient else [row]
+            heat = method.anomaly_map(data.test.collate(data.test.__getitems__(given))["images"])[given.index(row)]
+            maps[ROWS[id].title].append(maps_at_size(heat[None], batch["masks"].shape[1:])[0])
+    plot_method_maps(path, batch["images"][:, 0].numpy(), batch["masks"].numpy(), maps, data.modalities[0])
+
+
+def write_figure3(benchmark, made: Callable[[str], AnomalyMethod], data: BenchmarkData, seed: int) -> None:
+    """Write Fig. 3 and its points, figure3.json; points of an earlier run are used again if nothing has changed."""
+    path, preset = benchmark.output / "figure3.json", benchmark.preset
+    metadata = {"seed": seed, "benchmark": benchmark.metadata | {"data": data.metadata}}
+    kept = read_json(path) if path.is_file() else {}
+    if any(kept.get(name) != value for name, value in metadata.items()):
+        rows = [data.validation_rows[i] for i in evenly_spread(len(data.validation_rows), preset.figure_slices)]
+        if not has_lesion(data.validation, rows, data.batch_size):
+            rows = data.validation_rows
+        points, steps = [], preset.grid.num_inference_steps
+        for guidance, id in FIGURE3.items():
+            grid = (FIGURE3_SCALES, preset.figure_strengths, ("counterfactual",), steps)
+            found = sweep(made(id).pipe, data.validation, rows, *grid, data.batch_size)
+            points += [asdict(point) | {"guidance": guidance} for point in found]
+        kept = metadata | {"command": command_line(), "commit": package_commit(), "n_slices": len(rows)}
+        kept["points"] = points
+        write_json(kept, path)
+    plot_strengths(benchmark.output / "figure3.png", kept["points"])
 
 
 def plot_process(
     path: str | Path,
-    image: np.ndarray,
-    encodings: np.ndarray,
-    latent: np.ndarray,
-    decodings: np.ndarray,
-    counterfactual: np.ndarray,
+    encoding: Mapping[str, np.ndarray],
+    decoding: Mapping[str, np.ndarray],
     heatmap: np.ndarray,
     mask: np.ndarray,
-    channel: int = 0,
-    channel_name: str = "FLAIR",
-    encoding_names: Sequence[str] = (),
-    decoding_names: Sequence[str] = (),
-    latent_name: str = "latent",
-) -> "Figure":
-    """Writes Fig. 1 of one slice: encoding above, from left to right, decoding below, from right to left.
+) -> Figure:
+    """Write Fig. 1: encoding in the upper row, from left to right, and decoding in the lower row, from right to left.
 
     Args:
-        path: The picture.
-        image: (C, H, W) in input units.
-        encodings: (K, C, h, w), some steps of the encoding in input units: from the network's range by (x + 1) / 2.
-        latent: (C, h, w), where encoding ended, in input units.
-        decodings: (K, C, h, w), steps of the decoding in the order they came, in input units.
-        counterfactual: (C, H, W) in input units.
-        heatmap: (H, W), its brightest colour is its 99.9th percentile.
-        mask: (H, W), above 0 = lesion.
-        channel: Index of the channel that is shown.
-        channel_name: Its name.
-        encoding_names: What to print above each step of the encoding, such as `t = 200`.
-        decoding_names: The same below each step of the decoding.
-        latent_name: The same for the latent.
+        path (`str` or `Path`): the picture.
+        encoding (`Mapping[str, np.ndarray]`): title -> picture (h, w) in input units: the image, intermediate images, the
+            latent.
+        decoding (`Mapping[str, np.ndarray]`): the counterfactual and as many intermediate images, the last one first.
+        heatmap (`np.ndarray`): (h, w). Its 99.9th percentile has the brightest colour.
+        mask (`np.ndarray`): (h, w), above 0 = lesion.
     """
-    figure, top, bottom, end = _process_axes(len(encodings))
-    images = {top[0]: image, top[1]: image, bottom[1]: counterfactual, end: latent}
-    images |= dict(zip([*top[2:], *bottom[2:]], [*encodings, *decodings[::-1]], strict=True))
-    for axis, shown in images.items():
-        axis.imshow(shown[channel], **GREY)
+    *above, latent = encoding
+    columns = range(1 + len(above))
+    figure = _figure(PAGE, 2.2, wspace=0.2)
+    axes = figure.subplot_mosaic([[*(f"{row}{i}" for i in columns), "latent"] for row in "ab"])
+    top, bottom, end = [axes[f"a{i}"] for i in columns], [axes[f"b{i}"] for i in columns], axes["latent"]
+    image = next(iter(encoding.values()))
+    pictures = [image, *encoding.values(), *decoding.values()]
+    titles = ["ground truth", *above, latent, *decoding]
+    for axis, title, picture in zip([*top, end, *bottom[1:]], titles, pictures, strict=True):
+        axis.imshow(picture, **GREY)
+        axis.set_title(_wrapped(title, 16), **FONT, pad=3)
     draw_contour(top[0], mask, SKY)
-    unit = percentile_scales({"heatmap": heatmap})["heatmap"]
+    unit = scale_of_maps(heatmap)
     bottom[0].imshow(heatmap, cmap=HEAT, vmin=0, vmax=unit)
-    names = ["ground truth", f"image ({channel_name})", *_filled(encoding_names, len(encodings))]
-    for axis, name in zip([*top, end], [*names, latent_name], strict=True):
-        axis.set_title(_wrapped(name, 16), **FONT, pad=3)
-    names = [f"heatmap\n(0 to {unit:.2g})", "counterfactual", *_filled(decoding_names, len(decodings))[::-1]]
-    for axis, name in zip(bottom, names, strict=True):
-        axis.set_xlabel(name, **FONT, labelpad=3)
-    _draw_flow(figure, top, bottom, end)
+    bottom[0].set_title(f"heatmap\n(0 to {unit:.2g})", **FONT, pad=3)
+    for axis in axes.values():
+        axis.set(xticks=[], yticks=[])
+    for left, right in zip(top[1:], [*top[2:], end], strict=True):
+        _arrow(left, right, BLUE)
+    for left, right in zip(bottom, [*bottom[1:], end], strict=True):
+        _arrow(right, left, BLACK if left is bottom[0] else VERMILLION)
+    figure.suptitle("blue: encoding without a condition; red: decoding guided to healthy", **FONT)
     return _saved(figure, path)
 
 
-def _draw_flow(figure: "Figure", top: list, bottom: list, end: "Axes") -> None:
-    """Arrows of Fig. 1, and the names of both loops in the gap between their rows."""
-    for left, right in zip(top[1:], [*top[2:], end], strict=True):
-        _arrow(figure, left, right, BLUE)
-    for left, right in zip(bottom, [*bottom[1:], end], strict=True):
-        _arrow(figure, right, left, VERMILLION if left is not bottom[0] else BLACK)
-    _arrow(figure, top[1], bottom[0], BLACK)
-    middle = (top[2].get_position().x0 + top[-1].get_position().x1) / 2
-    gap = bottom[0].get_position().y1, top[0].get_position().y0
-    for share, text, color in (
-        (0.7, "encode, without condition", BLUE),
-        (0.3, "decode, guided to healthy", VERMILLION),
-    ):
-        y = gap[0] + share * (gap[1] - gap[0])
-        figure.text(middle, y, text, color=color, ha="center", va="center", **FONT)
+def _arrow(start, end, color: str) -> None:
+    """Draw an arrow from one axes to another over the gap between them."""
+    rightwards = start.get_subplotspec().colspan.start < end.get_subplotspec().colspan.start
+    arrow = end.annotate(
+        "", xy=(1 - rightwards, 0.5), xycoords=end.transAxes, xytext=(rightwards, 0.5), textcoords=start.transAxes,
+        arrowprops={"arrowstyle": "-|>", "color": color, "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0},
+        annotation_clip=False,
+    )  # fmt: skip
+    arrow.set_in_layout(False)
 
 
-def _process_axes(steps: int) -> tuple["Figure", list, list, "Axes"]:
-    """Axes of Fig. 1 without ticks: an upper and a lower row of 2 + `steps`, and the latent at the end of both."""
-    gap, between, margin, text = 0.2, 0.42, 0.1, 0.3
-    columns = 3 + steps
-    side = (PAGE - 2 * margin - (columns - 1) * gap) / columns
-    height = 2 * side + between + 2 * text
-    figure = _figure(PAGE, height)
-    figure.set_layout_engine("none")
-
-    def axes(column: int, bottom: float):
-        left = margin + column * (side + gap)
-        axis = figure.add_axes((left / PAGE, bottom / height, side / PAGE, side / height))
-        _hide_ticks([axis])
-        return axis
-
-    lower, upper = text, text + side + between
-    top, bottom = ([axes(column, level) for column in range(columns - 1)] for level in (upper, lower))
-    return figure, top, bottom, axes(columns - 1, (upper + lower) / 2)
+def scale_of_maps(maps: np.ndarray, percentile: float = 99.9) -> float:
+    """Return the percentile of maps of any shape; their maximum if it is 0, and 1 if they are 0 everywhere."""
+    return next(value for value in (float(np.percentile(maps, percentile)), float(np.max(maps)), 1.0) if value > 0)
 
 
-def robustness(points: Sequence[Mapping], measure: str = "ideal_dice") -> dict[str, dict[str, float | None]]:
-    """How little each guidance depends on its settings: the spread of Dice over the grid of scale and strength (Fig. 3).
+def plot_method_maps(
+    path: str | Path, images: np.ndarray, masks: np.ndarray, maps: Mapping[str, np.ndarray], modality: str
+) -> Figure:
+    """Write Fig. 2: a row per slice, with the columns input, ground truth and the map of every method.
 
-    A guidance that is equally weak everywhere has a small spread, too: read it beside `best` and as share of `mean`.
+    Methods have units of their own. Each map is divided by one number per method, the 99.9th percentile of its maps,
+    which is printed below its column. So slices compare within a column.
 
     Args:
-        points: With `guidance`, `guidance_scale`, `strength` and the measure, one for each setting.
-        measure: Key of what is spread.
+        path (`str` or `Path`): the picture.
+        images (`np.ndarray`): (N, H, W) in input units.
+        masks (`np.ndarray`): (N, H, W), above 0 = lesion.
+        maps (`Mapping[str, np.ndarray]`): title of a method -> (N, h, w), higher = more lesion, in the order of columns.
+        modality (`str`): what `images` show.
+    """
+    rows, columns = len(images), 2 + len(maps)
+    side = min(1.3, (PAGE - 0.3) / columns)
+    small = {"fontsize": 6 if side > 0.7 else 5}
+    figure = _figure(columns * side + 0.3, rows * side + 0.95, w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for row, image, mask in zip(axes, images, masks, strict=True):
+        row[0].imshow(image, **GREY)
+        row[1].imshow(image, **GREY)
+        draw_contour(row[1], mask, SKY, 0.8)
+    for column, values in zip(axes.T[2:], maps.values(), strict=True):
+        unit = scale_of_maps(values)
+        for axis, picture in zip(column, values, strict=True):
+            heat = axis.imshow(picture / unit, cmap=HEAT, vmin=0, vmax=1)
+        column[-1].set_xlabel(f"1 = {unit:.2g}", **small)
+    for axis, title in zip(axes[0], (f"input\n({modality})", "ground\ntruth", *maps), strict=True):
+        axis.set_title(_wrapped(title, 13), **small)
+    bar = figure.colorbar(heat, ax=axes, location="bottom", shrink=0.6, aspect=45, extend="max")
+    bar.set_label(
+        "map / its 99.9th percentile over the slices shown (one number per method, below its column)", **FONT
+    )
+    bar.ax.tick_params(labelsize=6)
+    return _saved(figure, path)
+
+
+def robustness(points: Sequence[Mapping]) -> dict[str, dict[str, float]]:
+    """Return how much ideal Dice depends on guidance scale and strength, for each kind of guidance of Fig. 3.
+
+    A guidance that is equally bad everywhere has a small spread, too: read it beside `best` and `mean`.
+
+    Args:
+        points (`Sequence[Mapping]`): one per setting, with `guidance`, `guidance_scale`, `strength` and `ideal_dice`.
 
     Returns:
-        For each guidance `std` (over the grid, n in the denominator), `range` (largest minus smallest), `best`,
-        `mean`, `relative_std` (std / mean, None for a mean of 0) and `n`, the number of settings.
+        `dict`: for each guidance `best`, `mean` and `std` over its settings (n in the denominator).
     """
     spread = {}
     for guidance in dict.fromkeys(point["guidance"] for point in points):
-        values = np.array([point[measure] for point in points if point["guidance"] == guidance])
-        std, mean = float(values.std()), float(values.mean())
-        spread[guidance] = {
-            "std": std,
-            "range": float(np.ptp(values)),
-            "best": float(values.max()),
-            "mean": mean,
-            "relative_std": std / mean if mean else None,
-            "n": len(values),
-        }
+        values = np.array([point["ideal_dice"] for point in points if point["guidance"] == guidance])
+        spread[guidance] = {"best": float(values.max()), "mean": float(values.mean()), "std": float(values.std())}
     return spread
 
 
-def plot_strengths(
-    path: str | Path, points: Sequence[Mapping], measure: str = "ideal_dice", measure_name: str = "ideal Dice"
-) -> "Figure":
-    """Writes Fig. 3: Dice over strength L, a curve for each guidance and scale, with the guidance's robustness.
-
-    Args:
-        path: The picture.
-        points: As in `robustness`, of one guidance or two.
-        measure: Key of what is drawn.
-        measure_name: Its name.
-    """
-    figure = _figure(COLUMN, 3.9)
+def plot_strengths(path: str | Path, points: Sequence[Mapping]) -> Figure:
+    """Write Fig. 3: ideal Dice over strength L, a curve per guidance and scale; `points` as in [`robustness`]."""
+    figure = _figure(COLUMN, 3.6)
     axis = figure.subplots()
-    spread = robustness(points, measure)
-    places = ("outside lower left", "outside lower right")
-    for guidance, color, style, place in zip(spread, (BLUE, VERMILLION), ("-", "--"), places, strict=False):
-        lines = _strength_curves(axis, [p for p in points if p["guidance"] == guidance], measure, color, style)
-        look = {"fontsize": 6, "title_fontsize": 6, "frameon": False, "handlelength": 3.5}
-        title = _spread_in_words(guidance, spread[guidance])
-        figure.legend(handles=lines, loc=place, title=title, alignment="left", **look)
-    figure.suptitle(_wrapped(_robustness_in_words(spread, measure_name), 70), fontsize=6)
-    axis.set_xlabel("strength L", **FONT)
-    axis.set_ylabel(measure_name, **FONT)
-    axis.tick_params(labelsize=6)
-    axis.grid(alpha=0.3, linewidth=0.5)
+    looks = zip(robustness(points).items(), (BLUE, VERMILLION), ("-", "--"), ("left", "right"), strict=False)
+    for (guidance, found), color, style, side in looks:
+        chosen = sorted((p for p in points if p["guidance"] == guidance), key=lambda point: point["strength"])
+        scales, lines = sorted({point["guidance_scale"] for point in chosen}), []
+        for index, scale in enumerate(scales):  # the larger the scale, the paler the curve
+            curve = [(p["strength"], p["ideal_dice"]) for p in chosen if p["guidance_scale"] == scale]
+            look = {
+                "color": color,
+                "linestyle": style,
+                "marker": MARKERS[index],
+                "alpha": 1 - 0.55 * index / len(scales),
+            }
+            lines += axis.plot(
+                *zip(*curve, strict=True), **look, markersize=3.5, linewidth=1, label=f"scale {scale:g}"
+            )
+        title = f"{guidance} guidance\nbest {found['best']:.3f}, mean {found['mean']:.3f}, std {found['std']:.3f}"
+        look = {"fontsize": 6, "title_fontsize": 6, "frameon": False, "handlelength": 3.5, "alignment": "left"}
+        figure.legend(handles=lines, loc=f"outside lower {side}", title=title, **look)
+    _label(axis, "strength L", "ideal Dice")
     return _saved(figure, path)
 
 
-def _spread_in_words(guidance: str, found: Mapping) -> str:
-    share = "" if found["relative_std"] is None else f" = {100 * found['relative_std']:.0f} % of the mean"
-    level = f"best {found['best']:.3f}, mean {found['mean']:.3f}"
-    spread = f"std {found['std']:.3f}{share}\nmax - min {found['range']:.3f}"
-    return f"{guidance} guidance, {found['n']} settings:\n{level}\n{spread}"
+def plot_quality(path: str | Path, cells: Sequence[Mapping]) -> Figure:
+    """Write Fig. 4: AUPRC of post-processed maps over network evaluations, a marker per method, its deviation as a bar.
 
-
-def _robustness_in_words(spread: Mapping[str, Mapping], measure_name: str) -> str:
-    """What Fig. 3 says above its axes: which guidance is best, which spreads least for its mean, and the caveat."""
-    relative = {name: found["relative_std"] for name, found in spread.items() if found["relative_std"] is not None}
-    words = f"A small spread is robustness only where {measure_name} is high, too."
-    if len(relative) < 2:
-        return words
-    best = max(spread, key=lambda name: spread[name]["best"])
-    return f"Best {measure_name}: {best}. Least std / mean: {min(relative, key=relative.get)}.\n{words}"
-
-
-def _strength_curves(axis, points: Sequence[Mapping], measure: str, color: str, style: str) -> list:
-    """Draws a curve a scale, paler and with another marker for a larger one, and returns the lines."""
-    lines, scales = [], sorted({point["guidance_scale"] for point in points})
-    for index, scale in enumerate(scales):
-        curve = sorted((p for p in points if p["guidance_scale"] == scale), key=lambda point: point["strength"])
-        look = {"marker": MARKERS[index % len(MARKERS)], "alpha": 1 - 0.55 * index / len(scales)}
-        look |= {"color": color, "linestyle": style, "markersize": 3.5, "linewidth": 1, "label": f"scale {scale:g}"}
-        lines += axis.plot([p["strength"] for p in curve], [p[measure] for p in curve], **look)
-    return lines
-
-
-def plot_quality_against_evaluations(
-    path: str | Path, cells: Sequence[Mapping], chain: str = "raw", ours: str = "ours"
-) -> "Figure":
-    """Writes Fig. 4: AUPRC over network evaluations a slice, a marker a method, its seeds' deviation as a bar.
-
-    The axis is logarithmic above 1 and linear below, so that a method without a network has its place at 0. Rows of
-    Table 2 alone, which lie close to ours, are dots without a name.
+    The axis is logarithmic above 1 and linear below, so methods without a network stand at 0. Methods of Table 2 alone,
+    which lie close to ours, are dots under one name.
 
     Args:
-        path: The picture.
-        cells: Of `tables.collect_cells`; cells of the same method are seeds of it.
-        chain: `raw` or `postprocessed`.
-        ours: The method that stands out.
+        path (`str` or `Path`): the picture.
+        cells (`Sequence[Mapping]`): from `tables.collect_cells`; cells of the same method are seeds of it.
     """
-    figure = _figure(PAGE * 0.7, 3.3)
+    figure = _figure(PAGE, 3.3)
     axis = figure.subplots()
-    methods: dict[str, list[Mapping]] = {}
-    for cell in sorted(cells, key=lambda cell: 1 in cell["tables"]):  # names cover no dot
-        methods.setdefault(cell["method"], []).append(cell)
-    labels, variants = [], []
-    for index, (method, seeds) in enumerate(methods.items()):
-        values = [(cell if chain == "raw" else cell[chain])["auprc"] for cell in seeds]
-        x, y = float(np.mean([cell["network_evaluations_per_slice"] for cell in seeds])), float(np.mean(values))
+    largest, dots = 10.0, "methods of Table 2 alone"
+    for index, method in enumerate(dict.fromkeys(cell["method"] for cell in cells)):
+        seeds = [cell for cell in cells if cell["method"] == method]
+        values = [cell["postprocessed"]["auprc"] for cell in seeds]
+        cost = float(np.mean([cell["network_evaluations_per_slice"] for cell in seeds]))
+        largest = max(largest, cost)
         if 1 not in seeds[0]["tables"]:
-            variants.append((x, y))
+            axis.plot(cost, np.mean(values), ".", color=BLACK, markersize=3, label=dots)
+            dots = "_"  # one entry in the legend for all
             continue
-        look = {"color": VERMILLION, "markersize": 8} if method == ours else {"color": BLUE, "markersize": 5.5}
-        look |= {"marker": MARKERS[index % len(MARKERS)], "markeredgecolor": "white", "markeredgewidth": 0.5}
         deviation = np.std(values, ddof=1) if len(values) > 1 else None
-        axis.errorbar(x, y, deviation, elinewidth=0.7, capsize=2, label=seeds[0]["row"], **look)
-        labels.append((x, y, seeds[0]["row"]))
-    if variants:
-        axis.plot(*zip(*variants, strict=True), ".", color=BLACK, markersize=3, label="rows of Table 2 alone")
-        axis.legend(handles=axis.lines[-1:], loc="lower right", fontsize=6)
-    largest = max([10, *(x for x, *_ in labels + variants)])
+        look = {
+            "marker": MARKERS[index % len(MARKERS)],
+            "color": VERMILLION if method == "ours" else OTHERS[index % len(OTHERS)],
+        }
+        look |= {"markersize": 8 if method == "ours" else 5.5, "elinewidth": 0.7, "capsize": 2, "linestyle": "none"}
+        axis.errorbar(cost, np.mean(values), deviation, label=seeds[0]["row"], **look)
     axis.set_xscale("symlog", linthresh=1, linscale=0.4)
     ticks = [0, *(10**power for power in range(int(np.ceil(np.log10(largest))) + 1))]
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.set_xlim(-0.35, largest * 2.5)
-    axis.margins(y=0.15)
-    axis.set_xlabel("network evaluations a slice", **FONT)
-    axis.set_ylabel("AUPRC" if chain == "raw" else "AUPRC, post-processed", **FONT)
+    _label(axis, "network evaluations per slice", "AUPRC, post-processed")
+    figure.legend(loc="outside right center", fontsize=6, frameon=False)
+    return _saved(figure, path)
+
+
+def _figure(width: float, height: float, **layout: float) -> Figure:
+    engine = ConstrainedLayoutEngine(**layout)
+    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout=engine)
+
+
+def _label(axis, x: str, y: str) -> None:
+    axis.set_xlabel(x, **FONT)
+    axis.set_ylabel(y, **FONT)
     axis.tick_params(labelsize=6)
     axis.grid(alpha=0.3, linewidth=0.5)
-    label_points(figure, axis, labels, variants)
-    return _saved(figure, path)
 
 
-def plot_frontier(path: str | Path, points: Sequence[Mapping], papers: Sequence[Mapping]) -> "Figure":
-    """Writes quality against passes for every solver and kind of map: the best AUPRC for at most so many passes.
-
-    Args:
-        path: The picture.
-        points: With `solver`, `map`, `network_evaluations` and `postprocessed_auprc`, one for each setting.
-        papers: Those of the paper's grid, marked one by one with their guidance scale.
-    """
-    figure = _figure(COLUMN, 3.0)
-    axis = figure.subplots()
-    colors = dict(zip(dict.fromkeys(p["map"] for p in points), (BLUE, VERMILLION, "#009E73"), strict=False))
-    styles = dict(zip(dict.fromkeys(p["solver"] for p in points), ("--", "-", ":", "-."), strict=False))
-    for (kind, color), (solver, style) in itertools.product(colors.items(), styles.items()):
-        family = [p for p in points if (p["map"], p["solver"]) == (kind, solver)]
-        family.sort(key=lambda p: p["network_evaluations"])
-        best = np.maximum.accumulate([p["postprocessed_auprc"] for p in family])
-        if family:
-            costs, look = [p["network_evaluations"] for p in family], {"color": color, "linestyle": style}
-            axis.step(costs, best, where="post", linewidth=1, label=f"{kind}, {solver}", **look)
-    for point in papers:
-        place = point["network_evaluations"], point["postprocessed_auprc"]
-        axis.plot(*place, "*", color=BLACK, markersize=5)
-        axis.annotate(f"w = {point['guidance_scale']:g}", place, (3, 3), textcoords="offset points", fontsize=6)
-    axis.set_xscale("log", base=2)
-    axis.set_xlim(right=1.6 * axis.get_xlim()[1])  # room for the words beside the last star
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel("network passes a slice (stars: the paper's L and steps)", **FONT)
-    axis.set_ylabel("best AUPRC, post-processed", **FONT)
-    axis.tick_params(labelsize=6, which="both")
-    axis.grid(alpha=0.3, linewidth=0.5)
-    figure.legend(loc="outside upper left", ncols=2, fontsize=5.5, frameon=False, handlelength=3)
-    return _saved(figure, path)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _saved(figure: "Figure", path: str | Path) -> "Figure":
+def _saved(figure: Figure, path: str | Path) -> Figure:
     figure.savefig(path, dpi=DOTS_PER_INCH)
     return figure
 
 
-def _hide_ticks(axes) -> None:
-    for axis in axes:
-        axis.set_xticks([])
-        axis.set_yticks([])
-
-
-def _filled(names: Sequence[str], count: int) -> list[str]:
-    return list(names) if len(names) else [""] * count
-
-
 def _wrapped(text: str, width: int) -> str:
-    import textwrap
-
-    return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, width, break_long_words=False))
-
-
-def _arrow(figure: "Figure", start, end, color: str) -> None:
-    """An arrow from the edge of one axes to that of another, over the gap between them."""
-    from matplotlib.patches import FancyArrowPatch
-
-    a, b = start.get_position(), end.get_position()
-    rightwards = a.x0 < b.x0
-    ends = (a.x1 if rightwards else a.x0, (a.y0 + a.y1) / 2), (b.x0 if rightwards else b.x1, (b.y0 + b.y1) / 2)
-    if a.y0 > b.y1:
-        ends = (a.x0, a.y0), (b.x1, b.y1)
-    figure.add_artist(
-        FancyArrowPatch(*ends, transform=figure.transFigure, arrowstyle="-|>", mutation_scale=7, color=color, lw=1)
-    )
+    return "\n".join(textwrap.fill(part, width, break_long_words=False) for part in text.split("\n"))

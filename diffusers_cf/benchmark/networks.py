@@ -1,126 +1,139 @@
-"""The trained networks of a benchmark: each is trained once a seed, kept in a folder, and loaded for its rows."""
+"""The methods of a benchmark, and their networks: each is trained once per seed, kept in a folder, and loaded for its rows."""
 
-import json
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
 
-from diffusers_cf.baselines import NETWORKS, CounterfactualDiffusion, TrainableMethod, network_of_data
-from diffusers_cf.baselines.training import Budget, MethodTraining
+from diffusers_cf.baselines import NETWORKS, ROWS, AnomalyMethod, CounterfactualDiffusion, Row, network_of_data, row_of
+from diffusers_cf.baselines.training import MethodTraining
 from diffusers_cf.benchmark.presets import Preset
 from diffusers_cf.benchmark.protocol import BenchmarkData, as_json
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.protocol import write_result
+from diffusers_cf.files import make_folder, read_json, write_json
 from diffusers_cf.precision import compute_in
 from diffusers_cf.provenance import package_commit
 
 
 RECORD_FILE = "training.json"
+DECIDES_TRAINING = ("image_size", "size", "budget")  # fields of a preset
 
 
-def preset_facts(preset: Preset) -> dict:
-    """What of a preset decides what a network learns."""
-    return {"image_size": preset.image_size, "size": preset.size, "budget": asdict(preset.budget)}
+@dataclass(frozen=True)
+class Method:
+    """A method of the tables.
 
-
-def check_sizes(names: list[str], preset: Preset, channels: int) -> None:
-    """Builds networks of `NETWORKS` without memory for their weights.
-
-    Raises:
-        InputError: one can't be built for images of these channels at the preset's size.
+    Attributes:
+        id (`str`): as in `--methods` and in the file names of results.
+        row (`Row`): its title, its tables, the name of its network, and how to make it.
     """
-    for name in names:
-        try:
-            with torch.device("meta"):
-                network_of_data(name, preset.size, channels, preset.image_size, ("healthy", "unhealthy"))
-        except ValueError as error:
-            raise InputError(f"--image_size {preset.image_size} does not suit {name}: {error}") from None
+
+    id: str
+    row: Row
+
+    @classmethod
+    def of(cls, id: str) -> "Method":
+        """Return the method with this id, in any case.
+
+        Raises:
+            InputError: there is no such method.
+        """
+        return cls(id.lower(), row_of(id.lower()))
+
+
+def methods_for(modalities: Sequence[str]) -> list[Method]:
+    """Return every method for images with these modalities, in the order of the tables."""
+    ids = []
+    for id in ROWS:
+        if id == "threshold-<modality>":
+            ids += [f"threshold-{modality}" for modality in modalities]
+        elif "flair" in modalities or not id.startswith("threshold"):
+            ids.append(id)
+    return [Method.of(id) for id in ids]
 
 
 class Networks:
-    """Trains what isn't trained yet; the network used last stays loaded.
+    """Makes methods, and trains the networks that are not trained yet. The network used last stays loaded.
 
     Args:
-        folder: of the trained networks, `NAME-seedS` each.
-        preset: their sizes and budget.
-        device: where they run.
-        dtype: of diffusion networks at inference.
-        images: of each network, in the place of the budget's seconds: what it saw in the same time elsewhere.
+        folder (`Path`): holds the trained networks, each in a folder `NAME-seedS`.
+        preset (`Preset`): their size and training budget.
+        device (`str`): where they run.
+        dtype (`torch.dtype`): in which diffusion networks compute at inference.
+        images (`Mapping[str, int]`): number of images to train a network on, instead of the time of the budget; may be
+            empty.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        preset: Preset,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        images: Mapping[str, int] | None = None,
-    ):
-        self.folder, self.preset, self.device, self.dtype = Path(folder), preset, device, dtype
-        self.images = images or {}
+    def __init__(self, folder: Path, preset: Preset, device: str, dtype: torch.dtype, images: Mapping[str, int]):
+        self.folder, self.preset, self.device, self.dtype, self.images = folder, preset, device, dtype, images
         self._loaded: tuple = (None, None, None)
 
-    def is_trained(self, name: str, seed: int) -> bool:
-        """Whether there is something to load."""
-        return (self.folder / f"{name}-seed{seed}" / RECORD_FILE).is_file()
-
-    def get(self, name: str, data: BenchmarkData, seed: int) -> tuple[TrainableMethod, dict]:
-        """A network of `NETWORKS` ready for inference, and its training record.
-
-        Args:
-            name: key of `NETWORKS`.
-            data: whose training slices it learns from, where it must.
-            seed: of the training.
+    def check(self, methods: Sequence[Method], data: BenchmarkData) -> None:
+        """Build every method without training, and its network without memory for weights.
 
         Raises:
-            InputError: there is one, but of other slices, another size or another budget.
+            InputError: a method can't be made for these images at the preset's size.
         """
+        size, side = self.preset.size, self.preset.image_size
+        for method in methods:
+            if method.row.network is None:
+                method.row.make(data.modalities, self.preset.grid)
+                continue
+            try:
+                with torch.device("meta"):
+                    network_of_data(method.row.network, size, data.channels, side, data.train.class_names)
+            except ValueError as error:
+                raise InputError(f"--image_size {side} does not suit {method.id}: {error}") from None
+
+    def is_ready(self, method: Method, seed: int) -> bool:
+        """Return whether the method can be made without training."""
+        return method.row.network is None or (self.folder / f"{method.row.network}-seed{seed}" / RECORD_FILE).is_file()
+
+    def make(self, method: Method, data: BenchmarkData, seed: int) -> tuple[AnomalyMethod, dict]:
+        """Return a method ready for inference and what its result says about its training.
+
+        Raises:
+            InputError: its network was trained on other slices, at another size or with another budget.
+        """
+        name, grid = method.row.network, self.preset.grid
+        if name is None:
+            return method.row.make(data.modalities, grid), {"trained_on": "not trained", "converged": None}
+        metadata = {name: value for name, value in asdict(self.preset).items() if name in DECIDES_TRAINING}
+        metadata = as_json({"data": data.metadata} | metadata)
         folder = self.folder / f"{name}-seed{seed}"
-        facts = as_json({"data": data.facts, **preset_facts(self.preset)})
-        if not self.is_trained(name, seed):
-            self._train(name, data, seed, folder, facts)
-        if self._loaded[0] != folder:
-            _remove_checkpoints(folder)
-            network = NETWORKS[name].cls.from_pretrained(folder).to(self.device).eval()
-            if isinstance(network, CounterfactualDiffusion):
-                compute_in(network.network.unet, self.dtype)
-            self._loaded = folder, network, _record(folder / RECORD_FILE)
-        _, network, record = self._loaded
-        if different := [key for key in facts if record.get(key) != facts[key]]:
+        if not self.is_ready(method, seed):
+            self._train(name, data, seed, folder, metadata)
+        network, record = self._load(folder)
+        if different := [key for key in metadata if record.get(key) != metadata[key]]:
             raise InputError(f"{folder} was trained with other {', '.join(different)}: choose another --models")
-        return network, record
+        training = {key: record[key] for key in ("trained_on", "converged", "images_seen", "parameters", "curve")}
+        training |= {"train_seconds": record["seconds"], "trained_commit": record["commit"]}
+        return method.row.make(network, grid), training
 
-    def budget_of(self, name: str) -> Budget:
-        """How long a network is trained: the preset's budget, or so many images and no limit of time."""
-        if name not in self.images:
-            return self.preset.budget
-        steps = math.ceil(self.images[name] / self.preset.budget.batch_size)
-        return replace(self.preset.budget, seconds=math.inf, steps=steps)
-
-    def _train(self, name: str, data: BenchmarkData, seed: int, folder: Path, facts: dict) -> None:
+    def _train(self, name: str, data: BenchmarkData, seed: int, folder: Path, metadata: dict) -> None:
+        size, side, budget = self.preset.size, self.preset.image_size, self.preset.budget
+        if name in self.images:
+            budget = replace(budget, seconds=math.inf, steps=math.ceil(self.images[name] / budget.batch_size))
+        make_folder(folder)  # a wrong path fails before the training
         set_seed(seed)
-        size, side, budget = self.preset.size, self.preset.image_size, self.budget_of(name)
         network = network_of_data(name, size, data.channels, side, data.train.class_names)
-        training = MethodTraining(network, data.train, data.validation, folder, budget, seed, self.device, facts)
+        training = MethodTraining(network, data.train, data.validation, folder, budget, seed, self.device, metadata)
         record = asdict(training.run()) | {"trained_on": network.trained_on, "parameters": network.num_parameters()}
         network.save_pretrained(folder)
-        write_result(record | facts | {"commit": package_commit()}, folder / RECORD_FILE)
+        write_json(record | metadata | {"commit": package_commit()}, folder / RECORD_FILE)
 
-
-def _record(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}): remove its folder to train again") from None
-
-
-def _remove_checkpoints(folder: Path) -> None:
-    """Those of a finished training, and what a killed process left half-written."""
-    for pattern in ("checkpoint-*", ".checkpoint-*"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
+    def _load(self, folder: Path) -> tuple[torch.nn.Module, dict]:
+        if self._loaded[0] != folder:
+            for checkpoint in folder.glob("*checkpoint-*"):  # of the training, which is finished
+                shutil.rmtree(checkpoint)
+            record = read_json(folder / RECORD_FILE)
+            cls = NETWORKS[folder.name.rpartition("-seed")[0]].cls
+            network = cls.from_pretrained(folder).to(self.device).eval()
+            if isinstance(network, CounterfactualDiffusion):
+                compute_in(network.network.unet, self.dtype)
+            self._loaded = folder, network, record
+        return self._loaded[1:]

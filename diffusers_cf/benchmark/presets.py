@@ -1,4 +1,4 @@
-"""The sizes at which `diffusers-cf benchmark` runs: everything that decides how long it takes, as literals."""
+"""The sizes at which `diffusers-cf benchmark` runs, as literals: everything that decides how long it takes."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,14 @@ class Preset:
     """One size of the benchmark.
 
     Attributes:
-        image_size: side of every network's input in pixels; maps are measured at the data set's size.
-        size: of the networks, `small` or `paper`, as in `baselines.NETWORKS`.
-        budget: of each method's training.
-        grid: settings of inference to choose from on validation slices.
-        validation_slices: most slices to choose on (the paper has 256).
-        test_slices: most slices to measure on, evenly spread over all patients; None for all.
-        figure_strengths, figure_slices: the axis of Fig. 3 and the validation slices that it is measured on.
+        image_size (`int`): side of every network's input in pixels. Maps are measured at the data set's size.
+        size (`str`): of the networks, `small` or `paper`, as in `baselines.NETWORKS`.
+        budget (`Budget`): of the training of each network.
+        grid (`Grid`): settings of inference to choose from on validation slices.
+        validation_slices (`int`): largest number of slices to choose settings on (256 in the paper).
+        test_slices (`int`, *optional*): largest number of test slices, evenly spread over the split; None for all.
+        figure_strengths (`tuple[float, ...]`): strengths L on the axis of Fig. 3.
+        figure_slices (`int`): number of validation slices that Fig. 3 is measured on.
     """
 
     image_size: int
@@ -33,24 +34,18 @@ class Preset:
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 PRESETS = {
-    # minutes on 2 cores: that everything works, not how well
+    # minutes on 2 CPU cores: shows that everything runs, not how well
     "smoke": Preset(
         image_size=16,
         size="small",
         budget=Budget(seconds=6, steps=12, batch_size=8),
-        grid=Grid(
-            num_inference_steps=4,
-            guidance_scales=(1.5, 3.0),
-            strengths=(0.5,),
-            classifier_scales=(30.0,),
-            restoration_steps=3,
-        ),
+        grid=Grid(4, guidance_scales=(1.5, 3.0), strengths=(0.5,), classifier_scales=(30.0,), restoration_steps=3),
         validation_slices=12,
         test_slices=24,
         figure_strengths=(0.25, 0.5),
         figure_slices=4,
     ),
-    # about two hours a seed on 2 cores; small batches: what a condition means takes some 1,000 steps
+    # about two hours per seed on 2 CPU cores; small batches, because learning the conditions takes about 1,000 steps
     "cpu": Preset(
         image_size=32,
         size="small",
@@ -66,7 +61,7 @@ PRESETS = {
         figure_strengths=STRENGTHS,
         figure_slices=64,
     ),
-    # the authors' sizes, for a GPU
+    # the sizes of the paper, for a GPU
     "paper": Preset(
         image_size=64,
         size="paper",

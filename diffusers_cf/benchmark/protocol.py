@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 
 from diffusers_cf.baselines import AnomalyMethod
 from diffusers_cf.benchmark.presets import Preset
@@ -20,33 +23,31 @@ from diffusers_cf.evaluation.trajectories import encode_trajectory
 
 
 CLASSIFIER_TIMESTEPS = (100, 200, 300, 400, 500, 600)
-
-
-# Facts of a data set that its splits share, so that several of them may stand in one table.
+# Metadata that data sets must share to stand in one table.
 KIND = ("source", "size", "modalities", "class_names", "field_mm", "normalize")
 
 
-def as_json(facts: dict) -> dict:
-    """The facts as they come back from a JSON file: lists in the place of tuples."""
-    return json.loads(json.dumps(facts))
+def as_json(metadata: dict) -> dict:
+    """Return metadata as it comes back from a JSON file, where tuples become lists."""
+    return json.loads(json.dumps(metadata))
 
 
 class BenchmarkData:
-    """The slices of one seed: the same for every method.
+    """The slices of one seed, the same for every method.
 
     Args:
-        folder: a slice data set with masks.
-        preset: how many slices of it.
-        batch_size: slices at a time at inference.
+        folder (`str`): a slice data set with masks.
+        preset (`Preset`): how many of its slices are used.
+        batch_size (`int`): number of slices at a time at inference.
 
     Attributes:
-        train, validation, test: its splits.
-        validation_rows, test_rows: the slices of them that are used, evenly spread.
-        facts: what tells these slices from others, wherever they lie.
+        train, validation, test (`SliceDataset`): its splits.
+        validation_rows, test_rows (`list[int]`): the rows of the splits that are used, evenly spread.
+        metadata (`dict`): identifies these slices wherever the data set lies: `KIND`, its seed, and a hash per split.
 
     Raises:
-        InputError: it has no masks, its slices are smaller than the networks' input, or a split lacks healthy slices,
-            unhealthy ones, or pixels of a lesion.
+        InputError: the data set has no masks, its slices are smaller than the input of the networks, or a split lacks
+            healthy slices, unhealthy slices or lesion pixels.
     """
 
     def __init__(self, folder: str, preset: Preset, batch_size: int = 32):
@@ -54,39 +55,38 @@ class BenchmarkData:
         self.train, self.validation, self.test = (SliceDataset(folder, s) for s in ("train", "validation", "test"))
         if not self.test.has_masks:
             raise InputError(f"{folder} has no lesion masks: methods can be trained on it, but not measured")
+        known = with_named_scale(self.train.preprocessing)
+        if known["size"] < preset.image_size:
+            raise InputError(f"{folder} has slices of {known['size']} px, less than the networks' {preset.image_size}")
         self.validation_rows = evenly_spread(len(self.validation), preset.validation_slices)
         self.test_rows = evenly_spread(len(self.test), preset.test_slices or len(self.test))
-        rows = (range(len(self.train)), self.validation_rows, self.test_rows)
-        for dataset, chosen in zip((self.train, self.validation, self.test), rows, strict=True):
-            sick = dataset.labels[list(chosen)] != 0
-            if sick.all() or not sick.any():
-                raise InputError(f"{folder}: the split {dataset.split} needs healthy and unhealthy slices")
-        side = self.train.preprocessing["size"]
-        if side < preset.image_size:
-            raise InputError(f"{folder} has slices of {side} px, less than the networks' {preset.image_size}")
-        self._check_masks(self.validation, self.validation_rows)
-        self._check_masks(self.test, self.test_rows)
-        known = with_named_scale(self.train.preprocessing)
+        self._check_labels(self.train, range(len(self.train)))
+        for dataset, rows in ((self.validation, self.validation_rows), (self.test, self.test_rows)):
+            self._check_labels(dataset, rows)
+            unhealthy = [row for row in rows if dataset.labels[row] != 0]
+            if not has_lesion(dataset, unhealthy, batch_size):
+                raise InputError(f"{folder}: the split {dataset.split} has unhealthy labels but no lesion pixels")
         splits = {dataset.split: _fingerprint(dataset) for dataset in (self.train, self.validation, self.test)}
-        self.facts = as_json({**{name: known.get(name) for name in KIND}, "seed": known.get("seed"), **splits})
-        self.modalities = self.train.preprocessing["modalities"]
-        self.channels = self.train.preprocessing["channels"]
+        self.metadata = as_json({name: known.get(name) for name in (*KIND, "seed")} | splits)
+        self.modalities, self.channels = known["modalities"], known["channels"]
 
-    def _check_masks(self, dataset: SliceDataset, rows) -> None:
-        sick = [row for row in rows if dataset.labels[row] != 0]
-        if not has_lesion(dataset, sick, self.batch_size):
-            raise InputError(
-                f"{self.folder}: no lesion in the foreground of the split {dataset.split}, though labels say so"
-            )
+    def _check_labels(self, dataset: SliceDataset, rows: Sequence[int]) -> None:
+        unhealthy = dataset.labels[list(rows)] != 0
+        if unhealthy.all() or not unhealthy.any():
+            raise InputError(f"{self.folder}: the split {dataset.split} needs healthy and unhealthy slices")
 
-    def healthy_validation_batches(self):
-        """Batches of images `(N, C, H, W)` of the healthy among the validation slices."""
-        healthy = [row for row in self.validation_rows if self.validation.labels[row] == 0]
-        return (batch["images"] for batch in batches_of(self.validation, healthy, self.batch_size))
+    def validation_batches(self, healthy_only: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """Return batches of the validation slices, or of the healthy ones among them."""
+        rows = [row for row in self.validation_rows if not (healthy_only and self.validation.labels[row])]
+        return batches_of(self.validation, rows, self.batch_size)
+
+    def test_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Return batches of the test slices."""
+        return batches_of(self.test, self.test_rows, self.batch_size)
 
 
 def _fingerprint(dataset: SliceDataset) -> str:
-    """SHA-256 of the patients, slices and labels of a split."""
+    """Return the SHA-256 of the patients, slice numbers and labels of a split."""
     digest = hashlib.sha256()
     for values in (dataset.patients, dataset.slices, dataset.labels):
         digest.update("\n".join(map(str, values)).encode() + b"\n\n")
@@ -94,22 +94,25 @@ def _fingerprint(dataset: SliceDataset) -> str:
 
 
 def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
-    """Sets the method's `settings` to the best of its candidates on validation slices; returns what was tried.
+    """Set `method.settings` to the best of its candidates on validation slices.
 
-    The best has the highest AUPRC of the post-processed map in the foreground. A method with a rule of its own, which
-    needs no masks, has `choose`. A candidate whose maps are not finite is out.
+    The best candidate has the highest AUPRC of the post-processed map in the foreground. A candidate whose maps are not
+    finite is never chosen. A method with a `choose` method chooses by its own rule, which needs no masks.
+
+    Returns:
+        `dict`: `by`, the rule in words, and what was tried.
 
     Raises:
-        InputError: all of them are.
+        InputError: no candidate has finite maps.
     """
     if hasattr(method, "choose"):
-        choice = method.choose(data.healthy_validation_batches())
+        choice = method.choose(batch["images"] for batch in data.validation_batches(healthy_only=True))
         method.settings = dict(choice["settings"])
         return {"by": "the method's own rule on healthy validation slices", **choice}
     if len(method.candidates) == 1:
         return {"by": "nothing to choose"}
     counts: list[PixelCounts | None] = [PixelCounts() for _ in method.candidates]
-    for batch in batches_of(data.validation, data.validation_rows, data.batch_size):
+    for batch in data.validation_batches():
         images, masks = batch["images"].numpy(), batch["masks"].numpy()
         inside = foreground_mask(images)
         for index, maps in method.maps_of_candidates(batch["images"]):
@@ -126,58 +129,55 @@ def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
     return {"by": "AUPRC in the foreground of post-processed validation slices", "tried": tried}
 
 
-def measure(method: AnomalyMethod, data: BenchmarkData, counts_path=None) -> dict:
-    """RESULT.json of a method on the test slices, with the thresholds that are best on the validation slices."""
+def measure(method: AnomalyMethod, data: BenchmarkData, counts_path: str | Path | None = None) -> dict:
+    """Return RESULT.json of a method on the test slices, with the thresholds that are best on validation slices."""
     common = {
         "batch_size": data.batch_size,
         "whole_patients": method.whole_patient,
         "network_evaluations_per_slice": method.network_evaluations_per_slice,
         "progress": False,
     }
-    chosen = evaluate(method.anomaly_map, data.validation, indices=data.validation_rows, **common)
-    parts = dict(zip(CHAINS, (chosen, chosen["postprocessed"]), strict=True))
-    thresholds = {chain: part["ideal_threshold"] for chain, part in parts.items()}
-    result = evaluate(
-        method.anomaly_map, data.test, indices=data.test_rows, threshold=thresholds, counts_path=counts_path, **common
-    )
+    validation = evaluate(method.anomaly_map, data.validation, indices=data.validation_rows, **common)
+    parts = dict(zip(CHAINS, (validation, validation["postprocessed"]), strict=True))
+    common["threshold"] = {chain: part["ideal_threshold"] for chain, part in parts.items()}
+    result = evaluate(method.anomaly_map, data.test, indices=data.test_rows, counts_path=counts_path, **common)
     kept = ("auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "slice_auroc")
-    return result | {"validation": {chain: {k: part[k] for k in kept} for chain, part in parts.items()}}
+    return result | {"validation": {chain: {name: part[name] for name in kept} for chain, part in parts.items()}}
 
 
 def position_auroc(data: BenchmarkData) -> float:
-    """AUROC of telling healthy from unhealthy test slices by their position alone."""
+    """Return the AUROC of telling healthy from unhealthy test slices by their position alone."""
     train, test = (relative_positions(split.patients, split.slices) for split in (data.train, data.test))
     return _slice_auroc(data, position_scores(data.train.labels != 0, train, test[data.test_rows]))
 
 
 def diffusion_classifier_auroc(pipe, data: BenchmarkData, seed: int) -> float:
-    """The same by which condition predicts the noise better."""
-    batches = batches_of(data.test, data.test_rows, data.batch_size)
+    """Return the AUROC of telling healthy from unhealthy test slices by which condition predicts the noise better."""
     scores = [
-        diffusion_classifier_scores(pipe, batch["images"], CLASSIFIER_TIMESTEPS, seed).cpu() for batch in batches
+        diffusion_classifier_scores(pipe, batch["images"], CLASSIFIER_TIMESTEPS, seed).cpu()
+        for batch in data.test_batches()
     ]
     return _slice_auroc(data, torch.cat(scores).numpy())
 
 
 def _slice_auroc(data: BenchmarkData, scores: np.ndarray) -> float:
-    from sklearn.metrics import roc_auc_score
-
     return float(roc_auc_score(data.test.labels[data.test_rows] != 0, scores))
 
 
 def saturated_share(pipe, data: BenchmarkData, strength: float, num_inference_steps: int) -> float:
-    """Share of the foreground where the last step of encoding predicts a clean image at the limits of [-1, 1] or beyond.
+    """Return the share of the foreground where the predicted clean image is saturated at the end of encoding.
 
-    Rows compare at one strength, whatever each has chosen for itself.
+    Saturated means at the limits of [-1, 1] or beyond. Strength and steps are given, not the chosen ones, so that rows
+    compare at the same noise level.
     """
-    walk = {"strength": strength, "num_inference_steps": num_inference_steps}
     saturated = pixels = 0
-    for batch in batches_of(data.validation, data.validation_rows, data.batch_size):
-        image, *_, nearer, _ = encode_trajectory(pipe, pipe.prepare_images(batch["images"]), **walk)
-        timestep = pipe.inverse_scheduler.timesteps[round(walk["num_inference_steps"] * walk["strength"]) - 1]
-        noise = pipe.predict_noise(nearer, timestep, pipe.encode_classes(None, len(nearer)))
-        predicted = pipe.inverse_scheduler.predict_original(noise, timestep, nearer)
-        inside = (image > -1).any(dim=1, keepdim=True).expand_as(predicted)
+    for batch in data.validation_batches():
+        prepared = pipe.prepare_images(batch["images"])
+        before = encode_trajectory(pipe, prepared, strength, num_inference_steps)[-2]  # input of the last step
+        timestep = pipe.inverse_scheduler.timesteps[round(num_inference_steps * strength) - 1]
+        noise = pipe.predict_noise(before, timestep, pipe.encode_classes(None, len(before)))
+        predicted = pipe.inverse_scheduler.predict_original(noise, timestep, before)
+        inside = (prepared > -1).any(dim=1, keepdim=True).expand_as(predicted)
         saturated += int((predicted[inside].abs() >= 1 - 1e-5).sum())
         pixels += int(inside.sum())
     return saturated / max(pixels, 1)

@@ -1,221 +1,180 @@
-"""Tables 1 and 2 from the cells of a benchmark, one a method and seed: figures as JSON, the same to read as Markdown.
+"""Tables 1 and 2, as JSON and as Markdown, from the cells of a benchmark: one result per method and seed.
 
-The paper's own figures do not stand in them: its data are others, and so is its protocol.
+The paper's own numbers are not in them, because its data and its protocol differ.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.baselines import ROWS, row_of
-from diffusers_cf.benchmark.tables_markdown import table_markdown
-from diffusers_cf.errors import InputError
+from diffusers_cf.baselines import ROWS
+from diffusers_cf.benchmark.networks import Method, methods_for
+from diffusers_cf.benchmark.protocol import CLASSIFIER_TIMESTEPS
 from diffusers_cf.evaluation.bootstrap import Bootstrap, bootstrap_mean, mean_of_runs
 from diffusers_cf.evaluation.pixel_counts import CHAINS
-from diffusers_cf.files import new_file
+from diffusers_cf.files import new_file, read_json, write_json
 
 
 TITLES = {1: "Table 1: methods", 2: "Table 2: what each part of the method adds"}
-MEASURES = ("auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "per_slice_dice", "slice_auroc")
+OURS = "ours"  # the method that every other one is compared with
 TEST_SET = ("n_slices", "n_patients", "prevalence")
-NEEDED = (
-    "method", "seed", "row", "tables", "trained_on", "protocol", "bootstrap", *TEST_SET,
-    "network_evaluations_per_slice", "seconds_per_slice", "per_patient_dice", *MEASURES,
-)  # fmt: skip
+MEASURES = ("auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "per_slice_dice", "slice_auroc")
+COLUMNS = {
+    "auprc": "AUPRC [95 %]",
+    "ideal_dice": "ideal Dice",
+    "foreground_auprc": "foreground AUPRC",
+    "foreground_ideal_dice": "foreground ideal Dice",
+    "per_patient_auprc": "AUPRC per patient [95 %]",
+    "per_patient_dice": "Dice per patient, validation's threshold [95 %]",
+    "per_slice_dice": "Dice per lesion slice",
+    "slice_auroc": "slice AUROC",
+}
+DIFFERENCE = "ours - this, AUPRC [95 %]; each seed"
+SIZE_MEASURES = {"per_patient_auprc": "AUPRC per patient", "per_patient_dice": "Dice per patient"}
+TIMESTEPS = len(CLASSIFIER_TIMESTEPS)
+# Scores of a slice that need no map: in words, and number of network evaluations per slice.
+SLICE_SCORES = {
+    "diffusion_classifier": (
+        "diffusion classifier of our model",
+        f"{2 * TIMESTEPS} ({TIMESTEPS} timesteps x 2 conditions)",
+    ),
+    "position": ("position of the slice alone", "0"),
+}
+REMARKS = (
+    "AUPRC, Dice and AUROC in percent: mean ± sample standard deviation over seeds (none for one seed).",
+    "Ideal Dice: at the threshold that is best on the test masks, an upper bound.",
+    "AUPRC and Dice per patient: mean over patients with a lesion, then over seeds. The threshold of Dice was fixed before.",
+    "[95 %]: bootstrap interval of the mean over seeds, with both patients and seeds resampled.",
+)
+CHOICE = (
+    "Settings of inference were chosen on the post-processed maps of validation slices and serve both tables, "
+    "maps as they are and post-processed"
+)
+OWN_RULE = "the method's own rule"  # how `by` begins for such a method in `protocol.choose_settings`
+OWN_TEST_SETS = "Seeds have test sets of their own: the deviation over seeds includes the spread between test sets."
+NOT_CONVERGED = (
+    "(*) Not shown to have converged: the validation loss of at least one seed still fell at the end of training, "
+    "or there were too few comparable checks to tell."
+)
 
 
 def collect_cells(folder: str | Path) -> list[dict]:
-    """Reads what is done of a benchmark.
-
-    Args:
-        folder: RESULTS, with `cells/METHOD-seedS.json`.
-
-    Returns:
-        The cells sorted by method and seed.
+    """Return the cells of a benchmark, `cells/METHOD-seedS.json` in its folder, sorted by method and seed.
 
     Raises:
-        InputError: There is no cell, one can't be read or lacks a fact, or two of the same seed were measured on other slices.
+        InputError: a cell can't be read.
     """
-    cells = [_read_cell(path) for path in sorted(Path(folder, "cells").glob("*.json"))]
-    if not cells:
-        raise InputError(f"{folder}: no results of a benchmark in its folder cells")
-    for cell in cells:
-        other = next(other for other in cells if other["seed"] == cell["seed"])
-        for name in TEST_SET:
-            if cell[name] != other[name]:
-                raise InputError(
-                    f"{folder}: {_cell_name(cell)} and {_cell_name(other)} differ in {name}: other test slices"
-                )
+    cells = [read_json(path) for path in Path(folder, "cells").glob("*.json")]
     return sorted(cells, key=lambda cell: (cell["method"], cell["seed"]))
 
 
-def _read_cell(path: Path) -> dict:
-    try:
-        cell = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{path}: not a JSON file") from None
-    for name in NEEDED:
-        if name not in cell:
-            raise InputError(f"{path}: no {name}")
-    return cell
-
-
-def _cell_name(cell: dict) -> str:
-    return f"{cell['method']} seed {cell['seed']}"
-
-
-def write_tables(
-    folder: str | Path,
-    methods: Sequence[str] = (),
-    seeds: Sequence[int] = (),
-    ours: str = "ours",
-) -> list[Path]:
-    """Writes table1.json, table1.md, table2.json and table2.md into `folder` from the cells that are there.
+def write_tables(folder: str | Path, methods: Sequence[Method] = (), seeds: Sequence[int] = ()) -> None:
+    """Write table1.json, table1.md, table2.json and table2.md from the cells that are there.
 
     Args:
-        folder: RESULTS of a benchmark that may be unfinished.
-        methods: Ids of methods that shall be measured beside all of `ROWS`, such as thresholds of modalities; those
-            without a cell are named as missing.
-        seeds: Seeds that each method shall have beside those found with any method.
-        ours: The method that every other one is compared with.
-
-    Returns:
-        The files written.
+        folder (`str` or `Path`): a benchmark's folder with at least one cell. The benchmark may be unfinished.
+        methods (`Sequence[Method]`): methods that are planned beside those of `ROWS`; without a cell they are listed as
+            missing.
+        seeds (`Sequence[int]`): seeds that are planned beside those found.
 
     Raises:
-        InputError: As `collect_cells`, or the patients of two cells differ.
+        InputError: a cell can't be read, or the test patients of two methods differ.
     """
     cells = collect_cells(folder)
     seeds = sorted({cell["seed"] for cell in cells} | set(seeds))
-    planned = {*methods, *_methods_for(cells)}
-    by_method: dict[str, list[dict]] = {}
-    for cell in cells:
-        by_method.setdefault(cell["method"], []).append(cell)
-    bootstraps = _Bootstraps(by_method)
-    facts = {
+    planned = {method.id: method.row.tables for method in [*_possible_methods(cells), *methods]}
+    planned |= {cell["method"]: cell["tables"] for cell in cells}
+    order = list(ROWS)  # in it a placeholder stands for the thresholds of single modalities
+    ids = sorted(planned, key=lambda id: (order.index(id if id in ROWS else "threshold-<modality>"), id))
+    by_method = {id: [cell for cell in cells if cell["method"] == id] for id in ids}
+    draws = cells[0]["bootstrap"]["raw"]
+    common = {
         "test_sets": _test_sets(cells),
-        "bootstrap": {
-            "samples": len(cells[0]["bootstrap"]["raw"]["samples"]),
-            "seed": cells[0]["bootstrap"]["raw"]["seed"],
-        },
+        "bootstrap": {"samples": len(draws["samples"]), "seed": draws["seed"]},
         "protocol": _protocol(cells),
     }
-    written = []
     for number, title in TITLES.items():
-        order = _methods_of_table(number, planned, by_method)
-        rows = [_row(by_method[method], bootstraps, ours) for method in order if method in by_method]
-        table = {"title": title, "ours": ours, "rows": rows, "missing": _missing(order, by_method, seeds), **facts}
-        written += _write_table(table, Path(folder, f"table{number}.json"))
-    return written
+        of_table = {id: found for id, found in by_method.items() if number in planned[id]}
+        rows = [_row(found, by_method.get(OURS, [])) for found in of_table.values() if found]
+        table = {"title": title, "ours": OURS, "rows": rows, "missing": _missing(of_table, seeds), **common}
+        path = Path(folder, f"table{number}.json")
+        write_json(table, path)
+        with new_file(path.with_suffix(".md")) as temporary:
+            temporary.write_text(table_markdown(table), encoding="utf-8")
 
 
-def _methods_for(cells: Sequence[dict]) -> list[str]:
-    """Returns the methods of `ROWS` that these data allow, but for thresholds of modalities: those must be planned."""
-    modalities = [cell.get("benchmark", {}).get("data", {}).get("modalities") for cell in cells]
-    without_flair = any(names and "flair" not in names for names in modalities)
-    return [m for m in ROWS if "<" not in m and not (m.startswith("threshold") and without_flair)]
-
-
-def _methods_of_table(number: int, planned: Iterable[str], by_method: Mapping[str, list[dict]]) -> list[str]:
-    """Returns the methods planned for a table or with a cell for it, in the order of `ROWS`."""
-    order = list(ROWS)
-
-    def position(method: str) -> tuple[int, str]:
-        known = method if method in order else "threshold-<modality>"
-        return order.index(known), method
-
-    tables = {m: row_of(m).tables for m in planned} | {m: found[0]["tables"] for m, found in by_method.items()}
-    return sorted((method for method in tables if number in tables[method]), key=position)
-
-
-def _write_table(table: dict, path: Path) -> list[Path]:
-    texts = {
-        path: json.dumps(table, indent=2, allow_nan=False) + "\n",
-        path.with_suffix(".md"): table_markdown(table),
-    }
-    for name, text in texts.items():
-        with new_file(name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return list(texts)
-
-
-class _Bootstraps:
-    """The bootstraps that cells hold, averaged over the seeds that are asked for."""
-
-    def __init__(self, by_method: Mapping[str, list[dict]]):
-        self.by_method = by_method
-
-    def seeds(self, method: str) -> set[int]:
-        """Returns the seeds that a method is measured for."""
-        return {cell["seed"] for cell in self.by_method.get(method, [])}
-
-    def of(self, method: str, chain: str, seeds: set[int]) -> Bootstrap:
-        cells = [cell for cell in self.by_method[method] if cell["seed"] in seeds]
-        return mean_of_runs([Bootstrap.from_json(cell["bootstrap"][chain]) for cell in cells])
-
-    def interval(self, method: str, chain: str) -> list[float] | None:
-        return self.of(method, chain, self.seeds(method)).interval()
-
-    def difference(self, ours: str, method: str, chain: str) -> dict | None:
-        """Returns the paired difference over the seeds that both have, None where there is none."""
-        seeds = self.seeds(ours) & self.seeds(method)
-        if method == ours or not seeds:
-            return None
-        return self.of(ours, chain, seeds).minus(self.of(method, chain, seeds)) | {"seeds": sorted(seeds)}
+def _possible_methods(cells: Sequence[dict]) -> list[Method]:
+    """Return the methods of `ROWS` that these data allow, without the thresholds of single modalities."""
+    modalities = [cell.get("benchmark", {}).get("data", {}).get("modalities") or ["flair"] for cell in cells]
+    common = set.intersection(*map(set, modalities)) & {"flair"}
+    return [method for method in methods_for(sorted(common)) if method.id in ROWS]
 
 
 def _test_sets(cells: Sequence[dict]) -> list[dict]:
-    """Returns the size of each test set and its seeds: all seeds have one in common, or each has its own."""
+    """Return the size of each test set with its seeds; all seeds may share one test set."""
     sets: dict[tuple, set] = {}
     for cell in cells:
         sets.setdefault(tuple(cell[name] for name in TEST_SET), set()).add(cell["seed"])
-    return [{**dict(zip(TEST_SET, facts, strict=True)), "seeds": sorted(seeds)} for facts, seeds in sets.items()]
+    return [{**dict(zip(TEST_SET, size, strict=True)), "seeds": sorted(seeds)} for size, seeds in sets.items()]
 
 
-def _part(cell: dict, chain: str) -> dict | None:
-    return cell if chain == "raw" else cell.get(chain)
+def _protocol(cells: Sequence[dict]) -> dict[str, list[str]]:
+    """Return every point of the protocol with all the wordings of the cells."""
+    names = dict.fromkeys(name for cell in cells for name in cell["protocol"])
+    return {name: list(dict.fromkeys(c["protocol"][name] for c in cells if name in c["protocol"])) for name in names}
 
 
-def _row(cells: Sequence[dict], bootstraps: _Bootstraps, ours: str) -> dict:
-    """Returns what the JSON tells of one method: fractions from 0 to 1, mean and deviation over its seeds."""
+def _missing(by_method: Mapping[str, list[dict]], seeds: Sequence[int]) -> list[str]:
+    """Return what is still to be measured, in words."""
+    missing = []
+    for method, cells in by_method.items():
+        found = {cell["seed"] for cell in cells}
+        missing += (
+            [f"{method} seed {seed}" for seed in seeds if seed not in found] if found else [f"{method} (no cell)"]
+        )
+    return missing
+
+
+def _row(cells: Sequence[dict], ours: Sequence[dict]) -> dict:
+    """Return the JSON of one method: fractions from 0 to 1, with mean and deviation over its seeds."""
     first = cells[0]
-    row = {
-        "method": first["method"],
-        "row": first["row"],
-        "seeds": [cell["seed"] for cell in cells],
-        "trained_on": first["trained_on"],
-        "converged": [cell.get("converged") for cell in cells],
-    }
-    for chain in CHAINS:
-        if all(_part(cell, chain) for cell in cells):
-            row[chain] = _chain(cells, chain)
-            row[chain]["auprc"]["interval"] = bootstraps.interval(first["method"], chain)
-            row[chain]["ours_minus_this"] = bootstraps.difference(ours, first["method"], chain)
+    row = {name: first[name] for name in ("method", "row", "trained_on")}
+    row |= {"seeds": [cell["seed"] for cell in cells], "converged": [cell.get("converged") for cell in cells]}
+    row |= {chain: _chain(cells, ours, chain) for chain in CHAINS}
     for name in ("network_evaluations_per_slice", "seconds_per_slice", "train_seconds", "images_seen"):
         row[name] = summary([cell.get(name) for cell in cells])
-    names = sorted({name for cell in cells for name in cell.get("slice_scores") or {}})
-    row["slice_scores"] = {n: summary([(cell.get("slice_scores") or {}).get(n) for cell in cells]) for n in names}
+    scores = [cell.get("slice_scores", {}) for cell in cells]
+    row["slice_scores"] = {name: summary([s.get(name) for s in scores]) for name in sorted(set().union(*scores))}
     row["saturated_share"] = summary([cell.get("saturated_share") for cell in cells])
-    for name in ("settings", "choice", "dataset", "commit", "command"):
-        row[name] = [cell.get(name) for cell in cells]
-    return row
+    names = ("settings", "choice", "dataset", "commit", "command")
+    return row | {name: [cell.get(name) for cell in cells] for name in names}
 
 
-def _chain(cells: Sequence[dict], chain: str) -> dict:
-    parts = [_part(cell, chain) for cell in cells]
+def _chain(cells: Sequence[dict], ours: Sequence[dict], chain: str) -> dict:
+    """Return the scores of the maps as they are (`raw`) or of the `postprocessed` ones."""
+    parts = [cell if chain == "raw" else cell[chain] for cell in cells]
     values = {name: summary([part[name] for part in parts]) for name in MEASURES}
-    values["per_patient_dice"] = _of_patients([part["per_patient_dice"] for part in parts])
+    values["auprc"]["interval"] = _bootstrap(cells, chain).interval()
+    values["per_patient_dice"] = _per_patient([part["per_patient_dice"] for part in parts])
     values["per_patient_dice"]["thresholds"] = [part["per_patient_dice"].get("threshold") for part in parts]
-    if all("per_patient_auprc" in part for part in parts):  # cells of before it was measured lack it
-        values["per_patient_auprc"] = _of_patients([part["per_patient_auprc"] for part in parts])
+    if all("per_patient_auprc" in part for part in parts):  # older results lack it
+        values["per_patient_auprc"] = _per_patient([part["per_patient_auprc"] for part in parts])
         values["by_lesion_size"] = {name: _of_size(parts, name) for name in parts[0]["by_lesion_size"]}
+    values["ours_minus_this"] = None
+    if seeds := sorted({cell["seed"] for cell in cells} & {cell["seed"] for cell in ours}):
+        if cells[0]["method"] != OURS:
+            pair = [_bootstrap([cell for cell in side if cell["seed"] in seeds], chain) for side in (ours, cells)]
+            values["ours_minus_this"] = pair[0].minus(pair[1]) | {"seeds": seeds}
     return values
 
 
-def _of_patients(parts: Sequence[dict]) -> dict:
-    """Mean of each run over its patients with a lesion, and of them all with its interval."""
+def _bootstrap(cells: Sequence[dict], chain: str) -> Bootstrap:
+    return mean_of_runs([Bootstrap.from_json(cell["bootstrap"][chain]) for cell in cells])
+
+
+def _per_patient(parts: Sequence[dict]) -> dict:
+    """Return the mean over patients with a lesion of each seed, and over all seeds with its interval."""
     runs = [_by_patient(part) for part in parts if part["values"]]
     interval = mean_of_runs([bootstrap_mean(run) for run in runs]).interval() if runs else None
     return summary([part["mean"] for part in parts]) | {"interval": interval}
@@ -226,25 +185,25 @@ def _by_patient(part: dict) -> dict[str, float]:
 
 
 def _of_size(parts: Sequence[dict], name: str) -> dict:
-    """Means over the patients of all runs whose lesions have a size, each patient's own mean over the runs first."""
-    of_size = [set(part["by_lesion_size"][name]["patients"]) for part in parts]
+    """Return means over the patients whose lesions have a size; each patient's own mean over seeds comes first."""
+    patients = [set(part["by_lesion_size"][name]["patients"]) for part in parts]
     found = {
         "share_of_foreground": parts[0]["by_lesion_size"][name]["share_of_foreground"],
-        "n_patients": len(set.union(*of_size)),
+        "n_patients": len(set.union(*patients)),
         "auprc": summary([part["by_lesion_size"][name]["auprc"] for part in parts]),
     }
-    for measure in ("per_patient_auprc", "per_patient_dice"):
+    for measure in SIZE_MEASURES:
         runs = [_by_patient(part[measure]) for part in parts]
         means = [
-            np.mean([run[p] for run, chosen in zip(runs, of_size, strict=True) if p in chosen])
-            for p in sorted(set.union(*of_size))
+            np.mean([run[patient] for run, chosen in zip(runs, patients, strict=True) if patient in chosen])
+            for patient in sorted(set.union(*patients))
         ]
         found[measure] = float(np.mean(means)) if means else None
     return found
 
 
 def summary(values: Sequence[float | None]) -> dict:
-    """Returns `mean` and sample standard deviation `std` (None for fewer than two) of what is defined, and `values`."""
+    """Return `mean` and sample standard deviation `std` (None for fewer than two) of the defined values, and `values`."""
     defined = [value for value in values if value is not None]
     return {
         "mean": float(np.mean(defined)) if defined else None,
@@ -253,19 +212,127 @@ def summary(values: Sequence[float | None]) -> dict:
     }
 
 
-def _missing(order: Sequence[str], by_method: Mapping[str, list[dict]], seeds: Sequence[int]) -> list[str]:
-    """Returns in words what is still to come."""
-    missing = []
-    for method in order:
-        found = by_method.get(method, [])
-        if not found:
-            missing.append(f"{method} (no cell)")
-        else:
-            missing += [f"{method} seed {seed}" for seed in seeds if seed not in {cell["seed"] for cell in found}]
-    return missing
+def table_markdown(table: dict) -> str:
+    """Return the JSON of a table as Markdown."""
+    lines = [f"# {table['title']}", ""]
+    for found in table["test_sets"]:
+        seeds, size = (
+            ", ".join(map(str, found["seeds"])),
+            f"{found['n_slices']} slices of {found['n_patients']} patients",
+        )
+        lines += [f"Test set of seeds {seeds}: {size}, share of lesion pixels {100 * found['prevalence']:.2f} %.", ""]
+    for chain, title in zip(CHAINS, ("Maps as they are", "Post-processed maps"), strict=True):
+        header = ["seeds", *COLUMNS.values(), "network evaluations", "s a slice", "trained on", DIFFERENCE]
+        lines += _section(title, "method", header, {_name(row): _scores(row, chain) for row in table["rows"]})
+        rows = [row for row in table["rows"] if "by_lesion_size" in row[chain]]
+        sizes = rows[0][chain]["by_lesion_size"] if rows else {}
+        header = [f"{words}, {_size(*size)}" for words in SIZE_MEASURES.values() for size in sizes.items()]
+        of_size = {
+            _name(row): [
+                _percent(row[chain]["by_lesion_size"][s][measure]) for measure in SIZE_MEASURES for s in sizes
+            ]
+            for row in rows
+        }
+        lines += _section(f"{title}, by the lesion's share of the patient's foreground", "method", header, of_size)
+    trained = {
+        _name(row): [
+            f"{row['train_seconds']['mean'] / 60:.1f}",
+            f"{row['images_seen']['mean']:,.0f}",
+            "; ".join(map(_settings, row["settings"])),
+        ]
+        for row in table["rows"]
+        if row["train_seconds"]["mean"]
+    }
+    header = ["minutes a seed", "images seen", "settings of inference, a seed after the other"]
+    lines += _section("Training and settings", "method", header, trained)
+    header = ["slice AUROC", "network evaluations"]
+    lines += _section("Slice AUROC without a map", "score", header, _slice_scores(table["rows"]))
+    lines += ["## Remarks", "", *(f"- {remark}" for remark in _remarks(table)), "", "## Protocol", ""]
+    # the interval of a single cell is not shown: the table has one over all seeds
+    protocol = {name: words for name, words in table["protocol"].items() if name != "interval"}
+    return "\n".join([*lines, *(f"- {name}: {' / '.join(words)}" for name, words in protocol.items())]) + "\n"
 
 
-def _protocol(cells: Sequence[dict]) -> dict[str, list[str]]:
-    """Returns each point of the protocol with all the wordings that the cells have."""
-    names = dict.fromkeys(name for cell in cells for name in cell["protocol"])
-    return {name: list(dict.fromkeys(c["protocol"][name] for c in cells if name in c["protocol"])) for name in names}
+def _section(title: str, corner: str, header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a Markdown heading and table, numbers aligned right; nothing for no rows."""
+    if not rows:
+        return []
+    rule = ["---", *("---" if name.startswith(("trained", "settings")) else "---:" for name in header)]
+    table = [[corner, *header], rule, *([name, *cells] for name, cells in rows.items())]
+    return [f"## {title}", "", *("| " + " | ".join(cells) + " |" for cells in table), ""]
+
+
+def _name(row: dict) -> str:
+    return row["row"] + (" (*)" if False in row["converged"] else "")
+
+
+def _scores(row: dict, chain: str) -> list[str]:
+    """Return the cells of a method in the table of scores."""
+    values = row[chain]
+    costs = row["network_evaluations_per_slice"]["values"]
+    evaluations = dict.fromkeys(f"{value:g}" for value in (min(costs), max(costs)))
+    seconds = row["seconds_per_slice"]["mean"]
+    cells = [str(len(row["seeds"])), *(_mean(values.get(name, {"mean": None})) for name in COLUMNS)]
+    cells += [" to ".join(evaluations), f"{seconds:.3f}" if seconds >= 0.001 else "< 0.001", row["trained_on"]]
+    if values["ours_minus_this"] is None:
+        return [*cells, "-"]
+    difference, runs = values["ours_minus_this"], values["ours_minus_this"]["by_run"]
+    words = _percent(difference["difference"], "+.1f") + _interval(difference, "+.1f")
+    return [*cells, "; ".join([words, *([", ".join(_percent(r, "+.1f") for r in runs)] if len(runs) > 1 else [])])]
+
+
+def _percent(value: float | None, form: str = ".1f") -> str:
+    return "-" if value is None else f"{100 * value:{form}}"
+
+
+def _interval(value: dict, form: str = ".1f") -> str:
+    limits = value.get("interval")
+    return f" [{_percent(limits[0], form)}, {_percent(limits[1], form)}]" if limits else ""
+
+
+def _mean(value: dict) -> str:
+    """Return a mean in percent, with its standard deviation over seeds and its interval if there are any."""
+    deviation = "" if value.get("std") is None else f" ± {_percent(value['std'])}"
+    return _percent(value["mean"]) + deviation + _interval(value)
+
+
+def _size(name: str, size: dict) -> str:
+    low, high = (100 * limit for limit in size["share_of_foreground"])
+    return f"{name} ({low:g} to {high:g} %, {size['n_patients']} patients)"
+
+
+def _settings(settings: dict | None) -> str:
+    short = {"guidance_scale": "w", "strength": "L", "num_inference_steps": "steps"}
+    return ", ".join(f"{short.get(name, name)} {value}" for name, value in (settings or {}).items()) or "-"
+
+
+def _slice_scores(rows: Sequence[dict]) -> dict[str, list[str]]:
+    """Return the AUROC and cost of each score; a score of the data alone is the same in every row with all seeds."""
+    scores = {}
+    for name in sorted({name for row in rows for name in row["slice_scores"]}):
+        found = [row["slice_scores"][name] for row in rows if name in row["slice_scores"]]
+        best = max(found, key=lambda values: sum(value is not None for value in values["values"]))
+        words, cost = SLICE_SCORES[name]
+        scores[words] = [_mean(best), cost]
+    return scores
+
+
+def _remarks(table: dict) -> list[str]:
+    rows, bootstrap = table["rows"], table["bootstrap"]
+    rules = {row["row"]: choice["by"] for row in rows for choice in row["choice"] if choice}
+    own = [f"; {name}: by {rule}" for name, rule in rules.items() if rule.startswith(OWN_RULE)]
+    draws = f"{bootstrap['samples']} draws, seed {bootstrap['seed']}"
+    remarks = [
+        *REMARKS,
+        f"[95 %] of AUPRC: {draws}; of a difference of AUPRC: the same draws for both, over the seeds that both have.",
+        CHOICE + "".join(own) + ".",
+        *([OWN_TEST_SETS] if len(table["test_sets"]) > 1 else []),
+        *([NOT_CONVERGED] if any(False in row["converged"] for row in rows) else []),
+    ]
+    shares = {row["row"]: row["saturated_share"]["mean"] for row in rows}
+    words = "of the foreground is saturated in the clean image that the last step of encoding predicts"
+    remarks += [f"{name}: {100 * share:.2f} % {words}." for name, share in shares.items() if share is not None]
+    seeds = "; ".join(f"{row['row']} {', '.join(map(str, row['seeds']))}" for row in rows) or "none"
+    commits = ", ".join(sorted({commit for row in rows for commit in row["commit"] if commit})) or "not known"
+    missing = "; ".join(table["missing"]) or "nothing"
+    return [*remarks, f"Missing: {missing}.", f"Seeds: {seeds}.", f"Commits: {commits}."]
