@@ -6,6 +6,7 @@ from diffusers_cf.data.geometry import FIELD_MM, check_geometry
 from diffusers_cf.data.intensity import normalize_of
 from diffusers_cf.errors import InputError
 from diffusers_cf.heatmaps import check_signs
+from diffusers_cf.mirrored import check_mirrored
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.settings import NAMES
 
@@ -33,7 +34,9 @@ def usable_facts(pipe: CounterfactualDDIMPipeline, model: str, **settings) -> di
     known, modalities = pipe.preprocessing, modalities_of(pipe, model)
     try:
         settings = pipe.resolve_settings(**settings)
-        pipe.scheduler.set_timesteps(settings["num_inference_steps"])
+        for scheduler in (pipe.scheduler, pipe.inverse_scheduler):
+            scheduler.set_timesteps(settings["num_inference_steps"])
+        check_mirrored(pipe.scheduler, pipe.inverse_scheduler)
         size = known.get("evaluation_size", max(EVALUATION_SIZE, known.get("size", 0)))
         geometry = {"size": size, "field_mm": known.get("field_mm", FIELD_MM)}
         geometry["normalize"] = normalize_of(known)

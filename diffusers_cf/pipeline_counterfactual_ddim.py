@@ -21,8 +21,8 @@ from diffusers_cf.images import (
     to_device,
     window_side,
 )
+from diffusers_cf.loading import ModelFolderMixin
 from diffusers_cf.mirrored import check_mirrored
-from diffusers_cf.model_folder import ModelFolderMixin
 from diffusers_cf.models import ClassTokenEncoder, predict_noise
 from diffusers_cf.settings import settings_in_use
 
@@ -75,14 +75,14 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         class_encoder: ClassTokenEncoder | None,
         scheduler: SchedulerMixin,
         inverse_scheduler: SchedulerMixin,
-        clip_input: bool = True,
-        crop_background: bool = False,
+        clip_input: bool | None = None,
+        crop_background: bool | None = None,
     ):
         super().__init__()
         self.register_modules(
             unet=unet, class_encoder=class_encoder, scheduler=scheduler, inverse_scheduler=inverse_scheduler
         )
-        self.register_to_config(clip_input=clip_input, crop_background=crop_background)
+        self.register_switches(clip_input=clip_input, crop_background=crop_background)
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from diffusers_cf import loading, saving
+from diffusers_cf import loading
 from diffusers_cf.commands.options import (
     add_device_arguments,
     add_settings_arguments,
@@ -189,4 +189,4 @@ def store_threshold(folder: str, settings: dict, rule: str, facts: dict) -> None
     kept = {name: facts[name] for name in ("command", "commit", "split", "n_slices")} | {"rule": rule}
     size = {"evaluation_size": facts["data"]["size"]}
     stored = {"settings": settings | {"postprocess": True}, "threshold_chosen_by": kept} | size
-    saving.write_preprocessing(folder, known | stored)
+    loading.replace_json(folder, {loading.PREPROCESSING: known | stored})

@@ -2,13 +2,14 @@
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf import loading, saving
+from diffusers_cf import loading
 from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
@@ -94,14 +95,14 @@ def run_sweep(args: argparse.Namespace) -> int:
 
 def _store(args: argparse.Namespace, pipe, dataset: SliceDataset, best: SweepPoint, facts: dict) -> None:
     """Makes what the sweep has found the model's own, as `--store` says."""
+    files = {}
     if args.solver_order:
         _set_solver_order(pipe, args.model, best.solver_order)
-        pipe.inverse_scheduler.save_pretrained(Path(args.model) / "inverse_scheduler")
-        saving.forget_origin(args.model)
+        files["inverse_scheduler/scheduler_config.json"] = json.loads(pipe.inverse_scheduler.to_json_string())
     kept = {"signs": pipe.preprocessing["signs"]} if "signed" in args.maps else {}
     kept["evaluation_size"] = dataset.preprocessing["size"]
     store = store_settings if args.store == "recommended" else store_paper_threshold
-    store(args.model, best, facts, kept)
+    store(args.model, best, facts, kept, files)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -178,7 +179,7 @@ def _signs_for_sweep(args: argparse.Namespace, pipe, dataset, indices: Sequence[
     )
 
 
-def store_settings(folder: str, best: SweepPoint, facts: dict, more: dict) -> None:
+def store_settings(folder: str, best: SweepPoint, facts: dict, more: dict, files: Mapping | None = None) -> None:
     """Writes a point into the model folder's preprocessing.json as what the model recommends, and what chose it.
 
     Raises:
@@ -191,14 +192,17 @@ def store_settings(folder: str, best: SweepPoint, facts: dict, more: dict) -> No
     known = loading.read_preprocessing(folder)
     known.pop("threshold_chosen_by", None)  # of the threshold that stood there before
     stored = {"settings": settings, "settings_chosen_by": chosen} | more
-    saving.write_preprocessing(folder, known | stored)
+    loading.replace_json(folder, {loading.PREPROCESSING: known | stored, **(files or {})})
 
 
-def store_paper_threshold(folder: str, point: SweepPoint, facts: dict, more: dict) -> None:
+def store_paper_threshold(
+    folder: str, point: SweepPoint, facts: dict, more: dict, files: Mapping | None = None
+) -> None:
     """Writes the threshold of the paper's setting into the model folder's preprocessing.json, and what chose it."""
     _check_model_folder(folder)
     stored = {"paper_threshold": point.threshold, "paper_threshold_chosen_by": facts}
-    saving.write_preprocessing(folder, loading.read_preprocessing(folder) | stored | more)
+    known = loading.read_preprocessing(folder)
+    loading.replace_json(folder, {loading.PREPROCESSING: known | stored | more, **(files or {})})
 
 
 def _check_model_folder(folder: str) -> None:

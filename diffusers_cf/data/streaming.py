@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import HTTPError
 
-from diffusers_cf.data.download import dataset_shards
-from diffusers_cf.data.preprocessing import collate_rows, read_preprocessing
+from diffusers_cf.data.download import dataset_folder
+from diffusers_cf.data.preprocessing import collate_rows, read_preprocessing, shards_of
 from diffusers_cf.data.slices import check_count, check_split, missing_split, slice_features
 from diffusers_cf.errors import InputError
 
@@ -48,7 +47,8 @@ class SliceStream:
     def __init__(self, folder: str | Path, split: str):
         check_split(split)
         self.folder, self.split = str(folder), split
-        path, self.commit, files = dataset_shards(folder, split)
+        path, self.commit = dataset_folder(folder, split)
+        files = shards_of(path, split)
         self.preprocessing = read_preprocessing(path)
         self.class_names = tuple(self.preprocessing["class_names"])
         self.has_masks = self.preprocessing["has_masks"]
@@ -57,7 +57,7 @@ class SliceStream:
             raise InputError(missing_split(self.folder, split, self.commit))
         self._schema = slice_features(self.class_names).arrow_schema
         with self._refusals():
-            open_file = open if self.commit is None else HfFileSystem(block_size=BLOCK_BYTES).open
+            open_file = open
             # Arrow's own threads are left out: they outlive an error and bring the process down at its end.
             shards = [pyarrow.parquet.ParquetFile(open_file(file, "rb"), pre_buffer=False) for file in files]
         self._groups = [(shard, number) for shard in shards for number in range(shard.num_row_groups)]

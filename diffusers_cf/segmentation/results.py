@@ -9,9 +9,8 @@ from pathlib import Path
 
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.errors import InputError
-from diffusers_cf.files import alone_at, new_file
+from diffusers_cf.files import alone_at, new_file, read_json
 from diffusers_cf.heatmaps import MAPS
-from diffusers_cf.loading import read_object
 
 
 REPORT = "report.json"
@@ -43,7 +42,7 @@ def read_report(folder: Path) -> dict:
         InputError: The file is missing or damaged, lacks a fact, or holds one that `segment` does not write.
     """
     path = own_file(folder, REPORT)
-    facts = read_object(path)
+    facts = read_json(path)
     lacking = [name for name in _FACTS if name not in facts]
     if lacking:
         raise InputError(f"{path}: lacks {lacking[0]}: not a report of segment")
@@ -105,7 +104,7 @@ def read_summary(output: Path) -> dict[str, dict[str, str]]:
     if not os.path.lexists(output / SUMMARY):
         return {}
     path = own_file(output, SUMMARY)
-    patients = read_object(path).get("patients")
+    patients = read_json(path).get("patients")
     good = isinstance(patients, dict) and all(
         isinstance(outcome, dict)
         and outcome.get("state") in STATES
