@@ -174,9 +174,8 @@ def download(
         for file in info.siblings:
             if (file.size or 0) > (limit := _MAX_BYTES[file.rfilename.endswith((".safetensors", ".parquet"))]):
                 raise InputError(f"{repo_id}: {file.rfilename}: larger than {limit >> 20} MiB")
-        options["revision"] = info.sha
-        files = choose([file.rfilename for file in info.siblings], options)
-        return snapshot_download(repo_id, allow_patterns=files, **options)
+        files = choose([file.rfilename for file in info.siblings], options | {"revision": revision})
+        return snapshot_download(repo_id, revision=revision, allow_patterns=files, **options)
     except InputError:
         raise
     except (HFValidationError, RepositoryNotFoundError):

@@ -197,14 +197,14 @@ def _pushing(repo_id: str) -> Iterator[None]:
         yield
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)
-        if error.__cause__:  # the client reports that one of several uploads failed, but not why
+        if isinstance(error, RuntimeError) and error.__cause__:  # one of several uploads failed; the cause says why
             reason += f" {first_line(error.__cause__)}"
         raise InputError(f"{repo_id}: can't push to it ({reason}); `hf auth login` stores a token") from None
 
 
 def public_facts(facts: Mapping, names: Sequence[str]) -> dict:
     """Return the entries of these names, with placeholders in commands recorded by earlier versions."""
-    found = {name: facts[name] for name in names if name in facts}
+    found = {name: value for name, value in facts.items() if name in names}
     for name, value in found.items():
         if isinstance(value, dict) and "command" in value:
             found[name] = value | {"command": public_command(value["command"])}
