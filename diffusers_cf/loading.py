@@ -122,10 +122,7 @@ class ModelFolderMixin:
 
 
 def find_model(name: str | os.PathLike, **options) -> str:
-    """Return the folder of a model: `name` itself, a shipped model's, or that of a download of `user/name`.
-
-    Of the `options` those of [`download_model`] are used.
-    """
+    """Return the folder of a model: `name` itself, a shipped model's, or that of a download of `user/name`."""
     name = os.fspath(name)
     if not os.path.isdir(name):
         tidy(Path(os.path.abspath(name)))  # a process killed in `replace_json` leaves the folder under another name
@@ -152,13 +149,13 @@ def download_model(repo_id: str, variant: str | None = None, **options) -> str:
 def download(
     repo_id: str, choose: Callable, revision: str | None = None, local_files_only: bool = False, **options
 ) -> str:
-    """Download files of a Hub repository, all from one commit, and return their folder in the cache.
+    """Download files of a Hub repository and return their folder in the cache, which is used without a network.
 
     Args:
         repo_id (`str`): `user/name`.
         choose (`Callable`): takes the names of all files and the options of a download, returns the names to download.
         revision (`str`, *optional*): branch, tag or commit.
-        local_files_only (`bool`): use the cache alone, as without a network.
+        local_files_only (`bool`): use the cache alone.
         **options: others of `huggingface_hub.snapshot_download`.
 
     Raises:
@@ -167,8 +164,8 @@ def download(
     asked = {name: options[name] for name in ("repo_type", "token") if name in options}
     info = None
     try:
-        if local_files_only:
-            return snapshot_download(repo_id, revision=revision, local_files_only=True, **options)
+        if local_files_only:  # whatever is there: what is missing is said by those who need it
+            return snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[], **options)
         # Asked first: without a network the client's other calls try for half a minute.
         info = HfApi().repo_info(repo_id, revision=revision, files_metadata=True, **asked)
         for file in info.siblings:
@@ -180,9 +177,7 @@ def download(
         raise
     except (HFValidationError, RepositoryNotFoundError):
         shipped = ", ".join(path.parent.name for path in PRETRAINED.glob(f"*/{MODEL_INDEX}"))
-        reason = (
-            f"neither a folder, nor a shipped model ({shipped}), nor a repository on the Hub that this token may read"
-        )
+        reason = f"neither a folder, nor a shipped model ({shipped}), nor a repository that your token may read"
     except RevisionNotFoundError:
         reason = f"the repository has no revision {revision!r}"
     except (HTTPError, OSError, ValueError) as error:
@@ -194,11 +189,7 @@ def download(
 
 
 def read_components(index_file: Path) -> dict[str, list[str]]:
-    """Return library and class of each component in model_index.json.
-
-    Raises:
-        InputError: the file names another pipeline, an unknown component, or a class that a component can't have.
-    """
+    """Return library and class of each component; raise `InputError` unless model_index.json is that of our pipeline."""
     index = read_json(index_file)
     if not isinstance(name := index.get("_class_name"), str) and name != PIPELINE_CLASS_WITH_CODE:
         raise InputError(f"{index_file}: _class_name is {str(name)[:100]}, not {PIPELINE_CLASS}")
@@ -230,11 +221,9 @@ def _model_files(where: str | Path, names: Iterable[str], components: Mapping, v
 def check_model_folder(folder: str | os.PathLike, variant: str | None = None) -> list[str]:
     """Check a model folder before anything that it names is imported, and return the names of the files to load.
 
-    Checked are the components and their classes, that no file leads out of the folder, that the weights of `variant` are
-    whole safetensors files, and their SHA-256 where the folder has a list of them.
-
     Raises:
-        InputError: the folder is foreign, not whole or not safe; one line with the file and the reason.
+        InputError: a component has an unknown class, a file leads out of the folder, or the weights of `variant` are no
+            whole safetensors files or differ from the folder's checksums. One line with the file and the reason.
     """
     folder = Path(folder)
     components = read_components(inside(folder, MODEL_INDEX))
@@ -267,11 +256,7 @@ def _check_weights(folder: Path, name: str) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file in a model folder.
-
-    Raises:
-        InputError: there is no such file, or a link leads out of the folder.
-    """
+    """Return the path of a file in a model folder; raise `InputError` if it is missing or a link leads outside."""
     path, home = folder / name, folder.resolve()
     if not path.is_file():
         raise InputError(f"{path}: no such file, so this is not a whole model folder")
@@ -283,11 +268,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_preprocessing(folder: str | os.PathLike) -> dict:
-    """Read preprocessing.json of a model folder; a folder without one has no facts.
-
-    Raises:
-        InputError: the file is no JSON object, or its `settings` are not.
-    """
+    """Read preprocessing.json of a model folder; empty if there is none."""
     path = Path(folder) / PREPROCESSING
     if not path.exists():
         return {}
@@ -303,9 +284,6 @@ def replace_json(folder: str | os.PathLike, files: Mapping[str, Mapping]) -> Non
     Args:
         folder (`str` or `os.PathLike`): a model folder.
         files (`Mapping[str, Mapping]`): contents by name, such as `inverse_scheduler/scheduler_config.json`.
-
-    Raises:
-        BusyError: another process is writing the folder.
     """
     folder = Path(folder).resolve()
     with alone_at(folder):

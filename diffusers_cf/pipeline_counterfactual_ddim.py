@@ -57,10 +57,10 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         scheduler ([`SchedulerMixin`]): for decoding, [`DynamicDDIMScheduler`] or a stock `DDIMScheduler` (Table 2's row
             without dynamic normalisation).
         inverse_scheduler ([`SchedulerMixin`]): for encoding, its mirror image.
-        clip_input (`bool`): cut the input at 1 before encoding, and compare with that. The authors
+        clip_input (`bool`, *optional*): cut the input at 1 before encoding, and compare with that. The authors
             don't; then dynamic normalisation holds x0 at 1 while the noise that is left takes up the peaks, divided by
             almost nothing, and latents leave the network's range just where lesions are bright.
-        crop_background (`bool`): compute each image in a window around its foreground, about two thirds of a brain slice;
+        crop_background (`bool`, *optional*): compute each image in a window around its foreground, about two thirds of a brain slice;
             the quantile of dynamic normalisation then is that of the window. For networks that were trained on windows
             (`train_counterfactual.py --crop_background`): others lose accuracy. False computes all of it, as the paper.
     """
