@@ -1,346 +1,347 @@
-"""What stands between a model folder and the pipeline: Hub download, allow-list, checksums, preprocessing.json.
+"""Model folders: found or downloaded, checked before anything in them is loaded, and saved with facts and checksums.
 
-A model folder is foreign input, from the Hub or from a colleague. `check_model_folder` refuses what it may not hold
-before anything named in it is imported. diffusers itself accepts no component class of a third party from the Hub;
-`download_model` is the cure: it fetches the right files, after which a folder on the disk is loaded.
+A model folder is foreign input. Only components of known classes are loaded, from JSON and safetensors files. Code and
+pickles are never read: diffusers is shown a folder with the checked files alone.
 """
 
 import hashlib
-import json
+import importlib
+import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from huggingface_hub import hf_hub_download, model_info, snapshot_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import safe_open
 
-from .errors import InputError, OversizedError
-from .hub_download import listed_files, one_line, refusals_in_one_line
+from diffusers_cf.errors import InputError, first_line, reading
+from diffusers_cf.files import alone_at, new_folder, read_json, tidy, write_json
+from diffusers_cf.maps import check_forward
+from diffusers_cf.settings import check_signs, settings_in_use
 
 
-SWITCHES = ("clip_input", "crop_background")  # the entries of model_index.json that are no components
-MODEL_INDEX = "model_index.json"
-PREPROCESSING = "preprocessing.json"
-
-# Per component the [library, class] pairs that model_index.json may name. (None, None) marks an optional component.
-ALLOWED_COMPONENTS: dict[str, tuple] = {
-    "unet": (("diffusers", "UNet2DConditionModel"),),
-    "class_encoder": (("diffusers_cf.models", "ClassTokenEncoder"), (None, None)),
-    "scheduler": (
-        ("diffusers_cf.schedulers", "DynamicDDIMScheduler"),
-        ("diffusers", "DDIMScheduler"),
-    ),
+PRETRAINED = Path(__file__).parent / "pretrained"  # holds a folder for each shipped model
+PIPELINE_CLASS = "CounterfactualDDIMPipeline"
+PIPELINE_CLASS_WITH_CODE = ["pipeline_counterfactual_ddim", PIPELINE_CLASS]  # in repositories published --with-code
+MODEL_INDEX, PREPROCESSING = "model_index.json", "preprocessing.json"
+# Entries of model_index.json that are no components, with their defaults.
+SWITCHES = {"clip_input": True, "crop_background": False}
+# The [library, class] pairs that model_index.json may name for each component.
+COMPONENTS = {
+    "unet": (["diffusers", "UNet2DConditionModel"],),
+    "class_encoder": (["diffusers_cf.models", "ClassTokenEncoder"], [None, None]),
+    "scheduler": (["diffusers_cf.schedulers", "DynamicDDIMScheduler"], ["diffusers", "DDIMScheduler"]),
     "inverse_scheduler": (
-        ("diffusers_cf.schedulers", "DynamicDDIMInverseScheduler"),
-        ("diffusers", "DDIMInverseScheduler"),
+        ["diffusers_cf.schedulers", "DynamicDDIMInverseScheduler"], ["diffusers", "DDIMInverseScheduler"],
     ),
-}
-
-# The names that diffusers gives to weights, and the only ones that it loads: plain, of a variant, in shards.
+}  # fmt: skip
+# The names that diffusers gives to weights: plain or of a variant, whole or in shards with an index.
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 SHARD_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
-CONFIGS = ("config.json", "scheduler_config.json")
 CHECKSUMS = re.compile(r"checksums(?:\.\w+)?\.json")
-_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-_MAX_JSON_BYTES = 16 * 2**20
-_MAX_WEIGHTS_BYTES = 8 * 2**30  # twenty times the authors' network
+CONFIGS = ("config.json", "scheduler_config.json")
+_MAX_BYTES = (16 << 20, 8 << 30)  # of JSON; of weights (the authors' network has 0.4 GiB) and shards of data sets
+_OF_DATASET = ("splits", "input", "skipped")  # facts of a data set that its models don't need; some name patients
+_PUSH_OPTIONS = ("repo_id", "token", "private", "commit_message", "create_pr")
+
+logger = logging.getLogger(__name__)
 
 
-def download_model(
-    repo_id: str,
-    *,
-    allowed: Mapping[str, Iterable] = ALLOWED_COMPONENTS,
-    variant: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
+class ModelFolderMixin:
+    """Loading and saving of a `DiffusionPipeline` whose folder has preprocessing.json and checksums.json."""
+
+    _preprocessing = None
+
+    @property
+    def preprocessing(self) -> dict:
+        """The model's preprocessing.json: modalities, image size, intensity scale, recommended settings.
+
+        The U-Net carries it too, so that `Pipeline(**pipe.components)` and `from_pipe` keep it.
+        """
+        return getattr(self.unet, "_preprocessing", {}) if self._preprocessing is None else self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, facts: Mapping) -> None:
+        self._preprocessing = self.unet._preprocessing = dict(facts)
+
+    def resolve_settings(self, settings: str | None = None, **given) -> dict:
+        """Return settings with each None replaced by what the model recommends, else by the paper's.
+
+        Args:
+            settings (`str`, *optional*): `paper` for the paper's values instead of what the model recommends.
+            **given: any of `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; checked.
+
+        Raises:
+            ValueError: one is out of range, or the pipeline can't make the map.
+        """
+        found = settings_in_use(self.preprocessing, given, settings)
+        if found["map"] == "forward":
+            check_forward(self)
+        if found["map"] == "signed":
+            check_signs(self.preprocessing.get("signs"), self.unet.config.in_channels)
+        return found
+
+    def register_switches(self, **given: bool | None) -> None:
+        """Register `SWITCHES` in the config: what is given, else what the U-Net carries, else the default."""
+        carried = SWITCHES | getattr(self.unet, "_switches", {}) | {k: v for k, v in given.items() if v is not None}
+        self.unet._switches = carried
+        self.register_to_config(**carried)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Load a model after checking its files.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, the name of a shipped model such as
+                `phantom_small`, or `user/name` on the Hub.
+            **kwargs: as in `DiffusionPipeline.from_pretrained` (`dtype`, `variant`, `revision`, `token` and others).
+                `trust_remote_code` has no effect.
+
+        Raises:
+            InputError: the model is missing, foreign or damaged; one line with the file and the reason.
+        """
+        folder = find_model(pretrained_model_name_or_path, **kwargs)
+        files = check_model_folder(folder, kwargs.get("variant"))
+        index = read_json(Path(folder) / MODEL_INDEX) | {"_class_name": cls.__name__}
+        safe = {"use_safetensors": True, "trust_remote_code": False, "custom_pipeline": None}
+        with reading(folder, "model"), TemporaryDirectory() as view:
+            for name in files:
+                target = Path(view, name)
+                target.parent.mkdir(exist_ok=True)
+                _link(Path(folder, name).resolve(), target, os.symlink)
+            write_json(index, Path(view, MODEL_INDEX))  # replaces the link: a folder with code names another class
+            for library, _ in filter(all, (index.get(name, (None, None)) for name in COMPONENTS)):
+                importlib.import_module(library)  # one of COMPONENTS; diffusers finds classes of imported modules only
+            pipe = super().from_pretrained(view, **(kwargs | safe))
+            pipe.register_to_config(_name_or_path=folder)
+            if missing := [name for name, value in pipe.unet.named_parameters() if value.is_meta]:
+                raise InputError(f"{folder}: the weights of unet lack {missing[0]}")
+            if min(pipe.image_size) < 1:
+                raise InputError(f"{folder}: sample_size of unet is {pipe.unet.config.sample_size}")
+        pipe.preprocessing = read_preprocessing(folder)
+        return pipe
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Save components, preprocessing.json and checksums; arguments as in `DiffusionPipeline.save_pretrained`."""
+        folder = Path(save_directory)
+        push = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
+        super().save_pretrained(folder, **(kwargs | {"safe_serialization": True}))
+        for path in (folder / MODEL_INDEX, *(folder / name / config for name in COMPONENTS for config in CONFIGS)):
+            if path.exists() and "_name_or_path" in (config := read_json(path)):  # a path of this machine
+                write_json({key: value for key, value in config.items() if key != "_name_or_path"}, path)
+        if facts := {key: value for key, value in self.preprocessing.items() if key not in _OF_DATASET}:
+            write_json(facts, folder / PREPROCESSING)
+        write_checksums(folder)
+        if push_to_hub:
+            self.push_to_hub(push.pop("repo_id", folder.resolve().name), variant=kwargs.get("variant"), **push)
+
+
+def find_model(name: str | os.PathLike, **options) -> str:
+    """Return the folder of a model: `name` itself, a shipped model's, or that of a download of `user/name`."""
+    name = os.fspath(name)
+    if not os.path.isdir(name):
+        tidy(Path(os.path.abspath(name)))  # a process killed in `replace_json` leaves the folder under another name
+    if os.path.isdir(name):
+        return name
+    if Path(name).name == name and (PRETRAINED / name / MODEL_INDEX).is_file():
+        return str(PRETRAINED / name)
+    known = ("variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
+    return download_model(name, **{key: options[key] for key in known if key in options})
+
+
+def download_model(repo_id: str, variant: str | None = None, **options) -> str:
+    """[`download`] what loading needs of a model; a foreign one is refused before its weights are downloaded."""
+
+    def choose(names: list[str], options: dict) -> list[str]:
+        if MODEL_INDEX not in names:
+            raise InputError(f"{repo_id}: the repository has no {MODEL_INDEX}, so it holds no pipeline")
+        components = read_components(Path(hf_hub_download(repo_id, MODEL_INDEX, **options)))
+        return _model_files(repo_id, names, components, variant)
+
+    return download(repo_id, choose, **options)
+
+
+def download(
+    repo_id: str, choose: Callable, revision: str | None = None, local_files_only: bool = False, **options
 ) -> str:
-    """Fetches a model from the Hub into the local cache, all files from one commit, and returns its folder.
-
-    Fetched are model_index.json, preprocessing.json, README.md, the checksums and, per component, configuration and
-    safetensors weights: those of `variant` where the component has them, else the plain ones. Never code, never
-    pickles, never more than a model can need. Without network, or with `HF_HUB_OFFLINE=1`, what the cache holds is used.
+    """Download files of a Hub repository and return their folder in the cache, which is used without a network.
 
     Args:
         repo_id (`str`): `user/name`.
-        allowed (`Mapping`, *optional*): as in `check_model_folder`: a foreign model is refused before its weights
-            are fetched.
-        variant (`str`, *optional*): for example `fp16`.
-        revision (`str`, *optional*): branch, tag or commit; the default is the main branch.
-        token (`str` or `bool`, *optional*): for private repositories; the default is the token of the log-in.
-        cache_dir (`str` or `os.PathLike`, *optional*): the default is the Hub client's cache.
-        local_files_only (`bool`, *optional*): makes no network call.
-        force_download (`bool`, *optional*): fetches again what the cache holds.
+        choose (`Callable`): takes the names of all files and the options of a download, returns the names to download.
+        revision (`str`, *optional*): branch, tag or commit.
+        local_files_only (`bool`): use the cache alone.
+        **options: others of `huggingface_hub.snapshot_download`.
 
     Raises:
-        InputError: if the repository, the revision or files in it are missing, or the download fails.
+        InputError: the repository or revision is missing, a file is too large, or the download fails.
     """
-    options = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
-    index_file, sizes = fetch_index(repo_id, revision=revision, local_files_only=local_files_only, **options)
-    folder = index_file.parent  # its name is the commit
-    components = _read_components(index_file, allowed)
-    if sizes is None:
-        cached = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-        _model_files(f"{repo_id} in the local cache", cached, components, variant)
-        return str(folder)
-    files = _model_files(repo_id, sizes, components, variant)
+    asked = {name: options[name] for name in ("repo_type", "token") if name in options}
+    info = None
+    try:
+        if local_files_only:  # whatever is there: what is missing is said by those who need it
+            return snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[], **options)
+        # Asked first: without a network the client's other calls try for half a minute.
+        info = HfApi().repo_info(repo_id, revision=revision, files_metadata=True, **asked)
+        for file in info.siblings:
+            if (file.size or 0) > (limit := _MAX_BYTES[file.rfilename.endswith((".safetensors", ".parquet"))]):
+                raise InputError(f"{repo_id}: {file.rfilename}: larger than {limit >> 20} MiB")
+        files = choose([file.rfilename for file in info.siblings], options | {"revision": revision})
+        return snapshot_download(repo_id, revision=revision, allow_patterns=files, **options)
+    except InputError:
+        raise
+    except (HFValidationError, RepositoryNotFoundError):
+        shipped = ", ".join(path.parent.name for path in PRETRAINED.glob(f"*/{MODEL_INDEX}"))
+        reason = f"neither a folder, nor a shipped model ({shipped}), nor a repository that your token may read"
+    except RevisionNotFoundError:
+        reason = f"the repository has no revision {revision!r}"
+    except (HTTPError, OSError, ValueError) as error:
+        reason = f"the download failed: {first_line(error)}"
+        if info is None and not (local_files_only or options.get("force_download")):
+            logger.warning("%s: the Hub can't be reached (%s), using the local cache", repo_id, first_line(error))
+            return download(repo_id, choose, revision, local_files_only=True, **options)
+    raise InputError(f"{repo_id}: {reason}")
+
+
+def read_components(index_file: Path) -> dict[str, list[str]]:
+    """Return library and class of each component; raise `InputError` unless model_index.json is that of our pipeline."""
+    index = read_json(index_file)
+    if not isinstance(name := index.get("_class_name"), str) and name != PIPELINE_CLASS_WITH_CODE:
+        raise InputError(f"{index_file}: _class_name is {str(name)[:100]}, not {PIPELINE_CLASS}")
+    found = dict.fromkeys(COMPONENTS, [None, None]) | {k: value for k, value in index.items() if not k.startswith("_")}
+    for name, value in found.items():
+        allowed = COMPONENTS.get(name, (True, False) if name in SWITCHES else ())
+        if not any(value == one and type(value) is type(one) for one in allowed):
+            known = " or ".join(map(str, allowed)) or f"absent; known are {', '.join(COMPONENTS)}"
+            raise InputError(f"{index_file}: {name!r} is {str(value)[:100]}, it must be {known}")
+    return {name: value for name, value in found.items() if name in COMPONENTS and value != [None, None]}
+
+
+def _model_files(where: str | Path, names: Iterable[str], components: Mapping, variant: str | None) -> list[str]:
+    """Of all files in a folder or repository, the names of those that diffusers and we read."""
+    files = [name for name in names if name in (MODEL_INDEX, PREPROCESSING) or CHECKSUMS.fullmatch(name)]
+    for component, (_, class_name) in components.items():
+        is_scheduler, found = class_name.endswith("Scheduler"), {}
+        for folder, _, base in (name.rpartition("/") for name in names):
+            if folder == component and (match := WEIGHTS.fullmatch(base) or SHARD_INDEX.fullmatch(base)):
+                found.setdefault(match["variant"], []).append(f"{component}/{base}")
+        weights = found.get(variant) or found.get(None) or []
+        if not (weights or is_scheduler):
+            variants = f" but those of the variant {' and '.join(map(repr, found))}" if found else ""
+            raise InputError(f"{where}: {component} has no safetensors weights{variants}")
+        files += [f"{component}/{CONFIGS[is_scheduler]}", *weights]
+    return sorted(files)
+
+
+def check_model_folder(folder: str | os.PathLike, variant: str | None = None) -> list[str]:
+    """Check a model folder before anything that it names is imported, and return the names of the files to load.
+
+    Raises:
+        InputError: a component has an unknown class, a file leads out of the folder, or the weights of `variant` are no
+            whole safetensors files or differ from the folder's checksums. One line with the file and the reason.
+    """
+    folder = Path(folder)
+    components = read_components(inside(folder, MODEL_INDEX))
+    names = [path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern)]
+    files = _model_files(folder, names, components, variant)
     for name in files:
-        _check_size(f"{repo_id}: {name}", sizes[name])
-    with refusals_in_one_line(repo_id, revision, "a file is gone"):
-        return snapshot_download(repo_id, revision=folder.name, allow_patterns=files, **options)
-
-
-def fetch_index(
-    repo_id: str, *, revision: str | None = None, local_files_only: bool = False, token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None, force_download: bool = False,
-) -> tuple[Path, dict[str, int | None] | None]:  # fmt: skip
-    """Fetches model_index.json alone, arguments as in [`download_model`].
-
-    Returns:
-        Where it lies in the local cache, and the repository's files with their sizes, None where the Hub was not, or
-        could not be, asked.
-
-    Raises:
-        InputError: there is none, or none of a sensible size.
-    """
-    options = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
-    with refusals_in_one_line(repo_id, revision, f"the repository has no {MODEL_INDEX}, so it holds no pipeline"):
-        sizes = None if local_files_only else listed_files(model_info, repo_id, revision, token, force_download)
-        _check_size(f"{repo_id}: {MODEL_INDEX}", (sizes or {}).get(MODEL_INDEX))
-        index_file = hf_hub_download(
-            repo_id, MODEL_INDEX, revision=revision, local_files_only=sizes is None, **options
-        )
-    return Path(index_file), sizes
-
-
-def _check_size(name: str, size: int | None) -> None:
-    limit = _MAX_WEIGHTS_BYTES if name.endswith(".safetensors") else _MAX_JSON_BYTES
-    if size is not None and size > limit:
-        text = f"{limit // 2**30} GiB" if limit >= 2**30 else f"{limit // 2**20} MiB"
-        raise OversizedError(f"{name}: larger than {text}, refused")
-
-
-def _model_files(where, names: Iterable[str], components: Mapping[str, tuple], variant: str | None) -> list[str]:
-    """Those of a repository's files that loading needs."""
-    in_component = {component: [] for component in components}
-    files = []
-    for name in names:
-        component, _, base = name.rpartition("/")
-        if component in in_component:
-            in_component[component].append(base)
-            files += [name] if base in CONFIGS else []
-        elif not component and (base in (MODEL_INDEX, PREPROCESSING, "README.md") or CHECKSUMS.fullmatch(base)):
-            files.append(name)
-    for component, weights in _wanted_weights(where, in_component, components, variant).items():
-        files += [f"{component}/{base}" for base in weights]
+        path = inside(folder, name)
+        if name.endswith(".safetensors"):
+            _check_weights(folder, name)
+        elif "quantization_config" in (value := read_json(path)):
+            raise InputError(f"{path}: quantized networks can't be loaded")
+        elif SHARD_INDEX.fullmatch(path.name):
+            with reading(path, "index of sharded weights"):
+                if lost := {f"{path.parent.name}/{shard}" for shard in value["weight_map"].values()} - set(files):
+                    raise InputError(f"{path}: names {min(lost)}, which is no file of weights in this folder")
+    read_preprocessing(folder)
     return files
 
 
-def _wanted_weights(
-    where, names: Mapping[str, list[str]], components: Mapping[str, tuple], variant: str | None
-) -> dict[str, list[str]]:
-    """Per component with weights the file names (shard index included) that diffusers loads for a variant."""
-    wanted, variants = {}, set()
-    for component, (_, class_name) in components.items():
-        if class_name.endswith("Scheduler"):
-            continue
-        found = {}
-        for name in sorted(names[component]):
-            match = WEIGHTS.fullmatch(name) or SHARD_INDEX.fullmatch(name)
-            if match:
-                found.setdefault(match["variant"], []).append(name)
-        wanted[component] = found.get(variant) or found.get(None) or []
-        variants |= set(found)
-        if not wanted[component]:
-            raise InputError(f"{where}: {component} {_why_no_weights(names[component], found)}")
-        if all(_SHARD.search(name) for name in wanted[component]):
-            raise InputError(f"{where}: {component} has shards of weights without the index that lists them")
-    if variant is not None and variant not in variants:
-        raise InputError(f"{where}: there are no weights of the variant {variant!r}")
-    return wanted
-
-
-def _why_no_weights(names: Iterable[str], found: Mapping[str, list[str]]) -> str:
-    if found:
-        return f"has weights of the variant {' and '.join(map(repr, sorted(found)))} only: name it by variant="
-    pickles = [name for name in sorted(names) if name.endswith(_PICKLES)]
-    if pickles:
-        return f"has its weights as a pickle only ({pickles[0]}), which may run code: refused, ask for safetensors"
-    return "has no weights (diffusion_pytorch_model.safetensors)"
-
-
-def check_model_folder(
-    folder: str | os.PathLike, allowed: Mapping[str, Iterable] = ALLOWED_COMPONENTS, variant: str | None = None
-) -> dict[str, tuple[str, str]]:
-    """Refuses a model folder that is not ours, not whole or not safe, before anything that it names is imported.
-
-    Checked are the components and their classes against `allowed`, that every path stays in the folder, that the
-    weights of `variant` are whole safetensors files, and the SHA-256 of each where the folder has a list of them
-    (`saving.write_checksums`): a flipped byte in weights goes unnoticed otherwise.
-
-    Args:
-        folder (`str` or `os.PathLike`): a folder with model_index.json.
-        allowed (`Mapping`, *optional*): component name to the (library, class) pairs it may have, (None, None) for an
-            optional one.
-        variant (`str`, *optional*): the weights that will be loaded, as in `from_pretrained`.
-
-    Returns:
-        `dict[str, tuple[str, str]]`: library and class of every component that is present.
-
-    Raises:
-        InputError: in one line that names the file and the reason.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    components = _read_components(inside(folder, folder / MODEL_INDEX), allowed)
-    names = {}
-    for component, (_, class_name) in components.items():
-        sub_folder = folder / component
-        if not sub_folder.is_dir():
-            raise InputError(f"{sub_folder}: the folder of this component is missing")
-        read_object(inside(folder, sub_folder / CONFIGS[class_name.endswith("Scheduler")]))
-        names[component] = [path.name for path in sub_folder.iterdir()]
-    for component, weights in _wanted_weights(folder, names, components, variant).items():
-        for name in weights:
-            path = inside(folder, folder / component / name)
-            if SHARD_INDEX.fullmatch(name):
-                _check_shard_index(path)
-            else:
-                _check_weights(folder, path)
-    read_preprocessing(folder)
-    return components
-
-
-def _read_components(index_file: Path, allowed: Mapping[str, Iterable]) -> dict[str, tuple[str, str]]:
-    """The components of model_index.json, each known by name and class."""
-    named = {name: value for name, value in read_object(index_file).items() if not name.startswith("_")}
-    for name in SWITCHES:
-        switch = named.pop(name, True)
-        if not isinstance(switch, bool):
-            raise InputError(f"{index_file}: {name!r} is {json.dumps(switch)[:100]}, it must be true or false")
-    for name, value in (dict.fromkeys(allowed, [None, None]) | named).items():
-        if name not in allowed:
-            raise InputError(f"{index_file}: foreign component {name!r}, refused: known are {', '.join(allowed)}")
-        if not isinstance(value, list) or tuple(value) not in tuple(allowed[name]):
-            raise InputError(f"{index_file}: {_why_refused(name, value, allowed[name])}")
-    return {name: tuple(value) for name, value in named.items() if value != [None, None]}
-
-
-def _why_refused(name: str, value: object, pairs: Iterable) -> str:
-    known = " or ".join(".".join(pair) for pair in pairs if None not in pair)
-    if value == [None, None]:
-        return f"component {name!r} is missing, it must be {known}"
-    return f"component {name!r} is {json.dumps(value)[:100]}, refused: it must be {known}"
-
-
-def inside(folder: Path, path: Path) -> Path:
-    """The path, if it is a file that lies in the folder, however many links lead there; else `InputError`."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file in this model folder")
-    home = folder.resolve()
-    homes = [home]
-    if home.parent.name == "snapshots":  # the Hub's cache keeps the content of a snapshot's files next to it
-        homes.append(home.parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(place) for place in homes):
-        raise InputError(f"{path}: leads out of the model folder, refused")
-    return path
-
-
-def _check_shard_index(path: Path) -> None:
-    weight_map = read_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{path}: no weight_map, so not an index of sharded weights")
-    for name in set(map(str, weight_map.values())):
-        if not WEIGHTS.fullmatch(name):
-            raise InputError(f"{path}: names {name!r}, which is not the name of a file of weights, refused")
-        if not (path.parent / name).is_file():
-            raise InputError(f"{path}: names {name!r}, which is missing")
-
-
-def _check_weights(folder: Path, path: Path) -> None:
-    """Whole (safetensors states its own length) and unchanged, where the folder has checksums."""
-    _check_size(str(path), path.stat().st_size)
+def _check_weights(folder: Path, name: str) -> None:
+    path = folder / name
     with path.open("rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
             raise InputError(f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` in the clone")
-    try:
-        with safe_open(path, framework="np"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged or truncated weights ({one_line(error)})") from error
-    sums_file = folder / checksums_name(path.name)
-    if not sums_file.exists():
-        return
-    expected = read_object(inside(folder, sums_file)).get(f"{path.parent.name}/{path.name}")
-    if expected is None:
-        raise InputError(f"{path}: not listed in {sums_file.name}: left over from an earlier save?")
-    if expected != sha256_of(path):
-        raise InputError(f"{path}: damaged, its SHA-256 is not the one in {sums_file.name}")
+    with reading(path, "safetensors file"):
+        safe_open(path, framework="np").keys()  # fails unless the file has the length that it states
+    sums = folder / checksums_name(path.name)
+    if sums.exists() and read_json(inside(folder, sums.name)).get(name) != sha256_of(path):
+        raise InputError(f"{path}: damaged, its SHA-256 is not the one in {sums.name}")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file in a model folder; raise `InputError` if it is missing or a link leads outside."""
+    path, home = folder / name, folder.resolve()
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, so this is not a whole model folder")
+    # The Hub's cache keeps the content of a snapshot's files beside it.
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(path.resolve().is_relative_to(place) for place in homes):
+        raise InputError(f"{path}: leads out of the model folder")
+    return path
 
 
 def read_preprocessing(folder: str | os.PathLike) -> dict:
-    """The facts and recommended settings in a folder's preprocessing.json, {} where there is none.
-
-    Raises:
-        InputError: if the file is no JSON object, or its `settings` are not.
-    """
+    """Read preprocessing.json of a model folder; empty if there is none."""
     path = Path(folder) / PREPROCESSING
     if not path.exists():
         return {}
-    facts = read_object(inside(Path(folder), path))
+    facts = read_json(inside(Path(folder), PREPROCESSING))
     if not isinstance(facts.get("settings", {}), dict):
         raise InputError(f"{path}: `settings` is not a JSON object")
     return facts
 
 
-def preprocessing_of_hub_model(repo_id: str, component_folder: str | os.PathLike | None) -> dict:
-    """preprocessing.json of a model that diffusers fetched from the Hub with its code: it leaves this file there.
+def replace_json(folder: str | os.PathLike, files: Mapping[str, Mapping]) -> None:
+    """Replace JSON files of a model folder in one step: a killed process leaves all old ones or all new ones.
 
     Args:
-        repo_id (`str`): `user/name`.
-        component_folder (`str` or `os.PathLike`): where a component was loaded from; it tells commit and cache.
-
-    Raises:
-        InputError: the file is there, but can't be fetched; recommended settings are never replaced unnoticed.
+        folder (`str` or `os.PathLike`): a model folder.
+        files (`Mapping[str, Mapping]`): contents by name, such as `inverse_scheduler/scheduler_config.json`.
     """
-    folder = Path(component_folder or "").parent
-    if folder.parent.name != "snapshots" or (folder / PREPROCESSING).exists():
-        return read_preprocessing(folder)
-    with refusals_in_one_line(f"{repo_id}: {PREPROCESSING}", folder.name, "it has none"):
-        try:
-            path = hf_hub_download(repo_id, PREPROCESSING, revision=folder.name, cache_dir=folder.parents[2])
-        except RemoteEntryNotFoundError:
-            return {}
-    return read_preprocessing(Path(path).parent)
+    folder = Path(folder).resolve()
+    with alone_at(folder):
+        if len(files) == 1:
+            return write_json(*files.values(), folder.joinpath(*files))
+        with new_folder(folder) as copy:
+            shutil.copytree(folder, copy, symlinks=True, copy_function=_link, dirs_exist_ok=True)
+            for name, value in files.items():  # a new file each: nothing is written through a link
+                write_json({key: entry for key, entry in value.items() if key != "_name_or_path"}, copy / name)
+
+
+def _link(source: str | Path, target: str | Path, link: Callable = os.link) -> None:
+    try:
+        link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
+def write_checksums(folder: str | os.PathLike) -> None:
+    """Write the SHA-256 of every weight file to checksums.json, for a variant to a list of its own.
+
+    Weights get the mode of model_index.json: safetensors makes them readable by the user alone.
+    """
+    folder, lists = Path(folder), {}
+    for path in sorted(folder.glob("*/*.safetensors")):
+        if path.parent.name in COMPONENTS and WEIGHTS.fullmatch(path.name):
+            path.chmod((folder / MODEL_INDEX).stat().st_mode)
+            lists.setdefault(checksums_name(path.name), {})[f"{path.parent.name}/{path.name}"] = sha256_of(path)
+    for name, sums in lists.items():
+        write_json(sums, folder / name)
 
 
 def checksums_name(weights_name: str) -> str:
-    """The list of checksums that a weight file stands in."""
+    """Return the name of the list of checksums that a weight file stands in."""
     variant = WEIGHTS.fullmatch(weights_name)["variant"]
     return f"checksums.{variant}.json" if variant else "checksums.json"
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """Return the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_object(path: Path) -> dict:
-    """A JSON object from a file that may be anything; `InputError` if it is something else, or too large."""
-    try:
-        _check_size(str(path), path.stat().st_size)
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
-        raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return value

@@ -32,7 +32,7 @@ def usable_facts(pipe: CounterfactualDDIMPipeline, model: str, **settings) -> di
     known, modalities = pipe.preprocessing, modalities_of(pipe, model)
     try:
         settings = pipe.resolve_settings(**settings)
-        pipe.scheduler.set_timesteps(settings["num_inference_steps"])
+        pipe.timesteps(settings["strength"], settings["num_inference_steps"])
         size = known.get("evaluation_size", max(EVALUATION_SIZE, known.get("size", 0)))
         geometry = {"size": size, "field_mm": known.get("field_mm", FIELD_MM)}
         geometry["normalize"] = normalize_of(known)

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 
 from diffusers_cf.images import Windows, check_images, network_images, network_windows, resize_images, to_device
+from diffusers_cf.loading import ModelFolderMixin
 from diffusers_cf.maps import forward_map, heatmap
-from diffusers_cf.model_folder import ModelFolderMixin
 from diffusers_cf.models import ClassTokenEncoder, implicit_guidance, predict_noise
 from diffusers_cf.schedulers import check_mirrored
 
@@ -48,11 +48,11 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         scheduler ([`SchedulerMixin`]): for decoding, [`DynamicDDIMScheduler`] or a stock `DDIMScheduler` (Table 2's row
             without dynamic normalisation).
         inverse_scheduler ([`SchedulerMixin`]): for encoding, its mirror image.
-        clip_input (`bool`): cut the input at 1 before encoding, and compare with that. The authors don't; then dynamic
+        clip_input (`bool`, *optional*, defaults to True): cut the input at 1 before encoding, and compare with that. The authors don't; then dynamic
             normalisation holds x0 at 1 while the remaining noise takes up the peaks, divided by almost nothing, and
             latents leave the network's range just where lesions are bright.
-        crop_background (`bool`): compute each image in a window around its foreground, about two thirds of a brain slice;
-            the quantile of dynamic normalisation is then that of the window. For networks that were trained on windows
+        crop_background (`bool`, *optional*, defaults to False): compute each image in a window around its foreground,
+            about two thirds of a brain slice; the quantile of dynamic normalisation is then that of the window. For networks that were trained on windows
             (`train_counterfactual.py --crop_background`); others lose accuracy. False computes whole images, as the paper.
     """
 
@@ -67,14 +67,14 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         class_encoder: ClassTokenEncoder | None,
         scheduler: SchedulerMixin,
         inverse_scheduler: SchedulerMixin,
-        clip_input: bool = True,
-        crop_background: bool = False,
+        clip_input: bool | None = None,
+        crop_background: bool | None = None,
     ):
         super().__init__()
         self.register_modules(
             unet=unet, class_encoder=class_encoder, scheduler=scheduler, inverse_scheduler=inverse_scheduler
         )
-        self.register_to_config(clip_input=clip_input, crop_background=crop_background)
+        self.register_switches(clip_input=clip_input, crop_background=crop_background)
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -4,22 +4,29 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 import diffusers_cf
+
+
+# What a recorded command shows instead of an option's value.
+_PLACEHOLDERS = {
+    "model": "MODEL", "models": "MODELS", "pretrained_model": "MODEL", "dataset": "DATASET", "input": "INPUT",
+    "output": "OUTPUT", "output_dir": "MODEL", "split_file": "SPLITS", "labels": "LABELS", "token": "TOKEN",
+    "hub_token": "TOKEN",
+}  # fmt: skip
 
 
 @functools.cache
 def package_commit() -> str:
-    """Returns `git describe` of the checkout that the package runs from, else the package's version.
+    """Return `git describe` of the checkout that the package runs from, else the package's version.
 
-    A copy that has not its own history is told its commit by the variable DIFFUSERS_CF_COMMIT. Asked once a process: a
-    commit made meanwhile is not the code that runs.
+    A copy without a history of its own takes its commit from the variable DIFFUSERS_CF_COMMIT. Read once a process: a
+    commit made later is not the code that runs.
     """
     if told := os.environ.get("DIFFUSERS_CF_COMMIT"):
         return told
@@ -35,13 +42,33 @@ def package_commit() -> str:
 
 
 def command_line() -> str:
-    """Returns the command that runs, as one would type it again."""
+    """Return the command that runs, as one would type it again, with placeholders for what only this machine has."""
     program = Path(sys.argv[0])
-    return shlex.join([{"cli.py": "diffusers-cf"}.get(program.name, program.name), *sys.argv[1:]])
+    return public_command(shlex.join([{"cli.py": "diffusers-cf"}.get(program.name, program.name), *sys.argv[1:]]))
+
+
+def public_command(command: str) -> str:
+    """Return a command with placeholders such as DATASET for files, folders and tokens, and without other folders."""
+    words, placeholder = [], None
+    for word in shlex.split(command):
+        if not word.startswith("-"):
+            words.append(placeholder or _base_name(word))
+            continue
+        name, equals, value = word.partition("=")
+        placeholder = _PLACEHOLDERS.get(name.lstrip("-").replace("-", "_"))
+        words.append(name + equals + (placeholder or _base_name(value)) if equals else word)
+    return shlex.join(words)
+
+
+def _base_name(word: str) -> str:
+    """A word without the folders before it; a fraction, such as that of `--shard`, is no path."""
+    return word if re.fullmatch(r"\d+/\d+", word) else re.split(r"[/\\]", word.rstrip("/\\"))[-1]
 
 
 def model_fingerprint(pipe) -> str:
-    """SHA-256 over class, configuration and weights of every component, as they are in memory."""
+    """Return the SHA-256 of class, configuration and weights of every component, as they are in memory."""
+    import torch  # here, so that `diffusers-cf --help` doesn't wait for it
+
     digest = hashlib.sha256()
     for name, component in sorted(pipe.components.items()):
         config = {key: value for key, value in getattr(component, "config", {}).items() if not key.startswith("_")}

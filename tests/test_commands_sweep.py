@@ -17,6 +17,7 @@ from diffusers_cf.cli import main
 from diffusers_cf.commands.sweep import store_point
 from diffusers_cf.data.slices import SliceDataset, slices_to_table, write_tables
 from diffusers_cf.evaluation.sweep import SweepPoint
+from diffusers_cf.files import write_json
 from diffusers_cf.provenance import command_line
 
 
@@ -90,19 +91,20 @@ def test_what_is_stored_is_recommended(files):
     assert loaded.preprocessing["settings"]["postprocess"] and "threshold_chosen_by" not in loaded.preprocessing
 
 
-@pytest.mark.parametrize(
-    "failing", ["diffusers_cf.commands.sweep.write_json", "diffusers_cf.saving.write_preprocessing"]
-)
+@pytest.mark.parametrize("failing", [1, 2])
 def test_settings_and_solver_are_stored_together_or_not_at_all(files, failing, monkeypatch):
     point = SweepPoint(2.0, 0.4, 20, "forward", 32, threshold=0.07, solver_order=2)
     (files / "model" / "notes.txt").write_text("mine")
-    before, names = files_of(files / "model"), {path.name for path in files.iterdir()}
+    before, names, calls = files_of(files / "model"), {path.name for path in files.iterdir()}, []
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def write(value, path):
+        calls.append(path)
+        if len(calls) == failing:
+            raise OSError(28, "No space left on device")
+        write_json(value, path)
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(failing, full)
+        patch.setattr("diffusers_cf.loading.write_json", write)
         store_point(files / "model", "recommended", point, {}, {})
     assert files_of(files / "model") == before
     store_point(files / "model", "recommended", point, {}, {})

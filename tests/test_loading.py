@@ -1,21 +1,35 @@
-"""Model folders on the disk: saved and loaded bit-equal, and refused where they are foreign, unsafe or damaged."""
+"""Model folders: saved and loaded bit-equal, from the disk and the Hub; refused if foreign, unsafe or damaged."""
 
-import importlib
 import json
 import os
 import shutil
+import signal
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
-from model_files import FACTS, UNET, edit_json, files_of, fingerprint, load, tiny_pipeline
+from hub_client import client_process
+from model_files import CONFIGS, FACTS, UNET, edit_json, files_of, fingerprint, load, tiny_pipeline
 
-from diffusers_cf import generic_loading, loading, saving
 from diffusers_cf.errors import InputError
+from diffusers_cf.loading import MODEL_INDEX, check_model_folder, find_model, read_preprocessing, replace_json
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
+
+
+ENCODER, UNET_FP16 = UNET.replace("unet", "class_encoder"), UNET.replace("model.", "model.fp16.")
+SCHEDULER = "inverse_scheduler/scheduler_config.json"
+
+
+# What follows runs in the client's process, whose Hub is the stand-in.
+def push(folder, repo_id, **options):
+    CounterfactualDDIMPipeline.from_pretrained(folder).push_to_hub(repo_id, **options)
+
+
+def save_and_push(folder, repo_id):
+    CounterfactualDDIMPipeline.from_pretrained(folder).save_pretrained(folder, push_to_hub=True, repo_id=repo_id)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +37,6 @@ def model(tmp_path_factory):
     """A saved model folder; tests that damage it take a copy."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_pipeline().save_pretrained(folder)
-    saving.write_checksums(folder)
     return folder
 
 
@@ -32,39 +45,53 @@ def copy(model, tmp_path):
     return Path(shutil.copytree(model, tmp_path / "model"))
 
 
-def test_save_and_load_is_bit_equal(model):
+def test_save_and_load_is_bit_equal(model, tmp_path):
     pipe = CounterfactualDDIMPipeline.from_pretrained(model)
     assert fingerprint(pipe) == fingerprint(tiny_pipeline())
     assert type(pipe.scheduler) is DynamicDDIMScheduler and type(pipe.inverse_scheduler) is DynamicDDIMInverseScheduler
+    pipe.save_pretrained(tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(model)  # in particular, no path that it was loaded from
 
 
-def test_plain_diffusion_pipeline_finds_our_class(model):
-    importlib.import_module("diffusers_cf")
-    pipe = DiffusionPipeline.from_pretrained(model)
-    assert type(pipe) is CounterfactualDDIMPipeline and fingerprint(pipe) == load(model)
+def test_a_shipped_model_has_a_name_that_works_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe = CounterfactualDDIMPipeline.from_pretrained("phantom_small")
+    assert pipe.config.crop_background and pipe.preprocessing["source"] == "phantom"
+    (tmp_path / "phantom_small").mkdir()
+    assert find_model("phantom_small") == "phantom_small"  # a folder comes first
 
 
-def test_a_class_of_diffusers_is_never_replaced():
-    foreign = type("DDIMPipeline", (), {"__module__": "diffusers_cf.other"})
-    before = DiffusionPipeline.from_pretrained
-    generic_loading.register_with_diffusers(foreign)
-    assert importlib.import_module("diffusers").DDIMPipeline is not foreign
-    assert DiffusionPipeline.from_pretrained == before
+def test_facts_outlive_the_folder_and_names_of_folders_and_patients_are_not_saved(copy, tmp_path):
+    pipe = CounterfactualDDIMPipeline.from_pretrained(copy)
+    shutil.rmtree(copy)
+    pipe.preprocessing = pipe.preprocessing | {"input": "ward-7", "skipped": ["P_1"], "splits": {}}
+    pipe.save_pretrained(tmp_path / "again")
+    assert read_preprocessing(tmp_path / "again") == FACTS
 
 
-def test_models_of_others_load_as_before(tmp_path):
-    unet = UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))  # fmt: skip
-    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path)
-    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is DDIMPipeline
-    with pytest.raises(OSError, match="no file named model_index.json|does not appear to have|Error no file"):
-        DiffusionPipeline.from_pretrained(tmp_path / "unet")
+def test_components_carry_facts_and_switches_to_another_pipeline():
+    pipe = tiny_pipeline()
+    parts = pipe.components
+    pipe = CounterfactualDDIMPipeline(**parts, crop_background=True, clip_input=False)
+    pipe.preprocessing = FACTS | {"signs": [1, -1]}
+    for again in (CounterfactualDDIMPipeline(**pipe.components), CounterfactualDDIMPipeline.from_pipe(pipe)):
+        assert again.preprocessing == pipe.preprocessing
+        assert again.config.crop_background and not again.config.clip_input
+    assert not CounterfactualDDIMPipeline(**pipe.components, crop_background=False).config.crop_background
 
 
-def test_every_allowed_class_exists():
-    for name, pairs in loading.ALLOWED_COMPONENTS.items():
-        for library, class_name in pairs:
-            assert library is None or isinstance(getattr(importlib.import_module(library), class_name), type), name
+def test_files_have_the_mode_of_any_new_file(model, tmp_path):
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in model.rglob("*") if path.is_file()} == {(tmp_path / "new").stat().st_mode}
+
+
+def test_checksums_follow_the_weights(copy):
+    pipe = CounterfactualDDIMPipeline.from_pretrained(copy)
+    before = json.loads((copy / "checksums.json").read_text())
+    pipe.unet.conv_in.weight.data += 1
+    pipe.save_pretrained(copy)
+    after = json.loads((copy / "checksums.json").read_text())
+    assert set(before) == {UNET, ENCODER} and {name for name in before if before[name] != after[name]} == {UNET}
 
 
 def shard_index(folder, name):
@@ -78,10 +105,19 @@ def pickle_only(folder):
     torch.save({}, folder / "unet/diffusion_pytorch_model.bin")
 
 
-def flip_a_byte(folder, name=UNET):
-    data = bytearray((folder / name).read_bytes())
+def flip_a_byte(folder):
+    data = bytearray((folder / UNET).read_bytes())
     data[-5] ^= 1
-    (folder / name).write_bytes(data)
+    (folder / UNET).write_bytes(data)
+
+
+def lose_a_tensor(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / UNET)
+    del weights["conv_in.weight"]
+    save_file(weights, folder / UNET)
+    os.remove(folder / "checksums.json")
 
 
 def link_out(folder, name):
@@ -89,87 +125,62 @@ def link_out(folder, name):
     (folder / name).symlink_to(folder.parent / "outside")
 
 
+def edit(name, **changes):
+    return lambda folder: edit_json(folder / name, **changes)
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
 DAMAGES = {
-    "os.system": (
-        lambda f: edit_json(f / "model_index.json", unet=["os", "system"]),
-        r"model_index.json: component 'unet' is \[\"os\", \"system\"\], refused",
-    ),
-    "class of diffusers": (
-        lambda f: edit_json(f / "model_index.json", unet=["diffusers", "UNet2DModel"]),
-        "model_index.json: component 'unet' is .*UNet2DModel.*must be diffusers.UNet2DConditionModel",
-    ),
-    "foreign name": (
-        lambda f: edit_json(f / "model_index.json", safety_checker=[None, None]),
-        "model_index.json: foreign component 'safety_checker'",
-    ),
-    "no scheduler": (
-        lambda f: edit_json(f / "model_index.json", scheduler=[None, None]),
-        "model_index.json: component 'scheduler' is missing",
-    ),
-    "setting for a component": (
-        lambda f: edit_json(f / "model_index.json", unet="../other"),
-        "model_index.json: component 'unet' is \"../other\", refused",
-    ),
-    "number for a component": (lambda f: edit_json(f / "model_index.json", unet=3), "component 'unet' is 3, refused"),
-    "switch no switch": (
-        lambda f: edit_json(f / "model_index.json", clip_input=["os", "system"]),
-        "model_index.json: 'clip_input' is .*, it must be true or false",
-    ),
-    "no model_index.json": (lambda f: os.remove(f / "model_index.json"), "model_index.json: no such file"),
-    "model_index.json cut": (lambda f: (f / "model_index.json").write_text('{"unet": '), "not readable as JSON"),
-    "model_index.json nested": (lambda f: (f / "model_index.json").write_text("[" * 10**6), "not readable as JSON"),
-    "model_index.json a list": (lambda f: (f / "model_index.json").write_text("[]"), "not a JSON object"),
-    "model_index.json large": (lambda f: (f / "model_index.json").write_text(" " * 2**25), "larger than 16 MiB"),
-    "component missing": (lambda f: shutil.rmtree(f / "class_encoder"), "class_encoder: the folder of this component"),
+    "os.system": (edit(MODEL_INDEX, unet=["os", "system"]), r"model_index.json: 'unet' is \['os', 'system'\]"),
+    "class of diffusers": (edit(MODEL_INDEX, unet=["diffusers", "UNet2DModel"]), "'unet' is .*UNet2DModel"),
+    "foreign name": (edit(MODEL_INDEX, safety_checker=[None, None]), "model_index.json: 'safety_checker'"),
+    "no scheduler": (edit(MODEL_INDEX, scheduler=[None, None]), "model_index.json: 'scheduler' is"),
+    "text for a component": (edit(MODEL_INDEX, unet="../other"), "model_index.json: 'unet' is ../other"),
+    "number for a component": (edit(MODEL_INDEX, unet=3), "'unet' is 3"),
+    "switch no switch": (edit(MODEL_INDEX, clip_input=["os", "system"]), "'clip_input' is .* must be True or False"),
+    "no class": (edit(MODEL_INDEX, _class_name=[]), r"_class_name is \[\]"),
+    "no model_index.json": (lambda f: os.remove(f / MODEL_INDEX), "model_index.json: no such file"),
+    "model_index.json cut": (write(MODEL_INDEX, b'{"unet": '), "not a readable JSON"),
+    "model_index.json nested": (write(MODEL_INDEX, b"[" * 10**6), "not a readable JSON"),
+    "model_index.json a list": (write(MODEL_INDEX, b"[]"), "not a JSON object"),
+    "model_index.json large": (write(MODEL_INDEX, b" " * 2**25), "larger than 16 MiB"),
+    "component missing": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json: no such file"),
     "config missing": (lambda f: os.remove(f / "unet/config.json"), "unet/config.json: no such file"),
-    "config binary": (lambda f: (f / "unet/config.json").write_bytes(b"\xff"), "unet/config.json: not readable"),
-    "pickle": (pickle_only, r"unet has its weights as a pickle only \(diffusion_pytorch_model.bin\)"),
-    "no weights": (lambda f: os.remove(f / UNET), "unet has no weights"),
-    "weights cut": (lambda f: os.truncate(f / UNET, 5000), f"{UNET}: damaged or truncated"),
-    "weights huge": (lambda f: os.truncate(f / UNET, 2**33 + 1), f"{UNET}: larger than 8 GiB"),
-    "weights empty": (lambda f: os.truncate(f / UNET, 0), f"{UNET}: damaged or truncated"),
-    "weights grown": (lambda f: (f / UNET).open("ab").write(bytes(9)), f"{UNET}: damaged or truncated"),
-    "LFS pointer": (
-        lambda f: (f / UNET).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
-        f"{UNET}: a Git LFS pointer",
-    ),
+    "config binary": (write("unet/config.json", b"\xff"), "unet/config.json: not a readable JSON"),
+    "config senseless": (edit("unet/config.json", act_fn={}), "not a readable model"),
+    "size senseless": (edit("unet/config.json", sample_size=-1), "sample_size of unet is -1"),
+    "quantized": (edit("unet/config.json", quantization_config="x"), "unet/config.json: quantized"),
+    "pickle": (pickle_only, "unet has no safetensors weights"),
+    "no weights": (lambda f: os.remove(f / UNET), "unet has no safetensors weights"),
+    "weights cut": (lambda f: os.truncate(f / UNET, 5000), f"{UNET}: not a readable safetensors"),
+    "weights empty": (lambda f: os.truncate(f / UNET, 0), f"{UNET}: not a readable safetensors"),
+    "weights grown": (lambda f: (f / UNET).open("ab").write(bytes(9)), f"{UNET}: not a readable safetensors"),
+    "a tensor is missing": (lose_a_tensor, "weights of unet lack conv_in.weight"),
+    "LFS pointer": (write(UNET, b"version https://git-lfs.github.com/spec/v1\nsize 9\n"), f"{UNET}: a Git LFS pointer"),
     "flipped byte": (flip_a_byte, f"{UNET}: damaged, its SHA-256 is not the one in checksums.json"),
-    "not in checksums": (
-        lambda f: (f / "checksums.json").write_text("{}"),
-        "model.safetensors: not listed in checksums.json",
-    ),
-    "shard outside": (
-        lambda f: shard_index(f, "../../outside.safetensors"),
-        "names '../../outside.safetensors', which is not the name of a file of weights",
-    ),
-    "shard missing": (
-        lambda f: shard_index(f, "diffusion_pytorch_model-00001-of-00002.safetensors"),
-        "names 'diffusion_pytorch_model-00001-of-00002.safetensors', which is missing",
-    ),
-    "index missing": (
-        lambda f: os.rename(f / UNET, f / "unet/diffusion_pytorch_model-00001-of-00001.safetensors"),
-        "unet has shards of weights without the index",
-    ),
+    "not in checksums": (write("checksums.json", b"{}"), "safetensors: damaged, its SHA-256"),
+    "shard outside": (lambda f: shard_index(f, "../../outside.safetensors"), "names unet/../../outside.safetensors"),
     "index empty": (
         lambda f: (f / "unet/diffusion_pytorch_model.safetensors.index.json").write_text("{}"),
-        "index.json: no weight_map",
+        "index.json: not a readable index",
+    ),
+    "index missing": (
+        lambda f: os.rename(f / UNET, f / "unet/diffusion_pytorch_model-00001-of-00001.safetensors"), "SHA-256|unet",
     ),
     "weights linked": (lambda f: link_out(f, UNET), f"{UNET}: leads out of the model folder"),
     "component linked": (lambda f: link_out(f, "unet"), "unet/config.json: leads out of the model folder"),
-    "preprocessing cut": (
-        lambda f: (f / "preprocessing.json").write_text('{"modalities": ["flair"'),
-        "preprocessing.json: not readable as JSON",
-    ),
-    "preprocessing settings": (
-        lambda f: edit_json(f / "preprocessing.json", settings=[3.0]),
-        "preprocessing.json: `settings` is not a JSON object",
-    ),
-}
+    "checksums linked": (lambda f: link_out(f, "checksums.json"), "checksums.json: leads out of the model folder"),
+    "preprocessing cut": (write("preprocessing.json", b'{"modalities": ["flair"'), "preprocessing.json: not a readable"),
+    "preprocessing settings": (edit("preprocessing.json", settings=[3.0]), "preprocessing.json: `settings`"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_foreign_unsafe_or_damaged_folder_is_refused(copy, damage):
-    loading.check_model_folder(copy)
+def test_a_foreign_unsafe_or_damaged_folder_is_refused_in_one_line(copy, damage):
+    check_model_folder(copy)
     do, reason = DAMAGES[damage]
     do(copy)
     with pytest.raises(InputError, match=reason) as caught:
@@ -177,67 +188,163 @@ def test_a_foreign_unsafe_or_damaged_folder_is_refused(copy, damage):
     assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", [name for name in DAMAGES if "model_index.json" not in name])
-def test_generic_loading_refuses_the_same(copy, damage):
-    do, reason = DAMAGES[damage]
-    do(copy)
-    with pytest.raises(InputError, match=reason):
-        DiffusionPipeline.from_pretrained(copy)
+@pytest.mark.parametrize("name", ["", "nothing", "no/such/folder", "../x", ".hidden/y z"])
+def test_a_model_that_is_nowhere_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"^{name}: "):
+        CounterfactualDDIMPipeline.from_pretrained(name, local_files_only=True)
 
 
 def test_nothing_that_a_model_names_is_imported(copy, tmp_path, monkeypatch):
     (tmp_path / "bait_of_a_model.py").write_text("class UNet2DConditionModel: pass")
     monkeypatch.syspath_prepend(tmp_path)
-    edit_json(copy / "model_index.json", unet=["bait_of_a_model", "UNet2DConditionModel"])
+    edit_json(copy / MODEL_INDEX, unet=["bait_of_a_model", "UNet2DConditionModel"])
     with pytest.raises(InputError, match="bait_of_a_model"):
         CounterfactualDDIMPipeline.from_pretrained(copy)
     assert "bait_of_a_model" not in sys.modules
 
 
-def test_a_pickle_beside_safetensors_is_never_read(copy):
+def test_code_and_pickles_beside_the_weights_are_never_read(copy, model):
+    """As in a clone of a repository published with code; `trust_remote_code` changes nothing."""
     (copy / "unet/diffusion_pytorch_model.bin").write_bytes(b"not even a pickle")
-    assert load(copy, use_safetensors=False) == load(copy)
+    edit_json(copy / MODEL_INDEX, _class_name=["pipeline_counterfactual_ddim", "CounterfactualDDIMPipeline"])
+    for name in ("pipeline_counterfactual_ddim.py", "class_encoder/diffusers_cf.models.py", "unet/diffusers.py"):
+        (copy / name).write_text("raise SystemExit")
+    assert load(copy, trust_remote_code=True, use_safetensors=False) == load(copy) == load(model)
 
 
-def test_facts_outlive_the_folder_that_they_came_from(copy, tmp_path):
-    pipe = CounterfactualDDIMPipeline.from_pretrained(copy)
-    shutil.rmtree(copy)
-    pipe.save_pretrained(tmp_path / "again")
-    assert loading.read_preprocessing(tmp_path / "again") == FACTS
+def replace_until_killed(folder, step):
+    """`replace_json` in a process that dies at its `step`-th renaming."""
+    rename, count = os.replace, iter(range(100))
+
+    def dying(*paths):
+        if next(count) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
+
+    os.replace = dying
+    replace_json(folder, {"preprocessing.json": {"settings": {}}, SCHEDULER: {"new": 1}})
 
 
-def test_a_missing_folder_is_said(tmp_path):
-    with pytest.raises(InputError, match="nothing: no such folder"):
-        loading.check_model_folder(tmp_path / "nothing")
+@pytest.mark.parametrize("step", range(5))
+def test_json_files_are_replaced_together(copy, step):
+    (copy / "checkpoint-1").mkdir()
+    (copy / "checkpoint-1/state").write_text("kept")
+    old = files_of(copy)
+    process = get_context("fork").Process(target=replace_until_killed, args=(copy, step))
+    process.start()
+    process.join()
+    assert find_model(copy) == str(copy)
+    new, changed = files_of(copy), ("preprocessing.json", SCHEDULER)
+    if step < 4:
+        assert process.exitcode == -signal.SIGKILL and new == old
+    else:
+        assert json.loads(new[SCHEDULER]) == {"new": 1} and json.loads(new["preprocessing.json"]) == {"settings": {}}
+        assert {k: v for k, v in new.items() if k not in changed} == {k: v for k, v in old.items() if k not in changed}
+    replace_json(copy, {"preprocessing.json": {}})
+    assert os.listdir(copy.parent) == ["model"]  # what the killed process left is removed
 
 
-def test_checksums_follow_the_weights(copy):
-    sums = saving.write_checksums(copy)
-    assert set(sums) == {UNET, UNET.replace("unet", "class_encoder")}
-    flip_a_byte(copy)
-    (copy / "checksums.old.json").write_text("{}")
-    changed = saving.write_checksums(copy)
-    assert {name for name in sums if sums[name] != changed[name]} == {UNET}
-    assert json.loads((copy / "checksums.json").read_text()) == changed and not (copy / "checksums.old.json").exists()
-    loading.check_model_folder(copy)
+@pytest.mark.parametrize("how", [push, save_and_push])
+def test_push_and_load_through_the_hub_is_bit_equal(hub, client, copy, tmp_path, how):
+    repo_id = f"user/{how.__name__}"
+    client(how, copy, repo_id)
+    assert hub.files(repo_id).keys() >= CONFIGS | {UNET, "checksums.json", "README.md"}
+    assert client(load, repo_id, cache_dir=tmp_path) == load(copy)
 
 
-def test_preprocessing_is_written_whole_or_not_at_all(tmp_path):
-    assert loading.read_preprocessing(tmp_path) == {}
-    saving.write_preprocessing(tmp_path / "new", FACTS)
-    with pytest.raises(ValueError, match="JSON compliant"):
-        saving.write_preprocessing(tmp_path / "new", {"settings": {"threshold": float("nan")}})
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("no space left")))
-        saving.write_preprocessing(tmp_path / "new", {})
-    assert loading.read_preprocessing(tmp_path / "new") == FACTS
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["preprocessing.json"]
+@pytest.fixture(scope="module")
+def both(model, tmp_path_factory):
+    """A model folder whose variant `fp16` holds other weights than the plain ones."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("models") / "both")
+    tiny_pipeline(seed=1).save_pretrained(folder, variant="fp16")
+    return folder
 
 
-def test_a_saved_model_does_not_say_where_it_was_loaded_from(model, tmp_path):
-    """diffusers notes the folder in every configuration; published, it would show the machine's paths."""
-    pipe = CounterfactualDDIMPipeline.from_pretrained(model)
-    pipe.save_pretrained(tmp_path / "again")
-    assert str(model) in str(pipe.unet.config)
-    written = {name: data for name, data in files_of(tmp_path / "again").items() if name.endswith(".json")}
-    assert len(written) > 5 and not [name for name, data in written.items() if b"_name_or_path" in data]
+def test_a_variant_is_fetched_alone_and_code_and_pickles_never(hub, client, both, tmp_path):
+    extra = ["pipeline.py", "unet/diffusion_pytorch_model.bin", "class_encoder/diffusers_cf.models.py", "unet/a.txt"]
+    hub.put("user/variant", files_of(both) | dict.fromkeys(extra, b"raise SystemExit"))
+    fetched = CONFIGS | {"checksums.json", "checksums.fp16.json"}
+    half = client(load, "user/variant", variant="fp16", cache_dir=tmp_path)
+    assert half == load(both, variant="fp16") != load(both)
+    assert set(hub.downloads("user/variant")) == fetched | {UNET_FP16, ENCODER.replace("model.", "model.fp16.")}
+    hub.requests.clear()
+    assert client(load, "user/variant", cache_dir=tmp_path) == load(both)
+    assert {UNET} <= set(hub.downloads("user/variant")) <= fetched | {UNET, ENCODER}
+
+
+def test_a_revision_is_a_branch_or_a_commit(hub, client, both, model, tmp_path):
+    hub.put("user/revisions", files_of(model), branch="v1")
+    commit = hub.put("user/revisions", files_of(both))
+    hub.put("user/revisions", {MODEL_INDEX: b"broken"})
+    for revision in ("v1", commit):
+        assert client(load, "user/revisions", revision=revision, cache_dir=tmp_path) == load(model)
+    with pytest.raises(InputError, match=f"{MODEL_INDEX}: not a readable JSON"):
+        client(load, "user/revisions", cache_dir=tmp_path)
+
+
+def test_a_second_load_needs_no_network(hub, client, model, tmp_path):
+    hub.put("user/offline", files_of(model) | {"README.md": b""})  # not needed, so it isn't in the cache
+    first = client(load, "user/offline", cache_dir=tmp_path)
+    hub.requests.clear()
+    assert client(load, "user/offline", cache_dir=tmp_path, local_files_only=True) == first == load(model)
+    with client_process(hub.environment(tmp_path) | {"HF_HUB_OFFLINE": "1"}) as offline:
+        assert offline(load, "user/offline", cache_dir=tmp_path) == first
+    assert hub.requests == []
+    hub.stop()
+    try:
+        assert client(load, "user/offline", cache_dir=tmp_path) == first
+        for name, options in (("user/other", {}), ("user/offline", {"force_download": True})):
+            with pytest.raises(InputError, match=f"{name}: the download failed: "):
+                client(load, name, cache_dir=tmp_path, **options)
+    finally:
+        hub.start()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("user/absent", {}, "neither a folder, nor a shipped model"),
+        ("user/private", {"token": False}, "neither a folder, nor a shipped model"),
+        ("user/public", {"revision": "v9"}, "no revision 'v9'"),
+        ("user/public", {}, "no model_index.json"),
+        ("a/b/c", {}, r"neither a folder, nor a shipped model \(phantom_small\)"),
+    ],
+)
+def test_what_the_hub_lacks_is_said_in_one_line(hub, client, model, tmp_path, name, options, reason):
+    hub.put("user/public", {"README.md": b"nothing else"})
+    hub.put("user/private", files_of(model), private=True)
+    with pytest.raises(InputError, match=reason) as caught:
+        client(load, name, cache_dir=tmp_path, **options)
+    assert str(caught.value).startswith(f"{name}: ") and "\n" not in str(caught.value)
+
+
+def test_a_private_repository_opens_with_a_token(hub, client, model, tmp_path):
+    hub.put("user/private", files_of(model), private=True)
+    assert client(load, "user/private", cache_dir=tmp_path, token="a-token") == load(model)
+
+
+@pytest.mark.parametrize("kind", ["foreign", "pickle", "large"])
+def test_a_bad_model_is_refused_before_its_weights_are_fetched(hub, client, copy, tmp_path, kind):
+    if kind == "foreign":
+        edit_json(copy / MODEL_INDEX, vae=["diffusers", "AutoencoderKL"])
+    elif kind == "pickle":
+        pickle_only(copy)
+    hub.put(f"user/{kind}", files_of(copy))
+    hub.claimed_sizes = {UNET: 2**33 + 1} if kind == "large" else {}
+    try:
+        with pytest.raises(InputError, match="'vae' is|no safetensors weights|safetensors: larger than 8192 MiB"):
+            client(load, f"user/{kind}", cache_dir=tmp_path)
+    finally:
+        hub.claimed_sizes = {}
+    assert set(hub.downloads(f"user/{kind}")) <= {MODEL_INDEX}
+
+
+def test_sharded_weights_load_from_disk_and_hub(hub, client, model, tmp_path):
+    folder = tmp_path / "sharded"
+    CounterfactualDDIMPipeline.from_pretrained(model).save_pretrained(folder, max_shard_size="20KB")
+    shards = [name for name in files_of(folder) if "unet/diffusion_pytorch_model-0000" in name]
+    assert len(shards) > 1 and load(folder) == load(model)
+    hub.put("user/sharded", files_of(folder))
+    assert client(load, "user/sharded", cache_dir=tmp_path / "cache") == load(model)
+    assert set(shards) <= set(hub.downloads("user/sharded"))

@@ -29,7 +29,7 @@ SERVED = "uploads"
 def add_app_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `diffusers-cf app`."""
     add = parser.add_argument
-    add("--model", default=str(SHIPPED_MODEL), help="folder or Hub id of a model; the shipped one unless given")
+    add("--model", default=SHIPPED_MODEL.name, help="name, folder or Hub id of a model (%(default)s)")
     add("--host", default=HOST, help="address to listen at, %(default)s = this machine alone; 0.0.0.0 = everybody")
     add("--port", type=int, help="default: the first free one from 7860 on")
     add("--max_upload_mb", type=int, default=UPLOAD_MB, help="limit for a file, packed and unpacked, %(default)s")

@@ -102,8 +102,7 @@ def _maps(pipe, dataset, rows, settings: dict, batch_size: int) -> Iterator[tupl
 
 def _store(folder: str, settings: dict, chosen_by: dict, size: int) -> None:
     """Write settings and threshold into the model folder's preprocessing.json, and how the threshold was chosen."""
-    from diffusers_cf.loading import read_preprocessing
-    from diffusers_cf.saving import write_preprocessing
+    from diffusers_cf.loading import PREPROCESSING, read_preprocessing, replace_json
 
     known = read_preprocessing(folder)
     former = known.pop("settings_chosen_by", None)
@@ -111,4 +110,4 @@ def _store(folder: str, settings: dict, chosen_by: dict, size: int) -> None:
         # the settings stay as they were chosen; their ideal Dice was that of another threshold
         known["settings_chosen_by"] = {name: value for name, value in former.items() if name != "ideal_dice"}
     stored = {"settings": settings | {"postprocess": True}, "threshold_chosen_by": chosen_by, "evaluation_size": size}
-    write_preprocessing(folder, known | stored)
+    replace_json(folder, {PREPROCESSING: known | stored})

@@ -7,15 +7,15 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-import diffusers_cf
 from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.data.phantom import FROZEN_SEED, make_patient, write_patient
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
+from diffusers_cf.loading import PRETRAINED
 from diffusers_cf.segmentation.patient import segment_patient
 
 
-SHIPPED_MODEL = Path(diffusers_cf.__file__).parent / "pretrained" / "phantom_small"
+SHIPPED_MODEL = PRETRAINED / "phantom_small"
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="demo_output", help="folder for scan, segmentation and scores (%(default)s)"
     )
-    parser.add_argument("--model", default=str(SHIPPED_MODEL), help="the shipped one")
+    parser.add_argument("--model", default=SHIPPED_MODEL.name, help="name, folder or Hub id of a model (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="cohort of the phantom; the model was trained on cohort 0")
     parser.add_argument("--index", type=int, default=0, help="patient of the cohort (%(default)s)")
     add_device_arguments(parser)

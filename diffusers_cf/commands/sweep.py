@@ -2,14 +2,13 @@
 
 import argparse
 import itertools
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
 from diffusers_cf.errors import InputError
-from diffusers_cf.files import alone_at, make_folder, new_folder, read_json, write_json
+from diffusers_cf.files import make_folder, read_json, write_json
 from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.settings import MAPS, NAMES, PAPER_SETTINGS
 
@@ -149,26 +148,22 @@ def store_point(model: str, name: str, point, chosen_by: dict, more: dict) -> No
         chosen_by (`dict`): command, commit and slices of the sweep.
         more (`dict`): further entries of preprocessing.json, such as `signs`.
     """
-    from diffusers_cf.loading import read_preprocessing
-    from diffusers_cf.saving import write_preprocessing
+    from diffusers_cf.loading import PREPROCESSING, read_preprocessing, replace_json
 
-    folder = Path(model).resolve()
-    known = read_preprocessing(folder)
+    known = read_preprocessing(model)
     if name == "paper":
         stored = {"paper_threshold": point.threshold, "paper_threshold_chosen_by": chosen_by}
-        write_preprocessing(folder, known | stored | more)
+        replace_json(model, {PREPROCESSING: known | stored | more})
         return
     known.pop("threshold_chosen_by", None)  # of the threshold that is replaced
     scores = {"postprocessed_auprc": point.postprocessed_auprc, "ideal_dice": point.postprocessed_ideal_dice}
     settings = {name: getattr(point, name) for name in (*SETTINGS, "threshold")} | {"postprocess": True}
-    known |= {"settings": settings, "settings_chosen_by": chosen_by | scores} | more
-    scheduler = Path("inverse_scheduler", "scheduler_config.json")
-    config = read_json(folder / scheduler)
-    if point.solver_order in (None, config.get("solver_order", 1)):
-        write_preprocessing(folder, known)
-        return
-    # settings are no good with another solver: both files change in one step, by a copy of the folder
-    with alone_at(folder), new_folder(folder) as changed:
-        shutil.copytree(folder, changed, symlinks=True, dirs_exist_ok=True)
-        write_json(config | {"solver_order": point.solver_order}, changed / scheduler)
-        write_preprocessing(changed, known)
+    files = {PREPROCESSING: known | {"settings": settings, "settings_chosen_by": chosen_by | scores} | more}
+    scheduler = "inverse_scheduler/scheduler_config.json"
+    config = read_json(Path(model, scheduler))
+    if point.solver_order not in (
+        None,
+        config.get("solver_order", 1),
+    ):  # settings need the solver they were chosen with
+        files[scheduler] = config | {"solver_order": point.solver_order}
+    replace_json(model, files)

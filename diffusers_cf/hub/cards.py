@@ -1,29 +1,29 @@
-"""The card of a published model: everything on it is a fact of the model folder, or of a result measured with it."""
+"""Cards of published models and data sets, made from their facts and from results measured with the model."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
+
+from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
+from jinja2 import Environment, PackageLoader
 
 from diffusers_cf.data.intensity import normalize_of, unit_in_words
-from diffusers_cf.hub.public_facts import OF_MODEL, public_command, public_facts
-from diffusers_cf.hub.sources import licence_of_data, source_of
-from diffusers_cf.loading import WEIGHTS, read_preprocessing, sha256_of
+from diffusers_cf.data.preprocessing import SPLITS
+from diffusers_cf.errors import InputError
+from diffusers_cf.loading import WEIGHTS, read_json, read_preprocessing, sha256_of
+from diffusers_cf.provenance import public_command
 
 
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
-
-LIBRARY = "diffusers_cf"  # under `diffusers` the Hub would print a snippet that fails
-TAGS = ["diffusers", "anomaly-detection", "counterfactual", "weakly-supervised", "arxiv:2207.12268"]
-# Key in RESULT.json, kind on the Hub, name, and the lines of the protocol that say how it was made.
+LIBRARY = "diffusers_cf"  # with `diffusers` the Hub would print a snippet that fails
+# Key in RESULT.json, metric type on the Hub, name, and the entries of the protocol that describe it.
 _PIXELS = ("resolution", "pixels", "counts")
 METRICS = (
     ("auprc", "average_precision", "pixel AUPRC", _PIXELS),
     ("ideal_dice", "dice", "ideal Dice", (*_PIXELS, "ideal_threshold")),
     ("slice_auroc", "roc_auc", "slice AUROC", ("slice_auroc",)),
 )
-# What the card says about the input, and how it calls it.
+# Facts about a model's input, and how the card words them.
 INPUT = {
     "modalities": "modalities, in this order",
     "normalize": "intensity scale",
@@ -34,148 +34,246 @@ INPUT = {
     "class_names": "classes, the healthy one first",
     "signs": "sign of disease for each modality (map `signed`)",
 }
+_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+
+
+class Source(NamedTuple):
+    """A source of data.
+
+    Attributes:
+        words: what it is.
+        terms: more about its license.
+        shareable: whether its images may be shared, and pictures of them shown.
+        license: the license that copies must have, by its id on the Hub.
+        medical: whether its images are scans of patients, or look like some.
+    """
+
+    words: str
+    terms: str = ""
+    shareable: bool = True
+    license: str | None = None
+    medical: bool = True
+
+
+SOURCES = {
+    "phantom": Source(
+        "Phantoms: the anatomy of the ICBM 2009a template, warped for each patient, with invented disease.",
+        "They show no real patient. The template: copyright McConnell Brain Imaging Centre, Montreal Neurological"
+        " Institute, McGill University; see <https://nist.mni.mcgill.ca/icbm-152-nonlinear-atlases-2009/> for its terms.",
+    ),
+    "decathlon": Source("Medical Segmentation Decathlon (CC-BY-SA 4.0).", license="cc-by-sa-4.0"),
+    "brats": Source(
+        "BraTS, whose terms don't allow sharing the scans.",
+        "The organisers provide the scans under their terms.",
+        shareable=False,
+    ),
+}
+
+
+def source_of(facts: Mapping) -> Source:
+    """Return the source that a preprocessing.json names; the publisher's own data if it is unknown."""
+    return SOURCES.get(str(facts.get("source")), Source("The publisher's own data.", medical=False))
+
+
+def license_of_data(where: str, facts: Mapping, given: str | None) -> str | None:
+    """Return the license of the data, by its id on the Hub: that of the source, else the given one.
+
+    Raises:
+        InputError: the two differ; the message starts with `where`.
+    """
+    source = source_of(facts)
+    if source.license and given not in (None, source.license):
+        raise InputError(f"{where}: {source.words} Copies must have the license {source.license}, not {given}")
+    return given or source.license
 
 
 def model_card(
-    folder: str | Path,
-    repo_id: str,
-    licence: str | None = None,
-    results: Sequence[Mapping] = (),
-    pictures: Sequence[str] = (),
-    with_code: bool = False,
-    data_licence: str | None = None,
-) -> str:
-    """README.md of a model's repository, metadata first.
+    folder: str | Path, repo_id: str, license: str | None = None, results: Sequence[Mapping] = (),
+    pictures: Sequence[str] = (), with_code: bool = False, data_license: str | None = None,
+) -> str:  # fmt: skip
+    """Return README.md of a model's repository.
 
     Args:
-        folder: a model folder.
-        repo_id: `user/name`.
-        licence: of the weights, by its id on the Hub; None = none is named.
-        results: RESULT.json of `diffusers-cf evaluate`, measured with this model.
-        pictures: names of pictures beside the card.
-        with_code: whether the repository holds the code, too.
-        data_licence: of the training data, where their source does not say it.
+        folder (`str` or `Path`): the model folder.
+        repo_id (`str`): `user/name`.
+        license (`str`, *optional*): of the weights, by its id on the Hub.
+        results (`Sequence[Mapping]`): contents of RESULT.json files measured with this model.
+        pictures (`Sequence[str]`): names of pictures beside the card.
+        with_code (`bool`): whether the repository holds the code too.
+        data_license (`str`, *optional*): of the training data, if their source does not have one.
     """
-    from jinja2 import Environment, PackageLoader
-
-    facts = _names_of_networks(Path(folder)) | public_facts(read_preprocessing(folder), OF_MODEL)
-    training, source = facts.get("training", {}), source_of(facts)
-    name, normalize = repo_id.split("/")[-1], normalize_of(facts)
+    folder = Path(folder)
+    facts = _facts_of_networks(folder) | read_preprocessing(folder)
+    training, source, normalize = facts.get("training", {}), source_of(facts), normalize_of(facts)
     known = facts | {"normalize": f"{normalize}, {unit_in_words(normalize)}"}
-    environment = Environment(loader=PackageLoader("diffusers_cf"), trim_blocks=True, keep_trailing_newline=True)
-    return environment.get_template("model_card.md").render(
-        metadata=_metadata(name, licence, results, training.get("base_model"), source.medical),
+    name = repo_id.split("/")[-1]
+    scores = [score for result in results for score in scores_of(result)]
+    base = training.get("base_model", "")
+    metadata = ModelCardData(
+        license=license,
+        library_name=LIBRARY,
+        pipeline_tag="image-segmentation",
+        tags=[
+            "diffusers", *(["medical"] if source.medical else []), "anomaly-detection", "counterfactual",
+            "weakly-supervised", "arxiv:2207.12268",
+        ],
+        model_name=name if scores else None,
+        eval_results=scores or None,
+        metrics=["average_precision", "dice"] if scores else None,
+        inference=False,
+        base_model=base if "/" in base else None,  # a Hub id, not the name of somebody's folder
+    )  # fmt: skip
+    return _render(
+        "model_card.md",
+        metadata=metadata.to_yaml().strip(),
         name=name,
         repo_id=repo_id,
-        modalities=facts["modalities"],
-        class_names=facts["class_names"],
+        facts=facts,
         pictures=pictures,
         with_code=with_code,
         source=source,
-        data_licence=licence_of_data(str(folder), facts, data_licence),
+        data_license=license_of_data(str(folder), facts, data_license),
         preprocessing=[(text, in_words(known[key])) for key, text in INPUT.items() if key in known],
         settings=[(key, in_words(value)) for key, value in facts.get("settings", {}).items()],
-        settings_by=facts.get("settings_chosen_by"),
-        threshold_by=facts.get("threshold_chosen_by"),
-        paper_threshold=in_words(facts["paper_threshold"]) if "paper_threshold" in facts else None,
-        paper_threshold_by=facts.get("paper_threshold_chosen_by"),
-        scores=[_score_row(result) for result in results],
+        scores=[_row(result) for result in results],
         protocol=_protocol(results),
-        checksums=[(path.relative_to(folder).as_posix(), sha256_of(path)) for path in _weights(folder)],
+        checksums=[
+            (path.relative_to(folder).as_posix(), sha256_of(path))
+            for path in sorted(folder.glob("*/*"))
+            if WEIGHTS.fullmatch(path.name)
+        ],
         training=training,
     )
 
 
-def _names_of_networks(folder: Path) -> dict:
-    """Channels and classes as far as the networks know them, for a folder without preprocessing.json."""
-    unet, encoder = (folder / name / "config.json" for name in ("unet", "class_encoder"))
-    channels = json.loads(unet.read_text(encoding="utf-8"))["in_channels"]
-    classes = json.loads(encoder.read_text(encoding="utf-8"))["class_names"] if encoder.exists() else ["healthy"]
+def dataset_card(
+    facts: Mapping, repo_id: str, license: str | None = None, pictures: Sequence[str] = (), images: bool = True
+) -> str:
+    """Return README.md of a data set's repository.
+
+    Args:
+        facts (`Mapping`): the published preprocessing.json.
+        repo_id (`str`): `user/name`.
+        license (`str`, *optional*): of the data set, by its id on the Hub.
+        pictures (`Sequence[str]`): names of pictures beside the card.
+        images (`bool`): whether the repository holds the slices, or only how to make them.
+    """
+    splits = {name: facts["splits"][name] for name in SPLITS if facts["splits"][name]["slices"]}
+    count = sum(counts["slices"] for counts in splits.values())
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]  # so that `datasets` finds them
+    source, name, normalize = source_of(facts), repo_id.split("/")[-1], normalize_of(facts)
+    metadata = DatasetCardData(
+        license=license,
+        pretty_name=name,
+        task_categories=["image-segmentation"],
+        size_categories=[next((text for limit, text in _SIZES if count < limit), "n>10M")] if images else None,
+        tags=[*(["medical"] if source.medical else []), "anomaly-detection", "weakly-supervised", LIBRARY],
+        **({"configs": [{"config_name": "default", "data_files": files}]} if images else {"viewer": False}),
+    )
+    return _render(
+        "dataset_card.md",
+        metadata=metadata.to_yaml().strip(),
+        name=name,
+        repo_id=repo_id,
+        facts=facts,
+        splits=splits,
+        pictures=pictures,
+        images=images,
+        source=source,
+        license=license,
+        pixel_mm=in_words(facts["field_mm"] / facts["size"]) if facts.get("field_mm") else None,
+        command=prepare_command(facts),
+        normalize=normalize,
+        unit=unit_in_words(normalize),
+        preprocessing=[(name, json.dumps(value)) for name, value in facts.items() if name != "splits"],
+    )
+
+
+def prepare_command(facts: Mapping) -> str:
+    """Return the `diffusers-cf prepare` command that makes the same slices from one's own copy of the source."""
+    source = facts.get("source")
+    words = [f"diffusers-cf prepare --source {source}"]
+    if source == "phantom":
+        patients = sum(facts["splits"][name]["patients"] for name in SPLITS)
+        words.append(f"--output DATASET --seed {facts['seed']} --patients {patients}")
+    else:
+        words.append("--input FOLDER --output DATASET --split_file splits.json")
+        words.append(f"--modalities {' '.join(facts['modalities'])}")
+    words.append(f"--size {facts['size']} --field_mm {facts['field_mm']:g}")
+    words.append(f"--normalize {normalize_of(facts)}")
+    words += [f"--class_names {' '.join(facts['class_names'])}"] if source == "folder" else []
+    words += ["--labels FILE.csv"] if facts.get("labels_sha256") else []
+    words += ["--lenient"] if facts.get("lenient") else []
+    return " ".join(words)
+
+
+def _render(template: str, **values) -> str:
+    environment = Environment(loader=PackageLoader("diffusers_cf"), trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["public"] = public_command
+    environment.filters["words"] = in_words
+    return environment.get_template(template).render(values)
+
+
+def _facts_of_networks(folder: Path) -> dict:
+    """Channels and classes as the networks know them, for a folder without preprocessing.json."""
+    channels = read_json(folder / "unet/config.json")["in_channels"]
+    encoder = folder / "class_encoder/config.json"
+    classes = read_json(encoder)["class_names"] if encoder.exists() else ["healthy"]
     return {"modalities": [f"channel {number}" for number in range(1, channels + 1)], "class_names": classes}
 
 
-def _weights(folder: str | Path) -> list[Path]:
-    return sorted(path for path in Path(folder).glob("*/*") if WEIGHTS.fullmatch(path.name))
-
-
 def in_words(value: object) -> str:
-    """A fact as the card shows it."""
+    """Return a fact as the card shows it."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _metadata(name: str, licence: str | None, results: Sequence[Mapping], base: str | None, medical: bool) -> str:
-    """Front matter with the scores as `model-index`."""
-    from huggingface_hub import ModelCardData
-
-    found = [score for result in results for score in _scores_of(result)]
-    data = ModelCardData(
-        license=licence,
-        library_name=LIBRARY,
-        pipeline_tag="image-segmentation",
-        tags=TAGS[:1] + ["medical"] + TAGS[1:] if medical else TAGS,
-        model_name=name if found else None,
-        eval_results=found or None,
-        metrics=["average_precision", "dice"] if found else None,
-        inference=False,
-        base_model=base if base and "/" in base else None,  # a Hub id, not the name of somebody's folder
-    )
-    return data.to_yaml().strip()
-
-
-def _scores_of(result: Mapping) -> Iterator["EvalResult"]:
-    """The scores of one result, each with the part of the protocol that it was made by.
-
-    What the Hub itself has verified, and its token for that, are the Hub's to write.
-    """
-    from huggingface_hub import EvalResult
-
-    chain = result["postprocessed"]
-    dice = chain["per_patient_dice"]
-    extra = {key: dice[key] for key in ("interval", "threshold") if dice[key] is not None}
+def scores_of(result: Mapping) -> list[EvalResult]:
+    """Return the scores of one RESULT.json, each with the part of the protocol that it was made by."""
+    processed = result["postprocessed"]
+    dice = processed["per_patient_dice"]
     rows = [(kind, text, result[key], keys, {}) for key, kind, text, keys in METRICS]
     rows += [
-        (kind, f"{text}, post-processed", chain[key], (*keys, "postprocessed"), {})
+        (kind, f"{text}, post-processed", processed[key], (*keys, "postprocessed"), {})
         for key, kind, text, keys in METRICS
     ]
     keys = ("per_patient_dice", "patients_without_lesion", "interval", "postprocessed")
+    extra = {key: dice[key] for key in ("interval", "threshold") if dice[key] is not None}
     rows.append(("dice", "mean Dice per patient, post-processed", dice["mean"], keys, extra))
-    for kind, text, value, keys, arguments in rows:
-        if value is not None:
-            yield EvalResult(
-                task_type="image-segmentation",
-                dataset_type=result["dataset"]["source"],
-                dataset_name=_data_of(result),
-                dataset_split=result["dataset"]["split"],
-                metric_type=kind,
-                metric_name=text,
-                metric_value=round(value, 4),
-                metric_args=arguments | {key: result["protocol"][key] for key in keys if key in result["protocol"]},
-            )
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            dataset_type=result["dataset"]["source"],
+            dataset_name=_data_of(result),
+            dataset_split=result["dataset"]["split"],
+            metric_type=kind,
+            metric_name=text,
+            metric_value=round(value, 4),
+            metric_args=extra | {key: result["protocol"][key] for key in keys if key in result["protocol"]},
+        )
+        for kind, text, value, keys, extra in rows
+        if value is not None
+    ]
 
 
 def _data_of(result: Mapping) -> str:
     return f"{result['dataset']['source']}, {result['n_patients']} patients, {result['n_slices']} slices"
 
 
-def _score_row(result: Mapping) -> dict[str, str]:
-    chain = result["postprocessed"]
-    dice = chain["per_patient_dice"]
-    interval = dice["interval"]
-    scores = {key: _three_digits(result[key]) for key, *_ in METRICS}
-    scores |= {f"{key}_postprocessed": _three_digits(chain[key]) for key, *_ in METRICS}
-    text = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-    return {"data": f"{_data_of(result)}, split {result['dataset']['split']}", **scores,
-            "dice": _three_digits(dice["mean"]) + text}  # fmt: skip
-
-
-def _three_digits(score: float | None) -> str:
-    return "–" if score is None else f"{score:.3f}"
+def _row(result: Mapping) -> dict[str, str]:
+    """One row of the table of scores."""
+    processed = result["postprocessed"]
+    dice = processed["per_patient_dice"]
+    values = {key: result[key] for key, *_ in METRICS} | {f"{key}_processed": processed[key] for key, *_ in METRICS}
+    row = {key: "–" if value is None else f"{value:.3f}" for key, value in (values | {"dice": dice["mean"]}).items()}
+    if dice["interval"]:
+        row["dice"] += " [{:.3f}, {:.3f}]".format(*dice["interval"])
+    return row | {"data": f"{_data_of(result)}, split {result['dataset']['split']}"}
 
 
 def _protocol(results: Sequence[Mapping]) -> str:
-    """How the scores were made, a line each: what is the same for all of them once, at the end."""
+    """How the scores were made, one line an entry; entries that all results share stand at the end, once."""
     first = results[0]["protocol"] if results else {}
     common = {key: text for key, text in first.items() if all(one["protocol"].get(key) == text for one in results)}
     lines = []

@@ -1,74 +1,73 @@
-"""The code that a repository carries for users without this package: one readable file, made of the package's own.
+"""The code that a repository carries for users without this package: one readable file for each class.
 
 `DiffusionPipeline.from_pretrained("user/name", trust_remote_code=True)` takes the pipeline from a file at the top of the
-repository, which may not import its neighbours, and a component's class from a file in its folder.
+repository, which can't import its neighbours, and the class of a component from a file in its folder.
 """
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers_cf
+from diffusers_cf.loading import PIPELINE_CLASS_WITH_CODE
 
 
-PIPELINE_MODULE = "pipeline_counterfactual_ddim"
-PIPELINE_CLASS = [PIPELINE_MODULE, "CounterfactualDDIMPipeline"]  # `_class_name` in model_index.json
-
-# In the order in which they build on each other.
-_MODULES = (
-    "errors",
-    "files",
-    "guidance",
-    "forward",
-    "heatmaps",
-    "images",
-    "models",
-    "schedulers",
-    "mirrored",
-    "settings",
-)
-_MODULES += ("hub_download", "loading", "saving", "model_folder", PIPELINE_MODULE)
-_COMPONENTS = {"class_encoder": "models", "scheduler": "schedulers", "inverse_scheduler": "schedulers"}
+PIPELINE_MODULE, PIPELINE_CLASS = PIPELINE_CLASS_WITH_CODE
 
 
-def code_files(components: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """Names in the repository and contents of what a model needs as code.
+def code_files(components: Mapping[str, list[str]], facts: Mapping) -> dict[str, str]:
+    """Return what a model needs as code: contents by file name in the repository.
 
     Args:
-        components: library and class of each component, as `loading.check_model_folder` returns them.
+        components (`Mapping`): library and class by component, from `loading.read_components`.
+        facts (`Mapping`): the published preprocessing.json, which diffusers does not download.
     """
-    files = {f"{PIPELINE_MODULE}.py": bundled_pipeline()}
+    pipeline = f"{bundle(PIPELINE_MODULE)}\n\n{PIPELINE_CLASS}._preprocessing = {dict(facts)!r}\n"
+    files = {f"{PIPELINE_MODULE}.py": pipeline}
     for component, (library, _) in components.items():
         if library.startswith("diffusers_cf."):
-            files[f"{component}/{library}.py"] = _source(library.removeprefix("diffusers_cf."))
+            files[f"{component}/{library}.py"] = bundle(library.removeprefix("diffusers_cf."))
     return files
 
 
-def code_names() -> set[str]:
-    """Every name that `code_files` may give a file."""
-    return {f"{PIPELINE_MODULE}.py"} | {f"{folder}/diffusers_cf.{name}.py" for folder, name in _COMPONENTS.items()}
+def is_code(name: str) -> bool:
+    """Whether a file in a repository is one that `code_files` makes."""
+    return name == f"{PIPELINE_MODULE}.py" or Path(name).match("*/diffusers_cf.*.py")
 
 
-def bundled_pipeline() -> str:
-    """The pipeline and all of the package that it needs as one module, without its imports of each other."""
+def bundle(module: str) -> str:
+    """Return a module and everything of the package that it imports as one module."""
     imports, bodies = set(), []
-    for name in _MODULES:
-        body, needed = _body(_source(name))
+    for name in _with_imported(module, []):
+        body, needed = _without_imports(_source(name))
         imports |= needed
         bodies.append(f"# ---- diffusers_cf/{name}.py\n\n{body}")
-    return "\n\n\n".join([_source(PIPELINE_MODULE).split("\n", 1)[0], "\n".join(sorted(imports)), *bodies]) + "\n"
+    return "\n\n\n".join([_source(module).split("\n", 1)[0], "\n".join(sorted(imports)), *bodies]) + "\n"
 
 
-def _body(source: str) -> tuple[str, set[str]]:
-    """A module's text without docstring and imports, and its imports of other packages, one name a line."""
+def _with_imported(module: str, found: list[str]) -> list[str]:
+    """Add to `found` the modules of the package that a module imports, and then the module itself."""
+    for node in ast.parse(_source(module)).body:
+        if _is_ours(node) and (name := node.module.removeprefix("diffusers_cf.")) not in found:
+            _with_imported(name, found)
+    found.append(module)
+    return found
+
+
+def _is_ours(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module.startswith("diffusers_cf.")
+
+
+def _without_imports(source: str) -> tuple[str, set[str]]:
+    """Return a module's text without docstring and imports, and its imports of other packages, one name a line."""
     lines, imports = source.splitlines(), set()
-    first, *others = ast.parse(source).body
-    for node in (first, *others):
-        own = isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == "diffusers_cf")
-        if isinstance(node, ast.ImportFrom) and not own:
+    docstring, *others = ast.parse(source).body
+    for node in (docstring, *others):
+        if isinstance(node, ast.ImportFrom) and not _is_ours(node):
             imports |= {ast.unparse(ast.ImportFrom(node.module, [alias], 0)) for alias in node.names}
         elif isinstance(node, ast.Import):
             imports |= {ast.unparse(ast.Import([alias])) for alias in node.names}
-        if node is first or isinstance(node, (ast.Import, ast.ImportFrom)):
+        if node is docstring or isinstance(node, (ast.Import, ast.ImportFrom)):
             lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
     return "\n".join(line for line in lines if line is not None).strip(), imports
 
