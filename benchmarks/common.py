@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffusers_cf.arguments import ArgumentParser, run_command
-from diffusers_cf.commands.options import check_device_arguments
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.sweep import evenly_spread, has_lesion
 from diffusers_cf.files import make_folder, write_json
+from diffusers_cf.inference import check_device_arguments
 from diffusers_cf.provenance import command_line, package_commit
 
 

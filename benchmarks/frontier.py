@@ -15,10 +15,11 @@ import numpy as np
 from common import make_parser, open_slices, run_script, write_result
 from matplotlib.figure import Figure
 
-from diffusers_cf.commands.options import add_device_arguments, open_pipeline
+from diffusers_cf.commands.options import add_device_arguments
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.sweep import sweep
 from diffusers_cf.files import read_json
+from diffusers_cf.inference import open_pipeline
 from diffusers_cf.provenance import model_fingerprint
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 from diffusers_cf.settings import PAPER_SETTINGS

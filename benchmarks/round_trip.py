@@ -6,8 +6,9 @@ python benchmarks/round_trip.py --model MODEL --dataset DATASET --output results
 import torch
 from common import make_parser, open_slices, run_script
 
-from diffusers_cf.commands.options import add_device_arguments, open_pipeline
+from diffusers_cf.commands.options import add_device_arguments
 from diffusers_cf.data.slices import batches_of
+from diffusers_cf.inference import open_pipeline
 
 
 def round_trip_error(pipe, images: torch.Tensor, strength: float, num_inference_steps: int) -> torch.Tensor:

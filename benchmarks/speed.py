@@ -23,16 +23,10 @@ from diffusers_cf import (
     counterfactual_unet,
 )
 from diffusers_cf.commands.demo import SHIPPED_MODEL
-from diffusers_cf.commands.options import (
-    DTYPES,
-    add_compile_argument,
-    add_device_arguments,
-    compile_network,
-    open_pipeline,
-)
+from diffusers_cf.commands.options import add_compile_argument, add_device_arguments
 from diffusers_cf.data.slices import batches_of
 from diffusers_cf.images import network_images
-from diffusers_cf.precision import compute_in
+from diffusers_cf.inference import DTYPES, compile_network, compute_in, open_pipeline
 from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
 from diffusers_cf.segmentation.volumes import map_slices, patient_files, read_volumes
 from diffusers_cf.settings import PAPER_SETTINGS

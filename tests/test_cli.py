@@ -9,8 +9,8 @@ import torch
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.cli import COMMANDS, main
 from diffusers_cf.commands.demo import SHIPPED_MODEL
-from diffusers_cf.commands.options import check_device_arguments, open_pipeline
 from diffusers_cf.errors import InputError
+from diffusers_cf.inference import check_device_arguments, open_pipeline
 from diffusers_cf.provenance import package_commit
 
 
@@ -87,8 +87,8 @@ def test_the_demo_finds_a_lesion(tmp_path, capsys):
 def test_a_numbered_gpu_becomes_the_current_one(device, current, monkeypatch):
     # Accelerate trains on the current GPU, whatever the command line says
     found = []
-    monkeypatch.setattr("diffusers_cf.commands.options.torch.zeros", lambda *_, device: None)
-    monkeypatch.setattr("diffusers_cf.commands.options.torch.cuda.set_device", found.append)
+    monkeypatch.setattr("diffusers_cf.inference.torch.zeros", lambda *_, device: None)
+    monkeypatch.setattr("diffusers_cf.inference.torch.cuda.set_device", found.append)
     check_device_arguments(argparse.Namespace(device=device, batch_size=1, dtype="auto"))
     assert found == current
 
@@ -105,7 +105,7 @@ def test_auto_is_bfloat16_where_the_processor_computes_in_it(monkeypatch, featur
 
 @pytest.mark.parametrize("computes", [True, False])
 def test_emulated_bfloat16_is_warned_of(monkeypatch, caplog, computes):
-    monkeypatch.setattr("diffusers_cf.commands.options.computes_in_bfloat16", lambda device: computes)
+    monkeypatch.setattr("diffusers_cf.inference.computes_in_bfloat16", lambda device: computes)
     args = argparse.Namespace(device="cpu", batch_size=1, dtype="bfloat16")
     check_device_arguments(args)
     assert args.dtype == "bfloat16"

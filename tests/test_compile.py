@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from diffusers_cf.commands.options import compile_network
 from diffusers_cf.errors import InputError
+from diffusers_cf.inference import compile_network
 
 
 WALK = {"guidance_scale": 3.0, "strength": 0.6}

@@ -12,7 +12,7 @@ from segmentation_files import CUBE, MODALITIES, SETTINGS, BrightnessPipeline, m
 
 from diffusers_cf.data.geometry import slices_from_volume, to_ras, volume_from_slices
 from diffusers_cf.errors import BusyError, InputError
-from diffusers_cf.precision import compute_in
+from diffusers_cf.inference import compute_in
 from diffusers_cf.segmentation import patient as patient_module
 from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
 

@@ -6,8 +6,7 @@ from torch import nn
 
 from diffusers_cf import counterfactual_unet
 from diffusers_cf.commands.demo import SHIPPED_MODEL
-from diffusers_cf.commands.options import open_pipeline
-from diffusers_cf.precision import compute_in, computing_dtype
+from diffusers_cf.inference import compute_in, computing_dtype, open_pipeline
 
 
 EXACT = ("conv_in", "conv_out", "time_embedding.", "down_blocks.0.", "up_blocks.3.")

@@ -14,7 +14,7 @@ from diffusers_cf.app.html import CSS
 from diffusers_cf.app.sessions import Sessions
 from diffusers_cf.app.uploads import LimitedUploads, Limits
 from diffusers_cf.commands.demo import SHIPPED_MODEL
-from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
+from diffusers_cf.commands.options import add_device_arguments
 from diffusers_cf.errors import InputError
 from diffusers_cf.segmentation.patient import segmentation_facts
 
@@ -46,6 +46,8 @@ def run_app(args: argparse.Namespace) -> None:
     Raises:
         InputError: gradio is missing, an option is out of range, or the address is taken.
     """
+    from diffusers_cf.inference import check_device_arguments, open_pipeline
+
     if min(args.max_upload_mb, args.max_patient_mb) < 1 or not (args.port is None or 0 < args.port < 65536):
         raise InputError("--max_upload_mb and --max_patient_mb must be 1 or more, --port from 1 to 65535")
     check_device_arguments(args)

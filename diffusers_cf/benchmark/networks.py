@@ -15,7 +15,7 @@ from diffusers_cf.benchmark.presets import Preset
 from diffusers_cf.benchmark.protocol import BenchmarkData, as_json
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import make_folder, read_json, write_json
-from diffusers_cf.precision import compute_in
+from diffusers_cf.inference import compute_in
 from diffusers_cf.provenance import package_commit
 
 

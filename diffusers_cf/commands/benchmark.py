@@ -52,8 +52,8 @@ def run_benchmark(args: argparse.Namespace) -> int:
     from diffusers_cf.benchmark.networks import Method, Networks, methods_for
     from diffusers_cf.benchmark.protocol import KIND, BenchmarkData
     from diffusers_cf.benchmark.run import Benchmark, images_of_seed
-    from diffusers_cf.commands.options import DTYPES, check_device_arguments, take_device
     from diffusers_cf.evaluation.processes import share_of_work
+    from diffusers_cf.inference import DTYPES, check_device_arguments, take_device
 
     share = share_of_work(args.shard)
     take_device(args, share)

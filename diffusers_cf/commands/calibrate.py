@@ -6,12 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.commands.options import (
-    add_device_arguments,
-    add_settings_arguments,
-    check_device_arguments,
-    open_pipeline,
-)
+from diffusers_cf.commands.options import add_device_arguments, add_settings_arguments
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.calibration import HEALTHY_QUANTILE, dice_of_thresholds, thresholds_of_labels
 from diffusers_cf.files import make_folder, write_json
@@ -48,6 +43,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
         InputError: model, data set or options can't be used.
     """
     from diffusers_cf.evaluation.inputs import checked_settings, open_split, rows_of_both_labels
+    from diffusers_cf.inference import check_device_arguments, open_pipeline
 
     check_device_arguments(args)
     if not 0 < args.quantile < 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
+from diffusers_cf.commands.options import add_device_arguments
 from diffusers_cf.data.phantom import FROZEN_SEED, make_patient, write_patient
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
@@ -35,6 +35,8 @@ def run_demo(args: argparse.Namespace) -> int:
     Raises:
         InputError: the patient belongs to the training cohort, is healthy, or the model can't be used.
     """
+    from diffusers_cf.inference import check_device_arguments, open_pipeline
+
     if args.seed == FROZEN_SEED:
         raise InputError(f"--seed {args.seed} is the cohort that the model was trained and measured on: take another")
     if args.seed < 0 or args.index < 0:

@@ -12,9 +12,6 @@ from diffusers_cf.commands.options import (
     add_device_arguments,
     add_settings_arguments,
     add_shard_argument,
-    check_device_arguments,
-    open_pipeline,
-    take_device,
 )
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.processes import share_of_work
@@ -56,6 +53,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     from diffusers_cf.evaluation.inputs import open_split
     from diffusers_cf.evaluation.protocol import begin_parts, evaluate
+    from diffusers_cf.inference import check_device_arguments, take_device
 
     share = share_of_work(args.shard)
     take_device(args, share)
@@ -115,6 +113,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def _load_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
     """Return a model's keyword arguments for `evaluate`, its settings, and its fingerprint."""
     from diffusers_cf.evaluation.inputs import checked_settings
+    from diffusers_cf.inference import open_pipeline
 
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile, dataset=dataset)
     names = ("settings", "guidance_scale", "strength", "num_inference_steps", "map", "threshold")

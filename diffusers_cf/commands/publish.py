@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusers_cf.commands.options import open_pipeline
 from diffusers_cf.data.preprocessing import read_preprocessing
 from diffusers_cf.errors import InputError, reading
 from diffusers_cf.files import read_json
@@ -96,6 +95,8 @@ def _repository_options(args: argparse.Namespace) -> dict:
 
 def _read_result(path: Path, model: str) -> Mapping:
     """Read a RESULT.json and check that it was measured with the weights of this model."""
+    from diffusers_cf.inference import open_pipeline
+
     result = read_json(path)
     with reading(path, "RESULT.json of evaluate"):
         scores_of(result)

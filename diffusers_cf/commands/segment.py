@@ -11,9 +11,6 @@ from diffusers_cf.commands.options import (
     add_device_arguments,
     add_settings_arguments,
     add_shard_argument,
-    check_device_arguments,
-    open_pipeline,
-    take_device,
 )
 from diffusers_cf.errors import BusyError, InputError, in_one_line
 from diffusers_cf.files import make_folder
@@ -49,6 +46,7 @@ def run_segment(args: argparse.Namespace) -> int:
         InputError: model, options or output can't be used.
     """
     from diffusers_cf.evaluation.processes import share_of_work
+    from diffusers_cf.inference import check_device_arguments, open_pipeline, take_device
     from diffusers_cf.segmentation.patient import segmentation_facts
     from diffusers_cf.segmentation.results import add_to_summary
 

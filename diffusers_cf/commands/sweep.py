@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
+from diffusers_cf.commands.options import add_device_arguments
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import make_folder, read_json, write_json
 from diffusers_cf.provenance import command_line, package_commit
@@ -58,6 +58,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     """
     from diffusers_cf.evaluation.inputs import open_split, rows_of_both_labels
     from diffusers_cf.evaluation.sweep import best_point, has_lesion, learn_signs, settings_of_sweep, sweep
+    from diffusers_cf.inference import open_pipeline
     from diffusers_cf.maps import check_forward
     from diffusers_cf.plots import plot_sweep
 
@@ -106,6 +107,8 @@ def run_sweep(args: argparse.Namespace) -> int:
 
 
 def _check_options(args: argparse.Namespace) -> None:
+    from diffusers_cf.inference import check_device_arguments
+
     check_device_arguments(args)
     if not all(0 < strength <= 1 for strength in args.strengths):
         raise InputError(f"--strengths {args.strengths}: each must lie in (0, 1]")

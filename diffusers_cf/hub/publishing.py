@@ -11,13 +11,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, cr
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
-from diffusers_cf.commands.options import open_pipeline
 from diffusers_cf.data.download import SPLITS_FILE
 from diffusers_cf.data.preprocessing import SPLITS, read_preprocessing, shards_of
 from diffusers_cf.data.slices import check_count, slice_features
 from diffusers_cf.errors import InputError, first_line, reading
 from diffusers_cf.hub.cards import SOURCES, dataset_card, license_of_data, model_card, source_of
 from diffusers_cf.hub.remote_code import code_files, is_code
+from diffusers_cf.inference import check_publishable, open_pipeline
 from diffusers_cf.loading import (
     MODEL_INDEX,
     PIPELINE_CLASS_WITH_CODE,
@@ -28,7 +28,6 @@ from diffusers_cf.loading import (
     read_components,
     read_json,
 )
-from diffusers_cf.model_facts import check_publishable
 from diffusers_cf.provenance import public_command
 
 

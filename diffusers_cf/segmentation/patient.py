@@ -16,9 +16,8 @@ from diffusers_cf.errors import InputError, in_one_line
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.protocol import dice
 from diffusers_cf.files import alone_at, new_folder, tidy, write_json
-from diffusers_cf.model_facts import usable_facts
+from diffusers_cf.inference import computing_dtype, usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
-from diffusers_cf.precision import computing_dtype
 from diffusers_cf.provenance import model_fingerprint
 from diffusers_cf.segmentation.dicom import write_parametric_map, write_segmentation
 from diffusers_cf.segmentation.results import REPORT, read_report

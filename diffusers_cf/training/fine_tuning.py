@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from diffusers_cf.data.intensity import check_same_scale
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
-from diffusers_cf.model_facts import modalities_of
+from diffusers_cf.inference import modalities_of
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.settings import check_signs
 
