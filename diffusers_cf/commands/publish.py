@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusers_cf.data.preprocessing import read_preprocessing
 from diffusers_cf.errors import InputError, reading
 from diffusers_cf.files import read_json
-from diffusers_cf.hub.cards import SOURCES, scores_of
-from diffusers_cf.hub.publishing import push_dataset, push_model
 from diffusers_cf.provenance import model_fingerprint
+
+
+# What imports torch is imported in functions, so that --help doesn't wait for it.
 
 
 def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +61,8 @@ def run_publish(args: argparse.Namespace) -> int:
     Raises:
         InputError: the folder, a result or a picture can't be published, or the Hub refuses.
     """
+    from diffusers_cf.hub.publishing import push_model
+
     if not Path(args.model).is_dir():
         raise InputError(f"{args.model}: no such folder")
     address = push_model(
@@ -81,9 +83,12 @@ def run_publish_dataset(args: argparse.Namespace) -> int:
     Raises:
         InputError: the folder or a picture can't be published, or the Hub refuses.
     """
+    from diffusers_cf.hub.cards import SOURCES
+    from diffusers_cf.hub.publishing import push_dataset
+
     address, with_images = push_dataset(args.dataset, args.repo_id, **_repository_options(args))
     if not with_images:
-        words = SOURCES[read_preprocessing(args.dataset)["source"]].words
+        words = SOURCES[read_json(Path(args.dataset) / "preprocessing.json")["source"]].words
         print(f"{args.dataset}: images not pushed ({words}) Pushed are splits.json, settings and how to use them")
     print(f"{args.dataset} -> {address}")
     return 0
@@ -95,6 +100,7 @@ def _repository_options(args: argparse.Namespace) -> dict:
 
 def _read_result(path: Path, model: str) -> Mapping:
     """Read a RESULT.json and check that it was measured with the weights of this model."""
+    from diffusers_cf.hub.cards import scores_of
     from diffusers_cf.inference import open_pipeline
 
     result = read_json(path)
