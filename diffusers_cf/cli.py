@@ -20,7 +20,7 @@ COMMANDS = {
     "calibrate": ("diffusers_cf.commands.calibrate", "a threshold for the mask from labels of slices alone"),
     "benchmark": ("diffusers_cf.benchmark.run", "every method of the paper under one protocol to tables and figures"),
     "report": ("diffusers_cf.segmentation.report", "what segment found, in one patient or a cohort, to one HTML page"),
-    "app": ("diffusers_cf.app.command", "a page to look at patients with a model: slices, sliders, whole volumes"),
+    "app": ("diffusers_cf.commands.app", "a page to look at patients with a model: slices, sliders, whole volumes"),
     "publish": ("diffusers_cf.commands.publish", "a model folder to the Hub, with a card made of facts"),
     "publish-dataset": (
         "diffusers_cf.commands.publish",

@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,9 +26,7 @@ from filelock import FileLock
 from segmentation_files import MODALITIES, make_pipe
 from test_data_nifti import BAD_FILES, DATA, SOUND_FILES, nifti_bytes
 
-from diffusers_cf.app.explorer import Explorer, warnings_of_this_thread
-from diffusers_cf.app.sessions import Sessions
-from diffusers_cf.app.uploads import take_uploads
+from diffusers_cf.app.explorer import Explorer
 from diffusers_cf.cli import main
 from diffusers_cf.errors import InputError
 from diffusers_cf.loading import sha256_of
@@ -39,6 +38,18 @@ SAID = 150  # characters of a line that a cell shows
 GOOD = DATA + 1  # no empty slice
 PNG = b"\x89PNG\r\n\x1a\n"
 UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@contextlib.contextmanager
+def warnings_of_the_package():
+    """The warnings that the package logs meanwhile."""
+    found, handler, logger = [], logging.Handler(logging.WARNING), logging.getLogger("diffusers_cf")
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
 
 
 class Place:
@@ -73,7 +84,7 @@ class Place:
     def run(self, *arguments) -> tuple[int, str]:
         """Exit code of a command and what it said at the end: the error, or else a warning, or else its last line."""
         out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings_of_this_thread() as warnings:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings_of_the_package() as warnings:
             try:
                 code = main([str(argument) for argument in arguments])
             except SystemExit as error:  # of argparse
@@ -115,27 +126,18 @@ class Place:
 
     def app(self, folder: Path) -> tuple[int, str]:
         """What the page says to these files; 2 where it says an error."""
-        uploads = self.new()
-        sessions, paths = Sessions(uploads / "sessions"), []
-        for number, path in enumerate(sorted(folder.iterdir())):
-            target = uploads / f"{number:064x}" / path.name
-            target.parent.mkdir()
-            shutil.copyfile(path, target)
-            paths.append(str(target))
+        root = self.new()
+        place = tempfile.TemporaryDirectory(dir=root)
+        scans = shutil.copytree(folder, Path(place.name, "patient"))
         facts = segmentation_facts(self.pipe, model="tiny")
         try:
-            explorer = sessions.open(
-                "page",
-                lambda scans: take_uploads(paths, uploads, MODALITIES, scans),
-                lambda place: Explorer(self.pipe, facts, place, max_bytes=256 << 20),
-            )
+            explorer = Explorer(self.pipe, facts, place, scans, root, max_bytes=256 << 20)
             explorer.view(explorer.first_slice, facts["settings"])
         except InputError as error:
-            return 2, str(error)
+            return 2, str(error).replace(f"{scans}/", "").replace(f"{scans}: ", "")
         except Exception as error:
             return 1, f"TRACEBACK {type(error).__name__}: {error}"
-        warnings = [line for line in explorer.warnings if "skull" not in line]
-        return 0, f"warns: {warnings[0]}" if warnings else "taken"
+        return 0, "taken"
 
     def row(self, folder: Path, *options) -> dict[str, tuple[int, str]]:
         return {
