@@ -133,8 +133,6 @@ class Explorer:
         Raises:
             InputError: the patient was closed, a setting is out of range, or the model yields NaN.
         """
-        if index not in self.slices:
-            raise InputError(f"slice {index}: the scan has content from {self.slices[0]} to {self.slices[-1]}")
         key = (index, *(settings[name] for name in ("num_inference_steps", "strength", "guidance_scale", "map")))
         with self._lock:
             maps = self._maps.get_or_make(key, lambda: self._compute_maps(index, settings))

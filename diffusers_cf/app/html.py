@@ -52,18 +52,21 @@ def slice_html(view: SliceView, channel: int, modalities: Sequence[str], unit: s
     """
     scan, name = _grey(view.images[channel]), escape(modalities[channel])
     mask_caption = "mask, whole volume" if view.of_volume else "mask, slice alone"
+    share = np.clip(view.heatmap / HEAT_MAXIMUM, 0, 1)
+    heat = colormaps["inferno"](share, bytes=True)
+    heat[..., 3] = np.rint(230 * np.clip(share / SEE_THROUGH, 0, 1))
     panels = [
         ("input", f"input ({name})", scan, None),
         ("counterfactual", "counterfactual", _grey(view.counterfactuals[channel]), None),
-        ("heatmap", "heatmap", scan, _heat(view.heatmap)),
+        ("heatmap", "heatmap", scan, _png(heat)),
         ("mask", mask_caption if view.mask is not None else "no mask: no threshold", scan, _outlines(view)),
     ]
     height, width = (n * mm for n, mm in zip(view.heatmap.shape, view.pixel_mm, strict=True))
     figures = "".join(_figure(*panel, aspect=width / height) for panel in panels)
-    keys = [(FOUND, "found")] if view.mask is not None else []
-    keys += [(EXPERT, "expert")] if view.reference is not None else []
     legend = "".join(
-        f'<div><i class="cf-key" style="border-color: rgb{color}"></i>{text}</div>' for color, text in keys
+        f'<div><i class="cf-key" style="border-color: rgb{colour}"></i>{text}</div>'
+        for mask, colour, text in ((view.mask, FOUND, "found"), (view.reference, EXPERT, "expert"))
+        if mask is not None
     )
     colours = colormaps["inferno"](np.linspace(0, 1, 9), bytes=True)[:, :3].tolist()
     stops = ", ".join(f"rgb({red}, {green}, {blue})" for red, green, blue in colours)
@@ -119,19 +122,11 @@ def _grey(image: np.ndarray) -> str:
     return _png(np.clip(np.rint(image / GREY["vmax"] * 255), 0, 255).astype(np.uint8))
 
 
-def _heat(heatmap: np.ndarray) -> str:
-    share = np.clip(heatmap / HEAT_MAXIMUM, 0, 1)
-    colours = colormaps["inferno"](share, bytes=True)
-    colours[..., 3] = np.rint(230 * np.clip(share / SEE_THROUGH, 0, 1))
-    return _png(colours)
-
-
 def _outlines(view: SliceView) -> str | None:
     """Return the outlines of both masks, finer than the slice; the mask found is shaded as well."""
     if view.mask is None and view.reference is None:
         return None
-    height, width = view.heatmap.shape
-    picture = np.zeros((OUTLINE_SCALE * height, OUTLINE_SCALE * width, 4), np.uint8)
+    picture = np.zeros((*np.multiply(view.heatmap.shape, OUTLINE_SCALE), 4), np.uint8)
     for mask, colour, shade in ((view.mask, FOUND, 70), (view.reference, EXPERT, 0)):
         if mask is not None:
             large = np.kron(mask > 0, np.ones((OUTLINE_SCALE, OUTLINE_SCALE), bool))

@@ -1,6 +1,5 @@
 """The page of `diffusers-cf app`: its components and what happens when a user moves one. Imports gradio."""
 
-import logging
 import re
 import shutil
 import traceback
@@ -151,9 +150,8 @@ class Page:
     def segment(self, explorer: Explorer | None, index: int, channel: str, *values, progress=PROGRESS) -> dict:
         """Segment the whole volume and offer heatmap and mask for download."""
         with self._errors_shown():
-            progress(0, desc="whole volume")
-            tell = lambda share: progress(share, desc="whole volume")  # noqa: E731
-            found = self._opened(explorer).segment(self._settings(values), tell)
+            self._slice(explorer, index, channel, values)  # fails at once if the session has ended
+            found = explorer.segment(self._settings(values), lambda share: progress(share, desc="whole volume"))
             pictures, verdict = self._slice(explorer, index, channel, values)
         return {
             self.pictures: pictures,
@@ -176,15 +174,12 @@ class Page:
 
     def _slice(self, explorer: Explorer | None, index: int, channel: str, values: tuple[float, ...]) -> list[str]:
         """Return pictures and verdict of a slice as HTML."""
-        settings, unit = self._settings(values), unit_in_words(self.facts["preprocessing"]["normalize"])
-        view = self._opened(explorer).view(int(index), settings)
-        pictures = slice_html(view, self.modalities.index(channel), self.modalities, unit)
-        return [pictures, verdict_html(view, settings["threshold"])]
-
-    def _opened(self, explorer: Explorer | None) -> Explorer:
         if explorer is None:  # gradio has dropped the session's state
             raise InputError("the session has ended: load the patient again")
-        return explorer
+        settings, unit = self._settings(values), unit_in_words(self.facts["preprocessing"]["normalize"])
+        view = explorer.view(int(index), settings)
+        pictures = slice_html(view, self.modalities.index(channel), self.modalities, unit)
+        return [pictures, verdict_html(view, settings["threshold"])]
 
     def _take_files(self, files: list[str], scans: Path) -> Path:
         """Move uploaded files into a new folder and check their names."""
@@ -207,7 +202,7 @@ class Page:
 
     @contextmanager
     def _errors_shown(self) -> Iterator[None]:
-        """Show an error on the page as one line; the log gets no file names, so no message either."""
+        """Show an error on the page as one line; the log gets no message, because it could name a patient's file."""
         try:
             yield
         except Exception as error:
@@ -217,5 +212,5 @@ class Page:
                 line = in_one_line(error)
             if line is None:
                 line = f"a fault of this program ({type(error).__name__})"
-                logging.getLogger(__name__).error("%s\n%s", line, "".join(traceback.format_tb(error.__traceback__)))
+                traceback.print_tb(error.__traceback__)
             raise gr.Error(escape(self._without_folder(line)), duration=None, print_exception=False) from None
