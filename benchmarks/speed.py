@@ -22,11 +22,11 @@ from diffusers_cf import (
     class_token_encoder,
     counterfactual_unet,
 )
-from diffusers_cf.commands.demo import SHIPPED_MODEL
 from diffusers_cf.commands.options import add_compile_argument, add_device_arguments
 from diffusers_cf.data.slices import batches_of
 from diffusers_cf.images import network_images
 from diffusers_cf.inference import DTYPES, compile_network, compute_in, open_pipeline
+from diffusers_cf.loading import PRETRAINED
 from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
 from diffusers_cf.segmentation.volumes import map_slices, patient_files, read_volumes
 from diffusers_cf.settings import PAPER_SETTINGS
@@ -206,7 +206,7 @@ def report(result: dict) -> None:
 if __name__ == "__main__":
     parser = make_parser(__doc__, "test", max_slices=32)
     add = parser.add_argument
-    add("--model", default=str(SHIPPED_MODEL), help="default: the shipped model")
+    add("--model", default=str(PRETRAINED / "phantom_small"), help="default: the shipped model")
     add("--unet_size", choices=("small", "paper"), help="use an untrained network of this size instead of the model's")
     add("--patient", type=Path, metavar="FOLDER", help="also segment a whole patient")
     add("--rounds", type=int, default=3)

@@ -23,7 +23,7 @@ COMMANDS = {
         "every method of the paper under one protocol to tables and figures",
     ),
     "report": ("diffusers_cf.commands.report", "what segment found, in one patient or a cohort, to one HTML page"),
-    "app": ("diffusers_cf.app.command", "a page to look at patients with a model: slices, sliders, whole volumes"),
+    "app": ("diffusers_cf.commands.app", "a page to look at patients with a model: slices, sliders, whole volumes"),
     "publish": ("diffusers_cf.commands.publish", "a model folder to the Hub, with a card made of facts"),
     "publish-dataset": (
         "diffusers_cf.commands.publish",

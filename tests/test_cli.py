@@ -8,9 +8,9 @@ import torch
 
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.cli import COMMANDS, main
-from diffusers_cf.commands.demo import SHIPPED_MODEL
 from diffusers_cf.errors import InputError
 from diffusers_cf.inference import check_device_arguments, open_pipeline
+from diffusers_cf.loading import PRETRAINED
 from diffusers_cf.provenance import package_commit
 
 
@@ -123,7 +123,7 @@ def test_a_processor_that_torch_tells_nothing_about_computes_in_float32(monkeypa
 
 
 def test_a_model_in_use_is_laid_out_for_convolutions():
-    weight = open_pipeline(str(SHIPPED_MODEL)).unet.conv_in.weight
+    weight = open_pipeline(str(PRETRAINED / "phantom_small")).unet.conv_in.weight
     assert weight.dtype == torch.float32 and weight.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from evaluation_data import write_dataset
 
-from diffusers_cf.commands.demo import SHIPPED_MODEL
 from diffusers_cf.commands.options import computes_in_bfloat16, open_pipeline
 from diffusers_cf.data.phantom import FROZEN_SEED, PhantomSource
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps
+from diffusers_cf.loading import PRETRAINED
 
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def test_bfloat16_finds_what_float32_finds():
     images, masks = phantom_slices()
     inside, scores = foreground_mask(images), []
     for dtype in ("float32", "bfloat16"):
-        maps = open_pipeline(str(SHIPPED_MODEL), "cpu", dtype)(torch.from_numpy(images)).heatmaps
+        maps = open_pipeline(str(PRETRAINED / "phantom_small"), "cpu", dtype)(torch.from_numpy(images)).heatmaps
         counts = PixelCounts()
         counts.update(postprocess_maps(maps.float().numpy(), images)[inside], masks[inside])
         scores.append(counts.average_precision())

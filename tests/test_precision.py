@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from diffusers_cf import counterfactual_unet
-from diffusers_cf.commands.demo import SHIPPED_MODEL
 from diffusers_cf.inference import compute_in, computing_dtype, open_pipeline
+from diffusers_cf.loading import PRETRAINED
 
 
 EXACT = ("conv_in", "conv_out", "time_embedding.", "down_blocks.0.", "up_blocks.3.")
@@ -18,7 +18,7 @@ def predict():
     noise = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
 
     def make(dtype: str, whole: bool = False):
-        pipe = open_pipeline(str(SHIPPED_MODEL), dtype="float32" if whole else dtype)
+        pipe = open_pipeline(str(PRETRAINED / "phantom_small"), dtype="float32" if whole else dtype)
         if whole:
             pipe.to(getattr(torch, dtype))
 

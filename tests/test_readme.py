@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from model_files import tiny_pipeline
 
-from diffusers_cf.commands.demo import SHIPPED_MODEL
 from diffusers_cf.data.phantom import make_patient, write_patient
+from diffusers_cf.loading import PRETRAINED
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def test_the_walk_through_of_fine_tuning(tmp_path):
 
 
 def test_the_shipped_model_fits_its_size_limit_and_is_documented():
-    weights = list(SHIPPED_MODEL.rglob("*.safetensors"))
+    weights = list((PRETRAINED / "phantom_small").rglob("*.safetensors"))
     assert 0 < sum(path.stat().st_size for path in weights) <= 16 * 2**20
-    card = (SHIPPED_MODEL / "README.md").read_text(encoding="utf-8")
+    card = (PRETRAINED / "phantom_small" / "README.md").read_text(encoding="utf-8")
     assert "train_counterfactual.py" in card and "not a medical device" in card.lower()

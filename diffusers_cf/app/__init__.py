@@ -1,1 +1,1 @@
-"""The page of `diffusers-cf app`."""
+"""The page of `diffusers-cf app`: one `Explorer` and one temporary folder per browser session."""

@@ -1,291 +1,216 @@
-"""The page of `diffusers-cf app`: its components, and what happens when a user moves one. Imports gradio."""
+"""The page of `diffusers-cf app`: its components and what happens when a user moves one. Imports gradio."""
 
-import logging
 import re
+import shutil
 import traceback
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import gradio as gr
 from accelerate.utils.memory import should_reduce_batch_size
 
 from diffusers_cf.app.explorer import Explorer
-from diffusers_cf.app.html import message_html, slice_html, verdict_html, volume_html
-from diffusers_cf.app.sessions import Sessions
-from diffusers_cf.app.uploads import MAX_FILES, LimitedUploads, Limits, take_uploads
+from diffusers_cf.app.html import slice_html, verdict_html, volume_html
 from diffusers_cf.data.intensity import unit_in_words
+from diffusers_cf.data.nifti import canonical_modality, nifti_suffix
 from diffusers_cf.data.phantom import make_patient, write_patient
-from diffusers_cf.errors import InputError
+from diffusers_cf.errors import InputError, in_one_line
 from diffusers_cf.plots import HEAT_MAXIMUM
 
 
-logger = logging.getLogger(__name__)
-
-# Seed, index and whether with a tumour: patients of cohort 1, since the shipped model has seen cohort 0.
+# Seed, index and whether with a tumour: patients of cohort 1, because the shipped model was trained on cohort 0.
 PHANTOMS = {"phantom 1": (1, 0, True), "phantom 2": (1, 1, True), "phantom 3, no lesion": (1, 2, False)}
-SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "threshold")
-WELCOME = '<div class="cf-wait">Drop a patient’s NIfTI files above, or pick a phantom patient.</div>'
+SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "threshold")  # in the order of the controls
+PROGRESS = gr.Progress()  # as a default it asks gradio for the progress of the event
+SECONDS_KEPT = 2 * 3600  # of a patient, after loading
+START = '<p style="text-align: center; padding: 3em 1em">Drop a patient’s NIfTI files above, or choose a phantom.</p>'
 INTRODUCTION = """**What would this brain look like healthy?** What the model has to change is the lesion. Research
-software, no medical device, not for clinical use. Files go to the machine that runs this page and nowhere else, and are
-deleted when you leave."""
-
-OUT_OF_MEMORY = "out of memory: try again when fewer patients are open here, or a smaller scan"
-
-# Before anything travels: of a file above the server's own limits gradio says "Error" and nothing else.
-_REFUSE_LARGE = """() => {
-  const check = (event) => {
-    const line = document.querySelector("#cf-limit .cf-message");
-    line.hidden = true;
-    if (!event.target.closest("#cf-files")) return;
-    const files = [...((event.dataTransfer || event.target).files || [])];
-    const large = files.find((file) => file.size > FILE_MB * 2 ** 20);
-    const total = files.reduce((sum, file) => sum + file.size, 0) / 2 ** 20;
-    const refusal =
-      files.length > MAX_FILES ? `${files.length} files: more than the limit of MAX_FILES at a time` :
-      large ? `${large.name}: larger than the limit of FILE_MB MB` :
-      total > PATIENT_MB ? `${Math.floor(total)} MB in all: larger than the limit of PATIENT_MB MB` : "";
-    if (!refusal) return;
-    line.hidden = false;
-    line.textContent = refusal;
-    event.preventDefault();
-    event.stopImmediatePropagation();
-    event.target.value = "";
-  };
-  for (const kind of ["change", "drop"]) document.addEventListener(kind, check, true);
-}"""
+software, not a medical device, not for clinical use. Files go only to the machine that runs this page and are deleted when
+you leave it."""
 
 
-def refuse_large(limits: Limits) -> str:
-    """The page's script that refuses what the server would."""
-    values = {"MAX_FILES": MAX_FILES, "FILE_MB": limits.file_mb, "PATIENT_MB": limits.patient_mb}
-    return re.sub("|".join(values), lambda match: str(values[match.group()]), _REFUSE_LARGE)
+class Page:
+    """The page and the handlers of its events; `blocks` is what gradio serves.
 
-
-class Controls:
-    """Ranges of the sliders, and settings from where they stand.
+    Each browser session has one `Explorer`, kept in a `gr.State` and closed when the user leaves.
 
     Args:
-        recommended: As from `pipe.resolve_settings()`.
-        train_steps: Of the model; numbers of steps must divide it.
+        pipe (`CounterfactualDDIMPipeline`): shared by all sessions.
+        facts (`Mapping`): as from `segmentation_facts`.
+        root (`Path`): the app's temporary folder; `root / "uploads"` is gradio's, where it stores and serves files.
+        batch_size (`int`, *optional*): slices at a time for the whole volume.
+        max_bytes (`int`): limit for each file, decompressed.
     """
 
-    def __init__(self, recommended: Mapping, train_steps: int) -> None:
-        self.recommended = dict(recommended)
-        self.step_counts = [n for n in range(4, 101) if train_steps % n == 0]
-        self.start = {
-            "guidance_scale": round(recommended["guidance_scale"], 2),
-            "strength": round(recommended["strength"], 2),
-            "num_inference_steps": recommended["num_inference_steps"],
-            "threshold": round(recommended["threshold"] or 0, 3),
-        }
+    def __init__(self, pipe, facts: Mapping, root: Path, batch_size: int | None, max_bytes: int) -> None:
+        self.pipe, self.facts, self.root, self.batch_size, self.max_bytes = pipe, facts, root, batch_size, max_bytes
+        self.modalities, self.recommended = facts["preprocessing"]["modalities"], facts["settings"]
+        self.start_values = {name: round(self.recommended[name] or 0, 3) for name in SETTINGS}
+        # uploads that no handler takes are deleted after half an hour
+        self.blocks = gr.Blocks(
+            title="diffusers_cf", analytics_enabled=False, delete_cache=(60, 1800), fill_width=True
+        )
+        with self.blocks:
+            self._add_components()
+            self._add_events()
 
-    def nearest_steps(self, steps: float) -> int:
-        """The nearest number of steps into which the model's schedule can be divided."""
-        return min([self.start["num_inference_steps"], *self.step_counts], key=lambda count: abs(count - steps))
+    def _add_components(self) -> None:
+        names = self.modalities
+        self.explorer = gr.State(time_to_live=SECONDS_KEPT, delete_callback=lambda found: found and found.close())
+        gr.Markdown(INTRODUCTION)
+        with gr.Row(equal_height=True):
+            label = f"all files of one patient together: {', '.join(names)} (.nii.gz)"
+            self.files = gr.File(label=label, file_count="multiple", elem_id="cf-files", height=90, scale=3)
+            self.phantom = gr.Radio(list(PHANTOMS), label="or a phantom", elem_id="cf-phantom", scale=3)
+        self.start = gr.HTML(START)
+        with gr.Column(visible=False) as self.work:  # nothing to operate before a patient is loaded
+            self.message = gr.HTML(elem_id="cf-message")
+            self.pictures, self.verdict = gr.HTML(elem_id="cf-pictures"), gr.HTML(elem_id="cf-verdict")
+            with gr.Row():
+                # gradio checks a value against this range also after it has dropped the session: 0 to 9999 fits any scan
+                self.index = gr.Slider(0, 9999, step=1, label="slice (0 = lowest)", elem_id="cf-index", scale=3)
+                self.channel = gr.Radio(names, value=names[0], label="modality", elem_id="cf-channel", scale=2)
+            with gr.Row():
+                guidance_scale, strength, steps, threshold = self.start_values.values()
+                train_steps = self.pipe.scheduler.config.num_train_timesteps
+                counts = sorted({n for n in range(4, 101) if train_steps % n == 0} | {steps})
+                high, heat = max(20, 2 * guidance_scale), max(HEAT_MAXIMUM, 2 * threshold)
+                self.settings = [
+                    gr.Slider(0, high, guidance_scale, step=0.5, label="guidance scale", elem_id="cf-guidance_scale"),
+                    gr.Slider(0.05, 1, strength, step=0.05, label="strength", elem_id="cf-strength"),
+                    gr.Dropdown(counts, value=steps, label="steps", elem_id="cf-num_inference_steps"),
+                    gr.Slider(0, heat, threshold, step=0.001, label="threshold", elem_id="cf-threshold"),
+                ]
+            self.segment_button = gr.Button("Whole volume", variant="primary", elem_id="cf-volume")
+            self.found = gr.HTML(elem_id="cf-found", min_height=64)
+            with gr.Row(visible=False) as self.downloads:
+                self.heatmap = gr.DownloadButton("Download heatmap (NIfTI)", elem_id="cf-heatmap")
+                self.mask = gr.DownloadButton("Download mask (NIfTI)", elem_id="cf-mask")
 
-    def settings(self, *values: float) -> dict:
-        """Positions of the sliders, as in `SETTINGS`, as settings; one left where it was is exactly as recommended."""
-        given = dict(zip(SETTINGS, values, strict=True))
-        given["num_inference_steps"] = self.nearest_steps(given["num_inference_steps"])
-        exact = {name: self.recommended[name] if value == self.start[name] else value for name, value in given.items()}
-        return self.recommended | exact
+    def _add_events(self) -> None:
+        controls = [self.index, self.channel, *self.settings]
+        common = {"api_visibility": "private", "concurrency_id": "slice", "concurrency_limit": 2}
+        one_at_a_time = common | {"concurrency_id": "volume", "concurrency_limit": 1}
+        pictures, downloads = [self.pictures, self.verdict], [self.downloads, self.heatmap, self.mask]
+        inputs = [self.explorer, self.files, self.phantom, self.channel, *self.settings]
+        loaded = [self.explorer, self.files, self.phantom, self.start, self.work, self.message, self.index, self.found]
+        opening, moving = [self.files.upload, self.phantom.input], [control.input for control in controls]
+        gr.on(opening, self.load, inputs, [*loaded, *pictures, *downloads], show_progress_on=self.start, **common)
+        options = {"trigger_mode": "always_last", "show_progress": "hidden"}
+        gr.on(moving, self.show, [self.explorer, *controls], pictures, **options, **common)
+        found = [*pictures, self.found, *downloads]
+        self.segment_button.click(
+            self.segment, [self.explorer, *controls], found, show_progress_on=self.found, **one_at_a_time
+        )
+        self.blocks.unload(self.leave)
 
-    def sliders(self) -> list[gr.Slider]:
-        """One for each of `SETTINGS`."""
-        start = self.start
-        ranges = {
-            "guidance_scale": (0, max(20, 2 * start["guidance_scale"]), 0.5, "guidance scale"),
-            "strength": (0.05, 1, 0.05, "strength"),
-            "num_inference_steps": (4, max(25, 2 * start["num_inference_steps"]), 1, "steps"),
-            "threshold": (0, max(HEAT_MAXIMUM, 2 * start["threshold"]), 0.001, "threshold"),
-        }
-        return [
-            gr.Slider(
-                low, high, value=start[name], step=step, label=label, elem_id=f"cf-{name}", min_width=140, interactive=True
-            )
-            for name, (low, high, step, label) in ranges.items()
-        ]  # fmt: skip
-
-
-def guarded(*otherwise) -> Callable:
-    """A handler whose errors become one line, its first output, with `otherwise` for the other outputs.
-
-    A message of any other error than ours could hold the name of a file: it is neither shown nor logged.
-    """
-
-    def decorate(handler: Callable) -> Callable:
-        @wraps(handler)
-        def run(*arguments):
+    def load(
+        self, explorer: Explorer | None, files: list[str] | None, phantom: str, channel: str, *values
+    ) -> Iterator:
+        """Load the files that were dropped, or else the chosen phantom, and show the first slice."""
+        if explorer:
+            explorer.close()
+        hidden = {self.work: gr.Column(visible=False), self.start: gr.HTML(visible=True)}
+        yield {self.explorer: None, self.files: None, self.phantom: None if files else phantom} | hidden
+        with self._errors_shown():
+            folder = TemporaryDirectory(dir=self.root, ignore_cleanup_errors=True)
             try:
-                return handler(*arguments)
-            except InputError as error:
-                text = str(error)
-            except Exception as error:
-                if isinstance(error, MemoryError) or should_reduce_batch_size(error):
-                    return [message_html(OUT_OF_MEMORY, is_error=True), *otherwise]
-                kind, frames = type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
-                logger.error("%s in %s\n%s", kind, handler.__name__, frames)
-                text = f"a fault of this program ({kind}), nothing was changed"
-            return [message_html(text, is_error=True), *otherwise]
-
-        return run
-
-    return decorate
-
-
-class Handlers:
-    """What the page calls: each returns a message and then components in the order of the page's outputs.
-
-    Args:
-        sessions: Whose patient is whose.
-        open_explorer: Makes the explorer of a patient's folder.
-        controls: Of the page.
-        modalities: What the model takes.
-        uploads: Where gradio puts what is uploaded, and how much that may be.
-    """
-
-    def __init__(
-        self,
-        sessions: Sessions,
-        open_explorer: Callable[[Path], Explorer],
-        controls: Controls,
-        modalities: list[str],
-        uploads: LimitedUploads,
-    ) -> None:
-        self.sessions, self.open_explorer, self.controls = sessions, open_explorer, controls
-        self.modalities, self.uploads = modalities, uploads
-
-    def take_files(self, paths, channel, guidance, strength, steps, threshold, request: gr.Request) -> list:
-        """A patient that was dropped, and the drop zone and the phantoms cleared."""
-
-        def fill(scans: Path) -> None:
-            uploads = self.uploads
-            take_uploads(paths or [], uploads.folder, self.modalities, scans, uploads.limits.patient_mb)
-
-        return [*self._load(fill, channel, (guidance, strength, steps, threshold), request), None, None]
-
-    def take_phantom(self, name, channel, guidance, strength, steps, threshold, request: gr.Request) -> list:
-        """A bundled patient, made anew."""
-        seed, index, tumour = PHANTOMS[name]
-
-        def fill(scans: Path) -> None:
-            folder = write_patient(make_patient(seed, index, tumour), scans)
-            for path in folder.iterdir():
-                path.rename(scans / path.name)
-            folder.rmdir()
-
-        return self._load(fill, channel, (guidance, strength, steps, threshold), request)
-
-    def _load(self, fill: Callable[[Path], None], channel: str, values: tuple, request: gr.Request) -> list:
-        """Message, slice slider, pictures, verdict, verdict on the volume, both downloads."""
-
-        # nothing of an earlier patient stays on a page that was given another
-        @guarded(gr.skip(), WELCOME, "", "", _hidden(), _hidden())
-        def load():
-            explorer = self.sessions.open(request.session_hash, fill, self.open_explorer)
-            slices, index = explorer.slices, explorer.first_slice
-            slider = gr.Slider(slices[0], slices[-1], value=index, step=1, interactive=True)
-            try:
-                pictures = self._pictures(explorer, index, channel, values)
+                if files:
+                    scans = self._take_files(files, Path(folder.name, "patient"))
+                else:
+                    scans = write_patient(make_patient(*PHANTOMS[phantom]), folder.name)
+                served = self.root / "uploads"
+                explorer = Explorer(self.pipe, self.facts, folder, scans, served, self.batch_size, self.max_bytes)
+                pictures, verdict = self._slice(explorer, explorer.first_slice, channel, values)
             except BaseException:
-                self.sessions.close(request.session_hash)
+                folder.cleanup()
                 raise
-            return [self._summary(explorer), slider, *pictures, "", _hidden(), _hidden()]
+        slices, first = explorer.slices, explorer.first_slice
+        summary = f"{', '.join(self.modalities)}: {len(slices)} slices with content"
+        yield {
+            self.explorer: explorer,
+            self.start: gr.HTML(visible=False),
+            self.work: gr.Column(visible=True),
+            self.message: escape(self._without_folder(". ".join([summary, *explorer.warnings]))),
+            self.index: gr.Slider(slices[0], slices[-1], first),
+            self.pictures: pictures,
+            self.verdict: verdict,
+            self.found: "",
+            self.downloads: gr.Row(visible=False),
+        }
 
-        return load()
+    def show(self, explorer: Explorer | None, index: int, channel: str, *values: float) -> list[str]:
+        """Show a slice: pictures and verdict."""
+        with self._errors_shown():
+            return self._slice(explorer, index, channel, values)
 
-    def show(self, index, channel, guidance, strength, steps, threshold, request: gr.Request) -> list:
-        """Message, steps, pictures and verdict of a slice."""
+    def segment(self, explorer: Explorer | None, index: int, channel: str, *values, progress=PROGRESS) -> dict:
+        """Segment the whole volume and offer heatmap and mask for download."""
+        with self._errors_shown():
+            self._slice(explorer, index, channel, values)  # fails at once if the session has ended
+            found = explorer.segment(self._settings(values), lambda share: progress(share, desc="whole volume"))
+            pictures, verdict = self._slice(explorer, index, channel, values)
+        return {
+            self.pictures: pictures,
+            self.verdict: verdict,
+            self.found: volume_html(found),
+            self.downloads: gr.Row(visible=True),
+            self.heatmap: str(found.heatmap),
+            self.mask: str(found.mask),
+        }
 
-        @guarded(gr.skip(), gr.skip(), gr.skip())
-        def show():
-            explorer, nearest = self.sessions.get(request.session_hash), self.controls.nearest_steps(steps)
-            pictures = self._pictures(explorer, int(index), channel, (guidance, strength, steps, threshold))
-            return [self._summary(explorer), gr.skip() if nearest == steps else nearest, *pictures]
+    def leave(self, request: gr.Request) -> None:
+        """Delete the session's state now; gradio itself would keep it for another hour."""
+        self.blocks.state_holder.delete_state(request.session_hash)
 
-        return show()
+    def _settings(self, values: tuple[float, ...]) -> dict:
+        """Return settings from the controls; a control that was not moved gives exactly the recommended value."""
+        given = dict(zip(SETTINGS, values, strict=True))
+        moved = {name: value for name, value in given.items() if value != self.start_values[name]}
+        return self.recommended | moved
 
-    def _pictures(self, explorer: Explorer, index: int, channel: str, values: tuple) -> list[str]:
-        settings = self.controls.settings(*values)
-        view, unit = explorer.view(index, settings), unit_in_words(explorer.facts["preprocessing"]["normalize"])
+    def _slice(self, explorer: Explorer | None, index: int, channel: str, values: tuple[float, ...]) -> list[str]:
+        """Return pictures and verdict of a slice as HTML."""
+        if explorer is None:  # gradio has dropped the session's state
+            raise InputError("the session has ended: load the patient again")
+        settings, unit = self._settings(values), unit_in_words(self.facts["preprocessing"]["normalize"])
+        view = explorer.view(int(index), settings)
         pictures = slice_html(view, self.modalities.index(channel), self.modalities, unit)
         return [pictures, verdict_html(view, settings["threshold"])]
 
-    def segment(
-        self, index, channel, guidance, strength, steps, threshold, request: gr.Request, progress=gr.Progress()  # noqa: B008
-    ) -> list:  # fmt: skip
-        """Message, pictures, verdict on the slice and on the volume, and both downloads."""
+    def _take_files(self, files: list[str], scans: Path) -> Path:
+        """Move uploaded files into a new folder and check their names."""
+        scans.mkdir()
+        for path in files:
+            if not Path(path).is_file():  # moved by another session that uploaded the same file, or a false claim
+                raise InputError("the upload is gone: drop the files again")
+            shutil.move(path, scans)  # an error if there are two files of one name
+        known = [*self.modalities, "seg"]
+        for path in scans.iterdir():
+            if canonical_modality(nifti_suffix(path.name)) not in map(canonical_modality, known):
+                raise InputError(
+                    f"{path.name}: not a NIfTI file (.nii, .nii.gz) whose name ends in {', '.join(known)}"
+                )
+        return scans
 
-        @guarded(*[gr.skip()] * 5)
-        def segment():
-            explorer, values = self.sessions.get(request.session_hash), (guidance, strength, steps, threshold)
-            progress(0, desc="whole volume")
-            files = explorer.segment(
-                self.controls.settings(*values), lambda share: progress(share, desc="whole volume")
-            )
-            downloads = [gr.DownloadButton(value=path, visible=True) for path in (files.heatmap, files.mask)]
-            pictures = self._pictures(explorer, int(index), channel, values)
-            return [self._summary(explorer), *pictures, volume_html(files), *downloads]
+    def _without_folder(self, text: str) -> str:
+        """Remove the paths of the app's temporary folders from a message; the files' own names stay."""
+        return re.sub(rf"{re.escape(str(self.root))}/\w+/[^/:]+(/|: )", "", text)
 
-        return segment()
-
-    def _summary(self, explorer: Explorer) -> str:
-        """What stands above the pictures while there is no error: always the same, so that nothing jumps."""
-        text = f"{', '.join(self.modalities)}: {len(explorer.slices)} slices with content"
-        return message_html(". ".join([text, *explorer.warnings]))
-
-    def leave(self, request: gr.Request) -> None:
-        """The user is gone, and so is the patient."""
-        self.sessions.close(request.session_hash)
-
-
-def _hidden() -> gr.DownloadButton:
-    return gr.DownloadButton(value=None, visible=False)
-
-
-def build_page(handlers: Handlers) -> gr.Blocks:
-    """The page; `launch` serves it."""
-    names = handlers.modalities
-    # what gradio itself keeps of an upload that never reached us goes after half an hour
-    with gr.Blocks(title="diffusers_cf", analytics_enabled=False, delete_cache=(60, 1800), fill_width=True) as page:
-        gr.Markdown(INTRODUCTION)
-        with gr.Row(equal_height=True):
-            dropped = gr.File(
-                label=f"one patient’s {', '.join(names)} (.nii.gz)", file_count="multiple",
-                elem_id="cf-files", height=90, scale=3, min_width=280,
-            )  # fmt: skip
-            # gradio's own way makes an empty file beside each upload, and leaves it
-            dropped.preprocess = lambda payload: payload and [file.path for file in payload.root]
-            phantom = gr.Radio(list(PHANTOMS), label="or a bundled phantom patient", elem_id="cf-phantom", scale=3)
-        gr.HTML('<div class="cf-message cf-error" role="alert" hidden></div>', elem_id="cf-limit")
-        message = gr.HTML(elem_id="cf-message")
-        pictures = gr.HTML(WELCOME, elem_id="cf-pictures", min_height=160)
-        verdict = gr.HTML(elem_id="cf-verdict")
-        with gr.Row():
-            index = gr.Slider(0, 1, step=1, label="slice (0 = lowest)", elem_id="cf-index", scale=3, min_width=280)
-            channel = gr.Radio(names, value=names[0], label="modality", elem_id="cf-channel", scale=2, min_width=280)
-        with gr.Row():
-            sliders = handlers.controls.sliders()
-        with gr.Row():
-            volume = gr.Button("Whole volume", variant="primary", elem_id="cf-volume", min_width=150)
-            heatmap = gr.DownloadButton("Download heatmap (NIfTI)", visible=False, elem_id="cf-heatmap", min_width=150)
-            mask = gr.DownloadButton("Download mask (NIfTI)", visible=False, elem_id="cf-mask", min_width=150)
-        found = gr.HTML(elem_id="cf-found", min_height=60)
-
-        inputs, loaded = [channel, *sliders], [message, index, pictures, verdict, found, heatmap, mask]
-        options = {"api_visibility": "private", "concurrency_id": "slice", "concurrency_limit": 2}
-        loading = {**options, "show_progress_on": [pictures]}
-        dropped.upload(handlers.take_files, [dropped, *inputs], [*loaded, dropped, phantom], **loading)
-        phantom.input(handlers.take_phantom, [phantom, *inputs], loaded, **loading)
-        gr.on(
-            [component.input for component in (index, channel, *sliders)], handlers.show, [index, *inputs],
-            [message, sliders[SETTINGS.index("num_inference_steps")], pictures, verdict],
-            trigger_mode="always_last", show_progress="hidden", **options,
-        )  # fmt: skip
-        volume.click(
-            handlers.segment, [index, *inputs], [message, pictures, verdict, found, heatmap, mask],
-            show_progress_on=[found], **options | {"concurrency_id": "volume", "concurrency_limit": 1},
-        )  # fmt: skip
-        page.unload(handlers.leave)
-    return page
+    @contextmanager
+    def _errors_shown(self) -> Iterator[None]:
+        """Show an error on the page as one line; the log gets no message, because it could name a patient's file."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+                line = "out of memory: try a smaller scan, or try again when fewer patients are open here"
+            else:
+                line = in_one_line(error)
+            if line is None:
+                line = f"a fault of this program ({type(error).__name__})"
+                traceback.print_tb(error.__traceback__)
+            raise gr.Error(escape(self._without_folder(line)), duration=None, print_exception=False) from None

@@ -4,38 +4,38 @@ import argparse
 import json
 from pathlib import Path
 
-import nibabel
-import numpy as np
-
 from diffusers_cf.commands.options import add_device_arguments
-from diffusers_cf.data.phantom import FROZEN_SEED, make_patient, write_patient
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.pixel_counts import PixelCounts
-from diffusers_cf.loading import PRETRAINED
-from diffusers_cf.segmentation.patient import segment_patient
-
-
-SHIPPED_MODEL = PRETRAINED / "phantom_small"
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `diffusers-cf demo`."""
-    parser.add_argument(
-        "--output", default="demo_output", help="folder for scan, segmentation and scores (%(default)s)"
+    """Add the options of `diffusers-cf demo`."""
+    add = parser.add_argument
+    add("--output", default="demo_output", help="folder for scan, segmentation and scores; default: %(default)s")
+    add("--model", default="phantom_small", help="name, folder or Hub id of a model; default: %(default)s")
+    add(
+        "--seed",
+        type=int,
+        default=1,
+        help="cohort of the phantom, not 0, which the model has seen; default: %(default)s",
     )
-    parser.add_argument("--model", default=SHIPPED_MODEL.name, help="name, folder or Hub id of a model (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="cohort of the phantom; the model was trained on cohort 0")
-    parser.add_argument("--index", type=int, default=0, help="patient of the cohort (%(default)s)")
+    add("--index", type=int, default=0, help="number of the patient in its cohort; default: %(default)s")
     add_device_arguments(parser)
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Writes a phantom patient as NIfTI, segments it, prints its scores beside those of a FLAIR threshold.
+    """Write a phantom patient as NIfTI, segment it, and print its scores beside those of a FLAIR threshold.
 
     Raises:
         InputError: the patient belongs to the training cohort, is healthy, or the model can't be used.
     """
+    import nibabel
+    import numpy as np
+
+    from diffusers_cf.data.phantom import FROZEN_SEED, make_patient, write_patient
+    from diffusers_cf.evaluation.pixel_counts import PixelCounts
     from diffusers_cf.inference import check_device_arguments, open_pipeline
+    from diffusers_cf.segmentation.patient import segment_patient
 
     if args.seed == FROZEN_SEED:
         raise InputError(f"--seed {args.seed} is the cohort that the model was trained and measured on: take another")
@@ -51,26 +51,18 @@ def run_demo(args: argparse.Namespace) -> int:
     report = segment_patient(pipe, scan, output / "segmentation", batch_size=args.batch_size, overwrite=True)
     result = output / "segmentation" / report["patient"]
     heatmap = np.asarray(nibabel.load(result / "heatmap.nii.gz").dataobj)
-    scores = {
-        "this model": _scores(heatmap, patient.mask),
-        "FLAIR threshold": _scores(patient.volumes[0], patient.mask),
-    }
+    scores = {}
+    for name, values in (("this model", heatmap), ("FLAIR threshold", patient.volumes[0])):
+        counts = PixelCounts()
+        counts.update(values, patient.mask)
+        scores[name] = {"auprc": counts.average_precision(), "ideal_dice": counts.ideal_dice()[0]}
+    millilitres = float(patient.mask.sum() * abs(np.linalg.det(patient.affine[:3, :3])) / 1000)
     (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     print(f"patient {report['patient']}: {report['n_slices']} slices, {report['seconds']:.0f} s,")
-    print(f"lesion {report['lesion_volume_ml']:.0f} ml by the model, {_millilitres(patient):.0f} ml in truth")
+    print(f"lesion {report['lesion_volume_ml']:.0f} ml by the model, {millilitres:.0f} ml in truth")
     print(f"{'':18}AUPRC  ideal Dice")
     for name, row in scores.items():
         print(f"{name:18}{row['auprc']:.3f}  {row['ideal_dice']:10.3f}")
     print(f"Dice of the mask at the recommended threshold: {report['dice']:.3f}")
     print(f"pictures: {result / 'preview.png'}")
     return 0
-
-
-def _scores(scores: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    counts = PixelCounts()
-    counts.update(scores, mask)
-    return {"auprc": counts.average_precision(), "ideal_dice": counts.ideal_dice()[0]}
-
-
-def _millilitres(patient) -> float:
-    return float(patient.mask.sum() * abs(np.linalg.det(patient.affine[:3, :3])) / 1000)

@@ -1,0 +1,152 @@
+"""The page of `diffusers-cf app` without a browser: settings of the controls, uploaded files, and errors in one line."""
+
+import gc
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from segmentation_files import make_pipe, write_cube
+
+from diffusers_cf.errors import InputError
+from diffusers_cf.segmentation.patient import segmentation_facts
+
+
+gradio = pytest.importorskip("gradio")
+RECOMMENDED = {"guidance_scale": 12.0, "strength": 0.02, "num_inference_steps": 200, "threshold": 0.07109887152910233}
+
+
+@pytest.fixture
+def make_page(tmp_path, monkeypatch):
+    from diffusers_cf.app.page import Page
+
+    (tmp_path / "uploads").mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+
+    def make(**settings):
+        pipe = make_pipe(settings=RECOMMENDED | settings)
+        return Page(pipe, segmentation_facts(pipe, needs_threshold=False), tmp_path, None, 1 << 20)
+
+    return make
+
+
+@pytest.fixture
+def page(make_page):
+    return make_page()
+
+
+@pytest.fixture
+def uploads(tmp_path):
+    """The files of a patient, stored as gradio stores uploads."""
+    paths = []
+    for number, path in enumerate(sorted(write_cube(tmp_path / "P_01", "RAS", "RAS").iterdir())):
+        folder = tmp_path / "uploads" / f"{number:064x}"
+        folder.mkdir()
+        paths.append(shutil.move(path, folder))
+    (tmp_path / "P_01").rmdir()
+    return [str(path) for path in paths]
+
+
+def left(folder):
+    gc.collect()
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_control_that_was_not_moved_gives_exactly_the_recommended_value(page, make_page):
+    assert page._settings((12, 0.02, 200, 0.071)) == page.recommended
+    assert page._settings((3, 0.5, 40, 0.072)) == page.recommended | {
+        "guidance_scale": 3, "strength": 0.5, "num_inference_steps": 40, "threshold": 0.072
+    }  # fmt: skip
+    assert [control.value for control in page.settings] == [12, 0.02, 200, 0.071]
+    assert [count for _, count in page.settings[2].choices] == [4, 5, 8, 10, 20, 25, 40, 50, 100, 200]
+    assert make_page(threshold=None)._settings((12, 0.02, 200, 0))["threshold"] is None
+
+
+def test_loading_hides_the_earlier_patient_and_closes_it(page, uploads, tmp_path):
+    start = list(page.start_values.values())
+    events = page.load(None, uploads, None, "flair", *start)
+    cleared, loaded = next(events), next(events)
+    assert cleared[page.explorer] is None and not cleared[page.work].visible and cleared[page.files] is None
+    assert loaded[page.work].visible and "10 slices with content" in loaded[page.message]
+    explorer = loaded[page.explorer]
+    assert {path.parent for path in left(tmp_path)} == {explorer.scans}
+    events = page.load(explorer, [str(tmp_path / "uploads")], None, "flair", *start)
+    cleared = next(events)
+    assert cleared[page.explorer] is None and not left(tmp_path)
+    with pytest.raises(gradio.Error):
+        next(events)
+
+
+def test_without_a_patient_the_controls_say_so(page):
+    start = list(page.start_values.values())
+    for handler in (page.show, page.segment):
+        with pytest.raises(gradio.Error, match="load the patient again"):
+            handler(None, 0, "flair", *start)
+
+
+def rename(paths, name):
+    paths[1] = str(Path(paths[1]).rename(Path(paths[1]).with_name(name)))
+
+
+def truncate(paths, _):
+    Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        (rename, "brain.png", "brain.png: not a NIfTI file"),
+        (rename, "P_adc.nii.gz", "P_adc.nii.gz: not a NIfTI file .* whose name ends in flair, t1, seg"),
+        (rename, "x_flair.nii.gz", "^several files are flair: P_01_flair.nii.gz, x_flair.nii.gz$"),
+        (rename, "P_01_flair.nii.gz", "P_01_flair.nii.gz.* already exists"),
+        (truncate, None, "^P_01_T1n.nii.gz: truncated"),
+        (lambda paths, _: paths.pop(0), None, "^modality missing: "),
+        (lambda paths, _: Path(paths[0]).unlink(), None, "the upload is gone"),
+    ],
+)
+def test_files_that_are_no_patient_are_one_line_and_deleted(page, uploads, tmp_path, damage, name, message):
+    uploads.sort(key=lambda path: "T1n" in path)
+    damage(uploads, name)
+    events = page.load(None, uploads, None, "flair", *page.start_values.values())
+    next(events)
+    with pytest.raises(gradio.Error) as refused:
+        next(events)
+    assert re.search(message, refused.value.message)
+    assert str(tmp_path) not in refused.value.message and "\n" not in refused.value.message
+    assert not [path for path in left(tmp_path) if "uploads" not in str(path)]
+
+
+@pytest.mark.parametrize("path", ["uploads", "sessions", "uploads/gone"])
+def test_what_was_not_uploaded_is_left_alone(page, uploads, tmp_path, path):
+    (tmp_path / "sessions").mkdir()
+    with pytest.raises(InputError, match="the upload is gone"):
+        page._take_files([str(tmp_path / path)], tmp_path / "scans")
+    assert (tmp_path / "sessions").exists() and all(Path(upload).exists() for upload in uploads)
+
+
+def fail(page, error):
+    with pytest.raises(gradio.Error) as refused, page._errors_shown():
+        raise error
+    return refused.value.message
+
+
+def test_an_error_of_ours_names_no_file_in_the_log(page, capsys, tmp_path):
+    name = "-".join(["Surname", "Firstname_t1.nii.gz"])  # a traceback quotes the source
+    assert "a fault of this program (KeyError)" in fail(page, KeyError(name))
+    log = capsys.readouterr().err
+    assert name not in log and "test_app_page.py" in log
+    assert fail(page, InputError(f"{tmp_path}/tmp_1/P/<b>.nii: damaged")) == "&lt;b&gt;.nii: damaged"
+    assert fail(page, InputError(f"{tmp_path}/tmp_1/P: modality missing: t1")) == "modality missing: t1"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    ],
+)
+def test_too_little_memory_is_no_fault_of_ours(page, error, capsys):
+    assert "out of memory: try" in fail(page, error) and not capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""The command `diffusers-cf app` without a browser: what it refuses, and the Space in examples/."""
+
+import importlib.metadata
+import os
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffusers_cf.cli import build_parser, main
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SPACE = ROOT / "examples" / "space"
+
+
+def test_it_listens_to_this_machine_alone_unless_told_otherwise():
+    args = build_parser("app").parse_args(["app"])
+    assert args.host == "127.0.0.1" and args.port is None and args.model is None
+
+
+def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "no_proxy"):  # restored afterwards
+        monkeypatch.setenv(name, "")
+    assert main(["app"]) == 2
+    assert capsys.readouterr().err == 'error: app needs gradio: pip install "gradio>=6.31"\n'
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-upload-mb", "0"], "--max_upload_mb must be 1 or more"),
+        (["--port", "70000"], "--port from 1 to 65535"),
+        (["--device", "nowhere"], "--device nowhere can't be used"),
+    ],
+)
+def test_bad_options_are_one_line(options, message, capsys):
+    assert main(["app", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["port", "model"])
+def test_an_address_or_a_model_that_cannot_be_used_is_one_line(tmp_path, what):
+    pytest.importorskip("gradio")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        options = ["--port", port] if what == "port" else ["--model", "missing"]
+        command = [sys.executable, "-m", "diffusers_cf.cli", "app", *options]
+        done = subprocess.run(command, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2 and not list(tmp_path.iterdir()) and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and options[1] in last
+
+
+@pytest.mark.slow
+def test_a_missing_browser_fails_in_ci_and_is_skipped_elsewhere(tmp_path):
+    test = [str(Path(__file__).with_name("test_app.py")), "-k", "phantom", "-q", "-rs", "-p", "no:cacheprovider"]
+    for ci, outcome in (("true", "1 error"), ("", "1 skipped")):
+        environment = os.environ | {"CI": ci, "PATH": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-m", "pytest", *test], env=environment, capture_output=True, text=True)
+        assert outcome in done.stdout and "there is no Chromium" in done.stdout
+        assert (done.returncode == 0) == (outcome == "1 skipped")
+
+
+def dependencies(extra):
+    """Names of the packages that diffusers_cf needs, always or with an extra."""
+    for requirement in importlib.metadata.requires("diffusers_cf"):
+        name, _, marker = requirement.partition(";")
+        if (f'"{extra}"' in marker.replace("'", '"')) if extra else "extra" not in marker:
+            yield re.match(r"[\w.-]+", name).group().lower()
+
+
+@pytest.mark.slow
+def test_the_space_runs_on_the_copy_of_the_package_beside_it(tmp_path):
+    shutil.copytree(SPACE, tmp_path / "space")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "diffusers_cf", tmp_path / "space" / "diffusers_cf", ignore=ignored)
+    code = (
+        "import runpy, diffusers_cf, diffusers_cf.cli\n"
+        "diffusers_cf.cli.main = lambda arguments: print(diffusers_cf.__file__, *arguments) or 0\n"
+        "runpy.run_path('app.py', run_name='__main__')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MODEL")}
+    space = {"cwd": tmp_path / "space", "env": environment}
+    done = subprocess.run([sys.executable, "-c", code], **space, capture_output=True, text=True, check=True)
+    package = f"{tmp_path}/space/diffusers_cf/__init__.py"
+    assert done.stdout.split() == [package, "app", "--host", "0.0.0.0", "--port", "7860"]
+
+
+def test_the_space_is_what_the_tests_ran_with(monkeypatch):
+    text = (SPACE / "README.md").read_text(encoding="utf-8")
+    facts = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL).group(1))
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
+    assert facts["sdk"] == "gradio" and facts["sdk_version"] == pins["gradio"] and facts["python_version"] == "3.11"
+    assert facts["license"] == "apache-2.0" and len(facts["short_description"]) <= 60 and "medical" in facts["tags"]
+    assert (SPACE / facts["app_file"]).exists() and facts["models"] == []
+    lines = (SPACE / "requirements.txt").read_text().splitlines()
+    asked_for = {re.match(r"[\w.-]+", line).group().lower() for line in lines if line[0] not in "#-"}
+    assert asked_for == set(dependencies("")) | set(dependencies("phantom"))
+    asked = []
+    monkeypatch.setattr("diffusers_cf.cli.main", lambda arguments: asked.append(arguments) or 0)
+    monkeypatch.setenv("MODEL", "user/name")
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SPACE / facts["app_file"]), run_name="__main__")
+    args = build_parser("app").parse_args(asked[0])
+    assert (args.model, args.host, args.port) == ("user/name", "0.0.0.0", 7860)
