@@ -102,13 +102,8 @@ def open_page(server, browser):
 
 def files_of(folder):
     """Files with content: gradio leaves empty ones beside uploads."""
-    sizes = {}
-    for path in folder.rglob("*"):
-        try:
-            sizes[path] = path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            pass
-    return [path for path, size in sizes.items() if size]
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return [path for path in paths if path.exists() and path.stat().st_size]
 
 
 def wait_until(condition):
