@@ -24,11 +24,11 @@ from tqdm.auto import tqdm
 
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
 from diffusers_cf.arguments import run_command
-from diffusers_cf.commands.options import computes_in_bfloat16
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.files import alone_at, make_folder
 from diffusers_cf.hub.publishing import model_repository, push_model
 from diffusers_cf.images import window_side
+from diffusers_cf.inference import computes_in_bfloat16
 from diffusers_cf.loading import SWITCHES
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
 from diffusers_cf.models import (

@@ -10,10 +10,10 @@ import pytest
 import torch
 from evaluation_data import write_dataset
 
-from diffusers_cf.commands.options import computes_in_bfloat16, open_pipeline
 from diffusers_cf.data.phantom import FROZEN_SEED, PhantomSource
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps
+from diffusers_cf.inference import computes_in_bfloat16, open_pipeline
 from diffusers_cf.loading import PRETRAINED
 
 

@@ -7,7 +7,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from diffusers_cf.commands.options import add_device_arguments, check_device_arguments, open_pipeline
+from diffusers_cf.commands.options import add_device_arguments
 from diffusers_cf.errors import InputError
 
 
@@ -32,6 +32,8 @@ def run_app(args: argparse.Namespace) -> None:
     """
     if args.max_upload_mb < 1 or not (args.port is None or 0 < args.port < 65536):
         raise InputError("--max_upload_mb must be 1 or more, --port from 1 to 65535")
+    from diffusers_cf.inference import check_device_arguments
+
     check_device_arguments(args)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # gradio asks its own server whether it runs; a proxy of the environment could not reach it
@@ -50,6 +52,7 @@ def _serve(args: argparse.Namespace, root: Path) -> None:
         raise InputError('app needs gradio: pip install "gradio>=6.31"') from None
     from diffusers_cf.app.html import CSS
     from diffusers_cf.app.page import Page
+    from diffusers_cf.inference import open_pipeline
     from diffusers_cf.segmentation.patient import segmentation_facts
 
     model, max_bytes = args.model or "phantom_small", args.max_upload_mb << 20
