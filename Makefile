@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.11 or newer and nothing else: they set up .venv first.
+# `make demo`, `make test` and `make test-all` need Python 3.11 or newer and nothing else: they set up .venv first.
 #
 # PYTHON  the interpreter that creates the environment
 # VENV    where the environment lies; one that is already there is reused
@@ -15,13 +15,19 @@ PYTEST_FLAGS ?=
 python := $(VENV)/bin/python
 pip := $(python) -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt
 
-.PHONY: demo test style quality clean
+.PHONY: demo test test-all style quality clean
 
 demo: $(VENV)/.installed
 	$(python) -m diffusers_cf.cli demo --output demo_output
 
+pytest := $(python) -m pytest -n $(TEST_WORKERS) --dist loadfile --session-timeout=$(TEST_SECONDS) --durations=15 $(PYTEST_FLAGS)
+
+# what a contributor runs: minutes; test-all is everything
 test: $(VENV)/.installed
-	$(python) -m pytest -n $(TEST_WORKERS) --dist loadfile --session-timeout=$(TEST_SECONDS) --durations=15 $(PYTEST_FLAGS)
+	$(pytest) -m "not slow"
+
+test-all: $(VENV)/.installed
+	$(pytest)
 
 style: $(VENV)/.installed-dev
 	$(python) -m ruff check --fix .

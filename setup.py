@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 
 extras = {
     "phantom": ["nilearn"],
-    "app": ["gradio>=6.31", "starlette"],
+    "app": ["gradio>=6.31"],
     "dicom": ["pydicom", "highdicom"],
     "train": ["tensorboard"],
     # 2.3 brought --session-timeout, by which `make test` keeps its time budget
@@ -49,7 +49,7 @@ setup(
         "torch",
         "diffusers>=0.38",
         "accelerate",
-        "datasets>=4.2",  # fragment_scan_options
+        "datasets>=4.2",
         "transformers",
         "safetensors",
         "numpy",
