@@ -38,9 +38,8 @@ from diffusers_cf.models import (
     counterfactual_unet,
     fastest_layout,
 )
-from diffusers_cf.provenance import package_commit
 from diffusers_cf.schedulers import NOISE_LEVELS
-from diffusers_cf.training.fine_tuning import inherited_facts, open_base, public_name
+from diffusers_cf.training.fine_tuning import model_facts, open_base
 from diffusers_cf.training.loop import (
     PositionBatches,
     Progress,
@@ -51,7 +50,7 @@ from diffusers_cf.training.loop import (
     find_checkpoint,
     save_checkpoint,
 )
-from diffusers_cf.training.options import command_of, parse_args
+from diffusers_cf.training.options import parse_args
 from diffusers_cf.training.validation import Validation
 
 
@@ -286,27 +285,6 @@ def training_slices(args: Namespace, dataset: SliceDataset, network: Conditional
         names = ", ".join(dataset.class_names[index] for index in sorted(missing))
         raise InputError(f"{args.dataset}: no slice to train on is labelled {names}")
     return slices
-
-
-def model_facts(
-    args: Namespace,
-    slices: TrainingSlices,
-    global_batch: int,
-    base: CounterfactualDDIMPipeline | None,
-) -> dict:
-    """preprocessing.json of the model: the data set's, at the network's size, and how it was trained."""
-    facts = {k: v for k, v in slices.slices.preprocessing.items() if k != "splits"} | {"size": slices.image_size[0]}
-    training = {
-        "command": command_of(args),
-        "commit": package_commit(),
-        "images": args.max_train_steps * global_batch,
-        "slices": slices.num_slices,
-        "patients": slices.num_patients,
-    }
-    if base:
-        training["base_model"] = public_name(args.pretrained_model)
-        facts |= inherited_facts(base)
-    return facts | {"training": training}
 
 
 def resume(run: Run) -> int:

@@ -13,8 +13,9 @@ from diffusers_cf.data.geometry import FIELD_MM, check_geometry
 from diffusers_cf.data.intensity import check_same_scale, normalize_of
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError, first_line
+from diffusers_cf.maps import check_signs
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
-from diffusers_cf.settings import NAMES, check_signs
+from diffusers_cf.settings import NAMES
 
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from diffusers_cf.errors import InputError, first_line, reading
 from diffusers_cf.files import alone_at, new_folder, read_json, tidy, write_json
 from diffusers_cf.maps import check_forward
-from diffusers_cf.settings import check_signs, settings_in_use
+from diffusers_cf.settings import settings_in_use
 
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # holds a folder for each shipped model
@@ -81,8 +81,6 @@ class ModelFolderMixin:
         found = settings_in_use(self.preprocessing, given, settings)
         if found["map"] == "forward":
             check_forward(self)
-        if found["map"] == "signed":
-            check_signs(self.preprocessing.get("signs"), self.unet.config.in_channels)
         return found
 
     def register_switches(self, **given: bool | None) -> None:

@@ -21,6 +21,13 @@ def signed_heatmap(reference: torch.Tensor, counterfactual: torch.Tensor, signs:
     return (weights * (reference - counterfactual)).mean(dim=1).clamp(min=0)
 
 
+def check_signs(signs: object, channels: int) -> None:
+    """Raise ValueError unless `signs` has a number for each channel, as the map `signed` needs them."""
+    numbers = isinstance(signs, Sequence) and all(isinstance(sign, (int, float)) for sign in signs)
+    if not numbers or len(signs) != channels:
+        raise ValueError("map is 'signed': preprocessing holds no `signs`, one for each channel (sweep --store)")
+
+
 def heatmap(kind: str, reference: torch.Tensor, counterfactual: torch.Tensor, signs: Sequence[float] | None = None):
     """Return heatmaps `(N, H, W)` of a kind: `signed`, else the last line of Algorithm 1, whatever the reference is."""
     return (

@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 
 from diffusers_cf.images import Windows, check_images, network_images, network_windows, resize_images, to_device
 from diffusers_cf.loading import ModelFolderMixin
-from diffusers_cf.maps import forward_map, heatmap
+from diffusers_cf.maps import check_signs, forward_map, heatmap
 from diffusers_cf.models import ClassTokenEncoder, implicit_guidance, predict_noise
 from diffusers_cf.schedulers import check_mirrored
 
@@ -203,10 +203,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         num_inference_steps: int | None = None,
         callback_on_step_end: Callable | None = None,
     ) -> torch.Tensor:
-        """Encode images `(N, C, H, W)` in input units to latents x_L, float32 `(N, C, h, w)`: [`encode`] without windows.
-
-        The arguments and errors are those of `__call__`.
-        """
+        """Encode images `(N, C, H, W)` in input units to latents x_L, float32 `(N, C, h, w)`; arguments as in `__call__`."""
         settings = self.resolve_settings(
             strength=strength, num_inference_steps=num_inference_steps, map="counterfactual"
         )
@@ -297,6 +294,8 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         # 2. Settings that are not given are the model's, else the paper's.
         given = {"guidance_scale": guidance_scale, "strength": strength, "num_inference_steps": num_inference_steps}
         settings = self.resolve_settings(settings, **given, map=map)
+        if settings["map"] == "signed":
+            check_signs(self.preprocessing.get("signs"), images.shape[1])
         w, kind, walk = (
             settings["guidance_scale"],
             settings["map"],

@@ -1,6 +1,6 @@
 """Settings of inference: what is given comes before what a model recommends, and that before the paper's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Integral
 
 import numpy as np
@@ -55,10 +55,3 @@ def settings_in_use(facts: Mapping, given: Mapping, name: str | None = None) -> 
     if not (np.isfinite(settings["guidance_scale"]) and settings["guidance_scale"] >= 0):
         raise ValueError(f"guidance_scale is {settings['guidance_scale']}: it must be 0 or more")
     return settings
-
-
-def check_signs(signs: object, channels: int) -> None:
-    """Raise ValueError unless `signs` has a number for each channel, as the map `signed` needs them."""
-    numbers = isinstance(signs, Sequence) and all(isinstance(sign, (int, float)) for sign in signs)
-    if not numbers or len(signs) != channels:
-        raise ValueError("map is 'signed': preprocessing holds no `signs`, one for each channel (sweep --store)")

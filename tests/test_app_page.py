@@ -98,7 +98,7 @@ def truncate(paths, _):
     [
         (rename, "brain.png", "brain.png: not a NIfTI file"),
         (rename, "P_adc.nii.gz", "P_adc.nii.gz: not a NIfTI file .* whose name ends in flair, t1, seg"),
-        (rename, "x_flair.nii.gz", "^several files are flair: P_01_flair.nii.gz, x_flair.nii.gz$"),
+        (rename, "x_flair.nii.gz", "^modality missing: t1"),
         (rename, "P_01_flair.nii.gz", "P_01_flair.nii.gz.* already exists"),
         (truncate, None, "^P_01_T1n.nii.gz: truncated"),
         (lambda paths, _: paths.pop(0), None, "^modality missing: "),

@@ -163,7 +163,7 @@ def test_a_series_that_lacks_attributes_of_a_segmentation(pipe, patient, tmp_pat
         image = pydicom.dcmread(path)
         del image.StudyInstanceUID
         image.save_as(path)
-    monkeypatch.setattr("diffusers_cf.commands.segment.open_pipeline", lambda *_: pipe)
+    monkeypatch.setattr("diffusers_cf.inference.open_pipeline", lambda *_: pipe)
     for state in ("s ->", "finished before, skipped"):
         assert cli("segment", patient, "--model", "any", "--output", tmp_path / "out") == 2
         printed = capsys.readouterr()

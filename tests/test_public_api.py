@@ -42,7 +42,7 @@ def test_arguments_of_the_pipeline():
 
     assert names(CounterfactualDDIMPipeline.__call__) == [
         "images", "target", "guidance_scale", "strength", "num_inference_steps", "map", "generator", "output_type",
-        "return_dict", "callback_on_step_end", "settings",
+        "return_dict", "callback_on_step_end", "settings", "callback_on_step_end_tensor_inputs",
     ]  # fmt: skip
     assert names(CounterfactualDDIMPipeline.invert)[:3] == ["images", "strength", "num_inference_steps"]
     assert names(CounterfactualDDIMPipeline.denoise)[:5] == [

@@ -330,36 +330,6 @@ def test_refinement_knows_what_the_network_predicts(kind):
     torch.testing.assert_close(scheduler.step(0.1 * encoded, t, encoded).prev_sample, decoded, atol=5e-6, rtol=0)
 
 
-def exact_output(kind, sample, timestep):
-    """What a perfect network of this prediction type says of Gaussian data at the timestep that it is told."""
-    alpha, epsilon = ALPHAS[int(timestep)], exact_epsilon(sample, timestep)
-    x0 = (sample - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
-    return {"epsilon": epsilon, "sample": x0, "v_prediction": alpha.sqrt() * epsilon - (1 - alpha).sqrt() * x0}[kind]
-
-
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("steps", [8, 20, 100])
-@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
-def test_a_round_trip_does_not_depend_on_what_the_network_predicts(kind, steps, order):
-    image, trips = STD * noise(2, 2, 8, 8, dtype=torch.float64), {}
-    for name in ("epsilon", kind):
-        options = {"prediction_type": name, "solver_order": order, "thresholding": False}
-        inverse, scheduler, x = DynamicDDIMInverseScheduler(**options), DynamicDDIMScheduler(**options), image
-        for direction in (inverse, scheduler):
-            direction.alphas_cumprod = ALPHAS  # float64, as the samples
-            direction.set_timesteps(steps)
-        for t in inverse.timesteps:
-            x = inverse.step(exact_output(name, x, t), t, x).prev_sample
-        latent = x
-        for t in scheduler.timesteps:
-            x = scheduler.step(exact_output(name, x, t), t, x).prev_sample
-        trips[name] = latent, x
-    for found, expected in zip(trips[kind], trips["epsilon"], strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    if steps == 100:
-        assert (trips[kind][1] - image).abs().mean() < 0.1 * STD
-
-
 CHANGED = {
     "num_train_timesteps": 500, "beta_start": 0.0002, "beta_end": 0.03, "beta_schedule": "scaled_linear",
     "clip_sample": True, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "v_prediction",

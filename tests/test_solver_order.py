@@ -1,4 +1,4 @@
-"""Steps of second order: their order on a flow that is known exactly, and their arithmetic."""
+"""Steps of second order: their order on a flow that is known exactly, and their arithmetic; what networks predict."""
 
 from itertools import pairwise
 
@@ -141,3 +141,33 @@ def test_what_a_caller_makes_of_a_step_moves_the_end_as_much_with_either_order(s
     stride = (50 if order == 2 else 0) if rises else -50
     at, end = (ALPHAS[walk[step] + stride] for step in (edited, -1))
     torch.testing.assert_close(ends[1] - ends[0], torch.full_like(x, (end / at).sqrt()), atol=1e-6, rtol=1e-6)
+
+
+def exact_output(kind, sample, timestep):
+    """What a perfect network of this prediction type says of Gaussian data at the timestep that it is told."""
+    alpha, epsilon = ALPHAS[int(timestep)], exact_epsilon(sample, timestep)
+    x0 = (sample - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
+    return {"epsilon": epsilon, "sample": x0, "v_prediction": alpha.sqrt() * epsilon - (1 - alpha).sqrt() * x0}[kind]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("steps", [8, 20, 100])
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_a_round_trip_does_not_depend_on_what_the_network_predicts(kind, steps, order):
+    image, trips = STD * noise(2, 2, 8, 8, dtype=torch.float64), {}
+    for name in ("epsilon", kind):
+        options = {"prediction_type": name, "solver_order": order, "thresholding": False}
+        inverse, scheduler, x = DynamicDDIMInverseScheduler(**options), DynamicDDIMScheduler(**options), image
+        for direction in (inverse, scheduler):
+            direction.alphas_cumprod = ALPHAS  # float64, as the samples
+            direction.set_timesteps(steps)
+        for t in inverse.timesteps:
+            x = inverse.step(exact_output(name, x, t), t, x).prev_sample
+        latent = x
+        for t in scheduler.timesteps:
+            x = scheduler.step(exact_output(name, x, t), t, x).prev_sample
+        trips[name] = latent, x
+    for found, expected in zip(trips[kind], trips["epsilon"], strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    if steps == 100:
+        assert (trips[kind][1] - image).abs().mean() < 0.1 * STD

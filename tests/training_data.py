@@ -5,11 +5,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from accelerate.state import AcceleratorState, GradientState
 
+from diffusers_cf.arguments import run_command
 from diffusers_cf.data.slices import PatientSlices, slices_to_table, write_tables
+from train_counterfactual import main, parse_args
 
 
 CLASSES = ("healthy", "unhealthy")
+STEPS = 12
+OPTIONS = {
+    "resolution": 16, "train_batch_size": 8, "max_train_steps": STEPS, "checkpointing_steps": 4, "validation_steps": 0,
+    "logging_steps": 1, "lr_warmup_steps": 6, "learning_rate": 3e-4, "seed": 3, "mixed_precision": "no",
+}  # fmt: skip
 
 
 def made_patient(index: int, channels: int, masks: bool, size: int, area: float = 0.8) -> PatientSlices:
@@ -63,3 +71,22 @@ def stub_accelerator():
         is_main_process=True, wait_for_everyone=lambda: None, save_state=save, device="cpu",
         reduce=lambda value, how: value, logged=[], trackers=[], print=lambda *text: None,
     )  # fmt: skip
+
+
+def options(dataset, output, **changes):
+    given = {"dataset": dataset, "output_dir": output} | OPTIONS | changes
+    return [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value is not None
+    ]
+
+
+def run_here(dataset, output, **changes):
+    """Exit code of a run in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return run_command(lambda: main(parse_args(options(dataset, output, **changes))))
+
+
+def train(dataset, output, **changes):
+    assert run_here(dataset, output, **changes) == 0
+    return output

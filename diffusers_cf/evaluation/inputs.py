@@ -5,7 +5,7 @@ import numpy as np
 from diffusers_cf.data import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.sweep import evenly_spread
-from diffusers_cf.settings import check_signs
+from diffusers_cf.maps import check_signs
 
 
 def open_split(folder: str, split: str, masks: bool = True) -> SliceDataset:

@@ -9,8 +9,10 @@ from diffusers_cf.data.intensity import check_same_scale
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.inference import modalities_of
+from diffusers_cf.maps import check_signs
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
-from diffusers_cf.settings import check_signs
+from diffusers_cf.provenance import package_commit
+from diffusers_cf.training.options import command_of
 
 
 def open_base(args, dataset: SliceDataset) -> CounterfactualDDIMPipeline | None:
@@ -93,3 +95,24 @@ def inherited_facts(base: CounterfactualDDIMPipeline) -> dict:
 def public_name(model: str) -> str:
     """A Hub id as it is, of a folder its name: paths of this machine are nobody else's business."""
     return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def model_facts(
+    args,
+    slices,
+    global_batch: int,
+    base: CounterfactualDDIMPipeline | None,
+) -> dict:
+    """preprocessing.json of the model: the data set's, at the network's size, and how it was trained."""
+    facts = {k: v for k, v in slices.slices.preprocessing.items() if k != "splits"} | {"size": slices.image_size[0]}
+    training = {
+        "command": command_of(args),
+        "commit": package_commit(),
+        "images": args.max_train_steps * global_batch,
+        "slices": slices.num_slices,
+        "patients": slices.num_patients,
+    }
+    if base:
+        training["base_model"] = public_name(args.pretrained_model)
+        facts |= inherited_facts(base)
+    return facts | {"training": training}
