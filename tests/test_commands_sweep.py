@@ -294,20 +294,3 @@ def test_round_trip_script(files):
     errors = [(d - s).abs().mean(dim=0)[i].mean() for d, s, i in zip(decoded, small, inside, strict=True)]
     assert row["mean_error"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-3)
     assert row["num_inference_steps"] == 10 and row["strength"] == 0.5
-
-
-@pytest.mark.slow
-def test_sweep_cost_script_counts_network_evaluations(files):
-    """27 settings of 10 steps: alone, each encodes K steps and decodes 2 K; together, one encoding of 9 steps serves all."""
-    script = ROOT / "benchmarks" / "sweep_cost.py"
-    paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "cost.json"]
-    options = ["--num_inference_steps", "10", "--max_slices", "3", "--batch_size", "2"]
-    subprocess.run([sys.executable, script, *paths, *options], check=True)
-    document = json.loads((files / "cost.json").read_text())
-    steps = [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert document["n_settings"] == 27 and len(document["runs"]) == 3
-    for run in document["runs"]:
-        assert run["each_alone"]["evaluations_per_slice"] == sum(3 * 3 * k for k in steps)
-        assert run["one_encoding"]["evaluations_per_slice"] == 9 + sum(3 * 2 * k for k in steps)
-        assert all(cost["seconds_per_slice"] > 0 for cost in run.values())
-    assert document["largest_difference_of_maps"] < 1e-5
