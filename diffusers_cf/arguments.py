@@ -1,6 +1,7 @@
 """Command lines: one parser for every command, and one place where errors become a line and an exit code."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -39,6 +40,8 @@ def run_command(command: Callable[[], int | None]) -> int:
     0 done; 2 with one line on stderr for bad input, a file system error or lack of memory; 130 and 143 with one line
     after Ctrl-C and SIGTERM. Any other exception is a fault of this package and keeps its traceback (exit code 1).
     """
+    if sys.stderr is None:  # closed by the caller; progress bars and messages have nowhere else to go
+        sys.stderr = open(os.devnull, "w")
     package_commit()  # read now: a commit made while the command runs is not the code that runs
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -30,6 +30,8 @@ def in_one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or first_line(error)}"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object!r} can't be written as {error.encoding}: use names without such characters"
     if isinstance(error, MemoryError):
         return f"out of memory ({first_line(error)})"
     if isinstance(error, BrokenProcessPool):

@@ -32,6 +32,9 @@ def new_file(path: str | Path) -> Iterator[Path]:
         os.chmod(name, 0o666 & ~_UMASK)
         _sync(Path(name))
         os.replace(name, path)
+    except OSError as error:  # a write names no file, and the temporary name tells a user nothing
+        error.filename = str(path)
+        raise
     finally:
         Path(name).unlink(missing_ok=True)
 

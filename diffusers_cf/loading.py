@@ -147,6 +147,9 @@ def find_model(name: str | os.PathLike, **options) -> str:
         return name
     if Path(name).name == name and (PRETRAINED / name / MODEL_INDEX).is_file():
         return str(PRETRAINED / name)
+    if "/" not in name:
+        shipped = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob(f"*/{MODEL_INDEX}")))
+        raise InputError(f"{name}: no such folder, and no shipped model ({shipped}); on the Hub a model is user/name")
     known = ("variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
     return download_model(name, **{key: options[key] for key in known if key in options})
 

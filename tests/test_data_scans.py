@@ -252,3 +252,8 @@ def test_decathlon_without_masks_takes_labels(tmp_path):
     (tmp_path / "labels.csv").write_text("patient,label\nP_01,unhealthy\n")
     source = DecathlonSource(folder, size=16, labels=tmp_path / "labels.csv")
     assert not source.has_masks and source.read("P_01").labels.all()
+
+
+def test_scanner_units_are_no_scale(tmp_path):
+    with pytest.raises(InputError, match="--normalize none: scanner units"):
+        BratsSource(tmp_path, normalize="none")

@@ -21,6 +21,7 @@ from diffusers_cf.errors import InputError, reading
             "error: out/heatmap.nii.gz: No space left on device",
         ),
         (OSError("broken pipe"), "error: broken pipe"),
+        (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates"), "error: 'a\\udcff' can't be written as utf-8"),
         (MemoryError("Unable to allocate 9 GiB"), "error: out of memory (Unable to allocate 9 GiB)"),
         (BrokenProcessPool("terminated abruptly"), "error: a worker process was killed"),
     ],
@@ -38,6 +39,15 @@ def test_a_fault_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)
     assert run_command(lambda: None) == 0 and run_command(lambda: 3) == 3
+
+
+def test_a_command_runs_without_an_error_stream(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+
+    def fail():
+        raise InputError("unheard")
+
+    assert run_command(fail) == 2
 
 
 @pytest.mark.parametrize(

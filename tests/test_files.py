@@ -109,6 +109,12 @@ def test_a_file_gets_its_place_when_it_is_whole(tmp_path):
     assert read_json(path) == {"a": 1}
 
 
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
+    with pytest.raises(OSError, match="out.json") as caught, new_file(tmp_path / "out.json"):
+        raise OSError(28, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "out.json") and names(tmp_path) == []
+
+
 def test_no_link_is_followed(tmp_path):
     """Whoever can write to the folder may plant links of any name that can be guessed."""
     victim = tmp_path / "victim"

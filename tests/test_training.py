@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from training_data import stub_accelerator
 
 from diffusers_cf.errors import InputError
@@ -257,13 +258,16 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
     assert names(tmp_path / "checkpoint-2") == ["model.safetensors", "pipeline", STATE_FILE]
     assert find_checkpoint(tmp_path, "latest", FACTS) == (tmp_path / "checkpoint-2", 2)
 
-    def fail(folder):
-        raise OSError("disk full")
+    for error in (OSError("disk full"), RuntimeError("unexpected pos: disk full"), SafetensorError("disk full")):
 
-    for step in (2, 4):
-        with pytest.raises(OSError, match="disk full"):
-            save(tmp_path, step, save_model=fail)
-        assert find_checkpoint(tmp_path, "latest", FACTS) == (tmp_path / "checkpoint-2", 2)
+        def fail(folder, error=error):
+            raise error
+
+        for step in (2, 4):
+            with pytest.raises(OSError, match=f"can't be written .*disk full.*checkpoint-{step}"):
+                save(tmp_path, step, save_model=fail)
+            assert find_checkpoint(tmp_path, "latest", FACTS) == (tmp_path / "checkpoint-2", 2)
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
 
 
 def test_the_limit_takes_the_oldest_and_never_the_new_one(tmp_path):

@@ -132,6 +132,8 @@ class VolumeSource(Source):
         labels: str | Path | None = None, lenient: bool = False,
     ):  # fmt: skip
         super().__init__(path, size, field_mm, normalize, labels)
+        if normalize == "none":
+            raise InputError("--normalize none: scanner units have no scale of their own, use median or p99")
         self.lenient = lenient
 
     def load(self, patient: str) -> PatientScans:

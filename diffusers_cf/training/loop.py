@@ -5,6 +5,7 @@ that the same images, noise, timesteps and dropped conditions come out on any nu
 the batch into accumulated parts, and after a resume.
 """
 
+import errno
 import json
 import math
 import os
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional
 
-from diffusers_cf.errors import InputError
+from diffusers_cf.errors import InputError, first_line
 from diffusers_cf.images import foreground_windows, resize_images
 
 
@@ -292,7 +294,7 @@ def check_output_folder(output: Path, resume_from: str | None) -> None:
 
 
 def save_checkpoint(accelerator, folder: Path, step: int, facts: dict, save_model, limit: int | None) -> None:
-    """Saves the training state as `checkpoint-STEP`, whole or not at all, then deletes the oldest over `limit`.
+    """Save the training state as `checkpoint-STEP`, as a whole or not at all, then delete the oldest over `limit`.
 
     Args:
         accelerator: holds what is saved.
@@ -301,16 +303,24 @@ def save_checkpoint(accelerator, folder: Path, step: int, facts: dict, save_mode
         facts (`dict`): goes to trainer_state.json, written last.
         save_model: `(folder) -> None`, writes the EMA weights as a pipeline; called on the main process.
         limit (`int`, *optional*): how many checkpoints to keep.
+
+    Raises:
+        OSError: it can't be written; nothing of it is left.
     """
     final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            save_model(temporary / "pipeline")
+            (temporary / STATE_FILE).write_text(json.dumps({"step": step} | facts, indent=2))
+    except (OSError, RuntimeError, SafetensorError) as error:  # the writers of torch and safetensors raise their own
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(errno.EIO, f"the checkpoint can't be written ({first_line(error)})", str(final)) from error
     if accelerator.is_main_process:
-        save_model(temporary / "pipeline")
-        (temporary / STATE_FILE).write_text(json.dumps({"step": step} | facts, indent=2))
         if final.exists():
             _delete(final)
         os.replace(temporary, final)
