@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class GaussianNoisePredictor(ModelMixin, ConfigMixin):
-    """The exact noise predictor of pixels drawn independently from N(0, std^2), in the place of a U-Net."""
+    """The exact noise predictor of pixels drawn independently from N(0, std^2), instead of a U-Net."""
 
     @register_to_config
     def __init__(self, sample_size: int = 8, in_channels: int = 2, std: float = 0.2):

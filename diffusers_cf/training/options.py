@@ -23,7 +23,7 @@ LEAST = {
 }  # fmt: skip
 
 
-# Options that say nothing about the model.
+# Options that don't change the model: paths, logs and the Hub.
 OF_HERE = {
     "dataset", "output_dir", "pretrained_model", "resume_from_checkpoint", "report_to", "logging_dir",
     "tracker_project_name", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
@@ -31,7 +31,7 @@ OF_HERE = {
 
 
 def parse_args(args: list[str] | None = None) -> Namespace:
-    """Options, named as in diffusers' example scripts."""
+    """Return the options, named as in diffusers' example scripts."""
     parser = ArgumentParser(prog="train_counterfactual.py", description=DESCRIPTION)
     _add_model_options(parser.add_argument_group("data and model").add_argument)
     _add_optimisation_options(parser.add_argument_group("optimisation").add_argument)
@@ -55,7 +55,7 @@ def parse_args(args: list[str] | None = None) -> Namespace:
 
 
 def command_of(args: Namespace) -> str:
-    """The command of a run as others would type it: what differs from the defaults, without paths and names of here."""
+    """Return the command of a run as others would type it: options that differ from the defaults, without local paths."""
     defaults = vars(parse_args(["--dataset", "DATASET", "--output_dir", "MODEL"]))
     words = ["accelerate launch train_counterfactual.py --dataset DATASET --output_dir MODEL"]
     for name, value in vars(args).items():
@@ -66,84 +66,95 @@ def command_of(args: Namespace) -> str:
 
 
 def _add_model_options(add) -> None:
-    add(
-        "--dataset",
-        required=True,
-        help="slice data set: a folder of `diffusers-cf prepare`, or user/name[@revision] on the Hub",
-    )
-    add("--output_dir", required=True, help="the pipeline, with checkpoints and logs beside it")
-    add("--unet_size", choices=list(UNET_SIZES), default="small")
-    add("--conditioning", choices=CONDITIONINGS, default="attention")
-    add("--resolution", type=int, help="side of the network's input in pixels, a multiple of 8 (64)")
-    add(
-        "--pretrained_model",
-        help="pipeline folder or Hub id to fine-tune, on all or some of its modalities: its"
-        " network replaces the three above",
-    )
-    add(
-        "--renormalize", action="store_true",
-        help="fine-tune a model of another intensity scale than the data set's: the new model has the data set's",
-    )  # fmt: skip
-    add("--max_train_samples", type=int, help="train on the first so many slices only")
-    add("--random_flip", action="store_true", help="mirror left and right")
-    add("--augment", action="store_true", help="small rotations, scales, shifts and gains")
-    add(
-        "--no_clip_input", action="store_true",
-        help="leave in what is brighter than 1 on the data set's intensity scale, as the authors do, in training and later",
-    )  # fmt: skip
-    add(
-        "--crop_background", type=float, metavar="SHARE",
-        help="train on so many of the images in windows round their foreground, and compute in windows later"
-        " (0; in fine-tuning 0.7, if the base computes in windows)",
-    )  # fmt: skip
-    add("--guidance_dropout_prob", type=float, default=0.35, help="share of images whose condition is dropped")
-    add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual")
-    add(
-        "--first_timesteps", type=float, default=1.0, metavar="SHARE",
-        help="begin with the lowest SHARE of the timesteps and let it rise to all; 0.2 learns the classes sooner (1: off)",
-    )  # fmt: skip
-    add("--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon")
-    add("--ddpm_num_steps", type=int, default=1000)
-    add("--ddpm_beta_schedule", default="linear", choices=["linear", "scaled_linear", "squaredcos_cap_v2"])
+    add("--dataset", required=True, help="slice data set: a folder of `diffusers-cf prepare`, or user/name[@revision]")
+    add("--output_dir", required=True, help="folder for the pipeline, with checkpoints and logs beside it")
+    add("--unet_size", choices=list(UNET_SIZES), default="small", help="size of a new network; default: %(default)s")
+    add("--conditioning", choices=CONDITIONINGS, default="attention", help="how a new network gets the class: attention,"
+        " by tokens in keys and values; adagn, by the time embedding; default: %(default)s")  # fmt: skip
+    add("--resolution", type=int, help="side of a new network's input in pixels, a multiple of 8; default: 64")
+    add("--pretrained_model", help="model to fine-tune, on all or some of its modalities: folder, Hub id or name of a"
+        " shipped model; its network is used instead of a new one; default: none")  # fmt: skip
+    add("--renormalize", action="store_true", help="allow --pretrained_model to have another intensity scale than the"
+        " data set; the new model has the data set's")  # fmt: skip
+    add("--max_train_samples", type=int, help="train on the first so many slices; default: all")
+    add("--random_flip", action="store_true", help="mirror half of the images left to right")
+    add("--augment", action="store_true", help="apply small random rotations, scales, shifts and gains")
+    add("--no_clip_input", action="store_true", help="keep intensities above 1 on the data set's scale, as the authors do,"
+        " in training and inference; default: cut them at 1")  # fmt: skip
+    add("--crop_background", type=float, metavar="SHARE", help="share of the images that are trained on in windows around"
+        " their foreground, 0 to 1; above 0, inference computes in windows; default: 0, or 0.7 if the model to fine-tune"
+        " computes in windows")  # fmt: skip
+    add("--guidance_dropout_prob", type=float, default=0.35, help="probability that an image's class is replaced by null,"
+        " for implicit guidance; default: %(default)s (the paper's)")  # fmt: skip
+    add("--snr_gamma", type=float, help="gamma of min-SNR loss weighting, usually 5; default: no weighting")
+    add("--first_timesteps", type=float, default=1.0, metavar="SHARE", help="share of the timesteps, from the lowest, to begin"
+        " with; it rises to all of them; 0.2 learns the classes sooner; default: %(default)s")  # fmt: skip
+    add("--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon", help="what a new network predicts;"
+        " default: %(default)s")  # fmt: skip
+    add("--ddpm_num_steps", type=int, default=1000, help="timesteps of the diffusion process; default: %(default)s")
+    add("--ddpm_beta_schedule", default="linear", choices=["linear", "scaled_linear", "squaredcos_cap_v2"],
+        help="noise schedule; default: %(default)s")  # fmt: skip
 
 
 def _add_optimisation_options(add) -> None:
-    add("--seed", type=int, default=0)
-    add("--train_batch_size", type=int, default=32, help="images a process and accumulation step")
-    add("--gradient_accumulation_steps", type=int, default=1)
-    add("--max_train_steps", type=int, default=50_000)
-    add("--num_train_epochs", type=int, help="overrides --max_train_steps")
-    add("--learning_rate", type=float, default=1e-4)
-    add("--scale_lr", action="store_true", help="multiply the rate by processes, accumulation and batch size")
-    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup")
-    add("--lr_warmup_steps", type=int, default=500)
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_weight_decay", type=float, default=0.01)
-    add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0)
-    add("--ema_max_decay", type=float, default=0.9999)
-    add("--ema_inv_gamma", type=float, default=1.0)
-    add("--ema_power", type=float, default=0.75, help="decay after n steps is 1 - (1 + n / inv_gamma) ** -power")
+    add("--seed", type=int, default=0, help="seed of everything random; default: %(default)s")
+    add(
+        "--train_batch_size",
+        type=int,
+        default=32,
+        help="images per process and accumulation step; default: %(default)s",
+    )
+    add("--gradient_accumulation_steps", type=int, default=1, help="batches per optimiser step; default: %(default)s")
+    add("--max_train_steps", type=int, default=50_000, help="optimiser steps; default: %(default)s")
+    add(
+        "--num_train_epochs",
+        type=int,
+        help="passes over the training set, instead of --max_train_steps; default: none",
+    )
+    add("--learning_rate", type=float, default=1e-4, help="peak learning rate of AdamW; default: %(default)s")
+    add("--scale_lr", action="store_true", help="multiply --learning_rate by the number of images per optimiser step")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup", help="default: %(default)s")
+    add("--lr_warmup_steps", type=int, default=500, help="optimiser steps of linear warm-up; default: %(default)s")
+    add("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
+    add("--adam_beta2", type=float, default=0.999, help="default: %(default)s")
+    add("--adam_weight_decay", type=float, default=0.01, help="default: %(default)s")
+    add("--adam_epsilon", type=float, default=1e-8, help="default: %(default)s")
+    add("--max_grad_norm", type=float, default=1.0, help="norm to which gradients are clipped; default: %(default)s")
+    add(
+        "--ema_max_decay",
+        type=float,
+        default=0.9999,
+        help="highest decay of the averaged weights; default: %(default)s",
+    )
+    add("--ema_inv_gamma", type=float, default=1.0, help="inv_gamma of --ema_power; default: %(default)s")
+    add("--ema_power", type=float, default=0.75, help="after n steps the averaged weights decay by"
+        " 1 - (1 + n / inv_gamma) ** -power; default: %(default)s")  # fmt: skip
 
 
 def _add_run_options(add) -> None:
-    add("--gradient_checkpointing", action="store_true")
-    text = "auto: bf16 where the device computes in it; defaults to accelerate's configuration"
-    add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], help=text)
-    add("--allow_tf32", action="store_true")
-    add("--compile", action="store_true", help="torch.compile the network; not made for windows, whose sizes vary")
-    add("--dataloader_num_workers", type=int, help="default: 4 where a GPU computes, else 0")
-    add("--checkpointing_steps", type=int, default=1000)
-    add("--checkpoints_total_limit", type=int)
-    add("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
-    add("--validation_steps", type=int, default=1000, help="0 switches validation off")
-    add("--num_validation_slices", type=int, default=64)
-    add("--logging_steps", type=int, default=25)
-    add("--report_to", choices=LoggerType.list(), metavar="TRACKER", help="tensorboard, wandb, ..")
-    add("--logging_dir", default="logs", help="inside output_dir")
-    add("--tracker_project_name", default="diffusers_cf")
-    add("--push_to_hub", action="store_true")
-    add("--hub_model_id", help="defaults to the name of output_dir")
-    add("--hub_token")
-    add("--hub_private_repo", action="store_true")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
+    add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], help="arithmetic of the network; auto is bf16 if the"
+        " device computes in it; default: accelerate's configuration")  # fmt: skip
+    add("--allow_tf32", action="store_true", help="allow TF32 matrix products on a GPU")
+    add("--compile", action="store_true", help="compile the network; not for windows, whose sizes vary")
+    add("--dataloader_num_workers", type=int, help="processes that read data; default: 4 with a GPU, else 0")
+    add(
+        "--checkpointing_steps",
+        type=int,
+        default=1000,
+        help="optimiser steps between checkpoints; default: %(default)s",
+    )
+    add("--checkpoints_total_limit", type=int, help="checkpoints to keep, the latest; default: all")
+    add("--resume_from_checkpoint", help="folder of a checkpoint, or `latest` of --output_dir; default: start anew")
+    add("--validation_steps", type=int, default=1000, help="optimiser steps between validations, 0 for none; default:"
+        " %(default)s")  # fmt: skip
+    add("--num_validation_slices", type=int, default=64, help="validation slices, evenly spread; default: %(default)s")
+    add("--logging_steps", type=int, default=25, help="optimiser steps between log entries; default: %(default)s")
+    add("--report_to", choices=LoggerType.list(), metavar="TRACKER", help="tensorboard, wandb or another tracker of"
+        " accelerate; default: none")  # fmt: skip
+    add("--logging_dir", default="logs", help="folder of logs inside --output_dir; default: %(default)s")
+    add("--tracker_project_name", default="diffusers_cf", help="project name for the tracker; default: %(default)s")
+    add("--push_to_hub", action="store_true", help="publish the model when training ends")
+    add("--hub_model_id", help="repository to publish to, user/name; default: the name of --output_dir")
+    add("--hub_token", help="token for the Hub; default: that of `hf auth login`")
+    add("--hub_private_repo", action="store_true", help="make the repository private")
