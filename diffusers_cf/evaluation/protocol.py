@@ -31,8 +31,6 @@ REGIONS = ("foreground", "background")
 # compare; on TCGA-LGG each size holds about a third of the patients.
 LESION_SIZES = {"small": (0.0, 0.03), "medium": (0.03, 0.08), "large": (0.08, 1.0)}
 
-write_result = write_json
-
 
 def evaluate(
     anomaly_map: Callable[[torch.Tensor], torch.Tensor],

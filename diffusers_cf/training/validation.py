@@ -8,7 +8,8 @@ import torch
 
 from diffusers_cf.data.intensity import normalize_of, unit_in_words
 from diffusers_cf.data.slices import SliceDataset, batches_of
-from diffusers_cf.evaluation.protocol import evaluate, write_result
+from diffusers_cf.evaluation.protocol import evaluate
+from diffusers_cf.files import write_json
 from diffusers_cf.plots import plot_slices
 
 
@@ -73,7 +74,7 @@ class Validation:
     def _add_to_curve(self, step: int, scores: dict[str, float]) -> None:
         """A run that goes on from a checkpoint replaces what came after it."""
         before = [row for row in self._curve() if row["step"] < step]
-        write_result(
+        write_json(
             before + [{"step": step, "images": step * self.global_batch, **scores}], self.folder / "scores.json"
         )
 
