@@ -1,8 +1,8 @@
-"""What `train_counterfactual.py` is made of: reproducible batches, augmentation, checkpoints, validation.
+"""The parts of the training loop: reproducible batches, augmentation, progress and checkpoints.
 
-Everything random about a training image is a function of the seed and of the image's global position in the run, so
-that the same images, noise, timesteps and dropped conditions come out on any number of processes, with any split of
-the batch into accumulated parts, and after a resume.
+Everything random about a training image depends only on the seed and on the image's global position in the run. So
+any number of processes, any number of accumulation steps and a resumed run all see the same images, noise, timesteps
+and dropped conditions.
 """
 
 import errno
@@ -31,35 +31,70 @@ STATE_FILE = "trainer_state.json"
 ADVICE = "lower --learning_rate or use bf16; the checkpoints saved so far are whole"
 
 
-class TrainingImages:
-    """What becomes of a slice at a global position of the run, wherever its row is from.
+class TrainingSlices(torch.utils.data.Dataset):
+    """An endless training set: an item is the image at a global position of the run, classes balanced in expectation.
 
     Args:
-        slices: a `SliceDataset` (anything with `collate`).
-        seed (`int`): of the run.
+        slices: a `SliceDataset` (anything with `labels`, `__getitems__` and `collate`).
+        seed (`int`): seed of the run.
         image_size (`tuple[int, int]`): height and width of the network's input.
+        max_samples (`int`, *optional*): use only the first slices, as many as this.
         num_train_timesteps (`int`): T; timesteps are drawn uniformly from [0, T).
         random_flip (`bool`): mirror left and right with probability 0.5.
         augment (`bool`): small rotation, scale, shift and per-channel gain, see [`augment_images`].
-        crop_background (`float`): share of the images that are trained on in the window around their foreground alone.
+        crop_background (`float`): share of the images that are cut to the window around their foreground.
         window_side (`int`): side of a window that the foreground fits into.
         clip_input (`bool`): cut images at 1, as [`CounterfactualDDIMPipeline`] does.
+
+    Raises:
+        InputError: there is no slice.
     """
 
     def __init__(
-        self, slices, seed: int, image_size: tuple[int, int], num_train_timesteps: int = 1000,
-        random_flip: bool = False, augment: bool = False, crop_background: float = 0.0, window_side: int = 48,
-        clip_input: bool = True,
+        self, slices, seed: int, image_size: tuple[int, int], max_samples: int | None = None,
+        num_train_timesteps: int = 1000, random_flip: bool = False, augment: bool = False,
+        crop_background: float = 0.0, window_side: int = 48, clip_input: bool = True,
     ):  # fmt: skip
         self.slices, self.seed, self.image_size = slices, seed, image_size
         self.num_train_timesteps, self.random_flip, self.augment = num_train_timesteps, random_flip, augment
         self.crop_background, self.window_side, self.clip_input = crop_background, window_side, clip_input
+        self.labels = np.asarray(slices.labels)[:max_samples]
+        self.num_slices = len(self.labels)
+        if not self.num_slices:
+            raise InputError(f"{getattr(slices, 'folder', 'the data set')}: the training split is empty")
+        self.by_class = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
+        self.chunks = {}
+
+    def classes(self) -> set[int]:
+        """Return the indices of the classes that have slices."""
+        return set(self.labels.tolist())
+
+    @property
+    def num_patients(self) -> int:
+        """Number of patients that have slices."""
+        return len(np.unique(self.slices.patients[: self.num_slices]))
+
+    def index_at(self, position: int) -> int:
+        """Return the index of the slice at a position: draw a class uniformly, then one of its slices uniformly."""
+        chunk, offset = divmod(position, _CHUNK)
+        if chunk not in self.chunks:
+            random = np.random.default_rng([self.seed, chunk])
+            classes, ranks = random.integers(len(self.by_class), size=_CHUNK), random.random(_CHUNK)
+            drawn = [self.by_class[c][int(r * len(self.by_class[c]))] for c, r in zip(classes, ranks, strict=True)]
+            self.chunks = {chunk: np.array(drawn)}
+        return int(self.chunks[chunk][offset])
+
+    def __getitems__(self, positions: list[int]) -> list[tuple]:
+        """Return pairs `(position, row)`."""
+        rows = self.slices.__getitems__([self.index_at(position) for position in positions])
+        return list(zip(positions, rows, strict=True))
 
     def collate(self, items: list[tuple]) -> dict[str, torch.Tensor]:
-        """A batch of `(position, row)`: `images` and `noise` `(N, C, h, w)`; by image, `(N,)`, the rest.
+        """Make a batch of pairs `(position, row)`.
 
-        Images are in [-1, 1], above it where peaks are left in or a gain lifts them. The rest is `labels`, `timesteps`,
-        `uniform` for dropping the condition, and whether it `is_cropped` in `collate_parts`.
+        Returns:
+            `images` and `noise` `(N, C, h, w)`, `labels`, `timesteps`, `uniform` (for dropping the condition) and
+            `is_cropped` (for `collate_parts`) `(N,)`. Images lie in [-1, 1]; peaks left in or a gain can exceed 1.
         """
         positions, rows = zip(*items, strict=True)
         batch = self.slices.collate(list(rows))
@@ -80,7 +115,7 @@ class TrainingImages:
         }
 
     def collate_parts(self, items: list[tuple]) -> list[dict[str, torch.Tensor]]:
-        """[`collate`] in parts of one image size each: whole images first, then those of each size of window."""
+        """Make a batch as [`collate`] does, in parts of one size: whole images first, then each size of window."""
         batch = self.collate(items)
         is_cropped = batch.pop("is_cropped")
         if not is_cropped.any():
@@ -95,60 +130,15 @@ class TrainingImages:
             parts.append({k: group.cut(v) if v.ndim == 4 else v[group.index] for k, v in batch.items()})
         return parts
 
-
-class TrainingSlices(TrainingImages, torch.utils.data.Dataset):
-    """Endless training set: an item is the image at a global position of the run, classes balanced in expectation.
-
-    Args:
-        slices: a `SliceDataset` (anything with `labels`, `__getitems__` and `collate`).
-        seed (`int`): of the run.
-        image_size (`tuple[int, int]`): height and width of the network's input.
-        max_samples (`int`, *optional*): use only the first so many slices.
-        **options: the others of [`TrainingImages`].
-    """
-
-    def __init__(self, slices, seed: int, image_size: tuple[int, int], max_samples: int | None = None, **options):
-        super().__init__(slices, seed, image_size, **options)
-        self.labels = np.asarray(slices.labels)[:max_samples]
-        self.num_slices = len(self.labels)
-        if not self.num_slices:
-            raise InputError(f"{getattr(slices, 'folder', 'the data set')}: the training split is empty")
-        self.by_class = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
-        self.chunks = {}
-
-    def classes(self) -> set[int]:
-        """Indices of the classes that have slices."""
-        return set(self.labels.tolist())
-
-    @property
-    def num_patients(self) -> int:
-        """Patients that have slices."""
-        return len(np.unique(self.slices.patients[: self.num_slices]))
-
-    def index_at(self, position: int) -> int:
-        """Index of the slice at a position: a class uniformly, then one of its slices uniformly."""
-        chunk, offset = divmod(position, _CHUNK)
-        if chunk not in self.chunks:
-            random = np.random.default_rng([self.seed, chunk])
-            classes, ranks = random.integers(len(self.by_class), size=_CHUNK), random.random(_CHUNK)
-            drawn = [self.by_class[c][int(r * len(self.by_class[c]))] for c, r in zip(classes, ranks, strict=True)]
-            self.chunks = {chunk: np.array(drawn)}
-        return int(self.chunks[chunk][offset])
-
-    def __getitems__(self, positions: list[int]) -> list[tuple]:
-        """Pairs `(position, row)`."""
-        rows = self.slices.__getitems__([self.index_at(position) for position in positions])
-        return list(zip(positions, rows, strict=True))
-
     def batches(self, positions: Iterable[list[int]], num_workers: int, pin_memory: bool) -> Iterable[list[dict]]:
-        """Batches, as [`collate_parts`] makes them, for lists of global positions, by the workers of a `DataLoader`."""
+        """Load the batches of [`collate_parts`] at lists of global positions with a `DataLoader`."""
         return torch.utils.data.DataLoader(
             self,
             batch_sampler=positions,
             collate_fn=self.collate_parts,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            # without one of its own a loader draws from the global generator, whose state a checkpoint has just restored
+            # Without its own, the loader draws from the global generator, which a checkpoint has just restored.
             generator=torch.Generator(),
         )
 
@@ -157,12 +147,14 @@ _FIXED_DRAWS = 2 + 6  # timestep, dropping; flip, rotation, two scales, two shif
 
 
 def position_seed(seed: int, position: int) -> int:
-    """A seed for the image at a global position, far from those of its neighbours."""
+    """Return the seed of the image at a global position, independent of its neighbours'."""
     return int(np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def augment_images(images: torch.Tensor, uniform: torch.Tensor, flip: bool, deform: bool) -> torch.Tensor:
-    """Mirrors, and deforms by up to 10 degrees, 10 % scale, 5 % shift and 10 % gain a channel; background stays 0.
+    """Mirror images, and deform them by up to 10 degrees, 10 % scale, 5 % shift and 10 % gain per channel.
+
+    Background stays 0.
 
     Args:
         images (`torch.Tensor`): `(N, C, H, W)`, at least 0.
@@ -187,13 +179,14 @@ def augment_images(images: torch.Tensor, uniform: torch.Tensor, flip: bool, defo
 
 
 class PositionBatches(torch.utils.data.Sampler):
-    """Batches of global positions for one process: step by step, part by part, its own share of each part.
+    """Batches of global positions for one process: its share of each accumulation step.
 
     Args:
-        first_step (`int`), last_step (`int`): optimiser steps [first, last) to yield batches for.
-        batch_size (`int`): images a process and part.
+        first_step, last_step (`int`): yield batches for the optimiser steps [first, last).
+        batch_size (`int`): images per process and accumulation step.
         parts (`int`): gradient accumulation steps.
-        rank (`int`), world_size (`int`): of the process.
+        rank (`int`): index of this process.
+        world_size (`int`): number of processes.
     """
 
     def __init__(self, first_step: int, last_step: int, batch_size: int, parts: int, rank: int, world_size: int):
@@ -211,7 +204,7 @@ class PositionBatches(torch.utils.data.Sampler):
 
 
 class averaged_weights:
-    """Within this context the model holds its EMA weights, for inference; afterwards the ones in training again."""
+    """Context in which the model is in evaluation mode and holds its EMA weights."""
 
     def __init__(self, model: torch.nn.Module, ema):
         self.model, self.ema = model, ema
@@ -227,14 +220,14 @@ class averaged_weights:
 
 
 class Progress:
-    """Mean loss and images per second since the last report, and the check that the loss is a number.
+    """Report the mean loss and the speed since the last report, and check that the loss is finite.
 
     Args:
-        accelerator: averages over the processes; its trackers log.
+        accelerator: averages over the processes and logs.
         bar: a tqdm bar of optimiser steps.
         step (`int`): optimiser steps done.
         parts (`int`): gradient accumulation steps.
-        images_per_step (`int`): of all processes and parts.
+        images_per_step (`int`): images per optimiser step, over all processes.
     """
 
     def __init__(self, accelerator, bar, step: int, parts: int, images_per_step: int):
@@ -243,11 +236,11 @@ class Progress:
         self.since, self.start = step, time.perf_counter()
 
     def add(self, loss: torch.Tensor) -> None:
-        """Counts the loss of one accumulation step."""
+        """Add the loss of one accumulation step."""
         self.sum += loss / self.parts
 
     def report(self, step: int, rate: float) -> None:
-        """Logs loss, learning rate and speed.
+        """Log loss, learning rate and speed.
 
         Raises:
             InputError: the loss is NaN or infinite.
@@ -263,20 +256,20 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in this context isn't training's."""
+        """Leave the time spent in this context out of the speed."""
         before = time.perf_counter()
         yield
         self.start += time.perf_counter() - before
 
 
 def check_weights(weights: list[torch.Tensor], step: int) -> None:
-    """Raises InputError where the last update has broken the weights, which its own loss can't show yet."""
+    """Raise `InputError` if the last update made weights NaN or infinite: its own loss can't show that yet."""
     if not all(w.isfinite().all() for w in weights):
         raise InputError(f"the weights became NaN or infinite by step {step}: {ADVICE}")
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a folder, oldest first; what a kill left under a temporary name is not among them."""
+    """Return the complete checkpoints of a folder, oldest first."""
     found = [
         p for p in Path(folder).glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name) and (p / STATE_FILE).is_file()
     ]
@@ -284,7 +277,7 @@ def finished_checkpoints(folder: Path) -> list[Path]:
 
 
 def check_output_folder(output: Path, resume_from: str | None) -> None:
-    """Raises InputError where a folder holds another run's checkpoints, which `latest` would mix with this one's."""
+    """Raise `InputError` if a new run would write into a folder that holds another run's checkpoints."""
     finished = finished_checkpoints(output)
     if finished and not resume_from:
         raise InputError(
@@ -294,18 +287,18 @@ def check_output_folder(output: Path, resume_from: str | None) -> None:
 
 
 def save_checkpoint(accelerator, folder: Path, step: int, facts: dict, save_model, limit: int | None) -> None:
-    """Save the training state as `checkpoint-STEP`, as a whole or not at all, then delete the oldest over `limit`.
+    """Save the whole training state as `checkpoint-STEP`, or nothing; then delete the oldest beyond `limit`.
 
     Args:
-        accelerator: holds what is saved.
+        accelerator: holds the state to save.
         folder (`Path`): the run's output folder.
         step (`int`): optimiser steps done.
-        facts (`dict`): goes to trainer_state.json, written last.
-        save_model: `(folder) -> None`, writes the EMA weights as a pipeline; called on the main process.
+        facts (`dict`): for trainer_state.json, which is written last.
+        save_model: `(folder) -> None`, saves the EMA weights as a pipeline; called on the main process.
         limit (`int`, *optional*): how many checkpoints to keep.
 
     Raises:
-        OSError: it can't be written; nothing of it is left.
+        OSError: the checkpoint can't be written; nothing of it is left.
     """
     final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     if accelerator.is_main_process:
@@ -335,7 +328,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _delete(checkpoint: Path) -> None:
-    # under another name first: a kill halfway must not leave one that looks whole
+    # Rename first: a kill halfway must not leave a folder that looks complete.
     doomed = checkpoint.with_name(f".{checkpoint.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(checkpoint, doomed)
@@ -343,10 +336,15 @@ def _delete(checkpoint: Path) -> None:
 
 
 def find_checkpoint(folder: Path, name: str | None, facts: dict) -> tuple[Path, int] | None:
-    """The checkpoint to resume from and its step: a path, or `latest` of the folder (None where there is none yet).
+    """Return the checkpoint to resume from and its step, or None if there is none.
+
+    Args:
+        folder (`Path`): the run's output folder.
+        name (`str`, *optional*): a path, a name in the folder, or `latest`.
+        facts (`dict`): what must equal the checkpoint's trainer_state.json: seed, batch, data.
 
     Raises:
-        InputError: the checkpoint is missing, incomplete or of a run with other `facts` (seed, batch, data).
+        InputError: the checkpoint is missing, incomplete or has other `facts`.
     """
     if name is None:
         return None
