@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from diffusers_cf.errors import in_one_line
+from diffusers_cf.files import remove_empty_folders
 from diffusers_cf.provenance import package_commit
 
 
@@ -38,7 +39,7 @@ def run_command(command: Callable[[], int | None]) -> int:
     """Run a command and return its exit code.
 
     0 done; 2 with one line on stderr for bad input, a file system error or lack of memory; 130 and 143 with one line
-    after Ctrl-C and SIGTERM. Any other exception is a fault of this package and keeps its traceback (exit code 1).
+    after Ctrl-C and SIGTERM. Output folders that stayed empty are removed. Any other exception is a fault of this package and keeps its traceback (exit code 1).
     """
     if sys.stderr is None:  # closed by the caller; progress bars and messages have nowhere else to go
         sys.stderr = open(os.devnull, "w")
@@ -55,6 +56,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         if line is None:
             raise
     finally:
+        remove_empty_folders()
         signal.signal(signal.SIGTERM, previous)
     print(f"error: {line}", file=sys.stderr)
     return code

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,6 +16,7 @@ from diffusers_cf.errors import BusyError, InputError, reading
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+_made: list[Path] = []  # by make_folder, an outer folder before its inner ones
 
 
 @contextmanager
@@ -68,7 +69,17 @@ def read_json(path: str | Path, max_bytes: int = 16 << 20) -> dict:
 
 def make_folder(path: str | Path) -> None:
     """Make an output folder at a command's start, so that a wrong path fails before any work is done."""
-    Path(path).mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    _made.extend(reversed(missing))
+
+
+def remove_empty_folders() -> None:
+    """Remove the folders that [`make_folder`] made and that nothing was written to, at a command's end."""
+    while _made:
+        with suppress(OSError):
+            _made.pop().rmdir()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from diffusers_cf.arguments import ArgumentParser, run_command
 from diffusers_cf.cli import COMMANDS, main
 from diffusers_cf.errors import InputError
+from diffusers_cf.files import make_folder
 from diffusers_cf.inference import check_device_arguments, open_pipeline
 from diffusers_cf.loading import PRETRAINED
 from diffusers_cf.provenance import package_commit
@@ -40,6 +41,19 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys):
     assert run_command(lambda: None) == 0
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 / 0)
+
+
+def test_a_command_that_fails_leaves_no_empty_folder(tmp_path):
+    def command(written):
+        make_folder(tmp_path / "old" / "new" / "newest")
+        if written:
+            (tmp_path / "old" / "new" / "result").touch()
+        raise InputError("no")
+
+    (tmp_path / "old").mkdir()
+    for written, left in [(False, ["old"]), (True, ["new", "old", "result"])]:
+        assert run_command(lambda written=written: command(written)) == 2
+        assert sorted(path.name for path in tmp_path.rglob("*")) == left
 
 
 @pytest.mark.parametrize("name", COMMANDS)
