@@ -20,6 +20,8 @@ PAPER_SETTINGS = {
 
 
 NAMES = ("recommended", "paper")
+# What a sweep varies, and what a threshold depends on.
+MAP_SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "map")
 
 
 def settings_in_use(facts: Mapping, given: Mapping, name: str | None = None) -> dict:

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from hub_client import client_process
 from hub_server import HubServer
+from training_data import write_training_set
 
 from diffusers_cf import (
     ClassTokenEncoder,
@@ -93,6 +94,16 @@ def make_pipeline():
 def pipe(make_pipeline):
     """A conditional pipeline with an untrained U-Net and our two schedulers."""
     return make_pipeline()
+
+
+@pytest.fixture
+def files(make_pipeline, tmp_path):
+    """A model that recommends nothing and a data set, of 2 channels, 8 x 8 and 16 x 16 pixels."""
+    pipe = make_pipeline()
+    pipe.preprocessing = {"modalities": ["flair", "t1"]}
+    pipe.save_pretrained(tmp_path / "model")
+    write_training_set(tmp_path / "slices")
+    return tmp_path
 
 
 @pytest.fixture

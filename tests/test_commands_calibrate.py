@@ -10,16 +10,6 @@ from diffusers_cf.cli import main
 from diffusers_cf.settings import PAPER_SETTINGS
 
 
-@pytest.fixture
-def files(make_pipeline, tmp_path):
-    """A model that recommends nothing, and a data set."""
-    pipe = make_pipeline()
-    pipe.preprocessing = {"modalities": ["flair", "t1"]}
-    pipe.save_pretrained(tmp_path / "model")
-    write_training_set(tmp_path / "slices")
-    return tmp_path
-
-
 def calibrate(files, *options):
     paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "out" / "RESULT.json"]
     settings = ["--strength", 0.5, "--num_inference_steps", 10, "--dtype", "float32"]

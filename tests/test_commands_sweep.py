@@ -25,16 +25,6 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def files(make_pipeline, tmp_path):
-    """A model and a data set of 2 channels, 8 x 8 and 16 x 16 pixels."""
-    pipe = make_pipeline()
-    pipe.preprocessing = {"modalities": ["flair", "t1"]}
-    pipe.save_pretrained(tmp_path / "model")
-    write_training_set(tmp_path / "slices")
-    return tmp_path
-
-
-@pytest.fixture
 def no_sweep(monkeypatch):
     """Fails the test if the sweep, or what comes before it and takes long, begins."""
     for name in ("sweep", "learn_signs"):

@@ -11,9 +11,9 @@ from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.calibration import HEALTHY_QUANTILE, dice_of_thresholds, thresholds_of_labels
 from diffusers_cf.files import make_folder, write_json
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
+from diffusers_cf.settings import MAP_SETTINGS
 
 
-SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "map")
 # The first is the default of --store.
 RULES = ("slice-labels", "healthy-quantile")
 
@@ -54,8 +54,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
     measured_on = open_split(args.dataset, args.measure) if args.measure else None
     rows = rows_of_both_labels(chosen_on, args.max_slices)
     pipe = open_pipeline(args.model, args.device, args.dtype, dataset=chosen_on)
-    settings = checked_settings(pipe, args.settings, **{name: getattr(args, name) for name in SETTINGS})
-    settings = {name: settings[name] for name in SETTINGS}
+    settings = checked_settings(pipe, args.settings, **{name: getattr(args, name) for name in MAP_SETTINGS})
+    settings = {name: settings[name] for name in MAP_SETTINGS}
     output = Path(args.output)
     make_folder(output.parent)
     thresholds = thresholds_of_labels(_maps(pipe, chosen_on, rows, settings, args.batch_size), args.quantile)
@@ -102,7 +102,7 @@ def _store(folder: str, settings: dict, chosen_by: dict, size: int) -> None:
 
     known = read_preprocessing(folder)
     former = known.pop("settings_chosen_by", None)
-    if former and all(settings[name] == known.get("settings", {}).get(name) for name in SETTINGS):
+    if former and all(settings[name] == known.get("settings", {}).get(name) for name in MAP_SETTINGS):
         # the settings stay as they were chosen; their ideal Dice was that of another threshold
         known["settings_chosen_by"] = {name: value for name, value in former.items() if name != "ideal_dice"}
     stored = {"settings": settings | {"postprocess": True}, "threshold_chosen_by": chosen_by, "evaluation_size": size}

@@ -10,10 +10,9 @@ from diffusers_cf.commands.options import add_device_arguments
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import make_folder, read_json, write_json
 from diffusers_cf.provenance import command_line, package_commit
-from diffusers_cf.settings import MAPS, NAMES, PAPER_SETTINGS
+from diffusers_cf.settings import MAP_SETTINGS, MAPS, NAMES, PAPER_SETTINGS
 
 
-SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "map")
 # The paper's Fig. 3 begins at a strength of 0.4; for small networks and real FLAIR slices the best ones are lower.
 GUIDANCE_SCALES = (1.5, 2.5, 3.0)
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -115,7 +114,7 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.store and not Path(args.model).is_dir():
         raise InputError(f"{args.model}: settings can be stored in a model folder only")
     swept = [args.guidance_scales, args.strengths, args.num_inference_steps, args.maps]
-    if args.store == "paper" and swept != [[PAPER_SETTINGS[name]] for name in SETTINGS]:
+    if args.store == "paper" and swept != [[PAPER_SETTINGS[name]] for name in MAP_SETTINGS]:
         options = "--guidance_scales 3 --strengths 0.75 --maps counterfactual --num_inference_steps 100"
         raise InputError(f"--store paper needs a sweep of the paper's setting alone: {options}")
     if args.store == "paper" and args.solver_order:
@@ -160,7 +159,7 @@ def store_point(model: str, name: str, point, chosen_by: dict, more: dict) -> No
         return
     known.pop("threshold_chosen_by", None)  # of the threshold that is replaced
     scores = {"postprocessed_auprc": point.postprocessed_auprc, "ideal_dice": point.postprocessed_ideal_dice}
-    settings = {name: getattr(point, name) for name in (*SETTINGS, "threshold")} | {"postprocess": True}
+    settings = {name: getattr(point, name) for name in (*MAP_SETTINGS, "threshold")} | {"postprocess": True}
     files = {PREPROCESSING: known | {"settings": settings, "settings_chosen_by": chosen_by | scores} | more}
     scheduler = "inverse_scheduler/scheduler_config.json"
     config = read_json(Path(model, scheduler))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import alone_at, read_json, write_json
+from diffusers_cf.settings import MAP_SETTINGS
 
 
 REPORT = "report.json"
@@ -14,7 +15,6 @@ _REQUIRED = (
     "patient", "model", "model_sha256", "preprocessing", "threshold", "postprocessed", "inputs", "lesion_volume_ml",
     "n_slices", "settings",
 )  # fmt: skip
-_SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "map")
 
 
 def read_report(folder: Path) -> dict:
@@ -25,7 +25,7 @@ def read_report(folder: Path) -> dict:
     """
     report = read_json(folder / REPORT)
     missing = [name for name in _REQUIRED if name not in report]
-    if missing := missing or [f"settings.{name}" for name in _SETTINGS if name not in report["settings"]]:
+    if missing := missing or [f"settings.{name}" for name in MAP_SETTINGS if name not in report["settings"]]:
         raise InputError(f"{folder / REPORT}: not a report of segment: {missing[0]} is missing")
     return report
 
