@@ -42,12 +42,9 @@ def ours(args) -> Iterator[None]:
     }  # fmt: skip
     given = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     parsed = parse_args(given + ["--random_flip"] + ["--compile"] * args.compile)
-    run = script.set_up(parsed, script.start_accelerator(parsed, Path(args.folder)), Path(args.folder))
-    noise_scheduler = DDPMScheduler()
-    for batch in script.batches(run, 0):
-        script.train_on_batch(run, noise_scheduler, batch, 1.0)
-        run.lr_scheduler.step()
-        run.ema.step(run.network.parameters())
+    folder = Path(args.folder)
+    training, _ = script.set_up(parsed, script.start_accelerator(parsed, folder), folder)
+    for _ in training.steps():
         yield
 
 

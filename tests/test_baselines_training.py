@@ -1,6 +1,4 @@
-"""The shared training loop: budgets, the validation curve, resuming, averaged weights, and which slices are used."""
-
-from contextlib import contextmanager
+"""Training a method: budgets, the validation curve, resuming, averaged weights, and which slices are used."""
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from training_data import write_training_set
 
 from diffusers_cf.baselines import training
 from diffusers_cf.baselines.method import TrainableMethod
-from diffusers_cf.baselines.training import Budget, MethodTraining, TrainingRecord, slices_of, training_step
+from diffusers_cf.baselines.training import Budget, TrainingRecord, set_up_training, slices_of, train_method
 from diffusers_cf.data import SliceDataset
 from diffusers_cf.errors import InputError
 
@@ -48,43 +46,20 @@ def splits(tmp_path_factory):
     return SliceDataset(folder, "train"), SliceDataset(folder, "validation")
 
 
-def train(splits, folder, method=None, steps=24, seconds=1e6, **options):
-    run = MethodTraining(method or Line(), *splits, folder, Budget(seconds, steps, 4, **options), seed=3)
-    return run, run.run()
+def train(splits, folder, method=None, steps=24, seconds=1e6, seed=3, killed_at=None):
+    """Train, and return the method and its record."""
+    method = method or Line()
+    run = set_up_training(method, splits[0], folder, Budget(seconds, steps, 4), seed)
+    if killed_at is not None:
+        accumulate = run.accumulate
 
+        def killed(batch):
+            if run.step == killed_at:
+                raise KeyboardInterrupt
+            return accumulate(batch)
 
-def test_each_loss_steps_its_own_optimiser_before_the_next_is_asked_for():
-    line = Line(target=0.4)
-    values = training_step(line, line.optimizers(), {"images": torch.zeros(1)}, 0.0)
-    # first: 0 - 0.1 * 2 (0 - 0.4) = 0.08; second is then pulled towards 0.08: 0 - 0.1 * 2 (0 - 0.08) = 0.016
-    assert line.first.item() == pytest.approx(0.08) and line.second.item() == pytest.approx(0.016)
-    assert values["first"].item() == pytest.approx(0.16) and values["second"].item() == pytest.approx(0.0064)
-
-
-@pytest.mark.parametrize(("max_norm", "step"), [(1.0, 0.1), (None, 200.0)])
-def test_gradients_are_clipped_to_the_methods_norm(max_norm, step):
-    line = Line(target=1000.0)
-    line.max_grad_norm = max_norm
-    training_step(line, line.optimizers(), {"images": torch.zeros(1)}, 0.0)
-    assert line.first.item() == pytest.approx(step)
-
-
-def test_autocast_covers_losses_and_not_their_backward_passes():
-    inside = []
-
-    @contextmanager
-    def autocast():
-        inside.append(True)
-        yield
-        inside.append(False)
-
-    def backward(loss):
-        assert inside[-1] is False
-        loss.backward()
-
-    line = Line()
-    training_step(line, line.optimizers(), {"images": torch.zeros(1)}, 0.0, backward, autocast)
-    assert inside == [True, False] * 3  # two losses, and the end
+        run.accumulate = killed
+    return method, train_method(method, splits[1], run)
 
 
 def test_a_method_sees_the_slices_it_may_see(splits):
@@ -96,18 +71,20 @@ def test_a_method_sees_the_slices_it_may_see(splits):
 
 
 def test_the_budget_of_steps(splits, tmp_path):
-    run, record = train(splits, tmp_path)
+    method, record = train(splits, tmp_path)
     assert record.steps == 24 and record.images_seen == 96 and len(record.curve) == training.CHECKS
     assert [images for images, _, _ in record.curve] == list(range(8, 97, 8))
-    assert [progress for progress, _ in run.method.seen] == pytest.approx(np.arange(24) / 24)
-    assert not run.method.training
+    assert [progress for progress, _ in method.seen] == pytest.approx(np.arange(24) / 24)
+    assert not method.training
 
 
-def test_the_budget_of_seconds(splits, tmp_path, monkeypatch):
-    clock = iter(np.arange(0, 1000, 0.5))
-    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
-    _, record = train(splits, tmp_path, steps=1000, seconds=6.0)
-    assert record.seconds == pytest.approx(6.0) and record.steps == 12  # half a second a step, checks not counted
+def test_the_learning_rate_follows_the_method(splits, tmp_path):
+    method = Line(target=0.0)
+    method.learning_rate_factor = lambda progress: 1 - progress
+    run = set_up_training(method, splits[0], tmp_path, Budget(1e6, 4, 4), 3)
+    rates = [run.optimizers["first"].param_groups[0]["lr"]]
+    rates += [run.optimizers["first"].param_groups[0]["lr"] for _ in run.steps()]
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025, 0])
 
 
 @pytest.mark.parametrize(
@@ -145,30 +122,21 @@ def test_when_a_curve_is_flat(losses, flat):
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not(splits, tmp_path, monkeypatch, cls):
     monkeypatch.setattr(training, "SECONDS_PER_CHECKPOINT", -1)
     whole, record = train(splits, tmp_path / "whole", cls())
-    half = MethodTraining(cls(), *splits, tmp_path / "half", Budget(1e6, 24, 4), seed=3)
-    step = half._step
-
-    def killed(batch):
-        if half.record.steps == 9:
-            raise KeyboardInterrupt
-        step(batch)
-
-    half._step = killed
+    half = cls()
     with pytest.raises(KeyboardInterrupt):
-        half.run()
+        train(splits, tmp_path / "half", half, killed_at=9)
     again, resumed = train(splits, tmp_path / "half", cls())
-    assert resumed.curve[0] == half.record.curve[0] and resumed.steps == record.steps
+    assert resumed.steps == record.steps
     assert [loss for _, _, loss in resumed.curve] == pytest.approx([loss for _, _, loss in record.curve], rel=1e-6)
-    assert again.method.first.item() == pytest.approx(whole.method.first.item(), rel=1e-6)
-    assert [total for _, total in half.method.seen[:9] + again.method.seen] == [t for _, t in whole.method.seen]
+    assert again.first.item() == pytest.approx(whole.first.item(), rel=1e-6)
+    assert half.seen + again.seen == whole.seen
 
 
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(splits, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SECONDS_PER_CHECKPOINT", -1)
     train(splits, tmp_path)
-    other = MethodTraining(Line(), *splits, tmp_path, Budget(1e6, 24, 4), seed=4)
     with pytest.raises(InputError, match="made with seed = 3, this run has 4"):
-        other.run()
+        train(splits, tmp_path, seed=4)
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     for path in checkpoint.glob("custom_checkpoint_*"):
         path.write_bytes(b"")
@@ -178,9 +146,8 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(splits, tmp_pat
 
 def test_averaged_weights_are_those_that_stay(splits, tmp_path):
     plain, _ = train(splits, tmp_path / "a", Line())
-    run, _ = train(splits, tmp_path / "b", Averaged())
-    assert run.method.first.item() < plain.method.first.item()  # the average lags behind
-    assert run.method.first.item() == pytest.approx(run.ema.shadow_params[0].item())
+    averaged, _ = train(splits, tmp_path / "b", Averaged())
+    assert 0 < averaged.first.item() < plain.first.item()  # the average lags behind
 
 
 def test_broken_weights_end_the_training(splits, tmp_path):

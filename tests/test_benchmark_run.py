@@ -11,7 +11,6 @@ import pytest
 from training_data import write_training_set
 
 from diffusers_cf.baselines import NETWORKS, training
-from diffusers_cf.baselines.training import MethodTraining
 from diffusers_cf.benchmark.networks import Method, methods_for
 from diffusers_cf.benchmark.presets import PRESETS
 from diffusers_cf.benchmark.protocol import BenchmarkData, choose_settings
@@ -20,6 +19,7 @@ from diffusers_cf.commands.benchmark import PRESET_NAMES
 from diffusers_cf.data.phantom import make_patient, write_patient
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
+from diffusers_cf.training.loop import Training
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "reproduce_brats2021.sh"
@@ -206,8 +206,8 @@ def test_nothing_is_taken_from_another_benchmark(results, dataset, other_dataset
 
 def test_a_checkpoint_of_other_patients_is_not_continued(dataset, other_dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "SECONDS_PER_CHECKPOINT", -1)
-    step = MethodTraining._step
-    monkeypatch.setattr(MethodTraining, "_step", lambda self, batch: 1 / 0 if self.record.steps else step(self, batch))
+    accumulate = Training.accumulate
+    monkeypatch.setattr(Training, "accumulate", lambda self, batch: 1 / 0 if self.step else accumulate(self, batch))
     options = ["--methods", "cam", "--seeds", 1, "--models", tmp_path / "models"]
     with pytest.raises(ZeroDivisionError):
         run(dataset, tmp_path / "first", *options)

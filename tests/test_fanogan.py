@@ -2,11 +2,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from trivial_phantom import trivial_batch, trivial_slices
+from trivial_phantom import training_step, trivial_batch, trivial_slices
 
 from diffusers_cf.baselines.fanogan import FAnoGAN, gradient_penalty
 from diffusers_cf.baselines.method import frozen
-from diffusers_cf.baselines.training import training_step
 
 
 def tiny_fanogan(**changes):

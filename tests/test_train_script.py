@@ -21,8 +21,8 @@ from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.files import alone_at
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import UNET_SIZES
-from diffusers_cf.training.loop import finished_checkpoints
-from train_counterfactual import build_model, main, parse_args, resume, set_up, start_accelerator
+from diffusers_cf.training.checkpoints import finished_checkpoints
+from train_counterfactual import build_network, main, parse_args, set_up, start_accelerator
 
 
 ROOT = Path(__file__).parents[1]
@@ -30,12 +30,12 @@ DIE_WHILE_SAVING = """
 import os, signal, sys
 import train_counterfactual as script
 
-def die(run, folder):
+def die(pipe, folder):
     folder.mkdir()
     (folder / "model_index.json").write_text("{")
     os.kill(os.getpid(), signal.SIGKILL)
 
-script.Run.save_model = die
+script.CounterfactualDDIMPipeline.save_pretrained = die
 script.main(script.parse_args(sys.argv[1:]))
 """
 
@@ -110,7 +110,7 @@ def set_up_run(dataset, output, **changes):
 
 
 def test_weights_are_laid_out_as_the_device_trains_fastest(data, tmp_path):
-    weight = set_up_run(data, tmp_path / "out").network.unet.mid_block.resnets[0].conv1.weight
+    weight = set_up_run(data, tmp_path / "out")[0].network.unet.mid_block.resnets[0].conv1.weight
     assert weight.is_contiguous()
     devices, fastest = [torch.device(name) for name in ("cpu", "cuda")], train_counterfactual.fastest_layout
     layouts = [fastest(device, compiled) for device in devices for compiled in (False, True)]
@@ -226,12 +226,14 @@ def test_a_killed_run_resumes_as_if_never_killed(reference, data, tmp_path):
 
 
 def test_resuming_restores_the_whole_state(reference, data, tmp_path):
-    run = set_up_run(data, reference, resume_from_checkpoint="checkpoint-4")
-    assert resume(run) == 4
-    assert run.lr_scheduler.last_epoch == run.ema.optimization_step == 4
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(3e-4 * 4 / 6)
-    assert {int(state["step"]) for state in run.optimizer.state.values()} <= {3, 4}  # the first rate is 0
-    run.save_model(tmp_path / "model")
+    run, pipeline = set_up_run(data, reference)
+    assert run.resume("checkpoint-4")["step"] == run.step == 4
+    optimizer = run.optimizers["network"]
+    assert run.lr_schedulers[0].last_epoch == run.ema.optimization_step == 4
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(3e-4 * 4 / 6)
+    assert {int(state["step"]) for state in optimizer.state.values()} <= {3, 4}  # the first rate is 0
+    with run.averaged():
+        pipeline().save_pretrained(tmp_path / "model")
     assert_same_weights(tmp_path / "model", reference / "checkpoint-4" / "pipeline")
     trained = load_file(reference / "checkpoint-4" / "model.safetensors")
     assert all(torch.equal(tensor, trained[name]) for name, tensor in run.network.state_dict().items())
@@ -256,8 +258,8 @@ def test_the_first_steps_see_the_lowest_timesteps(data, tmp_path, monkeypatch):
         return noise_prediction_loss(model, scheduler, images, class_ids, noise, timesteps, snr_gamma)
 
     monkeypatch.setattr(train_counterfactual, "noise_prediction_loss", loss)
-    run = set_up_run(data, tmp_path / "model", first_timesteps=0.1, max_train_steps=8, train_batch_size=16)
-    train_counterfactual.train(run, 0)
+    run, _ = set_up_run(data, tmp_path / "model", first_timesteps=0.1, max_train_steps=8, train_batch_size=16)
+    assert list(run.steps()) == list(range(1, 9))
     assert max(seen[:3]) < 100 and 100 < seen[4] < 550 and max(seen[6:]) > 550
 
 
@@ -269,7 +271,7 @@ def test_every_trained_weight_gets_a_gradient(conditioning, data):
     from diffusers_cf.data.slices import SliceDataset
 
     args = parse_args(options(data, "unused", conditioning=conditioning))
-    model = build_model(args, SliceDataset(data, "train"), None)
+    model = build_network(args, SliceDataset(data, "train"), None)
     images, ids = torch.zeros(2, 2, 16, 16), torch.tensor([0, 2])
     noise_prediction_loss(model, DDPMScheduler(), images, ids, images + 1, torch.tensor([3, 500])).backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -288,13 +290,8 @@ def test_adagn_in_bf16_on_slices_without_masks(data_without_masks, tmp_path):
 
 
 def test_epochs_of_the_first_samples_unconditional(data, tmp_path):
-    changes = {
-        "conditioning": "unconditional",
-        "num_train_epochs": 2,
-        "max_train_samples": 9,
-        "lr_scheduler": "cosine",
-    }
-    output = train(data, tmp_path / "out", **changes)
+    changes = {"num_train_epochs": 2, "max_train_samples": 9, "lr_scheduler": "cosine"}
+    output = train(data, tmp_path / "out", conditioning="unconditional", **changes)
     # 9 slices are two batches of 8
     assert [path.name for path in finished_checkpoints(output)] == ["checkpoint-4"]
     pipe = CounterfactualDDIMPipeline.from_pretrained(output)
@@ -342,10 +339,8 @@ def test_errors_leave_with_exit_code_2_and_one_line(tmp_path):
         f"--output_dir={tmp_path / 'out'}",
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines() == [
-        "error: missing is no finished slice data set: preprocessing.json is missing (diffusers-cf prepare)"
-    ]
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: missing is no finished slice data set")
 
 
 WRONG_INPUTS = {
@@ -371,11 +366,11 @@ WRONG_INPUTS = {
     "one class": ({"dataset": "{data}", "max_train_samples": 5}, "{data}: no slice to train on is labelled unhealthy"),
     "not prepared": ({"dataset": "{tmp}"}, "{tmp} is no finished slice data set: preprocessing.json is missing"),
     "no checkpoint": (
-        {"dataset": "{data}", "resume_from_checkpoint": "checkpoint-5"}, "/checkpoint-5: not a complete checkpoint",
+        {"dataset": "{data}", "resume_from_checkpoint": "checkpoint-5"}, "/checkpoint-5: can't be read (No such file or directory)",
     ),
     "other network": (
         {"dataset": "{data}", "resume_from_checkpoint": "{model}/checkpoint-4", "conditioning": "adagn"},
-        "checkpoint-4: damaged, or made with other options for the network (RuntimeError: ",
+        "checkpoint-4: not a readable checkpoint of this network (",
     ),
     "fp16 on a CPU": ({"dataset": "{data}", "mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU"),
     "no tracker": ({"dataset": "{data}", "report_to": "clearml"}, "--report_to clearml: this tracker is not installed"),

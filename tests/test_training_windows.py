@@ -1,22 +1,18 @@
 """Training on windows: the images are those of whole batches, and each weighs the same wherever it is cut."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler
 from training_data import write_training_set
 
 import train_counterfactual
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.images import MARGIN
-from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import class_token_encoder, counterfactual_unet
-from diffusers_cf.training.loop import PositionBatches, TrainingSlices
-from train_counterfactual import parse_args, train_on_batch, training_slices
+from diffusers_cf.training.batches import PositionBatches, TrainingSlices
+from train_counterfactual import parse_args
 
 
 SIDE, COUNT = 32, 200
@@ -37,7 +33,7 @@ class MadeSlices:
 
 
 def made(share):
-    return TrainingSlices(MadeSlices(), 0, (SIDE, SIDE), crop_background=share, window_side=24)
+    return TrainingSlices(MadeSlices(), 0, (SIDE, SIDE), crop_background=share)
 
 
 def parts_of(share, positions=range(COUNT)):
@@ -83,49 +79,9 @@ def test_a_share_of_the_images_is_cut_to_windows():
     assert sum(len(part["labels"]) for part in everything) == COUNT
 
 
-class Network(torch.nn.Module):
-    """Predicts its only weight times the image; counts its calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.calls = torch.nn.Parameter(torch.ones(())), 0
-
-    def forward(self, sample, timesteps, class_ids):
-        self.calls += 1
-        return self.weight * sample
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_each_image_weighs_the_same_in_the_loss(share):
-    network, accelerator = Network(), Accelerator(cpu=True)
-    args = SimpleNamespace(first_timesteps=1.0, guidance_dropout_prob=0.35, snr_gamma=5.0, max_grad_norm=1e9)
-    encoder = SimpleNamespace(null_id=2)
-    optimizer = torch.optim.SGD(network.parameters(), 0.5)
-    run = SimpleNamespace(
-        args=args, accelerator=accelerator, optimizer=optimizer, model=network,
-        network=SimpleNamespace(class_encoder=encoder),
-    )  # fmt: skip
-    scheduler, parts = DDPMScheduler(), parts_of(share, range(10))
-    assert len(parts) == (2 if share else 1)
-
-    singles = [{k: v[i : i + 1] for k, v in part.items()} for part in parts for i in range(len(part["labels"]))]
-    expected = torch.stack(
-        [
-            noise_prediction_loss(network, scheduler, s["images"], s["labels"], s["noise"], s["timesteps"], 5.0)
-            for s in singles
-        ]
-    ).mean()
-    (gradient,) = torch.autograd.grad(expected, network.weight)
-    network.calls = 0
-    loss = train_on_batch(run, scheduler, parts, 1.0)
-    assert network.calls == len(parts)
-    torch.testing.assert_close(loss, expected.detach())
-    torch.testing.assert_close(network.weight.detach(), 1 - 0.5 * gradient)
-
-
 def test_batches_are_cut_to_windows(tmp_path):
     data = write_training_set(tmp_path / "data", size=32, area=0.3)
-    slices = TrainingSlices(SliceDataset(data, "train"), 0, (64, 64), crop_background=1.0, window_side=48)
+    slices = TrainingSlices(SliceDataset(data, "train"), 0, (64, 64), crop_background=1.0)
     for parts in slices.batches(PositionBatches(0, 2, 8, 1, 0, 1), 0, False):
         assert sum(len(part["images"]) for part in parts) == 8
         assert [part["images"].shape[2:] for part in parts] == [(48, 48)]
@@ -148,19 +104,18 @@ def test_a_pipeline_computes_in_windows_where_it_was_trained_on_them(pipe, tmp_p
         options += ["--pretrained_model", str(tmp_path / "base")]
     AcceleratorState._reset_state(reset_partial_state=True)
     args = parse_args(options)
-    run = train_counterfactual.set_up(args, Accelerator(cpu=True), tmp_path / "out")
+    run, pipeline = train_counterfactual.set_up(args, Accelerator(cpu=True), tmp_path / "out")
     assert run.slices.crop_background == expected
-    assert run.pipeline().config.crop_background is bool(expected) and run.pipeline().config.clip_input
-    assert run.fingerprint["crop_background"] == (expected or None)
-    assert ("--crop_background 0.7" in run.facts["training"]["command"]) == (expected == 0.7)
+    assert pipeline().config.crop_background is bool(expected) and pipeline().config.clip_input
+    assert run.metadata["crop_background"] == (expected or None)
+    assert ("--crop_background 0.7" in pipeline().preprocessing["training"]["command"]) == (expected == 0.7)
 
 
-def test_windows_are_those_of_the_network(pipe, tmp_path):
-    data = write_training_set(tmp_path / "data")
-    args = parse_args(["--dataset", str(data), "--output_dir", "out", "--crop_background", "0.5"])
+def test_windows_are_those_of_the_network(pipe):
+    slices = TrainingSlices(
+        MadeSlices(), 0, (16, 16), crop_background=0.5, halvings=len(pipe.unet.config.down_block_types) - 1
+    )
     pipe.unet.register_to_config(sample_size=16)
-    slices = training_slices(args, SliceDataset(data, "train"), pipe)
-    assert (slices.crop_background, slices.image_size) == (0.5, (16, 16))
     inside = torch.zeros(1, 2, 16, 16)
     inside[:, :, 4:6, 4:6] = 1
     pipe.register_to_config(crop_background=True)
@@ -168,9 +123,6 @@ def test_windows_are_those_of_the_network(pipe, tmp_path):
     assert group.size == (slices.window_side,) * 2
 
 
-def test_images_that_are_too_small_for_windows_are_refused(pipe, tmp_path):
-    data = write_training_set(tmp_path / "data")
-    args = parse_args(["--dataset", str(data), "--output_dir", "out", "--crop_background", "0.5"])
-    pipe.unet.register_to_config(sample_size=8, block_out_channels=(8, 8, 8, 8))
+def test_images_that_are_too_small_for_windows_are_refused():
     with pytest.raises(InputError, match="^--crop_background: images of 8 pixels are too small to be cut to windows$"):
-        training_slices(args, SliceDataset(data, "train"), pipe)
+        TrainingSlices(MadeSlices(), 0, (8, 8), crop_background=0.5)

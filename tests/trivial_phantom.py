@@ -1,10 +1,11 @@
 """A bright square on noise: what any method must find after a training of seconds."""
 
 import torch
+from accelerate import Accelerator
 from sklearn.metrics import average_precision_score
 
 from diffusers_cf.baselines.method import TrainableMethod
-from diffusers_cf.baselines.training import training_step
+from diffusers_cf.training.loop import Training
 
 
 SIDE, SQUARE = 16, 4
@@ -39,6 +40,15 @@ def trivial_batch(count: int, seed: int, trained_on: str) -> dict[str, torch.Ten
         "timesteps": torch.randint(1000, (count,), generator=generator),
         "uniform": torch.rand(count, generator=generator),
     }
+
+
+def training_step(method: TrainableMethod, optimizers: dict, batch: dict, progress: float) -> None:
+    """Do one step of the training loop."""
+    step = Training(
+        Accelerator(cpu=True), method, lambda part, _: method.losses(part, progress), optimizers, None, None, {}, 1, 1,
+        max_grad_norm=method.max_grad_norm,
+    )  # fmt: skip
+    step.accumulate([batch])
 
 
 def train_briefly(method: TrainableMethod, steps: int) -> TrainableMethod:

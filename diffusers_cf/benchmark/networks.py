@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import set_seed
 
 from diffusers_cf.baselines import NETWORKS, ROWS, AnomalyMethod, CounterfactualDiffusion, Row, network_of_data, row_of
-from diffusers_cf.baselines.training import MethodTraining
+from diffusers_cf.baselines.training import set_up_training, train_method
 from diffusers_cf.benchmark.presets import Preset
 from diffusers_cf.benchmark.protocol import BenchmarkData, as_json
 from diffusers_cf.errors import InputError
@@ -121,8 +121,9 @@ class Networks:
         make_folder(folder)  # a wrong path fails before the training
         set_seed(seed)
         network = network_of_data(name, size, data.channels, side, data.train.class_names)
-        training = MethodTraining(network, data.train, data.validation, folder, budget, seed, self.device, metadata)
-        record = asdict(training.run()) | {"trained_on": network.trained_on, "parameters": network.num_parameters()}
+        training = set_up_training(network, data.train, folder, budget, seed, self.device, metadata)
+        record = asdict(train_method(network, data.validation, training))
+        record |= {"trained_on": network.trained_on, "parameters": network.num_parameters()}
         network.save_pretrained(folder)
         write_json(record | metadata | {"commit": package_commit()}, folder / RECORD_FILE)
 

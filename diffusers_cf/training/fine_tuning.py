@@ -1,4 +1,4 @@
-"""What `train_counterfactual.py --pretrained_model` takes over from the pipeline that it fine-tunes."""
+"""The pipeline that a training run fine-tunes, and the metadata of the model that it makes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +15,11 @@ from diffusers_cf.provenance import package_commit
 from diffusers_cf.training.options import command_of
 
 
+WINDOWS_OF_BASE = 0.7  # share of the images that go on in windows, where the base computes in them
+
+
 def open_base(args, dataset: SliceDataset) -> CounterfactualDDIMPipeline | None:
-    """The pipeline to fine-tune, if there is one and it fits the data set; of its modalities those of the data set.
+    """Open the pipeline to fine-tune, with the data set's modalities, and take its input options over into `args`.
 
     Raises:
         InputError: it can't be loaded, or was made for other images, classes, timesteps or another intensity scale.
@@ -31,6 +34,9 @@ def open_base(args, dataset: SliceDataset) -> CounterfactualDDIMPipeline | None:
     if not args.renormalize:
         hint = ", or train with --renormalize if the change is meant"
         check_same_scale(args.pretrained_model, pipe.preprocessing, args.dataset, dataset.preprocessing, hint)
+    if args.crop_background is None and pipe.config.crop_background:
+        args.crop_background = WINDOWS_OF_BASE
+    args.no_clip_input |= not pipe.config.clip_input
     return pipe
 
 
@@ -51,10 +57,10 @@ def _take_modalities(args, pipe: CounterfactualDDIMPipeline, wanted: Sequence[st
 
 
 def keep_channels(unet: UNet2DConditionModel, channels: Sequence[int]) -> UNet2DConditionModel:
-    """A network for some of another's channels, in the order given.
+    """Return a network for some of another's channels, in the order given.
 
-    The first and the last convolution keep the weights of these channels, everything between them stays as it is: what
-    the other channels told the network is missing until it is trained without them.
+    The first and the last convolution keep the weights of these channels. All other weights stay: the network misses
+    what the other channels told it until it is trained without them.
     """
     kept = UNet2DConditionModel.from_config(unet.config, in_channels=len(channels), out_channels=len(channels))
     weights = unet.state_dict()
@@ -85,26 +91,12 @@ def _check_fits(args, pipe: CounterfactualDDIMPipeline, dataset: SliceDataset) -
             raise InputError(f"{args.pretrained_model}: was trained with --{option} {theirs}, this run has {ours}")
 
 
-def inherited_facts(base: CounterfactualDDIMPipeline) -> dict:
-    """What preprocessing.json keeps: recommended settings and signs, but no threshold, which belongs to the base's maps."""
-    settings = {name: value for name, value in base.preprocessing.get("settings", {}).items() if name != "threshold"}
-    kept = {"settings": settings} if settings else {}
-    return kept | {name: base.preprocessing[name] for name in ("signs",) if name in base.preprocessing}
+def model_metadata(args, slices, global_batch: int, base: CounterfactualDDIMPipeline | None) -> dict:
+    """Return the model's preprocessing.json: the data set's, at the network's size, and how it was trained.
 
-
-def public_name(model: str) -> str:
-    """A Hub id as it is, of a folder its name: paths of this machine are nobody else's business."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def model_facts(
-    args,
-    slices,
-    global_batch: int,
-    base: CounterfactualDDIMPipeline | None,
-) -> dict:
-    """preprocessing.json of the model: the data set's, at the network's size, and how it was trained."""
-    facts = {k: v for k, v in slices.slices.preprocessing.items() if k != "splits"} | {"size": slices.image_size[0]}
+    Of a base model it keeps the recommended settings and signs, but no threshold: that belongs to the base's maps.
+    """
+    metadata = {k: v for k, v in slices.slices.preprocessing.items() if k != "splits"} | {"size": slices.image_size[0]}
     training = {
         "command": command_of(args),
         "commit": package_commit(),
@@ -113,6 +105,9 @@ def model_facts(
         "patients": slices.num_patients,
     }
     if base:
-        training["base_model"] = public_name(args.pretrained_model)
-        facts |= inherited_facts(base)
-    return facts | {"training": training}
+        name = args.pretrained_model  # a Hub id, or of a folder only its name
+        training["base_model"] = Path(name).resolve().name if Path(name).is_dir() else name
+        settings = {k: v for k, v in base.preprocessing.get("settings", {}).items() if k != "threshold"}
+        metadata |= {"settings": settings} if settings else {}
+        metadata |= {"signs": base.preprocessing["signs"]} if "signs" in base.preprocessing else {}
+    return metadata | {"training": training}

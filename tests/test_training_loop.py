@@ -1,0 +1,210 @@
+"""The training loop: order of the optimisers, accumulation, averaged weights, limits, reports."""
+
+from contextlib import contextmanager
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+
+from diffusers_cf.errors import InputError
+from diffusers_cf.losses import noise_prediction_loss
+from diffusers_cf.training import loop
+from diffusers_cf.training.batches import TrainingSlices
+from diffusers_cf.training.loop import Training
+
+
+class MadeSlices:
+    """Two images in memory: one with a foreground of 20 x 12 pixels, one that is filled."""
+
+    folder, labels = "made", (0, 1)
+
+    def __getitems__(self, indices):
+        return indices
+
+    def collate(self, rows):
+        images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) + 0.1
+        images[0, :, :5] = images[0, :, 25:] = images[0, :, :, :10] = images[0, :, :, 22:] = 0
+        return {"images": images[rows], "labels": torch.tensor(rows)}
+
+
+class Line(torch.nn.Module):
+    """Two scalars, each pulled to a target by its own optimiser."""
+
+    def __init__(self, target=0.4):
+        super().__init__()
+        self.first, self.second = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
+        self.target, self.seen = target, []
+
+    def losses(self, batch, progress):
+        self.seen.append((progress, batch["images"].sum().item()))
+        yield "first", (self.first - self.target) ** 2
+        yield "second", (self.second - self.first) ** 2
+
+
+def training_of(line, folder="unused", parts=1, share=0.0, **options):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts)
+    optimizers = {
+        name: accelerator.prepare(torch.optim.SGD([getattr(line, name)], 0.1)) for name in ("first", "second")
+    }
+    slices = TrainingSlices(MadeSlices(), 0, (32, 32), crop_background=share, halvings=3)
+    given = {"metadata": {"seed": 0}, "batch_size": 4, "max_steps": 6, "num_workers": 0} | options
+    accelerator.register_for_checkpointing(line)
+    return Training(accelerator, line, line.losses, optimizers, slices, folder, **given)
+
+
+def test_each_loss_steps_its_own_optimiser_before_the_next_is_computed():
+    line = Line(target=0.4)
+    total = training_of(line).accumulate([{"images": torch.zeros(1)}])
+    # first: 0 - 0.1 * 2 (0 - 0.4) = 0.08; second is then pulled towards 0.08: 0 - 0.1 * 2 (0 - 0.08) = 0.016
+    assert line.first.item() == pytest.approx(0.08) and line.second.item() == pytest.approx(0.016)
+    assert total.item() == pytest.approx(0.16 + 0.0064)
+    assert line.first.grad is None and line.second.grad is None  # the second loss has a gradient for the first weight
+
+
+@pytest.mark.parametrize(("max_norm", "step"), [(1.0, 0.1), (None, 200.0)])
+def test_gradients_are_clipped(max_norm, step):
+    line = Line(target=1000.0)
+    training_of(line, max_grad_norm=max_norm).accumulate([{"images": torch.zeros(1)}])
+    assert line.first.item() == pytest.approx(step)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_autocast_covers_losses_and_not_their_backward_passes(autocast, monkeypatch):
+    inside = []
+
+    @contextmanager
+    def recorded():
+        inside.append(True)
+        yield
+        inside.append(False)
+
+    training = training_of(Line(), autocast=autocast)
+    backward = training.accelerator.backward
+
+    def checked(loss):
+        assert not inside or inside[-1] is False
+        backward(loss)
+
+    monkeypatch.setattr(training.accelerator, "autocast", recorded)
+    monkeypatch.setattr(training.accelerator, "backward", checked)
+    training.accumulate([{"images": torch.zeros(1)}])
+    assert inside == ([True, False] * 3 if autocast else [])  # two losses, and the end
+
+
+class Scaled(torch.nn.Module):
+    """Predicts its only weight times the image; counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.calls = torch.nn.Parameter(torch.ones(())), 0
+
+    def forward(self, sample, timesteps, class_ids):
+        self.calls += 1
+        return self.weight * sample
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_each_image_weighs_the_same_wherever_it_is_cut(share):
+    network, scheduler = Scaled(), DDPMScheduler()
+
+    def loss_of(part):
+        images, ids, noise, timesteps = (part[key] for key in ("images", "labels", "noise", "timesteps"))
+        return noise_prediction_loss(network, scheduler, images, ids, noise, timesteps, 5.0)
+
+    slices = TrainingSlices(MadeSlices(), 0, (32, 32), crop_background=share)
+    parts = slices.collate_parts(slices.__getitems__(list(range(10))))
+    assert len(parts) == (2 if share else 1)
+    singles = [{k: v[i : i + 1] for k, v in part.items()} for part in parts for i in range(len(part["labels"]))]
+    expected = torch.stack([loss_of(single) for single in singles]).mean()
+    (gradient,) = torch.autograd.grad(expected, network.weight)
+    network.calls = 0
+    optimizers = {"network": torch.optim.SGD(network.parameters(), 0.5)}
+    training = Training(
+        Accelerator(cpu=True), network, lambda part, _: iter([("network", loss_of(part))]), optimizers, slices, None, {},
+        10, 1, max_grad_norm=None,
+    )  # fmt: skip
+    loss = training.accumulate(parts)
+    assert network.calls == len(parts)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(network.weight.detach(), 1 - 0.5 * gradient)
+
+
+def test_accumulated_parts_are_one_step():
+    whole, parts = Line(), Line()
+    whole.losses, parts.losses = (
+        lambda *given, line=line: islice(Line.losses(line, *given), 1) for line in (whole, parts)
+    )
+    steps = list(training_of(whole, batch_size=4, max_steps=3).steps())
+    assert steps == list(training_of(parts, batch_size=2, parts=2, max_steps=3).steps()) == [1, 2, 3]
+    assert [progress for progress, _ in parts.seen] == [0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3]
+    assert sum(total for _, total in parts.seen) == pytest.approx(sum(total for _, total in whole.seen), rel=1e-5)
+    assert parts.first.item() == pytest.approx(whole.first.item())
+
+
+def test_training_ends_at_the_limit_of_seconds_without_the_callers_time(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+
+    def tick():
+        clock.now += 0.5
+        return clock.now
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=tick))
+    training = training_of(Line(), max_steps=1000, max_seconds=3.0)
+    for _ in training.steps():
+        clock.now += 100  # validation and checkpoints
+    assert (training.step, training.seconds, training.progress) == (6, 3.0, 1.0)
+    assert list(training.steps()) == []
+
+
+def test_a_report_averages_over_parts_and_steps_and_stops_at_nan(monkeypatch):
+    training = training_of(Line(), parts=2, batch_size=4)
+    losses = iter([1.0, 2.0, 3.0, 6.0, 8.0, 10.0, float("nan"), 1.0])
+    training.losses = lambda batch, progress: iter([("first", 0 * training.model.first + next(losses))])
+    steps = training.steps()
+    next(steps), next(steps)
+    training.seconds = 4.0
+    assert training.report() == {"loss": 3.0, "lr": 0.1, "images_per_second": 4.0}
+    next(steps)
+    training.seconds = 5.0
+    assert training.report() == {"loss": 9.0, "lr": 0.1, "images_per_second": 8.0}
+    next(steps)
+    with pytest.raises(InputError, match="^the loss became nan between steps 3 and 4: lower --learning_rate"):
+        training.report()
+
+
+def test_averaged_weights_come_and_go_even_after_an_error():
+    line = Line().train()
+    training = training_of(line, ema=EMAModel(line.parameters()))
+    with torch.no_grad():
+        line.first.fill_(7)
+    with pytest.raises(KeyError), training.averaged() as averaged:
+        assert averaged is line and not line.training and line.first == 0
+        raise KeyError
+    assert line.training and line.first == 7
+
+
+def test_a_resumed_training_goes_on_as_if_never_stopped(tmp_path):
+    whole, half, rest = Line(), Line(), Line()
+    list(training_of(whole).steps())
+    first = training_of(half, tmp_path)
+    for step in first.steps():
+        if step == 4:
+            first.save(curve=[1, 2])
+            break
+    second = training_of(rest, tmp_path)
+    assert second.resume("latest")["curve"] == [1, 2]
+    assert (second.step, second.seconds) == (4, first.seconds)
+    assert list(second.steps()) == [5, 6]
+    assert half.seen + rest.seen == whole.seen and rest.second.item() == whole.second.item()
+    with torch.no_grad():
+        rest.first.fill_(np.nan)
+    with pytest.raises(InputError, match="^the weights became NaN or infinite by step 6"):
+        second.save()
