@@ -18,17 +18,16 @@ REGIONS = ("foreground", "background")
 class PixelCounts:
     """Count lesion and other pixels by score, in one pass and constant memory, for scores of any range.
 
-    A bin holds all float32 numbers that share their leading bits. Bins are ordered, narrow near 0, and relatively as
-    fine for scores of 1e-6 as for 1e6. Only bins in use are stored. Each distinct score has its own bin until more than
-    `max_bins` are in use; then neighbours merge in pairs, which costs one bit of precision and leaves at least half of
-    `max_bins` in use. The result does not depend on the order of the pixels, so the counts of parts of a data set
-    (patients, processes) add up to the counts of the whole.
+    A bin holds all float32 numbers that share their leading bits, so its relative width is the same for scores of 1e-6
+    and 1e6. Each distinct score has its own bin until more than `max_bins` are in use; then neighbours merge in pairs,
+    which costs one bit of precision. The result does not depend on the order of the pixels, so the counts of patients
+    add up to the counts of the data set.
 
     Args:
         max_bins (`int`): largest number of bins in use, at least 4,096; 24 bytes each.
 
     Attributes:
-        bins (`np.ndarray`): uint32 `(B,)`, ascending: the leading bits of the scores in each bin.
+        bins (`np.ndarray`): uint32 `(B,)`, ascending: the leading bits of the scores in each bin that is in use.
         positives (`np.ndarray`): int64 `(B,)`, number of lesion pixels.
         negatives (`np.ndarray`): int64 `(B,)`, number of other pixels.
         shift (`int`): number of bits by which scores are shortened; 0 while they are exact.
@@ -64,7 +63,7 @@ class PixelCounts:
         bins = _order_key(scores) >> self.shift
         positive_bins, positives = np.unique(bins[lesion], return_counts=True)
         negative_bins, negatives = np.unique(bins[~lesion], return_counts=True)
-        # one merge for both classes: a merge may raise the shift that these bins were computed with
+        # merge both classes at once: a merge may raise the shift that these bins were computed with
         self._merge(
             np.concatenate([positive_bins, negative_bins]),
             np.concatenate([positives, 0 * negatives]),
@@ -88,7 +87,7 @@ class PixelCounts:
         self.bins, self.positives, self.negatives = bins, positives, negatives
 
     def __add__(self, other: "PixelCounts") -> "PixelCounts":
-        """Return the sum of both, in at most as many bins as the first: `PixelCounts(4096) + counts` coarsens."""
+        """Return the sum of both, with `max_bins` of the first: `PixelCounts(4096) + counts` has at most 4,096 bins."""
         total = PixelCounts(self.max_bins)
         total.shift = max(self.shift, other.shift)
         for part in (self, other):
@@ -135,7 +134,7 @@ class PixelCounts:
         return float(dice[best]), float(self.scores[best])
 
     def to_arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
-        """Return small arrays for an .npz file: `shift`, the differences of `bins`, `positives`, `negatives`."""
+        """Return arrays for an .npz file, in small types: `shift`, differences of `bins`, `positives`, `negatives`."""
         arrays = {f"{prefix}shift": np.uint8(self.shift), f"{prefix}bins": np.diff(self.bins, prepend=np.uint32(0))}
         for name in ("positives", "negatives"):
             array = getattr(self, name)
@@ -144,7 +143,7 @@ class PixelCounts:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str = "") -> "PixelCounts":
-        """Return the counts of which `to_arrays` made these arrays."""
+        """Return the counts that `to_arrays` stored."""
         counts = cls()
         counts.shift = int(arrays[f"{prefix}shift"])
         positives, negatives = (arrays[f"{prefix}{name}"].astype(np.int64) for name in ("positives", "negatives"))

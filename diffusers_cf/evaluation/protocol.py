@@ -197,7 +197,8 @@ def _measure_patient(
     """Return a patient's part of a result.
 
     It holds `slices`, `labels`, `size`, and for each chain `CHAIN/slice_scores`, the counts `CHAIN/foreground/*` and
-    `CHAIN/background/*`, and `CHAIN/dice` and `CHAIN/slice_dice`; without a threshold `CHAIN/maps` and `masks` instead.
+    `CHAIN/background/*`. For Dice it holds `CHAIN/dice` and `CHAIN/slice_dice`, or without a threshold `CHAIN/maps` and
+    `masks`.
     """
     part = {"slices": patient.slices, "labels": patient.labels, "size": np.array(patient.masks.shape[1:])}
     inside = foreground_mask(patient.images)
@@ -213,7 +214,7 @@ def _measure_patient(
             part |= counts.to_arrays(f"{chain}/{region}/")
         if threshold is None:
             part[f"{chain}/maps"] = maps_of_chain
-        else:
+        elif patient.masks.any():
             found = _dice_of_patient(maps_of_chain, patient.masks, patient.slices, threshold, chain)
             part[f"{chain}/dice"], part[f"{chain}/slice_dice"] = found
     return part
@@ -227,13 +228,13 @@ def dice(prediction: np.ndarray, masks: np.ndarray) -> float | None:
     return 2 * int((prediction & masks).sum()) / (int(prediction.sum()) + int(masks.sum()))
 
 
-def _dice_of_patient(maps, masks, slices, threshold: float, chain: str) -> tuple[list[float], list[float]]:
-    """Return Dice of the patient and of each slice with a lesion; two empty lists for a patient without lesions."""
+def _dice_of_patient(maps, masks, slices, threshold: float, chain: str) -> tuple[float, list[float]]:
+    """Return Dice of a patient with a lesion, and of each slice with one."""
     prediction = maps >= threshold
     if chain == "postprocessed":
         prediction = remove_small_components(prediction, slices)
-    found = [dice(prediction, masks)], [dice(*pair) for pair in zip(prediction, masks, strict=True)]
-    return tuple([value for value in values if value is not None] for values in found)
+    of_slices = (dice(*pair) for pair in zip(prediction, masks, strict=True))
+    return dice(prediction, masks), [value for value in of_slices if value is not None]
 
 
 def _combine(
@@ -249,13 +250,13 @@ def _combine(
                     write_counts(chain.add(name, part))
                 n_slices, seconds = n_slices + len(part["slices"]), seconds + float(part["seconds"])
                 size = part["size"].tolist()
-    ideal = [chain for chain in chains if chain.threshold is None]
-    for chain in ideal:
-        chain.threshold = sum(chain.counts.values(), PixelCounts()).ideal_dice()[1]
-    for name, path in files.items() if ideal else ():
+    for chain in chains:
+        if chain.threshold is None:
+            chain.threshold = sum(chain.counts.values(), PixelCounts()).ideal_dice()[1]
+    for name, path in files.items():
         with np.load(path) as part:
-            for chain in ideal:
-                chain.add_ideal_dice(name, part)
+            for chain in chains:
+                chain.add_dice(name, part)
     raw, *postprocessed = [chain.result(seed) for chain in chains]
     result = raw | ({"postprocessed": postprocessed[0]} if postprocessed else {})
     return result | {"n_slices": n_slices, "n_patients": len(files), "seconds_per_slice": seconds / n_slices}, size
@@ -287,19 +288,18 @@ class _Chain:
             size = next(name for name, (_, below) in LESION_SIZES.items() if share < below or name == "large")
             self.auprc[patient], self.lesion_size[patient] = pixels.average_precision(), size
             self.counts_of_size[size] += pixels
-        if self.threshold is not None:
-            self._add_dice(patient, part[f"{self.name}/dice"], part[f"{self.name}/slice_dice"])
         return entries
 
-    def add_ideal_dice(self, patient: str, part: Mapping[str, np.ndarray]) -> None:
-        """Add a patient's Dice at the ideal threshold, which is None in a split without lesions."""
-        if self.threshold is not None:
+    def add_dice(self, patient: str, part: Mapping[str, np.ndarray]) -> None:
+        """Add Dice of a patient with a lesion and of its slices, from the part or from its maps."""
+        if patient not in self.auprc:
+            return
+        if f"{self.name}/maps" in part:
             arrays = (part[name] for name in (f"{self.name}/maps", "masks", "slices"))
-            self._add_dice(patient, *_dice_of_patient(*arrays, self.threshold, self.name))
-
-    def _add_dice(self, patient: str, whole: Sequence[float], slices: Sequence[float]) -> None:
-        for value in whole:  # one, or none for a patient without lesions
-            self.dice[patient] = float(value)
+            whole, slices = _dice_of_patient(*arrays, self.threshold, self.name)
+        else:
+            whole, slices = part[f"{self.name}/dice"], part[f"{self.name}/slice_dice"]
+        self.dice[patient] = float(whole)
         self.slice_dice.extend(slices)
 
     def result(self, seed: int) -> dict:
@@ -361,7 +361,7 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, samples: int = 10
 def _protocol(size: tuple[int, int], threshold, postprocess: bool, seed: int) -> dict[str, str]:
     """Describe in words how the numbers were computed."""
     small, large = LESION_SIZES["medium"]
-    chain = (
+    postprocessed = (
         "map cleared outside the eroded foreground (5 x 5 mean > 0.95), 5 x 5 median filter; for Dice per patient "
         "components under 20 voxels are removed, too (26 neighbours, contiguous slices)"
     )
@@ -378,5 +378,5 @@ def _protocol(size: tuple[int, int], threshold, postprocess: bool, seed: int) ->
         "patients_without_lesion": "no Dice of their own; their pixels count in every pooled measure",
         "interval": f"95 % percentile bootstrap of the mean over patients, 10000 samples, seed {seed}",
         "slice_auroc": "score = mean of the map over the slice's foreground; positive = any class but the first",
-        "postprocessed": chain if postprocess else "not done",
+        "postprocessed": postprocessed if postprocess else "not done",
     }
