@@ -77,10 +77,9 @@ def healthy_quantile(healthy: PixelCounts, quantile: float = HEALTHY_QUANTILE) -
 
 
 def slice_scores(maps: np.ndarray) -> np.ndarray:
-    """Return the score of each slice `(N,)`: the highest threshold that marks the pixels of a smallest component.
+    """Return `(N,)` scores of slices from maps `(N, H, W)`: the highest threshold that marks 20 pixels or more.
 
-    Args:
-        maps (`np.ndarray`): `(N, H, W)`, 0 outside the foreground.
+    Post-processing removes components of fewer pixels.
     """
     rank = min(MIN_COMPONENT_SIZE, maps[0].size)
     return np.partition(maps.reshape(len(maps), -1), -rank, axis=1)[:, -rank]

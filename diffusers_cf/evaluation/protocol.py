@@ -95,7 +95,9 @@ def evaluate(
     thresholds = threshold if isinstance(threshold, dict) else dict.fromkeys(CHAINS, threshold)
     thresholds = {chain: thresholds[chain] for chain in CHAINS[: 1 + postprocess]}
     hide_bar = not (progress and (share.is_main or share.is_shard))
-    with _folder_of_parts(parts, counts_path, share) as folder:
+    if parts is None and share.count > 1:
+        raise ValueError("parts is None: several processes need one folder for what they measure")
+    with _folder_of_parts(parts, counts_path) as folder:
         files = {name: folder / f"{number:06d}.npz" for number, name in enumerate(measured)}
         mine = share.of(list(files), [len(read[name]) for name in files])
         left = [name for name in mine if not files[name].exists()]
@@ -115,15 +117,14 @@ def evaluate(
 
 
 @contextmanager
-def _folder_of_parts(parts: str | Path | None, counts_path: str | Path | None, share: Share) -> Iterator[Path]:
+def _folder_of_parts(parts: str | Path | None, counts_path: str | Path | None) -> Iterator[Path]:
+    """Yield the folder `parts`, or a temporary one beside the file of counts."""
     if parts is not None:
         Path(parts).mkdir(parents=True, exist_ok=True)
         yield Path(parts)
-        return
-    if share.count > 1:
-        raise ValueError("parts is None: several processes need one folder for what they measure")
-    with tempfile.TemporaryDirectory(dir=counts_path and Path(counts_path).parent) as folder:
-        yield Path(folder)
+    else:
+        with tempfile.TemporaryDirectory(dir=counts_path and Path(counts_path).parent) as folder:
+            yield Path(folder)
 
 
 def begin_parts(folder: Path, facts: Mapping) -> None:
@@ -173,7 +174,8 @@ def _maps_of_patients(
         options = options | {"batch_size": sys.maxsize}
     for group in ([patient] for patient in patients) if whole_patients else [patients]:
         volumes = ((patient, patient.seen_images) for patient in group)
-        for patient, (maps,), seconds in map_in_batches(anomaly_map, volumes, **options):
+        found = map_in_batches(lambda images: torch.as_tensor(anomaly_map(images)), volumes, **options)
+        for patient, (maps,), seconds in found:
             size, count = patient.masks.shape[1:], len(patient.seen_images)
             if maps.ndim != 3 or maps.shape[1] > size[0] or maps.shape[2] > size[1]:
                 raise ValueError(f"anomaly_map must return ({count}, <= {size[0]}, <= {size[1]}), not {maps.shape}")
