@@ -136,7 +136,7 @@ def images():
 @pytest.fixture(scope="module")
 def hub():
     """A Hub on 127.0.0.1."""
-    server = HubServer(lfs=True)
+    server = HubServer()
     server.start()
     yield server
     server.stop()

@@ -1,8 +1,4 @@
-"""A stand-in for the Hub on 127.0.0.1, in memory: enough of its protocol for pushes and downloads by the real client.
-
-The client must see `HF_ENDPOINT`, `HF_HOME` (a fresh folder) and `HF_TOKEN` before `huggingface_hub` is imported, and
-`HF_HUB_DISABLE_XET=1` where files travel by LFS: `HubServer.environment` says so once.
-"""
+"""A Hub on 127.0.0.1, in memory: enough of its protocol for pushes and downloads by the real client."""
 
 import base64
 import hashlib
@@ -12,211 +8,199 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 
 @dataclass
 class Repository:
-    """Branches and tags point to commits, a commit is all its files."""
+    """Branches point to commits; a commit holds all its files."""
 
     private: bool = False
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
-        """Makes `files` the new state of a branch and returns the commit's id."""
-        content = repr((self.refs.get(branch), sorted((name, _oid(data)) for name, data in files.items())))
+        """Make `files` the new state of a branch and return the commit's id."""
+        content = repr((self.refs.get(branch), sorted((name, _sha256(data)) for name, data in files.items())))
         sha = hashlib.sha1(content.encode()).hexdigest()
-        self.commits[sha] = files
-        self.refs[branch] = sha
+        self.commits[sha], self.refs[branch] = files, sha
         return sha
 
-    def sha(self, revision: str) -> str | None:
-        """Resolves a branch, tag or commit id, None where there is none."""
-        return self.refs.get(revision) or (revision if revision in self.commits else None)
+    def files(self, revision: str) -> dict[str, bytes] | None:
+        """Return the files of a branch or commit, None if it does not exist."""
+        return self.commits.get(self.refs.get(revision, revision))
 
 
 class HubServer:
-    """Serves from `start` to `stop`, at one address. `requests` lists "METHOD path" of every call so far."""
+    """Serves from `start` to `stop`, always at the same address. Safetensors and Parquet files are stored by LFS."""
 
-    def __init__(self, lfs: bool = False):
-        self.lfs = lfs  # weights and Parquet files travel by LFS, as on the real Hub
+    def __init__(self):
         self.repositories: dict[str, Repository] = {}  # "models/user/name"
         self.objects: dict[str, bytes] = {}  # LFS content by SHA-256
-        self.requests: list[str] = []
+        self.requests: list[str] = []  # "METHOD path"
         self.forbidden: set[str] = set()  # names of repositories and owners that no token may write to
-        self.claimed_sizes: dict[str, int] = {}  # by file name, of files that are said to be larger than they are
-        self.puts_left: int | None = None  # LFS files that are taken before the line is cut
+        self.claimed_sizes: dict[str, int] = {}  # by file name, instead of the true sizes
+        self.puts_left: int | None = None  # LFS files that are accepted before uploads fail
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self.url = "http://{}:{}".format(*self._server.server_address)
 
     def environment(self, home) -> dict[str, str]:
-        """The environment of a client that is to talk to this server and keep its cache under `home`."""
+        """Return the environment that a client needs before it imports `huggingface_hub`; its cache is in `home`."""
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": "anything", "HF_HUB_DISABLE_XET": "1"}
 
-    def files(self, repo_id: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
-        """The files of a repository, to look at or to damage."""
-        repository = self.repositories[f"{kind}/{repo_id}"]
-        return repository.commits[repository.sha(revision)]
+    def files(self, repo_id: str, kind: str = "models") -> dict[str, bytes]:
+        """Return the files of a repository's branch main."""
+        return self.repositories[f"{kind}/{repo_id}"].files("main")
 
     def put(
         self, repo_id: str, files: dict[str, bytes], branch: str = "main", private: bool = False, kind: str = "models"
     ) -> str:
-        """Puts a repository there without a client; returns the commit's id."""
+        """Commit files without a client; return the commit's id."""
         return self.repositories.setdefault(f"{kind}/{repo_id}", Repository(private)).commit(branch, dict(files))
 
     def downloads(self, repo_id: str) -> list[str]:
-        """Names of the files whose content was fetched from a repository, in order, without repetition."""
+        """Return the names of the files that were downloaded from a repository."""
         gets = (re.fullmatch(rf"GET /(?:datasets/)?{repo_id}/resolve/[^/]+/(.+)", line) for line in self.requests)
         return list(dict.fromkeys(match[1] for match in gets if match))
 
     def start(self) -> None:
-        """Serves in a thread; again at the same address after `stop`."""
+        """Serve in a thread."""
         if self._server.fileno() < 0:  # stopped before
             self._server = ThreadingHTTPServer(self._server.server_address, _Handler)
         self._server.hub = self
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def stop(self) -> None:
-        """Leaves nobody listening, as without network."""
+        """Refuse connections, as without network."""
         self._server.shutdown()
         self._server.server_close()
 
 
-def _paths(files) -> list[PurePosixPath]:
-    """Files and the folders that they imply, which Git knows by their files only."""
-    names = [PurePosixPath(name) for name in files]
-    return sorted({*names, *(folder for name in names for folder in name.parents if folder.name)})
-
-
-def _oid(data: bytes) -> str:
+def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0, a connection a request: none outlives `stop`
+def _upload_mode(name: str) -> str:
+    return "lfs" if name.endswith((".safetensors", ".parquet")) else "regular"
+
+
+class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives `stop`
     def log_message(self, *arguments):
-        """Keeps the test output clean."""
+        """Print nothing."""
 
     def do_GET(self):
-        self.answer()
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
-
-    def answer(self):
-        self.hub = self.server.hub
-        path = unquote(urlsplit(self.path).path)
+        self.hub, path = self.server.hub, unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        body = self.body()
-        if path == "/api/whoami-v2":
-            return self.json({"type": "user", "name": "user", "auth": {"type": "access_token"}})
-        if path == "/api/validate-yaml":
-            return self.json({"errors": [], "warnings": []})
-        if path == "/api/repos/create":
-            return self.create(json.loads(body))
-        if path.startswith("/lfs/") and self.hub.puts_left is not None:
-            self.hub.puts_left -= 1
-            if self.hub.puts_left < 0:
-                return self.send(403)
-        if path.startswith("/lfs/"):
-            self.hub.objects[path.removeprefix("/lfs/")] = body
-            return self.send(200)
-        if match := re.fullmatch(r"/(datasets/)?(.+)\.git/info/lfs/objects/batch", path):
-            return self.lfs_batch(json.loads(body))
-        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/([a-z-]+))?(?:/([^/]+))?(?:/(.+))?", path):
-            return self.api(*match.groups(), body)
-        if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self.resolve(*match.groups())
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        routes = (
+            (r"/api/whoami-v2", lambda: self.json({"type": "user", "name": "user"})),
+            (r"/api/validate-yaml", lambda: self.json({"errors": [], "warnings": []})),
+            (r"/api/repos/create", self.create),
+            (r"/lfs/(.+)", self.put_object),
+            (r"/.+\.git/info/lfs/objects/batch", self.lfs_batch),
+            (r"/api/(models|datasets)/([^/]+/[^/]+)(?:/([a-z-]+)/([^/]+))?(?:/(.+))?", self.api),
+            (r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
+        )
+        for pattern, answer in routes:
+            if match := re.fullmatch(pattern, path):
+                return answer(*match.groups())
         return self.send(404)
 
-    def api(self, kind, repo_id, action, revision, rest, body):
-        repository = self.repository(f"{kind}/{repo_id}")
-        if repository is None:
-            return None
-        if action in ("branch", "tag"):
-            repository.refs[rest if action == "tag" and rest else revision] = repository.refs["main"]
-            return self.json({})
-        if action == "refs":
-            refs = [{"name": name, "ref": name, "targetCommit": sha} for name, sha in repository.refs.items()]
-            return self.json({"branches": refs, "tags": [], "converts": []})
-        sha = repository.sha(revision or "main")
-        if sha is None:
-            return self.error("RevisionNotFound")
-        files = repository.commits[sha]
-        if action == "preupload":
-            return self.json({"files": [self.upload_mode(entry["path"]) for entry in json.loads(body)["files"]]})
-        if action == "commit":
-            return self.commit(repository, f"{kind}/{repo_id}", revision, files, body)
-        if action == "tree":
-            deep, folder = "recursive=true" in self.path.lower(), PurePosixPath(rest or ".")
-            below = [path for path in _paths(files) if path.is_relative_to(folder) and path != folder]
-            if rest and not below:
-                return self.error("EntryNotFound")
-            return self.json([self.entry(str(path), files) for path in below if deep or path.parent == folder])
-        if action == "paths-info":
-            wanted = parse_qs(body.decode())["paths"]
-            return self.json([self.entry(str(path), files) for path in _paths(files) if str(path) in wanted])
-        if action in (None, "revision"):
-            siblings = [{"rfilename": name} for name in sorted(files)]
-            if "blobs=true" in self.path.lower():
-                sizes = {name: len(data) for name, data in files.items()} | self.hub.claimed_sizes
-                siblings = [{"rfilename": name, "size": sizes[name]} for name in sorted(files)]
-            return self.json({"id": repo_id, "sha": sha, "siblings": siblings, "private": repository.private})
-        return self.send(404)
+    do_HEAD = do_POST = do_PUT = do_GET
 
-    def create(self, request):
+    def create(self):
+        request = json.loads(self.body)
+        owner, name = request.get("organization") or "user", request["name"]
+        key = f"{request.get('type') or 'model'}s/{owner}/{name}"
+        answer = {"url": f"{self.hub.url}/{key.removeprefix('models/')}", "name": f"{owner}/{name}"}
         if "Authorization" not in self.headers:
             return self.send(401)
-        owner = request.get("organization") or "user"
-        key = f"{request.get('type') or 'model'}s/{owner}/{request['name']}"
-        answer = {"url": f"{self.hub.url}/{key.removeprefix('models/')}", "name": f"{owner}/{request['name']}"}
         if key in self.hub.repositories:
             return self.json({**answer, "error": "You already created this repository"}, 409)
         if owner in self.hub.forbidden:
             return self.send(403, b"", {"X-Error-Message": f"You don't have the rights to create under {owner}"})
         private = bool(request.get("private")) or request.get("visibility") == "private"
-        self.hub.repositories[key] = Repository(private)
-        self.hub.repositories[key].commit("main", {".gitattributes": b""})
+        self.hub.put(f"{owner}/{name}", {".gitattributes": b""}, private=private, kind=key.split("/")[0])
         return self.json(answer)
 
-    def commit(self, repository, key, branch, files, body):
-        if "Authorization" not in self.headers:
-            return self.send(401)
-        if key.partition("/")[2] in self.hub.forbidden:
-            return self.send(403, b"", {"X-Error-Message": "You may not write to this repository"})
-        files = dict(files)
-        for line in body.splitlines():
-            operation, value = json.loads(line)["key"], json.loads(line)["value"]
-            if operation == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif operation == "lfsFile":
-                files[value["path"]] = self.hub.objects[value["oid"]]
-            elif operation == "deletedFile":
-                files.pop(value["path"])
-            elif operation == "deletedFolder":
-                files = {name: data for name, data in files.items() if not name.startswith(value["path"])}
-        sha = repository.commit(branch, files)
-        url = f"{self.hub.url}/{key.removeprefix('models/')}/commit/{sha}"
-        return self.json({"success": True, "commitOid": sha, "commitUrl": url})
+    def put_object(self, oid):
+        if self.hub.puts_left is not None:
+            self.hub.puts_left -= 1
+            if self.hub.puts_left < 0:
+                return self.send(403)
+        self.hub.objects[oid] = self.body
+        return self.send(200)
 
-    def lfs_batch(self, request):
-        answers = []
-        for entry in request["objects"]:
-            upload = {"upload": {"href": f"{self.hub.url}/lfs/{entry['oid']}", "header": {}}}
-            missing = entry["oid"] not in self.hub.objects
-            answers.append({**entry, "authenticated": True, **({"actions": upload} if missing else {})})
+    def lfs_batch(self):
+        answers = json.loads(self.body)["objects"]
+        for entry in answers:
+            if entry["oid"] not in self.hub.objects:
+                entry["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{entry['oid']}", "header": {}}}
         return self.json({"transfer": "basic", "objects": answers})
 
-    def resolve(self, kind, repo_id, revision, name):
-        repository = self.repository(f"{(kind or 'models/')}{repo_id}")
+    def api(self, kind, repo_id, action, revision, folder):
+        repository, revision = self.repository(f"{kind}/{repo_id}"), revision or "main"
         if repository is None:
             return None
-        sha = repository.sha(revision)
-        if sha is None:
-            return self.error("RevisionNotFound")
-        if name not in repository.commits[sha]:
-            return self.error("EntryNotFound", {"X-Repo-Commit": sha})
-        data = repository.commits[sha][name]
-        headers = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        files = repository.files(revision)
+        if files is None:
+            return self.send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        if action == "preupload":
+            names = [entry["path"] for entry in json.loads(self.body)["files"]]
+            modes = [{"path": name, "uploadMode": _upload_mode(name), "shouldIgnore": False} for name in names]
+            return self.json({"files": modes})
+        if action == "commit":
+            return self.commit(repository, repo_id, kind, revision)
+        if action == "tree":
+            return self.tree(files, folder)
+        sizes = {name: len(data) for name, data in files.items()} | self.hub.claimed_sizes
+        siblings = [{"rfilename": name, "size": sizes[name]} for name in sorted(files)]
+        sha = repository.refs.get(revision, revision)
+        return self.json({"id": repo_id, "sha": sha, "siblings": siblings, "private": repository.private})
+
+    def commit(self, repository, repo_id, kind, branch):
+        if "Authorization" not in self.headers:
+            return self.send(401)
+        if repo_id in self.hub.forbidden:
+            return self.send(403, b"", {"X-Error-Message": "You may not write to this repository"})
+        files = dict(repository.files(branch))
+        for line in map(json.loads, self.body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                files.pop(value["path"])
+        sha, where = repository.commit(branch, files), f"{kind}/{repo_id}".removeprefix("models/")
+        return self.json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{where}/commit/{sha}"})
+
+    def tree(self, files, folder):
+        root, names = PurePosixPath(folder or "."), [PurePosixPath(name) for name in files]
+        paths = {*names, *(parent for name in names for parent in name.parents)}  # Git knows folders by their files
+        below = sorted(path for path in paths if path != root and path.is_relative_to(root))
+        if folder and not below:
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+        deep = "recursive=true" in self.path.lower()
+        return self.json([self.entry(str(path), files) for path in below if deep or path.parent == root])
+
+    def entry(self, name, files):
+        oid = hashlib.sha1(files.get(name, name.encode())).hexdigest()
+        if name not in files:
+            return {"type": "directory", "path": name, "oid": oid, "size": 0}
+        entry = {"type": "file", "path": name, "oid": oid, "size": len(files[name])}
+        lfs = {"oid": _sha256(files[name]), "size": len(files[name]), "pointerSize": 130}
+        return entry | ({"lfs": lfs} if _upload_mode(name) == "lfs" else {})
+
+    def resolve(self, kind, repo_id, revision, name):
+        repository = self.repository(f"{kind or 'models/'}{repo_id}")
+        if repository is None:
+            return None
+        files, sha = repository.files(revision), repository.refs.get(revision, revision)
+        if files is None or name not in files:
+            code = "RevisionNotFound" if files is None else "EntryNotFound"
+            return self.send(404, b"", {"X-Error-Code": code, "X-Repo-Commit": sha})
+        data, headers = files[name], {"ETag": f'"{_sha256(files[name])}"', "X-Repo-Commit": sha}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted:
             first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
@@ -224,40 +208,15 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0, a connection a request: non
             data = data[first : last + 1]
         return self.send(206 if wanted else 200, data, headers)
 
-    def upload_mode(self, path):
-        mode = "lfs" if self.hub.lfs and path.endswith((".safetensors", ".parquet")) else "regular"
-        return {"path": path, "uploadMode": mode, "shouldIgnore": False}
-
-    def entry(self, name, files):
-        data = files.get(name)
-        if data is None:
-            return {"type": "directory", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest(), "size": 0}
-        lfs = {"lfs": {"oid": _oid(data), "size": len(data), "pointerSize": 130}}
-        entry = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-        return {**entry, **(lfs if self.upload_mode(name)["uploadMode"] == "lfs" else {})}
-
     def repository(self, key):
-        """The repository, or None after answering as the Hub does for a missing one or a private one without token."""
+        """Return the repository, or None after the Hub's answer for a missing one or a private one without token."""
         repository = self.hub.repositories.get(key)
         if repository is None or (repository.private and "Authorization" not in self.headers):
-            return self.error("RepoNotFound")
+            return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
         return repository
-
-    def body(self) -> bytes:
-        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        chunks = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)
 
     def json(self, value, status=200):
         return self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def error(self, code, headers=None):
-        return self.send(404, b"", {"X-Error-Code": code, **(headers or {})})
 
     def send(self, status, data=b"", headers=None):
         self.send_response(status)

@@ -1,4 +1,4 @@
-"""Slices in batches: each volume gets its own results back, and a batch that does not fit is halved."""
+"""Slices in batches: each volume gets its own results, and a batch that does not fit is halved."""
 
 import numpy as np
 import pytest
@@ -9,14 +9,14 @@ from diffusers_cf.evaluation.batching import LARGEST_BATCH, map_in_batches
 
 
 def volumes(*counts):
-    """Volumes of so many slices (1, 2, 2), each slice filled with its own number."""
+    """Yield volumes with these numbers of slices `(1, 2, 2)`, each slice filled with its own number."""
     numbers = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
     for key, found in zip("abcdefgh", numbers, strict=False):
         yield key, np.broadcast_to(found[:, None, None, None], (len(found), 1, 2, 2)).astype(np.float32)
 
 
 class Network:
-    """Returns each slice's number, and its double; keeps the sizes of its batches."""
+    """Return each slice's number and its double; record the sizes of batches."""
 
     def __init__(self, fits=10**6, error="CUDA out of memory. Tried to allocate 9 GiB"):
         self.sizes, self.fits, self.error = [], fits, error
@@ -29,7 +29,7 @@ class Network:
 
 
 def check(results, counts):
-    """The results belong to their volumes, slice by slice."""
+    """Check that each volume has the results of its own slices."""
     for (key, slices), (name, (maps, scores), seconds) in zip(volumes(*counts), results, strict=True):
         assert name == key and np.array_equal(maps, slices[:, 0]) and np.array_equal(scores, 2 * slices[:, 0, 0, 0])
         assert seconds > 0
@@ -45,7 +45,7 @@ def test_batches_are_full_and_results_find_their_volumes(batch_size, sizes):
 
 
 def test_a_volume_comes_back_one_batch_later_and_before_all_are_read():
-    """The next batch is started before the results of the one before are read."""
+    """The next batch is started before the results of the previous one are read."""
     read = []
 
     def noted():

@@ -1,4 +1,4 @@
-"""What each rule makes of maps whose answer is known."""
+"""Each rule on maps whose threshold is known."""
 
 import numpy as np
 import pytest
@@ -36,8 +36,7 @@ def test_a_map_that_is_constant_on_healthy_slices_marks_none_of_them():
     assert 0 < healthy_quantile(healthy([0.0] * 50), 0.98) < 1e-30
 
 
-def test_the_score_of_a_slice_is_where_too_few_pixels_are_left():
-    """19 pixels above the score would be removed as a small component, 20 stay."""
+def test_the_score_of_a_slice_is_that_of_its_20th_brightest_pixel():
     maps = np.zeros((2, 8, 8), np.float32)
     maps[0].flat[:20] = np.arange(20, 0, -1)
     maps[1].flat[:19] = 9
@@ -48,16 +47,16 @@ def test_the_score_of_a_slice_is_where_too_few_pixels_are_left():
 def test_labels_choose_the_threshold_with_the_fewest_errors_of_both_kinds():
     scores = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     assert best_split(scores, [0, 0, 0, 1, 1, 1]) == 0.4
-    # one healthy slice has a high score: better two of three spared and all found than all spared and one found
+    # one healthy slice has a high score: 2 of 3 spared and all found is better than all spared and 1 found
     assert best_split(scores, [0, 0, 1, 1, 0, 1]) == 0.3
-    # one lesion hardly shows: better missed than two of three healthy slices marked
+    # one lesion hardly shows: missing it is better than marking 2 of 3 healthy slices
     assert best_split(scores, [0, 1, 0, 0, 1, 1]) == 0.5
     with pytest.raises(ValueError, match="same label"):
         best_split(scores, [1] * 6)
 
 
 def batches(dataset, factor=1.0):
-    """A map that shows the lesion well, with its batch."""
+    """Yield a map that shows the lesion well, with its batch."""
     heat = dataset.images[:, 1] * factor
     batch = {"images": torch.from_numpy(dataset.images), "labels": dataset.labels, "masks": dataset.masks}
     return iter([(postprocess_maps(heat, dataset.images), batch)])
@@ -78,7 +77,7 @@ def test_rules_use_labels_alone_and_their_dice_is_that_of_the_masks():
         marked, lesion = (heat >= threshold)[inside], dataset.masks[inside] > 0
         assert found[name] == pytest.approx(2 * (marked & lesion).sum() / (marked.sum() + lesion.sum()))
         assert found[name] <= found["ideal"] < 1
-    # twice the map, twice the threshold: nothing depends on the unit
+    # twice the map gives twice the threshold
     twice = thresholds_of_labels(batches(dataset, 2.0), 0.9)
     assert twice["healthy-quantile"] == pytest.approx(2 * thresholds["healthy-quantile"])
     assert dice_of_thresholds(batches(dataset, 2.0), twice) == pytest.approx(found)

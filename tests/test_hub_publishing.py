@@ -1,4 +1,4 @@
-"""Models and data sets pushed to a Hub stand-in on loopback: they come back whole, and what must stay here stays."""
+"""Models and data sets pushed to a Hub on loopback: they load again, and private facts are not published."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 import datasets
 import pytest
 from data_files import write_brats
-from hub_client import client_process, command_line
+from hub_client import MODEL_FACTS, RESULT, client_process, command_line
 from huggingface_hub import DatasetCard, ModelCard
-from model_files import CONFIGS, FACTS, UNET, edit_json, load, tiny_pipeline, write_model
+from model_files import CONFIGS, UNET, edit_json, load, tiny_pipeline, write_model
 from PIL import Image
 from training_data import write_training_set
 
@@ -26,7 +26,6 @@ from diffusers_cf.provenance import model_fingerprint
 
 
 ROOT = Path(__file__).parents[1]
-MODEL_FACTS = FACTS | {"class_names": ["healthy", "unhealthy"], "source": "phantom", "size": 8}
 SHARDS = {f"data/{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")}
 
 
@@ -42,7 +41,7 @@ def copy(model, tmp_path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A data set as the phantom's, with what no one else should see."""
+    """A data set like the phantom's, with private facts."""
     folder = write_training_set(
         tmp_path_factory.mktemp("data") / "set", test=(3,), source="phantom", skipped=[], input="ward-7",
         note="float16", diagnoses={"p0": "glioma"}, orientation="anterior up",
@@ -53,14 +52,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def result(model):
-    """What `evaluate` would have written about the model."""
-    dice = {"mean": 0.5, "interval": [0.25, 0.625], "threshold": 0.125}
-    processed = {"auprc": 0.75, "ideal_dice": 0.5625, "slice_auroc": None, "per_patient_dice": dice}
-    return {
-        "auprc": 0.625, "ideal_dice": 0.5, "slice_auroc": None, "postprocessed": processed, "n_patients": 4, "n_slices": 40,
-        "dataset": {"source": "phantom", "split": "test"}, "protocol": {"pixels": "all of them"}, "commit": "def",
-        "command": "diffusers-cf evaluate", "model_sha256": model_fingerprint(open_pipeline(str(model))),
-    }  # fmt: skip
+    """A RESULT.json of the model."""
+    return RESULT | {"model_sha256": model_fingerprint(open_pipeline(str(model)))}
 
 
 def publish(client, *arguments):
@@ -78,14 +71,7 @@ def refused(code, err, message):
 def test_a_model_comes_back_from_the_hub_with_its_card(hub, client, model, copy, result, tmp_path):
     (tmp_path / "RESULT.json").write_text(json.dumps(result))
     Image.new("L", (4, 4)).save(tmp_path / "map.png")
-    for name in (
-        "notes.txt",
-        "pipeline.py",
-        "unet/code.py",
-        "unet/old.bin",
-        "other/config.json",
-        "secret/x.safetensors",
-    ):
+    for name in ("notes.txt", "pipeline.py", "unet/code.py", "unet/old.bin", "other/config.json", "o/x.safetensors"):
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_bytes(b"not to be published")
     edit_json(copy / "unet/config.json", _name_or_path="/srv/me/model")
@@ -102,7 +88,7 @@ def test_a_model_comes_back_from_the_hub_with_its_card(hub, client, model, copy,
 
 
 def push_sharded(folder, repo_id):
-    """In the client's process; the shards go by diffusers' own push."""
+    """Save the weights in shards and push them, in the client's process."""
     shards = folder.parent / "sharded"
     tiny_pipeline().save_pretrained(shards, max_shard_size="20KB")
     shutil.copy(folder / "preprocessing.json", shards)
@@ -125,7 +111,7 @@ def test_pushing_again_leaves_nothing_stale_and_keeps_other_variants(hub, client
     assert not any(request.startswith("PUT /lfs/") for request in hub.requests[before:])
 
 
-def test_a_push_that_was_cut_short_goes_on_where_it_was(hub, client, model, data):
+def test_an_interrupted_push_continues(hub, client, model, data):
     for kind, command in (("models", lambda: publish(client, model, "--repo-id", "user/cut")),
                           ("datasets", lambda: publish_dataset(client, data, "user/cut"))):  # fmt: skip
         hub.objects.clear()
@@ -140,8 +126,8 @@ def test_a_push_that_was_cut_short_goes_on_where_it_was(hub, client, model, data
         assert puts == (1 if kind == "models" else 2)
 
 
-def test_nothing_of_this_machine_is_published_with_a_model(hub, client, make_pipeline, tmp_path, monkeypatch):
-    """After a real evaluation, sweep and calibration of files in folders whose names should stay here."""
+def test_names_of_files_and_patients_are_not_published_with_a_model(hub, client, make_pipeline, tmp_path, monkeypatch):
+    """Evaluate, sweep and calibrate with files in folders with private names."""
     place = tmp_path / "ward-7"
     data = write_training_set(place / "mueller", test=(3, 4), input="ward-7", skipped=["schmidt"])
     facts = json.loads((data / "preprocessing.json").read_text())
@@ -172,13 +158,11 @@ def test_nothing_of_this_machine_is_published_with_a_model(hub, client, make_pip
     [
         ({"model_sha256": "0" * 64}, "was measured with other weights than those of"),
         ({"model_sha256": None}, "RESULT.json of evaluate ('model_sha256')"),
-        ({"auprc": None}, "RESULT.json of evaluate ('auprc')"),
-        ({"auprc": "0.5"}, "RESULT.json of evaluate"),
         ({"postprocessed": 1}, "RESULT.json of evaluate"),
     ],
 )
-def test_scores_of_something_else_are_not_published(model, result, tmp_path, capsys, change, message):
-    changed = {key: value for key, value in (result | change).items() if value is not None or key == "slice_auroc"}
+def test_scores_of_another_model_are_not_published(model, result, tmp_path, capsys, change, message):
+    changed = {key: value for key, value in (result | change).items() if value is not None or key != "model_sha256"}
     (tmp_path / "R.json").write_text(json.dumps(changed))
     assert main(["publish", str(model), "--repo-id", "user/x", "--scores", str(tmp_path / "R.json")]) == 2
     error = capsys.readouterr().err
@@ -189,18 +173,14 @@ def test_scores_of_something_else_are_not_published(model, result, tmp_path, cap
     ("changes", "message"),
     [
         ({"modalities": ["flair"]}, "takes 2 channels, but names the modalities flair"),
-        ({"modalities": None}, "does not name the modalities"),
         ({"class_names": ["healthy", "rust"]}, r"its network knows the classes"),
         ({"settings": {"strength": "high"}}, "holds a value of a wrong type"),
-        ({"settings": {"num_inference_steps": 7.5}}, "num_inference_steps is 7.5"),
         ({"settings": {"map": "signed"}}, "preprocessing holds no `signs`"),
         ({"settings": {"postprocess": "yes"}}, "`postprocess` in its preprocessing.json"),
-        ({"settings": {"threshold": -1}}, "threshold is -1"),
-        ({"evaluation_size": 0}, "size must be at least 1"),
         ({"training": "long"}, "`training` in its preprocessing.json is not a JSON object"),
     ],
 )
-def test_a_model_that_nobody_could_use_is_not_published(copy, changes, message):
+def test_an_unusable_model_is_not_published(copy, changes, message):
     edit_json(copy / "preprocessing.json", **changes)
     with pytest.raises(InputError, match=message):
         push_model(copy, "user/x")
@@ -212,7 +192,7 @@ def test_a_model_whose_schedulers_differ_is_not_published(copy):
         push_model(copy, "user/x")
 
 
-def test_only_pictures_that_may_be_shown_are_published_and_none_twice(copy, model, tmp_path):
+def test_pictures_that_can_not_be_published_are_refused(copy, model, tmp_path):
     (tmp_path / "a").mkdir()
     good, same, text, cut, none = (tmp_path / name for name in ("p.png", "a/p.png", "t.png", "c.png", "none.png"))
     for path in (good, same):
@@ -255,17 +235,12 @@ def test_a_blank_repository_and_an_earlier_model_are_written_to(hub, client, mod
     assert b"CounterfactualDDIMPipeline" in hub.files("user/blank")["README.md"]
 
 
-def test_what_the_hub_refuses_is_said_in_one_line(hub, client, model, data, tmp_path):
+def test_refusals_of_the_hub_are_one_line(hub, client, model, data, tmp_path):
     hub.put("user/taken", {"README.md": b"of somebody"})
     hub.forbidden = {"user/taken", "locked"}
-    cases = [
-        ("a/b/c", "a/b/c: can't push"),
-        ("locked/x", "rights to create under locked"),
-        ("user/taken", "may not write"),
-    ]
-    for name, message in cases:
+    for name, message in (("a/b/c", "a/b/c: can't"), ("locked/x", "create under locked"), ("user/taken", "not write")):
         assert refused(*publish(client, model, "--repo-id", name)[::2], message)
-    assert refused(*publish_dataset(client, data, "locked/x")[::2], "rights to create under locked")
+    assert refused(*publish_dataset(client, data, "locked/x")[::2], "create under locked")
     assert hub.files("user/taken") == {"README.md": b"of somebody"}
     hub.forbidden = set()
     assert refused(*publish(client, tmp_path / "none", "--repo-id", "user/x")[::2], "none: no such folder")
@@ -280,7 +255,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, client, model, data, tmp_
 
 
 def rows_of(folder, name, split):
-    """What a data set holds, as we and as `datasets` see it; for the client's process."""
+    """Return the content of a data set by `SliceDataset` and by `datasets`; for the client's process."""
     dataset = SliceDataset(name, split, cache_dir=folder)
     batch = dataset.collate(dataset.__getitems__(list(range(len(dataset)))))
     stream = datasets.load_dataset(name, split=split, streaming=True)
@@ -308,7 +283,7 @@ def test_a_data_set_comes_back_from_the_hub_with_its_card(hub, client, data, tmp
 
 
 @pytest.mark.slow
-def test_images_under_terms_stay_and_their_data_set_can_be_made_from_the_card(hub, client, tmp_path):
+def test_brats_images_are_not_published_and_the_card_says_how_to_make_the_data_set(hub, client, tmp_path):
     for number in range(4):
         write_brats(tmp_path / "scans", f"P_{number}", seed=number)
     own = tmp_path / "own"
@@ -339,7 +314,9 @@ def test_images_under_terms_stay_and_their_data_set_can_be_made_from_the_card(hu
         (None, [], "train-00000-of-00001.parquet: can't be read|not a readable Parquet file"),
     ],
 )  # fmt: skip
-def test_what_may_not_or_can_not_be_published(data, tmp_path, monkeypatch, capsys, change, options, message):
+def test_an_unusable_or_protected_data_set_is_not_published(
+    data, tmp_path, monkeypatch, capsys, change, options, message
+):
     folder = shutil.copytree(data, tmp_path / "set")
     edit_json(folder / "preprocessing.json", **(change or {}))
     if change is None:
@@ -357,16 +334,13 @@ def test_the_license_of_the_decathlon_needs_no_option(hub, client, tmp_path):
 
 
 def train_and_push(hub, folder, name):
-    """One step of training, in a process whose Hub is the stand-in; its output folder is `folder/out`."""
-    environment = (
-        os.environ | hub.environment(folder / "home") | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    )
-    environment.pop("HF_HUB_OFFLINE", None)
+    """Train for one step in a process that uses the hub; its output folder is `folder/out`."""
+    environment = os.environ | hub.environment(folder / "home") | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0"}
     options = ["--resolution=16", "--train_batch_size=4", "--max_train_steps=1", "--validation_steps=0"]
     options += ["--dataset", write_training_set(folder / "data"), "--output_dir", folder / "out"]
     options += ["--push_to_hub", "--hub_model_id", name, "--hub_private_repo"]
     command = [sys.executable, ROOT / "train_counterfactual.py", *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Repositories published with code: they load without the package, and never run code for who has not asked for it."""
+"""Repositories with code: they load without the package, and their code only runs with `trust_remote_code=True`."""
 
 import ast
 from collections import Counter
@@ -46,12 +46,12 @@ def test_a_clone_loads_with_the_package_and_its_code_is_not_run(hub, model, publ
     assert load(tmp_path) == load(model)
 
 
-def test_code_runs_for_nobody_who_has_not_said_so(client, published, tmp_path):
+def test_code_does_not_run_without_trust_remote_code(client, published, tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         client(load_generically, published, cache_dir=tmp_path)
 
 
-def test_pushing_again_without_code_takes_it_away(hub, client, model):
+def test_pushing_again_without_code_deletes_it(hub, client, model):
     for options, count in ((["--with-code"], 4), ([], 0)):
         assert client(command_line, "publish", model, "--repo-id", "user/again", *options)[0] == 0
         assert sum(map(is_code, hub.files("user/again"))) == count

@@ -1,4 +1,4 @@
-"""The sweep gives what single calls of the pipeline give, and what it stores is what the model then recommends."""
+"""The scores of a sweep are those of single calls of the pipeline."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from diffusers_cf.evaluation.sweep import SweepPoint, best_point, evenly_spread,
 
 
 class Slices:
-    """What the sweep needs of a data set: images of two channels with a bright square where the label is 1."""
+    """The interface of `SliceDataset`: images of two channels with a bright square if the label is 1."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -49,7 +49,7 @@ def test_a_point_is_what_calls_of_the_pipeline_score(pipe, map):
     assert points[-1].unhealthy_mean == pytest.approx(maps[sick].mean(), rel=1e-3)
 
 
-def test_a_map_that_is_not_finite_is_named_by_its_setting(pipe, monkeypatch):
+def test_the_setting_of_a_map_that_is_not_finite_is_named(pipe, monkeypatch):
     denoise = pipe.denoise
 
     def broken(latents, target, guidance_scale, *more, **walk):
@@ -57,8 +57,7 @@ def test_a_map_that_is_not_finite_is_named_by_its_setting(pipe, monkeypatch):
         return decoded * float("nan") if (guidance_scale, walk["strength"]) == (2.0, 0.4) else decoded
 
     monkeypatch.setattr(pipe, "denoise", broken)
-    setting = "guidance_scale 2.0, strength 0.4, num_inference_steps 10, map counterfactual"
-    with pytest.raises(InputError, match=f"^{setting}: the map holds NaN or infinite values$"):
+    with pytest.raises(InputError, match="guidance_scale 2.0, strength 0.4, .* NaN"):
         sweep(pipe, Slices(), range(6), [1.5, 2.0], [0.2, 0.4], ["counterfactual"], 10, batch_size=4)
 
 
@@ -79,7 +78,7 @@ def test_signs_come_from_labels(pipe, monkeypatch):
         learn_signs(pipe, slices, range(6), batch_size=6, **settings)
 
 
-def test_signs_are_learned_in_the_windows_that_they_are_for(pipe, monkeypatch):
+def test_signs_are_learned_in_windows_with_crop_background(pipe, monkeypatch):
     slices, sizes, denoise = Slices(), set(), pipe.denoise
     slices.images[:, :, :8], slices.images[:, :, 12:] = 0, 0
     pipe.register_to_config(crop_background=True)
@@ -102,7 +101,7 @@ def test_settings_that_cost_too_much_are_not_computed(pipe, record_calls):
     slices, calls = Slices(), record_calls(pipe)
     maps = ["counterfactual", "reconstruction", "forward"]
     points = sweep(pipe, slices, range(1, 6), [2.0], [0.2, 0.4], maps, 10, max_evaluations=8)
-    # to walk 2 of 10 steps costs 2 to encode and 4 to decode, 2 more for a reconstruction; forward 4, and 8 for 4 steps
+    # 2 of 10 steps cost 2 to encode and 4 to decode, 2 more for a reconstruction; forward costs 4, and 8 for 4 steps
     found = {(p.strength, p.map): p.network_evaluations for p in points}
     assert found == {(0.2, maps[0]): 6, (0.2, maps[1]): 8, (0.2, maps[2]): 4, (0.4, maps[2]): 8}
     assert sum(len(call.sample) for call in calls) == 5 * (8 + 8)

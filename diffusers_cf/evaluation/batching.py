@@ -1,9 +1,10 @@
-"""Run a function on the slices of many patients in full batches, as large as fit into memory."""
+"""Run a function on the slices of many volumes in full batches, as large as fit into memory."""
 
 import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,11 +16,14 @@ from diffusers_cf.errors import InputError
 CPU_BATCH, LARGEST_BATCH = 64, 1024
 
 
+@dataclass
 class _Volume:
-    """The results of one volume, collected slice by slice."""
+    """The results of one volume so far: `rows` holds one tuple per slice."""
 
-    def __init__(self, key: Hashable, count: int):
-        self.key, self.count, self.rows, self.seconds = key, count, [], 0.0
+    key: Hashable
+    count: int
+    rows: list = field(default_factory=list)
+    seconds: float = 0.0
 
     def result(self) -> tuple[Hashable, tuple[np.ndarray, ...], float]:
         return self.key, tuple(np.stack(column) for column in zip(*self.rows, strict=True)), self.seconds
@@ -50,59 +54,58 @@ def map_in_batches(
         ValueError: the function returned a wrong number of rows.
     """
     size = batch_size or (CPU_BATCH if torch.device(device).type == "cpu" else LARGEST_BATCH)
-    begun, sent = deque(), None
+    unfinished, receive = deque(), None
 
     def read_slices() -> Iterator[tuple[_Volume, torch.Tensor]]:
         for key, slices in volumes:
-            begun.append(_Volume(key, len(slices)))
-            yield from ((begun[-1], one) for one in torch.from_numpy(slices))
+            unfinished.append(_Volume(key, len(slices)))
+            yield from ((unfinished[-1], one) for one in torch.from_numpy(slices))
 
     waiting = read_slices()
     while batch := list(itertools.islice(waiting, size)):
         try:
-            following = _Sent(function, batch)
+            receive_next = _start(function, batch, progress)
         except RuntimeError as error:
             size = _smaller_batch(error, len(batch), fixed=batch_size is not None)
             waiting = itertools.chain(batch, waiting)
             continue
-        if sent:
-            sent.receive(progress)
-        sent = following
-        while len(begun[0].rows) == begun[0].count:
-            yield begun.popleft().result()
-    if sent:
-        sent.receive(progress)
-    yield from (volume.result() for volume in begun)
+        if receive:
+            receive()
+        receive = receive_next
+        while len(unfinished[0].rows) == unfinished[0].count:
+            yield unfinished.popleft().result()
+    if receive:
+        receive()
+    yield from (volume.result() for volume in unfinished)
 
 
-class _Sent:
-    """A batch whose results are being computed and copied to the CPU."""
+def _start(function: Callable, batch: list[tuple[_Volume, torch.Tensor]], progress) -> Callable[[], None]:
+    """Start a batch; return a function that waits for it and gives each volume its rows and its share of the time."""
+    start = time.perf_counter()
+    volumes, slices = zip(*batch, strict=True)
+    results = function(torch.stack(slices))
+    results = results if isinstance(results, tuple) else (results,)
+    if any(len(result) != len(batch) for result in results):
+        shapes = ", ".join(str(tuple(result.shape)) for result in results)
+        raise ValueError(f"the function returned {shapes} for {len(batch)} slices")
+    copies = [result.detach().float().to("cpu", non_blocking=result.is_cuda) for result in results]
+    arrival = torch.cuda.Event() if results[0].is_cuda else None
+    if arrival:
+        arrival.record()
+    started = time.perf_counter() - start
 
-    def __init__(self, function: Callable, batch: list[tuple[_Volume, torch.Tensor]]):
+    def receive() -> None:
         start = time.perf_counter()
-        self.volumes, slices = zip(*batch, strict=True)
-        results = function(torch.stack(slices))
-        results = results if isinstance(results, tuple) else (results,)
-        if any(len(result) != len(batch) for result in results):
-            shapes = ", ".join(str(tuple(result.shape)) for result in results)
-            raise ValueError(f"the function returned {shapes} for {len(batch)} slices")
-        self.results = [result.detach().float().to("cpu", non_blocking=result.is_cuda) for result in results]
-        self.arrival = torch.cuda.Event() if results[0].is_cuda else None
-        if self.arrival:
-            self.arrival.record()
-        self.seconds = time.perf_counter() - start
-
-    def receive(self, progress) -> None:
-        """Wait for the results and give each volume its rows and its share of the time."""
-        start = time.perf_counter()
-        if self.arrival:
-            self.arrival.synchronize()
-        seconds = (self.seconds + time.perf_counter() - start) / len(self.volumes)
-        for volume, *rows in zip(self.volumes, *(result.numpy() for result in self.results), strict=True):
+        if arrival:
+            arrival.synchronize()
+        seconds = (started + time.perf_counter() - start) / len(batch)
+        for volume, *rows in zip(volumes, *(copy.numpy() for copy in copies), strict=True):
             volume.rows.append(rows)
             volume.seconds += seconds
         if progress is not None:
-            progress.update(len(self.volumes))
+            progress.update(len(batch))
+
+    return receive
 
 
 def _smaller_batch(error: RuntimeError, count: int, fixed: bool) -> int:

@@ -1,8 +1,8 @@
 """Confidence intervals of a score, and of the difference of two methods: a bootstrap over runs and patients.
 
-Pixels of one patient are not independent, so patients are drawn, with replacement, and their pixel counts are added up.
-Runs (seeds, splits) are drawn, too: three trainings are a sample of all trainings. Two methods are compared on the same
-draws (paired), so what makes a patient or a split hard for both cancels out.
+Pixels of one patient are not independent, so patients are drawn with replacement and their pixel counts are added up.
+Runs (seeds, splits) are drawn as well. Two methods are compared on the same draws (paired), so the difficulty of a
+patient or a split cancels out.
 """
 
 import zlib
@@ -13,23 +13,23 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.pixel_counts import CHAINS, PixelCounts, read_counts
+from diffusers_cf.evaluation.pixel_counts import CHAINS, REGIONS, PixelCounts, read_counts
 
 
-# Most bins of a patient's counts, and of the bins common to all patients; `tests/test_bootstrap.py` bounds the error.
+# Largest number of bins of a patient's counts, and of the bins that all patients share.
 COMMON_BINS = 2**14
-# Draws computed at a time, to bound memory: a few arrays of BLOCK x COMMON_BINS.
+# Draws computed at a time; each needs a few arrays of COMMON_BINS numbers.
 BLOCK = 8
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """A score of a method, on its runs and patients as they are and on draws of them.
+    """A method's score on its runs and patients, and on random draws of them.
 
     Attributes:
         values (`Sequence[float | None]`): score of each run on its own patients, None without lesion pixels.
-        samples (`np.ndarray`): float64 `(samples,)`, score of each draw, NaN where one of the drawn runs has no lesion.
-        test_sets (`Sequence[Mapping]`): for each run patient -> (lesion pixels, all pixels).
+        samples (`np.ndarray`): float64 `(samples,)`, score of each draw, NaN if a drawn run has no lesion.
+        test_sets (`Sequence[Mapping]`): for each run, patient -> (lesion pixels, all pixels).
         seed (`int`): seed of the draws.
     """
 
@@ -40,7 +40,7 @@ class Bootstrap:
 
     @property
     def value(self) -> float | None:
-        """Mean of the runs; None if one of them is not defined."""
+        """Mean over the runs; None if a run has no value."""
         return None if None in self.values else float(np.mean(self.values))
 
     def interval(self) -> list[float] | None:
@@ -54,9 +54,9 @@ class Bootstrap:
         """Compare two methods on the same draws of patients.
 
         Returns:
-            `dict`, with None where not defined: `difference`, self - other on the patients as they are; `by_run`, the
-            same for each run if both have as many; `interval`, its percentile 95 % interval [low, high]; `p_worse`,
-            the share of draws in which self is not ahead.
+            `dict`: `difference`, self - other; `by_run`, the same for each run if both have equally many; `interval`,
+            the percentile 95 % interval of the difference; `p_worse`, the share of draws in which self is not better.
+            Undefined values are None.
 
         Raises:
             InputError: the test sets differ.
@@ -77,14 +77,14 @@ class Bootstrap:
         }
 
     def to_json(self) -> dict:
-        """Return one run as JSON values, small enough to keep with every result."""
+        """Return the bootstrap of one run as JSON values."""
         samples = [None if np.isnan(sample) else round(float(sample), 6) for sample in self.samples]
         test_sets = [{patient: list(pixels) for patient, pixels in found.items()} for found in self.test_sets]
         return {"value": self.value, "seed": self.seed, "test_sets": test_sets, "samples": samples}
 
     @classmethod
     def from_json(cls, stored: Mapping) -> "Bootstrap":
-        """Return the bootstrap that `to_json` stored, with draws rounded to 6 digits."""
+        """Return the bootstrap that `to_json` stored; its draws are rounded to 6 digits."""
         samples = np.array([np.nan if sample is None else sample for sample in stored["samples"]])
         test_sets = [{patient: tuple(pixels) for patient, pixels in found.items()} for found in stored["test_sets"]]
         return cls([stored["value"]], samples, test_sets, stored["seed"])
@@ -111,17 +111,16 @@ def bootstrap_auprc(run: Mapping[str, PixelCounts], seed: int = 0, samples: int 
 
 
 def bootstrap_mean(run: Mapping[str, float], seed: int = 0, samples: int = 1000) -> Bootstrap:
-    """Do the same for the mean over patients of a score such as Dice; `run` maps each patient to its score."""
+    """Draw patients with replacement and compute the mean of their scores; `run` maps each patient to its score."""
     patients = sorted(run)
     value, *drawn = _weights(patients, seed, samples) @ np.array([run[patient] for patient in patients]) / len(run)
     return Bootstrap([float(value)], np.array(drawn), [dict.fromkeys(patients, (0, 0))], seed)
 
 
 def mean_of_runs(runs: Sequence[Bootstrap]) -> Bootstrap:
-    """Return the mean over the runs (seeds, splits) of a method; each draw takes as many runs, with replacement.
+    """Return the mean over the runs (seeds, splits) of a method; runs are drawn with replacement, too.
 
-    Runs on one test set share their draws of patients; runs on different test sets draw from their own patients. Two
-    methods with equally many runs share their draws of runs.
+    Two methods with equally many runs share their draws of runs.
 
     Raises:
         ValueError: there is no run, or the draws differ in seed or number.
@@ -143,13 +142,13 @@ def read_patient_counts(path: str | Path, chain: str = "raw") -> dict[str, Pixel
     """Read each patient's counts of all pixels, in at most `COMMON_BINS` bins, from a .counts.npz file of `evaluate`.
 
     Raises:
-        InputError: the file has no counts of this chain (`raw` or `postprocessed`).
+        InputError: the file has no counts of `chain` (`raw` or `postprocessed`).
     """
     counts = {}
     for patient, found in read_counts(path):
         if f"{chain}/foreground" not in found:
             raise InputError(f"{path}: no counts of the {chain} maps of patient {patient}")
-        counts[patient] = (found[f"{chain}/foreground"] + found[f"{chain}/background"]).coarsened(COMMON_BINS)
+        counts[patient] = sum((found[f"{chain}/{region}"] for region in REGIONS), PixelCounts(COMMON_BINS))
     return counts
 
 
@@ -177,14 +176,14 @@ def average_precision(positives: np.ndarray, negatives: np.ndarray) -> np.ndarra
 
 
 def _weights(patients: Sequence[str], seed: int, samples: int) -> np.ndarray:
-    """Return how often each patient counts, `(1 + samples, P)`; the first row is no draw and counts each once."""
+    """Return how often each draw takes each patient, `(1 + samples, P)`; the first row takes each once."""
     random = np.random.default_rng([seed, zlib.crc32("\n".join(patients).encode())])
     draws = random.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size=samples)
     return np.concatenate([np.ones((1, len(patients))), draws.astype(np.float64)])
 
 
 def _common_bins(counts: Sequence[PixelCounts]) -> tuple[np.ndarray, np.ndarray]:
-    """Return lesion and other pixels, float64 `(P, B)`, in bins common to all patients, the highest scores first."""
+    """Return lesion and other pixels, float64 `(P, B)`, in bins shared by all patients, the highest scores first."""
     total = sum(counts, PixelCounts(COMMON_BINS))
     positives, negatives = np.zeros((2, len(counts), len(total.bins)))
     for row, patient in enumerate(counts):

@@ -1,5 +1,6 @@
-"""Thresholds from the labels of slices alone, for data without masks. Maps are those of `postprocess_maps`."""
+"""Choose thresholds of post-processed maps from the labels of slices, for data without masks."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -9,14 +10,14 @@ from diffusers_cf.evaluation.postprocessing import MIN_COMPONENT_SIZE, foregroun
 
 
 # Share of healthy pixels below the threshold, as in Baur et al. 2021, "Autoencoders for unsupervised anomaly
-# segmentation in brain MR images: a comparative study" (there of healthy training data).
+# segmentation in brain MR images: a comparative study" (who use healthy training data).
 HEALTHY_QUANTILE = 0.98
 
 
 def thresholds_of_labels(
     maps: Iterable[tuple[np.ndarray, Mapping]], quantile: float = HEALTHY_QUANTILE
 ) -> dict[str, float]:
-    """Return the threshold of each rule; masks are not used.
+    """Return the threshold of each rule.
 
     Args:
         maps (`Iterable`): post-processed maps `(N, H, W)` with their batches (`images`, `labels`).
@@ -27,11 +28,11 @@ def thresholds_of_labels(
     """
     healthy, scores, labels = PixelCounts(), [], []
     for heat, batch in maps:
-        inside, sick = foreground_mask(batch["images"]), np.asarray(batch["labels"]) != 0
-        pixels = heat[~sick][inside[~sick]]
+        unhealthy = np.asarray(batch["labels"]) != 0
+        pixels = heat[foreground_mask(batch["images"]) & ~unhealthy[:, None, None]]
         healthy.update(pixels, np.zeros_like(pixels))
         scores.append(slice_scores(heat))
-        labels.append(sick)
+        labels.append(unhealthy)
     split = best_split(np.concatenate(scores), np.concatenate(labels))
     return {"slice-labels": split, "healthy-quantile": healthy_quantile(healthy, quantile)}
 
@@ -45,37 +46,40 @@ def dice_of_thresholds(
         maps (`Iterable`): post-processed maps `(N, H, W)` with their batches (`images`, `masks`).
         thresholds (`Mapping`): rule -> threshold, as from [`thresholds_of_labels`].
     """
-    found, counts = {name: PixelCounts() for name in thresholds}, PixelCounts()
+    counts, found, marked = PixelCounts(), Counter(), Counter()
     for heat, batch in maps:
-        inside, masks = foreground_mask(batch["images"]), np.asarray(batch["masks"])
-        counts.update(heat[inside], masks[inside])
+        inside = foreground_mask(batch["images"])
+        heat, lesion = heat[inside], np.asarray(batch["masks"])[inside] != 0
+        counts.update(heat, lesion)
         for name, threshold in thresholds.items():
-            found[name].update((heat >= threshold)[inside], masks[inside])
-    return {name: marked.dice_at(1.0) for name, marked in found.items()} | {"ideal": counts.ideal_dice()[0]}
+            found[name] += int((lesion & (heat >= threshold)).sum())
+            marked[name] += int((heat >= threshold).sum())
+    total = int(counts.positives.sum())
+    dice = {name: 2 * found[name] / (marked[name] + total) if total else None for name in thresholds}
+    return dice | {"ideal": counts.ideal_dice()[0]}
 
 
 def healthy_quantile(healthy: PixelCounts, quantile: float = HEALTHY_QUANTILE) -> float:
-    """Return the lowest threshold for which `map >= threshold` leaves this share of healthy pixels unmarked.
+    """Return the lowest threshold for which `map >= threshold` leaves a share of `quantile` unmarked.
 
     Args:
         healthy (`PixelCounts`): scores in the foreground of healthy slices, all counted as negatives.
-        quantile (`float`): the share, in (0, 1).
+        quantile (`float`): in (0, 1).
 
     Raises:
         ValueError: there are no pixels.
     """
     if not healthy.negatives.any():
         raise ValueError("there are no pixels of healthy slices")
-    spared = np.concatenate([[0], np.cumsum(healthy.negatives)]) >= quantile * healthy.negatives.sum()
+    below = np.concatenate([[0], np.cumsum(healthy.negatives)])
     edges = np.append(healthy.scores, np.nextafter(healthy.scores[-1:], np.float32(np.inf)))
-    return float(edges[np.argmax(spared)])
+    return float(edges[np.argmax(below >= quantile * below[-1])])
 
 
 def slice_scores(maps: np.ndarray) -> np.ndarray:
-    """Return the score of each slice `(N,)`: the highest threshold that marks as many pixels as a component needs.
+    """Return `(N,)` scores of slices from maps `(N, H, W)`: the highest threshold that marks 20 pixels or more.
 
-    Args:
-        maps (`np.ndarray`): `(N, H, W)`, 0 outside the foreground.
+    Post-processing removes components of fewer pixels.
     """
     rank = min(MIN_COMPONENT_SIZE, maps[0].size)
     return np.partition(maps.reshape(len(maps), -1), -rank, axis=1)[:, -rank]
@@ -83,8 +87,6 @@ def slice_scores(maps: np.ndarray) -> np.ndarray:
 
 def best_split(scores: np.ndarray, labels: np.ndarray) -> float:
     """Return the threshold of `score >= threshold` with the highest sensitivity + specificity (Youden's J).
-
-    anomalib's adaptive threshold uses labels of images in the same way, with F1 instead of J.
 
     Args:
         scores (`np.ndarray`): `(N,)`.
@@ -97,6 +99,6 @@ def best_split(scores: np.ndarray, labels: np.ndarray) -> float:
 
     sick = np.asarray(labels) != 0
     if sick.all() or not sick.any():
-        raise ValueError("the slices all have the same label: a threshold needs healthy and unhealthy ones")
+        raise ValueError("the slices all have the same label: a threshold needs healthy and unhealthy slices")
     false, true, thresholds = roc_curve(sick, scores, drop_intermediate=False)
     return float(thresholds[1:][np.argmax((true - false)[1:])])

@@ -1,4 +1,4 @@
-"""Open and check the split, rows and settings of a command before any slice is computed."""
+"""Check the split, rows and settings of a command before any slice is computed."""
 
 import numpy as np
 
@@ -23,10 +23,12 @@ def rows_of_both_labels(dataset: SliceDataset, max_slices: int) -> list[int]:
     if max_slices < 1:
         raise InputError(f"--max_slices must be at least 1, not {max_slices}")
     rows = evenly_spread(len(dataset), max_slices)
-    sick = np.asarray(dataset.labels)[rows] != 0
-    if sick.all() or not sick.any():
-        found = f"the {len(rows)} slices chosen of the split {dataset.split}"
-        raise InputError(f"{dataset.folder}: {found} are all {'unhealthy' if sick.all() else 'healthy'}")
+    unhealthy = np.asarray(dataset.labels)[rows] != 0
+    if unhealthy.all() or not unhealthy.any():
+        label = "unhealthy" if unhealthy.all() else "healthy"
+        raise InputError(
+            f"{dataset.folder}: the {len(rows)} slices chosen of the split {dataset.split} are all {label}"
+        )
     return rows
 
 

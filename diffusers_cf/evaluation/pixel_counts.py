@@ -10,24 +10,24 @@ import numpy as np
 from diffusers_cf.files import new_file
 
 
-# Every measure is computed for the map as it is, and for the map after postprocessing.py.
+# Every measure is computed for the map as it is and for the post-processed map.
 CHAINS = ("raw", "postprocessed")
+REGIONS = ("foreground", "background")
 
 
 class PixelCounts:
     """Count lesion and other pixels by score, in one pass and constant memory, for scores of any range.
 
-    A bin holds all float32 numbers that share their leading bits. Bins are ordered, narrow near 0, and relatively as
-    fine for scores of 1e-6 as for 1e6. Only bins in use are stored. Each distinct score has its own bin until more than
-    `max_bins` are in use; then neighbours merge in pairs, which costs one bit of precision and leaves at least half of
-    `max_bins` in use. The result does not depend on the order of the pixels, so the counts of parts of a data set
-    (patients, processes) add up to the counts of the whole.
+    A bin holds all float32 numbers that share their leading bits, so its relative width is the same for scores of 1e-6
+    and 1e6. Each distinct score has its own bin until more than `max_bins` are in use; then neighbours merge in pairs,
+    which costs one bit of precision. The result does not depend on the order of the pixels, so the counts of patients
+    add up to the counts of the data set.
 
     Args:
         max_bins (`int`): largest number of bins in use, at least 4,096; 24 bytes each.
 
     Attributes:
-        bins (`np.ndarray`): uint32 `(B,)`, ascending: the leading bits of the scores in each bin.
+        bins (`np.ndarray`): uint32 `(B,)`, ascending: the leading bits of the scores in each bin that is in use.
         positives (`np.ndarray`): int64 `(B,)`, number of lesion pixels.
         negatives (`np.ndarray`): int64 `(B,)`, number of other pixels.
         shift (`int`): number of bits by which scores are shortened; 0 while they are exact.
@@ -63,7 +63,7 @@ class PixelCounts:
         bins = _order_key(scores) >> self.shift
         positive_bins, positives = np.unique(bins[lesion], return_counts=True)
         negative_bins, negatives = np.unique(bins[~lesion], return_counts=True)
-        # one merge for both classes: a merge may raise the shift that these bins were computed with
+        # merge both classes at once: a merge may raise the shift that these bins were computed with
         self._merge(
             np.concatenate([positive_bins, negative_bins]),
             np.concatenate([positives, 0 * negatives]),
@@ -86,12 +86,8 @@ class PixelCounts:
             bins, self.shift = bins >> 1, self.shift + 1
         self.bins, self.positives, self.negatives = bins, positives, negatives
 
-    def coarsened(self, max_bins: int) -> "PixelCounts":
-        """Return the same counts in at most `max_bins` bins, for example for a small file."""
-        return PixelCounts(max_bins) + self
-
     def __add__(self, other: "PixelCounts") -> "PixelCounts":
-        """Return the sum of both, with the `max_bins` of the first."""
+        """Return the sum of both, with `max_bins` of the first: `PixelCounts(4096) + counts` has at most 4,096 bins."""
         total = PixelCounts(self.max_bins)
         total.shift = max(self.shift, other.shift)
         for part in (self, other):
@@ -109,13 +105,6 @@ class PixelCounts:
         pixels = int(self.positives.sum() + self.negatives.sum())
         return int(self.positives.sum()) / pixels if pixels else None
 
-    def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return labels, scores and sample weights for scikit-learn, two rows per bin."""
-        labels = np.repeat([1, 0], len(self.bins))
-        weights = np.concatenate([self.positives, self.negatives])
-        filled = weights > 0
-        return labels[filled], np.tile(self.scores.astype(np.float64), 2)[filled], weights[filled]
-
     def average_precision(self) -> float | None:
         """Return the average precision, the paper's AUPRC; None without lesion pixels.
 
@@ -125,7 +114,9 @@ class PixelCounts:
 
         if not self.positives.any():
             return None
-        labels, scores, weights = self._rows()
+        labels = np.repeat([1, 0], len(self.bins))
+        scores = np.tile(self.scores.astype(np.float64), 2)
+        weights = np.concatenate([self.positives, self.negatives])
         return float(average_precision_score(labels, scores, sample_weight=weights))
 
     def ideal_dice(self) -> tuple[float, float] | tuple[None, None]:
@@ -133,32 +124,17 @@ class PixelCounts:
 
         (None, None) without lesion pixels.
         """
-        from sklearn.metrics import precision_recall_curve
-
-        if not self.positives.any():
+        lesion = int(self.positives.sum())
+        if not lesion:
             return None, None
-        labels, scores, weights = self._rows()
-        precision, recall, thresholds = precision_recall_curve(labels, scores, sample_weight=weights)
-        precision, recall = precision[:-1], recall[:-1]
-        total = precision + recall
-        dice = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
+        found = np.cumsum(self.positives[::-1])[::-1]  # lesion pixels above each bin's lower edge
+        marked = found + np.cumsum(self.negatives[::-1])[::-1]
+        dice = 2 * found / (marked + lesion)
         best = int(np.argmax(dice))
-        return float(dice[best]), float(thresholds[best])
-
-    def dice_at(self, threshold: float) -> float | None:
-        """Return Dice of `map >= threshold`; None without lesion pixels.
-
-        Exact if `shift` is 0 or the threshold is the lower edge of a bin, as from `ideal_dice`. Otherwise the whole bin
-        that holds the threshold counts as above it.
-        """
-        if not self.positives.any():
-            return None
-        above = self.bins >= _order_key(np.float32([threshold])) >> self.shift
-        true, false = int(self.positives[above].sum()), int(self.negatives[above].sum())
-        return 2 * true / (true + false + int(self.positives.sum()))
+        return float(dice[best]), float(self.scores[best])
 
     def to_arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
-        """Return small arrays for an .npz file: `shift`, the differences of `bins`, `positives`, `negatives`."""
+        """Return arrays for an .npz file, in small types: `shift`, differences of `bins`, `positives`, `negatives`."""
         arrays = {f"{prefix}shift": np.uint8(self.shift), f"{prefix}bins": np.diff(self.bins, prepend=np.uint32(0))}
         for name in ("positives", "negatives"):
             array = getattr(self, name)
@@ -167,7 +143,7 @@ class PixelCounts:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str = "") -> "PixelCounts":
-        """Return the counts of which `to_arrays` made these arrays."""
+        """Return the counts that `to_arrays` stored."""
         counts = cls()
         counts.shift = int(arrays[f"{prefix}shift"])
         positives, negatives = (arrays[f"{prefix}{name}"].astype(np.int64) for name in ("positives", "negatives"))
@@ -187,11 +163,8 @@ def _order_score(keys: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def counts_file(path: str | Path | None) -> Iterator[Callable[[dict[str, np.ndarray]], None]]:
-    """Yield a function that appends arrays to an .npz file; the file gets its name once it is complete."""
-    if path is None:
-        yield lambda arrays: None
-        return
+def counts_file(path: str | Path) -> Iterator[Callable[[dict[str, np.ndarray]], None]]:
+    """Yield a function that appends arrays to a new .npz file, which replaces `path` once it is complete."""
     with new_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
 
         def append(arrays: dict[str, np.ndarray]) -> None:
@@ -215,6 +188,6 @@ def read_counts(path: str | Path) -> Iterator[tuple[str, dict]]:
             for chain in CHAINS:
                 if f"{patient}/{chain}/slice_scores" in file.files:
                     found[f"{chain}/slice_scores"] = file[f"{patient}/{chain}/slice_scores"]
-                    for region in (f"{chain}/foreground", f"{chain}/background"):
-                        found[region] = PixelCounts.from_arrays(file, f"{patient}/{region}/")
+                    for region in REGIONS:
+                        found[f"{chain}/{region}"] = PixelCounts.from_arrays(file, f"{patient}/{chain}/{region}/")
             yield patient, found

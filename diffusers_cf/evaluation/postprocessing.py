@@ -1,8 +1,6 @@
-"""The post-processing chain of every method, for measuring and for segmenting.
+"""Post-processing of maps and masks, the same for every method in evaluation and segmentation.
 
-`postprocess_maps` masks maps by the eroded foreground and median filters them, which changes every measure.
-`remove_small_components` needs a threshold first: it changes masks and Dice at a threshold, but neither AUPRC nor ideal
-Dice.
+`remove_small_components` works on thresholded maps, so it changes Dice at a threshold, but not AUPRC or ideal Dice.
 """
 
 import numpy as np
@@ -23,7 +21,7 @@ def eroded_foreground_mask(images: np.ndarray) -> np.ndarray:
     """Return the foreground without its rim: where the mean of `foreground_mask` over 5 x 5 pixels is above 0.95.
 
     One of the 25 pixels may be background, so a single hole inside the tissue erodes nothing. The border pixel is
-    repeated outside the image: an image that is foreground everywhere keeps its border.
+    repeated outside the image, so an image that is foreground everywhere keeps its border.
 
     Args:
         images (`np.ndarray` or `torch.Tensor`): `(N, C, H, W)`, on the CPU, background 0.
@@ -32,7 +30,7 @@ def eroded_foreground_mask(images: np.ndarray) -> np.ndarray:
         `np.ndarray`: bool `(N, H, W)`.
     """
     foreground = foreground_mask(images)
-    # integers, because rounding of a floating-point mean could decide at the limit
+    # count in integers: a floating-point mean near the limit depends on rounding
     filled = foreground.astype(np.int32)
     for axis in (1, 2):
         filled = ndimage.correlate1d(filled, np.ones(FILTER_SIZE), axis=axis, mode="nearest")
@@ -42,8 +40,8 @@ def eroded_foreground_mask(images: np.ndarray) -> np.ndarray:
 def postprocess_maps(maps: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Clear maps outside the eroded foreground, then median filter each slice over 5 x 5 pixels.
 
-    Cleared pixels get 0, the lowest score of a heatmap. If scores are negative, they get the lowest score in the
-    foreground of all slices given, so pass all slices of a patient at once.
+    Cleared pixels get 0. If there are negative scores, they get the lowest score in the foreground of all slices given,
+    so pass all slices of a patient at once.
 
     Args:
         maps (`np.ndarray`): `(N, H, W)`, higher = more lesion.
@@ -57,7 +55,7 @@ def postprocess_maps(maps: np.ndarray, images: np.ndarray) -> np.ndarray:
     cleared = np.float32(min(0, maps.min(initial=0, where=foreground)))
     masked = np.where(eroded_foreground_mask(images), maps, cleared)
     filtered = ndimage.median_filter(masked, size=(1, FILTER_SIZE, FILTER_SIZE), mode="nearest")
-    # the filter can move scores out of the foreground again
+    # the filter can spread scores to the background
     return np.where(foreground, filtered, cleared)
 
 

@@ -1,4 +1,4 @@
-"""Split work over processes: under a launcher (torchrun, accelerate launch), or as shards started one by one."""
+"""Split work over the processes of a launcher (torchrun, accelerate launch), or over shards started one by one."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from datetime import timedelta
 from diffusers_cf.errors import InputError
 
 
-# The variables by which a launcher, and Accelerate, know one process from another.
+# The variables by which a launcher and Accelerate tell processes apart.
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 # The fastest process may wait for hours until the slowest has finished its last patient.
 _TIMEOUT = timedelta(days=30)
@@ -22,8 +22,7 @@ class Share:
     Attributes:
         index (`int`): number of the part, from 0.
         count (`int`): number of parts.
-        launched (`bool`): whether a launcher runs all parts at the same time, so that they can wait for each other.
-            False for shards, which are separate commands.
+        launched (`bool`): True for processes of a launcher, which can wait for each other; False for shards.
         local_index (`int`): number of this process on its machine; chooses the GPU.
     """
 
@@ -43,12 +42,12 @@ class Share:
         return self.count > 1 and not self.launched
 
     def of(self, items: Sequence, sizes: Sequence[int] | None = None) -> list:
-        """Return the items of this part in their order; every process computes the same split.
+        """Return the items of this part in their order.
 
         Args:
             items (`Sequence`): the whole work.
-            sizes (`Sequence[int]`, *optional*): cost of each item. The largest come first, each goes to the part with
-                the lowest total. None means equal costs.
+            sizes (`Sequence[int]`, *optional*): cost of each item; equal costs by default. Items are assigned in order
+                of falling cost, each to the part with the lowest total.
         """
         sizes = [1] * len(items) if sizes is None else list(sizes)
         loads, mine = [0] * self.count, []
@@ -60,7 +59,7 @@ class Share:
         return [items[number] for number in sorted(mine)]
 
     def wait(self) -> None:
-        """Wait until all processes of a launcher have reached this line."""
+        """Wait until all processes of a launcher call this function."""
         if self.launched:
             import torch.distributed
 
@@ -77,13 +76,10 @@ class Share:
         return [value for part in found for value in part]
 
 
-WHOLE = Share()
-
-
 def share_of_work(shard: str | None = None) -> Share:
     """Return the part of the work that a launcher or `--shard i/n` assigns to this process.
 
-    Afterwards the launcher's environment variables are gone: Accelerate in this process trains a network alone.
+    The launcher's environment variables are removed, so that Accelerate trains a network in this process alone.
 
     Raises:
         InputError: `shard` is not i/n, or is given under a launcher.
@@ -100,7 +96,7 @@ def share_of_work(shard: str | None = None) -> Share:
             os.environ.pop(name, None)
         return Share(rank, count, launched=True, local_index=local_rank)
     if not shard:
-        return WHOLE
+        return Share()
     found = re.fullmatch(r"(\d+)/(\d+)", shard)
     index, count = map(int, found.groups()) if found else (0, 0)
     if not 1 <= index <= count:

@@ -1,15 +1,14 @@
 """One protocol for every method: pixel measures of anomaly maps over a split of a slice data set.
 
 The paper's measures (Sec. 4) are the area under the precision-recall curve and the best Dice over all thresholds, both
-over the pixels of the whole test set. Pixels are counted in constant memory (`pixel_counts.py`); scikit-learn computes
-the measures from the counts.
+over the pixels of the whole test set. `PixelCounts` counts these pixels in constant memory.
 """
 
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,14 @@ from tqdm import tqdm
 
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.batching import map_in_batches
-from diffusers_cf.evaluation.pixel_counts import CHAINS, PixelCounts, counts_file
+from diffusers_cf.evaluation.pixel_counts import CHAINS, REGIONS, PixelCounts, counts_file
 from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps, remove_small_components
-from diffusers_cf.evaluation.processes import WHOLE, Share
+from diffusers_cf.evaluation.processes import Share
 from diffusers_cf.files import new_file, read_json, write_json
 
 
 # Bins per count in the file of per-patient counts, about 80 kB each.
 FILE_BINS = 2**16
-REGIONS = ("foreground", "background")
 # Lesion size as a share of the patient's foreground. The limits are fixed, so that results of different data sets
 # compare; on TCGA-LGG each size holds about a third of the patients.
 LESION_SIZES = {"small": (0.0, 0.03), "medium": (0.03, 0.08), "large": (0.08, 1.0)}
@@ -47,12 +45,12 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     parts: str | Path | None = None,
-    share: Share = WHOLE,
+    share: Share | None = None,
 ) -> dict | None:
     """Measure one method on a split: the same pixels, resolution and post-processing for every method.
 
     Each patient's counts go to a file, so memory does not grow with the split. Without a threshold the files also hold
-    the maps (4 bytes per pixel, 8 with post-processing) until the ideal one is known.
+    the maps (4 bytes per pixel, 8 with post-processing) until the ideal threshold is known.
 
     Args:
         anomaly_map (`Callable`): images float32 `(N, C, H, W)` -> maps `(N, h, w)`, higher = more lesion, any range.
@@ -71,69 +69,70 @@ def evaluate(
         progress (`bool`): whether to show a progress bar.
         parts (`str` or `Path`, *optional*): folder for the patients' files, temporary by default. Patients found there
             are not measured again, so a stopped run continues.
-        share (`Share`): which patients this process measures. All processes need the same `parts`.
+        share (`Share`, *optional*): which patients this process measures, all by default. All processes need the same
+            `parts`.
 
     Returns:
-        `dict` or `None`: the fields of RESULT.json, fractions from 0 to 1, None where a measure is not defined. None
-        instead of a dict if another process combines the parts (shards, and all but the first process of a launcher).
+        `dict` or `None`: the fields of RESULT.json, fractions from 0 to 1, None for a measure that is not defined.
         `auprc`, `ideal_dice`, `ideal_threshold` are over all pixels, `foreground_*` over pixels where any channel is
         above 0; `slice_auroc` is of the map's mean over a slice's foreground; `per_patient_dice` and
         `per_patient_auprc` are of the patients with a lesion, `per_slice_dice` of the slices with one;
-        `by_lesion_size` are the same for small, medium and large lesions. `postprocessed` repeats all of them.
+        `by_lesion_size` are the same for small, medium and large lesions. `postprocessed` repeats all of them. Shards,
+        and all processes of a launcher but the first, return None.
 
     Raises:
         InputError: the data set has no masks or no slices, or a map holds NaN or infinite values.
         ValueError: a map has a wrong shape, or `parts` is missing with several processes.
     """
+    share = share or Share()
     if not dataset.has_masks:
         raise InputError("the data set has no lesion masks: it can train a model, but can't be evaluated")
-    everything = np.arange(len(dataset))
-    rows = rows_by_patient(dataset, everything if indices is None else np.asarray(indices, dtype=np.int64))
-    if not rows:
+    all_rows = np.arange(len(dataset))
+    measured = rows_by_patient(dataset, all_rows if indices is None else np.asarray(indices, dtype=np.int64))
+    if not measured:
         raise InputError("there are no slices to evaluate: the split is empty")
-    rows_read = rows_by_patient(dataset, everything) if whole_patients else rows
-    limits = threshold if isinstance(threshold, dict) else dict.fromkeys(CHAINS, threshold)
-    limits = {chain: limits[chain] for chain in CHAINS[: 1 + postprocess]}
-    with _folder_of_parts(parts, counts_path, share) as folder:
-        paths = {name: folder / f"{number:06d}.npz" for number, name in enumerate(rows)}
-        sizes = {name: len(rows_read[name]) for name in rows}
-        mine = share.of(list(rows), list(sizes.values()))
-        left = [name for name in mine if not paths[name].exists()]
-        total, missing = (sum(sizes[name] for name in names) for names in (mine, left))
-        hidden = not (progress and (share.is_main or share.is_shard))
-        with tqdm(total=total, initial=total - missing, unit="slice", disable=hidden) as bar:
-            patients = (_Patient(dataset, name, rows_read[name], rows[name]) for name in left)
-            call = {"batch_size": batch_size, "device": device, "progress": bar}
-            for patient, maps, seconds in _maps_of_patients(anomaly_map, patients, whole_patients, call):
-                part = _measure_patient(patient, maps, limits) | {"seconds": np.array(seconds)}
-                with new_file(paths[patient.name]) as temporary, open(temporary, "wb") as file:
-                    np.savez(file, **part)
+    read = rows_by_patient(dataset, all_rows) if whole_patients else measured
+    thresholds = threshold if isinstance(threshold, dict) else dict.fromkeys(CHAINS, threshold)
+    thresholds = {chain: thresholds[chain] for chain in CHAINS[: 1 + postprocess]}
+    hide_bar = not (progress and (share.is_main or share.is_shard))
+    if parts is None and share.count > 1:
+        raise ValueError("parts is None: several processes need one folder for what they measure")
+    with _folder_of_parts(parts, counts_path) as folder:
+        files = {name: folder / f"{number:06d}.npz" for number, name in enumerate(measured)}
+        mine = share.of(list(files), [len(read[name]) for name in files])
+        left = [name for name in mine if not files[name].exists()]
+        total, missing = (sum(len(read[name]) for name in names) for names in (mine, left))
+        with tqdm(total=total, initial=total - missing, unit="slice", disable=hide_bar) as bar:
+            patients = (_Patient(dataset, name, read[name], measured[name]) for name in left)
+            options = {"batch_size": batch_size, "device": device, "progress": bar}
+            for patient, maps, seconds in _maps_of_patients(anomaly_map, patients, whole_patients, options):
+                with new_file(files[patient.name]) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, seconds=seconds, **_measure_patient(patient, maps, thresholds))
         share.wait()
         if share.is_shard or not share.is_main:
             return None
-        result, size = _combine(paths, limits, counts_path, seed)
+        result, size = _combine(files, thresholds, counts_path, seed)
     result["network_evaluations_per_slice"] = network_evaluations_per_slice
     return result | {"protocol": _protocol(size, threshold, postprocess, seed)}
 
 
 @contextmanager
-def _folder_of_parts(parts: str | Path | None, counts_path: str | Path | None, share: Share) -> Iterator[Path]:
+def _folder_of_parts(parts: str | Path | None, counts_path: str | Path | None) -> Iterator[Path]:
+    """Yield the folder `parts`, or a temporary one beside the file of counts."""
     if parts is not None:
         Path(parts).mkdir(parents=True, exist_ok=True)
         yield Path(parts)
-        return
-    if share.count > 1:
-        raise ValueError("parts is None: several processes need one folder for what they measure")
-    with tempfile.TemporaryDirectory(dir=counts_path and Path(counts_path).parent) as folder:
-        yield Path(folder)
+    else:
+        with tempfile.TemporaryDirectory(dir=counts_path and Path(counts_path).parent) as folder:
+            yield Path(folder)
 
 
 def begin_parts(folder: Path, facts: Mapping) -> None:
-    """Make a folder for the parts of a result, or accept one that was begun with the same facts.
+    """Make a folder for the parts of a result, or accept a folder that was made with the same facts.
 
     Args:
         folder (`Path`): for the files of patients.
-        facts (`Mapping`): what the parts depend on; values that JSON can hold.
+        facts (`Mapping`): what the parts depend on, as JSON values.
 
     Raises:
         InputError: the folder holds parts that depend on something else.
@@ -150,33 +149,32 @@ def begin_parts(folder: Path, facts: Mapping) -> None:
 
 def rows_by_patient(dataset, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Return each patient's rows in the order of the slices, patients in alphabetical order."""
-    patients, slices = np.asarray(dataset.patients)[rows], np.asarray(dataset.slices)[rows]
-    rows_of = {str(name): np.flatnonzero(patients == name) for name in np.unique(patients)}
-    return {name: rows[found[np.argsort(slices[found], kind="stable")]] for name, found in rows_of.items()}
+    rows = rows[np.lexsort((dataset.slices[rows], dataset.patients[rows]))]
+    names, starts = np.unique(dataset.patients[rows], return_index=True)
+    return {str(name): found for name, found in zip(names, np.split(rows, starts[1:]), strict=False)}
 
 
 class _Patient:
-    """All slices of one patient that the method sees, and everything else of those that are measured."""
+    """The images that the method sees (`seen_images`), and images, masks and labels of the slices that are measured."""
 
     def __init__(self, dataset, name: str, rows: np.ndarray, measured: np.ndarray):
-        batch = dataset.collate(dataset.__getitems__([int(row) for row in rows]))
+        batch = dataset.collate(dataset.__getitems__(rows.tolist()))
         self.name, self.is_measured = name, np.isin(rows, measured)
         self.seen_images = np.asarray(batch["images"], dtype=np.float32)
-        self.images = self.seen_images[self.is_measured]
-        keys = ("masks", "labels", "slices")
-        self.masks, self.labels, self.slices = (np.asarray(batch[key])[self.is_measured] for key in keys)
-        self.foreground = foreground_mask(self.images)
+        self.images, self.masks, self.labels, self.slices = (
+            np.asarray(batch[key])[self.is_measured] for key in ("images", "masks", "labels", "slices")
+        )
 
 
 def _maps_of_patients(
-    anomaly_map: Callable, patients: Iterable[_Patient], whole_patients: bool, call: dict
+    anomaly_map: Callable, patients: Iterable[_Patient], whole_patients: bool, options: dict
 ) -> Iterator[tuple[_Patient, np.ndarray, float]]:
-    """Yield each patient with its maps `(S, H, W)` at the size of the masks, and the seconds that they took."""
+    """Yield each patient with its maps `(S, H, W)` at the size of the masks, and their computing time in seconds."""
     if whole_patients:
-        call = call | {"batch_size": sys.maxsize}
+        options = options | {"batch_size": sys.maxsize}
     for group in ([patient] for patient in patients) if whole_patients else [patients]:
         volumes = ((patient, patient.seen_images) for patient in group)
-        found = map_in_batches(lambda images: torch.as_tensor(anomaly_map(images)), volumes, **call)
+        found = map_in_batches(lambda images: torch.as_tensor(anomaly_map(images)), volumes, **options)
         for patient, (maps,), seconds in found:
             size, count = patient.masks.shape[1:], len(patient.seen_images)
             if maps.ndim != 3 or maps.shape[1] > size[0] or maps.shape[2] > size[1]:
@@ -201,10 +199,11 @@ def _measure_patient(
     """Return a patient's part of a result.
 
     It holds `slices`, `labels`, `size`, and for each chain `CHAIN/slice_scores`, the counts `CHAIN/foreground/*` and
-    `CHAIN/background/*`, and `CHAIN/dice` and `CHAIN/slice_dice`; without a threshold `CHAIN/maps` and `masks` instead.
+    `CHAIN/background/*`. For Dice it holds `CHAIN/dice` and `CHAIN/slice_dice`, or without a threshold `CHAIN/maps` and
+    `masks`.
     """
     part = {"slices": patient.slices, "labels": patient.labels, "size": np.array(patient.masks.shape[1:])}
-    inside = patient.foreground
+    inside = foreground_mask(patient.images)
     if None in thresholds.values():
         part["masks"] = patient.masks
     for chain, threshold in thresholds.items():
@@ -217,9 +216,9 @@ def _measure_patient(
             part |= counts.to_arrays(f"{chain}/{region}/")
         if threshold is None:
             part[f"{chain}/maps"] = maps_of_chain
-        else:
+        elif patient.masks.any():
             found = _dice_of_patient(maps_of_chain, patient.masks, patient.slices, threshold, chain)
-            part[f"{chain}/dice"], part[f"{chain}/slice_dice"] = map(np.array, found)
+            part[f"{chain}/dice"], part[f"{chain}/slice_dice"] = found
     return part
 
 
@@ -231,38 +230,38 @@ def dice(prediction: np.ndarray, masks: np.ndarray) -> float | None:
     return 2 * int((prediction & masks).sum()) / (int(prediction.sum()) + int(masks.sum()))
 
 
-def _dice_of_patient(maps, masks, slices, threshold: float, chain: str) -> tuple[list[float], list[float]]:
-    """Return Dice of the patient and of each slice with a lesion; two empty lists for a patient without lesions."""
+def _dice_of_patient(maps, masks, slices, threshold: float, chain: str) -> tuple[float, list[float]]:
+    """Return Dice of a patient with a lesion, and of each slice with one."""
     prediction = maps >= threshold
     if chain == "postprocessed":
         prediction = remove_small_components(prediction, slices)
-    found = [dice(prediction, masks)], [dice(*pair) for pair in zip(prediction, masks, strict=True)]
-    return tuple([value for value in values if value is not None] for values in found)
+    of_slices = (dice(*pair) for pair in zip(prediction, masks, strict=True))
+    return dice(prediction, masks), [value for value in of_slices if value is not None]
 
 
 def _combine(
-    paths: Mapping[str, Path], thresholds: Mapping[str, float | None], counts_path: str | Path | None, seed: int
+    files: Mapping[str, Path], thresholds: Mapping[str, float | None], counts_path: str | Path | None, seed: int
 ) -> tuple[dict, list[int]]:
     """Add up the parts of all patients one by one; return the result and the size of the masks."""
     chains, n_slices, seconds = [_Chain(*item) for item in thresholds.items()], 0, 0.0
-    with counts_file(counts_path) as write_counts:
-        for name, path in paths.items():
+    with counts_file(counts_path) if counts_path else nullcontext(lambda arrays: None) as write_counts:
+        for name, path in files.items():
             with np.load(path) as part:
                 write_counts({f"{name}/{key}": part[key] for key in ("slices", "labels")})
                 for chain in chains:
                     write_counts(chain.add(name, part))
                 n_slices, seconds = n_slices + len(part["slices"]), seconds + float(part["seconds"])
                 size = part["size"].tolist()
-    ideal = [chain for chain in chains if chain.threshold is None]
-    for chain in ideal:
-        chain.threshold = sum(chain.counts.values(), PixelCounts()).ideal_dice()[1]
-    for name, path in paths.items() if ideal else ():
+    for chain in chains:
+        if chain.threshold is None:
+            chain.threshold = sum(chain.counts.values(), PixelCounts()).ideal_dice()[1]
+    for name, path in files.items():
         with np.load(path) as part:
-            for chain in ideal:
-                chain.add_ideal_dice(name, part)
+            for chain in chains:
+                chain.add_dice(name, part)
     raw, *postprocessed = [chain.result(seed) for chain in chains]
     result = raw | ({"postprocessed": postprocessed[0]} if postprocessed else {})
-    return result | {"n_slices": n_slices, "n_patients": len(paths), "seconds_per_slice": seconds / n_slices}, size
+    return result | {"n_slices": n_slices, "n_patients": len(files), "seconds_per_slice": seconds / n_slices}, size
 
 
 class _Chain:
@@ -272,7 +271,7 @@ class _Chain:
         self.name, self.threshold = name, threshold
         self.counts = {region: PixelCounts() for region in REGIONS}
         self.labels, self.slice_scores, self.slice_dice = [], [], []
-        self.dice, self.auprc, self.lesion_share = {}, {}, {}  # patients with a lesion
+        self.dice, self.auprc, self.lesion_size = {}, {}, {}  # by patient, of patients with a lesion
         self.counts_of_size = {name: PixelCounts() for name in LESION_SIZES}
 
     def add(self, patient: str, part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -280,30 +279,29 @@ class _Chain:
         scores = part[f"{self.name}/slice_scores"]
         self.slice_scores.extend(scores)
         self.labels.extend(part["labels"] != 0)
-        kept = {f"{patient}/{self.name}/slice_scores": scores}
+        entries = {f"{patient}/{self.name}/slice_scores": scores}
         found = {region: PixelCounts.from_arrays(part, f"{self.name}/{region}/") for region in REGIONS}
         for region, counts in found.items():
             self.counts[region] += counts
-            kept |= counts.coarsened(FILE_BINS).to_arrays(f"{patient}/{self.name}/{region}/")
-        pixels = found["foreground"] + found["background"]
+            entries |= (PixelCounts(FILE_BINS) + counts).to_arrays(f"{patient}/{self.name}/{region}/")
+        pixels, foreground = found["foreground"] + found["background"], found["foreground"]
         if lesion := int(pixels.positives.sum()):
-            foreground = int(found["foreground"].positives.sum() + found["foreground"].negatives.sum())
-            self.auprc[patient] = pixels.average_precision()
-            self.lesion_share[patient] = lesion / max(1, foreground)
-            self.counts_of_size[_lesion_size(self.lesion_share[patient])] += pixels
-        if self.threshold is not None:
-            self._add_dice(patient, part[f"{self.name}/dice"], part[f"{self.name}/slice_dice"])
-        return kept
+            share = lesion / max(1, int(foreground.positives.sum() + foreground.negatives.sum()))
+            size = next(name for name, (_, below) in LESION_SIZES.items() if share < below or name == "large")
+            self.auprc[patient], self.lesion_size[patient] = pixels.average_precision(), size
+            self.counts_of_size[size] += pixels
+        return entries
 
-    def add_ideal_dice(self, patient: str, part: Mapping[str, np.ndarray]) -> None:
-        """Add a patient's Dice at the ideal threshold, which is None in a split without lesions."""
-        if self.threshold is not None:
+    def add_dice(self, patient: str, part: Mapping[str, np.ndarray]) -> None:
+        """Add Dice of a patient with a lesion and of its slices, from the part or from its maps."""
+        if patient not in self.auprc:
+            return
+        if f"{self.name}/maps" in part:
             arrays = (part[name] for name in (f"{self.name}/maps", "masks", "slices"))
-            self._add_dice(patient, *_dice_of_patient(*arrays, self.threshold, self.name))
-
-    def _add_dice(self, patient: str, whole: Sequence[float], slices: Sequence[float]) -> None:
-        for value in whole:  # one, or none for a patient without lesions
-            self.dice[patient] = float(value)
+            whole, slices = _dice_of_patient(*arrays, self.threshold, self.name)
+        else:
+            whole, slices = part[f"{self.name}/dice"], part[f"{self.name}/slice_dice"]
+        self.dice[patient] = float(whole)
         self.slice_dice.extend(slices)
 
     def result(self, seed: int) -> dict:
@@ -311,18 +309,18 @@ class _Chain:
         from sklearn.metrics import roc_auc_score
 
         foreground = self.counts["foreground"]
-        everything = foreground + self.counts["background"]
-        ideal_dice, ideal_threshold = everything.ideal_dice()
-        both = len(set(self.labels)) == 2
+        pixels = foreground + self.counts["background"]
+        ideal_dice, ideal_threshold = pixels.ideal_dice()
+        both_labels = len(set(self.labels)) == 2
         return {
-            "auprc": everything.average_precision(),
+            "auprc": pixels.average_precision(),
             "ideal_dice": ideal_dice,
             "ideal_threshold": ideal_threshold,
-            "prevalence": everything.prevalence,
+            "prevalence": pixels.prevalence,
             "foreground_auprc": foreground.average_precision(),
             "foreground_ideal_dice": foreground.ideal_dice()[0],
             "foreground_prevalence": foreground.prevalence,
-            "slice_auroc": float(roc_auc_score(self.labels, self.slice_scores)) if both else None,
+            "slice_auroc": float(roc_auc_score(self.labels, self.slice_scores)) if both_labels else None,
             "per_patient_dice": _of_patients(self.dice, seed) | {"threshold": self.threshold},
             "per_slice_dice": _mean(self.slice_dice),
             "per_patient_auprc": _of_patients(self.auprc, seed),
@@ -331,7 +329,7 @@ class _Chain:
 
     def _of_size(self, name: str) -> dict:
         """Return measures of the patients with lesions of one size: of their pooled pixels, and means over patients."""
-        patients = [patient for patient, share in self.lesion_share.items() if _lesion_size(share) == name]
+        patients = [patient for patient, size in self.lesion_size.items() if size == name]
         return {
             "share_of_foreground": list(LESION_SIZES[name]),
             "patients": patients,
@@ -340,10 +338,6 @@ class _Chain:
             "per_patient_auprc": _mean([self.auprc[patient] for patient in patients]),
             "per_patient_dice": _mean([self.dice[patient] for patient in patients]),
         }
-
-
-def _lesion_size(share: float) -> str:
-    return next(name for name, (_, below) in LESION_SIZES.items() if share < below or name == "large")
 
 
 def _of_patients(values: Mapping[str, float], seed: int) -> dict:
@@ -361,7 +355,7 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, samples: int = 10
     if len(values) < 2:
         return None
     rng = np.random.default_rng(seed)
-    # in blocks, so that memory stays small with many patients
+    # 100 draws at a time, to bound memory
     means = [rng.choice(values, (100, len(values))).mean(axis=1) for _ in range(samples // 100)]
     return [float(limit) for limit in np.percentile(np.concatenate(means), [2.5, 97.5])]
 
@@ -369,23 +363,22 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, samples: int = 10
 def _protocol(size: tuple[int, int], threshold, postprocess: bool, seed: int) -> dict[str, str]:
     """Describe in words how the numbers were computed."""
     small, large = LESION_SIZES["medium"]
-    chain = (
+    postprocessed = (
         "map cleared outside the eroded foreground (5 x 5 mean > 0.95), 5 x 5 median filter; for Dice per patient "
         "components under 20 voxels are removed, too (26 neighbours, contiguous slices)"
     )
+    ideal = "ideal threshold of this split, chosen on its own masks: an upper bound"
     return {
         "resolution": f"{size[0]} x {size[1]}, the data set's; smaller maps upsampled bilinearly",
         "pixels": "all pixels of all slices pooled; foreground_*: pixels where any channel is above 0",
         "counts": f"histogram of float32 scores, up to {PixelCounts().max_bins} bins in use; scikit-learn on the counts",
         "ideal_threshold": "best Dice over all thresholds on this split's own masks: an upper bound",
-        "per_patient_dice": "ideal threshold of this split, chosen on its own masks: an upper bound"
-        if threshold is None
-        else "at the given threshold, chosen before the evaluation",
+        "per_patient_dice": ideal if threshold is None else "at the given threshold, chosen before the evaluation",
         "per_patient_auprc": "all pixels of each patient with a lesion; does not depend on the patient's intensity scale",
         "by_lesion_size": f"lesion's share of the foreground: small below {small:g}, large from {large:g} on",
         "per_slice_dice": "at the same threshold, mean over the slices with a lesion",
         "patients_without_lesion": "no Dice of their own; their pixels count in every pooled measure",
         "interval": f"95 % percentile bootstrap of the mean over patients, 10000 samples, seed {seed}",
         "slice_auroc": "score = mean of the map over the slice's foreground; positive = any class but the first",
-        "postprocessed": chain if postprocess else "not done",
+        "postprocessed": postprocessed if postprocess else "not done",
     }

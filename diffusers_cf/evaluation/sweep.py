@@ -1,8 +1,7 @@
 """Measure many inference settings on validation slices (Fig. 3): guidance scale, strength and map."""
 
 import itertools
-import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_
 from diffusers_cf.evaluation.trajectories import decode_images, encode_images, heatmaps_of_settings
 from diffusers_cf.images import resize_images
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
+from diffusers_cf.settings import MAP_SETTINGS
 
 
 @dataclass
@@ -29,7 +29,7 @@ class SweepPoint:
         foreground_auprc, foreground_ideal_dice: over pixels where any channel is above 0.
         postprocessed_auprc, postprocessed_ideal_dice: of the post-processed map, over the foreground.
         threshold: ideal threshold of the post-processed map, in heatmap units.
-        healthy_mean, unhealthy_mean: mean of the map in the foreground of slices of class 0 and of the other classes.
+        healthy_mean, unhealthy_mean: mean of the map in the foreground of slices of class 0, and of all other classes.
         solver_order: of the inverse scheduler; None if it has no such setting.
     """
 
@@ -55,7 +55,7 @@ class _Scores:
 
     def __init__(self):
         self.all, self.foreground, self.postprocessed = PixelCounts(), PixelCounts(), PixelCounts()
-        self.sums, self.counts = np.zeros(2), np.zeros(2)
+        self.sums, self.counts = np.zeros(2), np.zeros(2)  # of the foreground pixels of each label
 
     def add(self, maps: np.ndarray, batch: dict) -> None:
         images, masks = batch["images"].numpy(), batch["masks"].numpy()
@@ -63,18 +63,17 @@ class _Scores:
         self.all.update(maps, masks)
         self.foreground.update(maps[inside], masks[inside])
         self.postprocessed.update(postprocess_maps(maps, images)[inside], masks[inside])
-        sick = (batch["labels"].numpy() > 0).astype(int)
-        np.add.at(self.sums, sick, np.where(inside, maps, 0).sum(axis=(1, 2)))
-        np.add.at(self.counts, sick, inside.sum(axis=(1, 2)))
+        unhealthy = (batch["labels"].numpy() > 0).astype(int)
+        np.add.at(self.sums, unhealthy, np.where(inside, maps, 0).sum(axis=(1, 2)))
+        np.add.at(self.counts, unhealthy, inside.sum(axis=(1, 2)))
 
-    def fill(self, point: SweepPoint) -> SweepPoint:
+    def fill(self, point: SweepPoint) -> None:
         point.auprc, (point.ideal_dice, _) = self.all.average_precision(), self.all.ideal_dice()
         point.foreground_auprc = self.foreground.average_precision()
         point.foreground_ideal_dice = self.foreground.ideal_dice()[0]
         point.postprocessed_auprc = self.postprocessed.average_precision()
         point.postprocessed_ideal_dice, point.threshold = self.postprocessed.ideal_dice()
         point.healthy_mean, point.unhealthy_mean = (self.sums / np.maximum(self.counts, 1)).tolist()
-        return point
 
 
 def sweep(
@@ -88,7 +87,7 @@ def sweep(
     batch_size: int = 32,
     max_evaluations: int | None = None,
 ) -> list[SweepPoint]:
-    """Measure every combination of settings; one encoding serves all decoded maps, another one `forward`.
+    """Measure every combination of settings. One encoding serves all decoded maps, another one all maps `forward`.
 
     Args:
         pipe ([`CounterfactualDDIMPipeline`]): the pipeline.
@@ -96,55 +95,30 @@ def sweep(
         indices (`Sequence[int]`): rows of the split to use.
         guidance_scales (`Sequence[float]`): values of w.
         strengths (`Sequence[float]`): values of L in (0, 1].
-        maps (`Sequence[str]`): names from `heatmaps.MAPS`.
+        maps (`Sequence[str]`): names from `settings.MAPS`.
         num_inference_steps (`int`): steps of the full grid.
         batch_size (`int`): slices at a time.
         max_evaluations (`int`, *optional*): leave out settings with more NFE per slice.
 
     Returns:
-        `list[SweepPoint]`: one for each combination that is cheap enough, strengths outermost.
+        `list[SweepPoint]`: one for each combination within `max_evaluations`, strengths outermost.
 
     Raises:
         InputError: a map holds NaN or infinite values; the message names its setting.
     """
     points = settings_of_sweep(pipe, guidance_scales, strengths, maps, num_inference_steps, max_evaluations)
-
-    def maps_of(images: torch.Tensor) -> Iterable[tuple[tuple, np.ndarray]]:
-        return heatmaps_of_settings(pipe, images, points, num_inference_steps)
-
-    return score_maps(maps_of, points, dataset, indices, batch_size)
-
-
-def score_maps(
-    maps_of: Callable[[torch.Tensor], Iterable[tuple[Hashable, np.ndarray]]],
-    points: Mapping[Hashable, SweepPoint],
-    dataset: SliceDataset,
-    indices: Sequence[int],
-    batch_size: int = 32,
-) -> list[SweepPoint]:
-    """Fill in the scores of settings whose maps are computed together.
-
-    Args:
-        maps_of (`Callable`): images `(N, C, H, W)` -> pairs of a setting's key and its maps `(N, H, W)`, each once.
-        points (`Mapping`): key -> setting.
-        dataset (`SliceDataset`): a split with masks.
-        indices (`Sequence[int]`): rows of the split to use.
-        batch_size (`int`): slices at a time.
-
-    Raises:
-        InputError: a map holds NaN or infinite values; the message names its setting.
-    """
-    scores = {key: _Scores() for key in points}
+    scores = {setting: _Scores() for setting in points}
     with tqdm(total=len(indices), desc="Sweep", unit="slice") as bar:
         for batch in batches_of(dataset, indices, batch_size):
-            for key, heat in maps_of(batch["images"]):
+            for setting, heat in heatmaps_of_settings(pipe, batch["images"], points, num_inference_steps):
                 if not np.isfinite(heat).all():
-                    names = ("guidance_scale", "strength", "num_inference_steps", "map")
-                    setting = ", ".join(f"{name} {getattr(points[key], name)}" for name in names)
-                    raise InputError(f"{setting}: the map holds NaN or infinite values")
-                scores[key].add(heat, batch)
+                    values = ", ".join(f"{name} {getattr(points[setting], name)}" for name in MAP_SETTINGS)
+                    raise InputError(f"{values}: the map holds NaN or infinite values")
+                scores[setting].add(heat, batch)
             bar.update(len(batch["labels"]))
-    return [scores[key].fill(point) for key, point in points.items()]
+    for setting, point in points.items():
+        scores[setting].fill(point)
+    return list(points.values())
 
 
 def settings_of_sweep(
@@ -155,24 +129,27 @@ def settings_of_sweep(
     num_inference_steps: int,
     max_evaluations: int | None = None,
 ) -> dict[tuple[float, float, str], SweepPoint]:
-    """Return `(strength, guidance_scale, map)` -> point without scores for each setting of a [`sweep`]."""
-    points, most = {}, math.inf if max_evaluations is None else max_evaluations
-    for key in itertools.product(sorted(strengths), guidance_scales, maps):
-        setting = dict(zip(("strength", "guidance_scale", "map"), key, strict=True))
-        setting["num_inference_steps"] = num_inference_steps
-        if (evaluations := pipe.network_evaluations(**setting)) <= most:
-            order = pipe.inverse_scheduler.config.get("solver_order")
-            points[key] = SweepPoint(**setting, network_evaluations=evaluations, solver_order=order)
+    """Return `(strength, guidance_scale, map)` -> point without scores for each setting of a [`sweep`].
+
+    Raises:
+        ValueError: a setting is out of range, or the pipeline can't compute it.
+    """
+    points, order = {}, pipe.inverse_scheduler.config.get("solver_order")
+    for strength, scale, map in itertools.product(sorted(strengths), guidance_scales, maps):
+        setting = (scale, strength, num_inference_steps, map)
+        evaluations = pipe.network_evaluations(**dict(zip(MAP_SETTINGS, setting, strict=True)))
+        if max_evaluations is None or evaluations <= max_evaluations:
+            points[strength, scale, map] = SweepPoint(*setting, evaluations, solver_order=order)
     return points
 
 
 def learn_signs(
     pipe: CounterfactualDDIMPipeline, dataset: SliceDataset, indices: Sequence[int], batch_size: int = 32, **settings
 ) -> list[int]:
-    """Return for each modality whether disease is brighter (1) or darker (-1); uses labels, never masks.
+    """Return for each modality whether disease is brighter (1) or darker (-1); uses labels, not masks.
 
-    The change from the reconstruction to the counterfactual, mean over the foreground, is compared between healthy and
-    unhealthy slices.
+    Compares the change from reconstruction to counterfactual, averaged over the foreground, between unhealthy and
+    healthy slices.
 
     Args:
         pipe ([`CounterfactualDDIMPipeline`]): the pipeline.
@@ -185,7 +162,7 @@ def learn_signs(
         InputError: all slices have the same label.
     """
     settings["map"] = "counterfactual"
-    changes, sick = [], []
+    changes, unhealthy = [], []
     for batch in batches_of(dataset, indices, batch_size):
         encoding = encode_images(pipe, batch["images"], settings["strength"], settings["num_inference_steps"])
         null, healthy = (
@@ -194,11 +171,11 @@ def learn_signs(
         )
         inside = (resize_images(batch["images"], pipe.image_size) > 0).any(dim=1, keepdim=True)  # (N, 1, h, w)
         changes.append(((null - healthy) * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3)).clamp(min=1))
-        sick.append(batch["labels"] > 0)
-    changes, sick = torch.cat(changes), torch.cat(sick)
-    if sick.all() or not sick.any():
-        raise InputError("signs need slices of both labels, but those chosen all have the same")
-    return [1 if value >= 0 else -1 for value in changes[sick].mean(dim=0) - changes[~sick].mean(dim=0)]
+        unhealthy.append(batch["labels"] > 0)
+    changes, unhealthy = torch.cat(changes), torch.cat(unhealthy)
+    if unhealthy.all() or not unhealthy.any():
+        raise InputError("signs need slices of both labels, but those chosen all have the same label")
+    return [1 if value >= 0 else -1 for value in changes[unhealthy].mean(dim=0) - changes[~unhealthy].mean(dim=0)]
 
 
 def best_point(points: Sequence[SweepPoint]) -> SweepPoint:
@@ -212,6 +189,6 @@ def evenly_spread(count: int, limit: int) -> list[int]:
 
 
 def has_lesion(dataset: SliceDataset, indices: Sequence[int], batch_size: int = 32) -> bool:
-    """Return whether the masks of these rows have a lesion pixel in the foreground, where settings are compared."""
+    """Return whether the masks of these rows have a lesion pixel in the foreground."""
     batches = batches_of(dataset, indices, batch_size)
     return any((batch["masks"].numpy()[foreground_mask(batch["images"].numpy())] != 0).any() for batch in batches)

@@ -40,7 +40,7 @@ class Encoding(NamedTuple):
 
     Attributes:
         prepared (`torch.Tensor`): `(N, C, h, w)` from `pipe.prepare_images`.
-        groups (`list[Windows]`): the parts of them that the network computes.
+        groups (`list[Windows]`): the windows of the images that the network computes.
         latents (`list[list[torch.Tensor]]`): what `encode_trajectory` returns for each group.
     """
 
@@ -52,6 +52,11 @@ class Encoding(NamedTuple):
     def steps(self) -> float:
         """Number of encoding steps; inf for images without foreground."""
         return min((len(latents) - 1 for latents in self.latents), default=math.inf)
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        """The windows `(n, C, h, w)` of each group in input units."""
+        return [(latents[0] + 1) / 2 for latents in self.latents]
 
 
 def encode_images(pipe, images: torch.Tensor, strength: float, num_inference_steps: int) -> Encoding:
@@ -72,12 +77,6 @@ def decode_null(pipe, encoding: Encoding, settings: Mapping) -> list[torch.Tenso
     return _decode(pipe, encoding, {**settings, "guidance_scale": 0})
 
 
-def _decode(pipe, encoding: Encoding, settings: Mapping) -> list[torch.Tensor]:
-    scale, walk = settings["guidance_scale"], {name: settings[name] for name in ("strength", "num_inference_steps")}
-    steps = round(settings["num_inference_steps"] * settings["strength"])
-    return [pipe.denoise(latents[steps], None, scale, **walk) for latents in encoding.latents]
-
-
 def decode_images(
     pipe, encoding: Encoding, settings: Mapping, null: Sequence[torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,19 +92,19 @@ def decode_images(
         Changes `(N, C, h, w)`, counterfactual minus image, and heatmaps `(N, h, w)`, in input units at the network's
         size.
     """
-    changes = torch.zeros_like(encoding.prepared)
-    references = inputs = _inputs(encoding)
+    changes, references = torch.zeros_like(encoding.prepared), encoding.inputs
+    decoded = _decode(pipe, encoding, settings)
+    for group, image, counterfactual in zip(encoding.groups, references, decoded, strict=True):
+        group.paste(changes, counterfactual - image)
     if settings["map"] != "counterfactual":
         references = decode_null(pipe, encoding, settings) if null is None else null
-    decoded = _decode(pipe, encoding, settings)
-    for group, given, found in zip(encoding.groups, inputs, decoded, strict=True):
-        group.paste(changes, found - given)
     return changes, _heat(pipe, encoding, settings["map"], references, decoded)
 
 
-def _inputs(encoding: Encoding) -> list[torch.Tensor]:
-    """Return the images of each group in input units."""
-    return [(latents[0] + 1) / 2 for latents in encoding.latents]
+def _decode(pipe, encoding: Encoding, settings: Mapping) -> list[torch.Tensor]:
+    options = {name: settings[name] for name in ("guidance_scale", "strength", "num_inference_steps")}
+    steps = round(settings["num_inference_steps"] * settings["strength"])
+    return [pipe.denoise(latents[steps], None, **options) for latents in encoding.latents]
 
 
 def _heat(pipe, encoding: Encoding, kind: str, references, decoded) -> torch.Tensor:
@@ -119,7 +118,7 @@ def _heat(pipe, encoding: Encoding, kind: str, references, decoded) -> torch.Ten
 def heatmaps_of_settings(
     pipe, images: torch.Tensor, settings: Iterable[Setting], num_inference_steps: int
 ) -> Iterator[tuple[Setting, np.ndarray]]:
-    """Yield `((strength, guidance_scale, map), heatmaps (N, H, W))` of each setting, `forward` first, strengths rising.
+    """Yield `((strength, guidance_scale, map), heatmaps (N, H, W))` of each setting: `forward` first, strengths rising.
 
     Costs one encoding to the largest strength, one decoding per strength and scale, and one more per strength if a map
     other than `counterfactual` is wanted; for `forward` one encoding of two branches.
@@ -131,9 +130,9 @@ def heatmaps_of_settings(
         num_inference_steps (`int`): n, steps of the full grid.
     """
     settings = sorted(settings, key=lambda setting: setting[0])
-    forward, decoded = ([s for s in settings if (s[2] == "forward") is is_forward] for is_forward in (True, False))
-    for chosen, heatmaps in ((forward, _forward_heatmaps), (decoded, _decoded_heatmaps)):
-        for setting, heat in heatmaps(pipe, images, chosen, num_inference_steps) if chosen else ():
+    for compute, is_forward in ((_forward_heatmaps, True), (_decoded_heatmaps, False)):
+        chosen = [setting for setting in settings if (setting[2] == "forward") == is_forward]
+        for setting, heat in compute(pipe, images, chosen, num_inference_steps) if chosen else ():
             yield setting, resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0].cpu().numpy()
 
 
@@ -141,14 +140,17 @@ def _decoded_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_s
     """Yield heatmaps `(N, h, w)` of decoded counterfactuals."""
     encoding = encode_images(pipe, images, settings[-1][0], num_inference_steps)
     for strength, group in itertools.groupby(settings, key=lambda setting: setting[0]):
-        chosen, walk = list(group), {"strength": strength, "num_inference_steps": num_inference_steps}
-        inputs = _inputs(encoding)
-        null = decode_null(pipe, encoding, walk) if any(kind != "counterfactual" for *_, kind in chosen) else None
-        for scale in dict.fromkeys(scale for _, scale, _ in chosen):
+        kinds = {}
+        for _, scale, kind in group:
+            kinds.setdefault(scale, []).append(kind)
+        walk = {"strength": strength, "num_inference_steps": num_inference_steps}
+        needs_null = any(kind != "counterfactual" for kind in itertools.chain(*kinds.values()))
+        null = decode_null(pipe, encoding, walk) if needs_null else None
+        for scale, wanted in kinds.items():
             decoded = _decode(pipe, encoding, walk | {"guidance_scale": scale})
-            for setting in (setting for setting in chosen if setting[1] == scale):
-                references = inputs if setting[2] == "counterfactual" else null
-                yield setting, _heat(pipe, encoding, setting[2], references, decoded)
+            for kind in wanted:
+                references = encoding.inputs if kind == "counterfactual" else null
+                yield (strength, scale, kind), _heat(pipe, encoding, kind, references, decoded)
 
 
 def _forward_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_steps: int) -> Iterator:
@@ -156,13 +158,12 @@ def _forward_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_s
     pipe.check_inputs(images)
     check_forward(pipe)
     prepared = pipe.prepare_images(images)
-    heats = {setting[:2]: torch.zeros_like(prepared[:, 0]) for setting in settings}
-    guidance_scales = list(dict.fromkeys(scale for _, scale in heats))
+    heats = {setting: torch.zeros_like(prepared[:, 0]) for setting in settings}
+    scales = list(dict.fromkeys(scale for _, scale, _ in settings))
     for group in pipe.windows(prepared):
-        walked = forward_maps(pipe, group.cut(prepared), settings[-1][0], num_inference_steps, guidance_scales)
+        walked = forward_maps(pipe, group.cut(prepared), settings[-1][0], num_inference_steps, scales)
         for step, (_, found) in enumerate(walked):
-            for (strength, scale), heat in heats.items():
+            for (strength, scale, _), heat in heats.items():
                 if round(num_inference_steps * strength) == step:
                     group.paste(heat, found[scale][1])
-    for (strength, scale), heat in heats.items():
-        yield (strength, scale, "forward"), heat
+    yield from heats.items()

@@ -1,4 +1,4 @@
-"""Cards of published models and data sets, made from their facts and from results measured with the model."""
+"""Cards of published models and data sets, made from their preprocessing.json and from results of `evaluate`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ METRICS = (
     ("ideal_dice", "dice", "ideal Dice", (*_PIXELS, "ideal_threshold")),
     ("slice_auroc", "roc_auc", "slice AUROC", ("slice_auroc",)),
 )
-# Facts about a model's input, and how the card words them.
+# Entries of preprocessing.json about a model's input, in the words of the card.
 INPUT = {
     "modalities": "modalities, in this order",
     "normalize": "intensity scale",
@@ -41,11 +41,11 @@ class Source(NamedTuple):
     """A source of data.
 
     Attributes:
-        words: what it is.
-        terms: more about its license.
-        shareable: whether its images may be shared, and pictures of them shown.
-        license: the license that copies must have, by its id on the Hub.
-        medical: whether its images are scans of patients, or look like some.
+        words (`str`): description.
+        terms (`str`): more about its license.
+        shareable (`bool`): whether images may be shared and pictures of them shown.
+        license (`str`, *optional*): id on the Hub of the license that copies must have.
+        medical (`bool`): whether images are scans of patients or look like scans.
     """
 
     words: str
@@ -71,15 +71,15 @@ SOURCES = {
 
 
 def source_of(facts: Mapping) -> Source:
-    """Return the source that a preprocessing.json names; the publisher's own data if it is unknown."""
+    """Return the source that a preprocessing.json names; unknown sources count as the publisher's own data."""
     return SOURCES.get(str(facts.get("source")), Source("The publisher's own data.", medical=False))
 
 
 def license_of_data(where: str, facts: Mapping, given: str | None) -> str | None:
-    """Return the license of the data, by its id on the Hub: that of the source, else the given one.
+    """Return the id on the Hub of the data's license: that of the source, else the given one.
 
     Raises:
-        InputError: the two differ; the message starts with `where`.
+        InputError: both exist and differ; the message starts with `where`.
     """
     source = source_of(facts)
     if source.license and given not in (None, source.license):
@@ -103,26 +103,28 @@ def model_card(
         data_license (`str`, *optional*): of the training data, if their source does not have one.
     """
     folder = Path(folder)
-    facts = _facts_of_networks(folder) | read_preprocessing(folder)
+    facts, encoder = read_preprocessing(folder), folder / "class_encoder/config.json"
+    if "class_names" not in facts:
+        facts["class_names"] = read_json(encoder)["class_names"] if encoder.exists() else ["healthy"]
     training, source, normalize = facts.get("training", {}), source_of(facts), normalize_of(facts)
     known = facts | {"normalize": f"{normalize}, {unit_in_words(normalize)}"}
-    name = repo_id.split("/")[-1]
+    name, weights = (
+        repo_id.split("/")[-1],
+        [path for path in sorted(folder.glob("*/*")) if WEIGHTS.fullmatch(path.name)],
+    )
     scores = [score for result in results for score in scores_of(result)]
-    base = training.get("base_model", "")
+    base, medical = training.get("base_model", ""), ["medical"] if source.medical else []
     metadata = ModelCardData(
         license=license,
         library_name=LIBRARY,
         pipeline_tag="image-segmentation",
-        tags=[
-            "diffusers", *(["medical"] if source.medical else []), "anomaly-detection", "counterfactual",
-            "weakly-supervised", "arxiv:2207.12268",
-        ],
+        tags=["diffusers", *medical, "anomaly-detection", "counterfactual", "weakly-supervised", "arxiv:2207.12268"],
         model_name=name if scores else None,
         eval_results=scores or None,
         metrics=["average_precision", "dice"] if scores else None,
         inference=False,
-        base_model=base if "/" in base else None,  # a Hub id, not the name of somebody's folder
-    )  # fmt: skip
+        base_model=base if "/" in base else None,  # a Hub id, not the name of a folder
+    )
     return _render(
         "model_card.md",
         metadata=metadata.to_yaml().strip(),
@@ -137,11 +139,7 @@ def model_card(
         settings=[(key, in_words(value)) for key, value in facts.get("settings", {}).items()],
         scores=[_row(result) for result in results],
         protocol=_protocol(results),
-        checksums=[
-            (path.relative_to(folder).as_posix(), sha256_of(path))
-            for path in sorted(folder.glob("*/*"))
-            if WEIGHTS.fullmatch(path.name)
-        ],
+        checksums=[(path.relative_to(folder).as_posix(), sha256_of(path)) for path in weights],
         training=training,
     )
 
@@ -156,11 +154,11 @@ def dataset_card(
         repo_id (`str`): `user/name`.
         license (`str`, *optional*): of the data set, by its id on the Hub.
         pictures (`Sequence[str]`): names of pictures beside the card.
-        images (`bool`): whether the repository holds the slices, or only how to make them.
+        images (`bool`): whether the repository holds the slices, or only the splits and settings.
     """
     splits = {name: facts["splits"][name] for name in SPLITS if facts["splits"][name]["slices"]}
     count = sum(counts["slices"] for counts in splits.values())
-    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]  # so that `datasets` finds them
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]  # for `datasets.load_dataset`
     source, name, normalize = source_of(facts), repo_id.split("/")[-1], normalize_of(facts)
     metadata = DatasetCardData(
         license=license,
@@ -190,7 +188,7 @@ def dataset_card(
 
 
 def prepare_command(facts: Mapping) -> str:
-    """Return the `diffusers-cf prepare` command that makes the same slices from one's own copy of the source."""
+    """Return the `diffusers-cf prepare` command that makes the same slices from another copy of the source."""
     source = facts.get("source")
     words = [f"diffusers-cf prepare --source {source}"]
     if source == "phantom":
@@ -214,23 +212,15 @@ def _render(template: str, **values) -> str:
     return environment.get_template(template).render(values)
 
 
-def _facts_of_networks(folder: Path) -> dict:
-    """Channels and classes as the networks know them, for a folder without preprocessing.json."""
-    channels = read_json(folder / "unet/config.json")["in_channels"]
-    encoder = folder / "class_encoder/config.json"
-    classes = read_json(encoder)["class_names"] if encoder.exists() else ["healthy"]
-    return {"modalities": [f"channel {number}" for number in range(1, channels + 1)], "class_names": classes}
-
-
 def in_words(value: object) -> str:
-    """Return a fact as the card shows it."""
+    """Return a value as the card shows it."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def scores_of(result: Mapping) -> list[EvalResult]:
-    """Return the scores of one RESULT.json, each with the part of the protocol that it was made by."""
+    """Return the scores of one RESULT.json, each with the entries of the protocol that describe it."""
     processed = result["postprocessed"]
     dice = processed["per_patient_dice"]
     rows = [(kind, text, result[key], keys, {}) for key, kind, text, keys in METRICS]
@@ -262,7 +252,7 @@ def _data_of(result: Mapping) -> str:
 
 
 def _row(result: Mapping) -> dict[str, str]:
-    """One row of the table of scores."""
+    """Return one row of the table of scores."""
     processed = result["postprocessed"]
     dice = processed["per_patient_dice"]
     values = {key: result[key] for key, *_ in METRICS} | {f"{key}_processed": processed[key] for key, *_ in METRICS}
@@ -273,7 +263,7 @@ def _row(result: Mapping) -> dict[str, str]:
 
 
 def _protocol(results: Sequence[Mapping]) -> str:
-    """How the scores were made, one line an entry; entries that all results share stand at the end, once."""
+    """Return how the scores were made, one entry a line; entries that all results share come once, at the end."""
     first = results[0]["protocol"] if results else {}
     common = {key: text for key, text in first.items() if all(one["protocol"].get(key) == text for one in results)}
     lines = []

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-import pyarrow.parquet
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, create_repo, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from PIL import Image
+from pyarrow.parquet import read_metadata, read_table
 
 from diffusers_cf.data.download import SPLITS_FILE
 from diffusers_cf.data.preprocessing import SPLITS, read_preprocessing, shards_of
@@ -31,7 +31,7 @@ from diffusers_cf.loading import (
 from diffusers_cf.provenance import public_command
 
 
-# Entries of preprocessing.json that are published: never the name of a file or folder of the user.
+# Entries of preprocessing.json that are published: no names of files or folders.
 _OF_BOTH = (
     "version", "source", "modalities", "class_names", "size", "channels", "dtype", "scale", "field_mm", "percentile",
     "normalize", "orientation", "has_masks", "seed", "split_sha256", "labels_sha256", "lenient", "note",
@@ -41,7 +41,7 @@ OF_MODEL = (
     *_OF_BOTH, "signs", "settings", "settings_chosen_by", "threshold_chosen_by", "paper_threshold",
     "paper_threshold_chosen_by", "evaluation_size", "training",
 )  # fmt: skip
-_BLANK = {".gitattributes", "README.md", "LICENSE"}  # what a repository may hold before its first model or data set
+_BLANK = {".gitattributes", "README.md", "LICENSE"}  # files of a new repository
 
 
 def push_model(
@@ -59,8 +59,8 @@ def push_model(
 ) -> str:
     """Push a model folder with a card as one commit and return the commit's address.
 
-    Files that the Hub holds already are not sent again. Weights of the same variants that the folder doesn't have, and
-    code of an earlier push, are deleted there.
+    Files that the Hub already has are not sent again. Code of an earlier push, and weights of the same variants that the
+    folder doesn't have, are deleted on the Hub.
 
     Args:
         folder (`str` or `Path`): a model folder.
@@ -71,11 +71,11 @@ def push_model(
         data_license (`str`, *optional*): of the training data, if their source does not have one.
         results (`Sequence[Mapping]`): contents of RESULT.json files, for the card.
         pictures (`Sequence[str | Path]`): PNG or JPEG files for the card.
-        commit_message (`str`): of the commit.
+        commit_message (`str`): message of the commit.
         with_code (`bool`): add the code, for users without this package.
 
     Raises:
-        InputError: the model is not whole or not usable, a picture can't be published, or the Hub refuses.
+        InputError: the model is incomplete or not usable, a picture can't be published, or the Hub refuses.
     """
     folder = Path(folder)
     variants = {match["variant"] for path in folder.glob("*/*") if (match := _weights(path.name))} or {None}
@@ -83,19 +83,21 @@ def push_model(
     pipe = open_pipeline(str(folder), variant=None if None in variants else min(variants))
     check_publishable(pipe, str(folder))
     facts = public_facts(pipe.preprocessing, OF_MODEL)
-    checked = checked_pictures(pictures, facts)
+    pictures = checked_pictures(pictures, facts)
     data_license = license_of_data(str(folder), facts, data_license)
-    files = {name: folder / name for name in sorted(names)} | checked
+
+    files = {name: folder / name for name in sorted(names)} | pictures
     for name in (name for name in names if name.endswith(".json")):
-        value = {key: entry for key, entry in read_json(folder / name).items() if key != "_name_or_path"}
-        files[name] = _json(facts if name == PREPROCESSING else value)
-    index, components = read_json(folder / MODEL_INDEX), read_components(folder / MODEL_INDEX)
+        files[name] = _json({key: value for key, value in read_json(folder / name).items() if key != "_name_or_path"})
     class_name = PIPELINE_CLASS_WITH_CODE if with_code else PIPELINE_CLASS_WITH_CODE[1]
-    files[MODEL_INDEX] = _json(index | {"_class_name": class_name})
+    files[MODEL_INDEX] = _json(read_json(folder / MODEL_INDEX) | {"_class_name": class_name})
+    files[PREPROCESSING] = _json(facts)
     if with_code:
-        files |= {name: text.encode() for name, text in code_files(components, facts).items()}
+        code = code_files(read_components(folder / MODEL_INDEX), facts)
+        files |= {name: text.encode() for name, text in code.items()}
+
     repo_id, there = model_repository(repo_id, token, private)
-    card = model_card(folder, repo_id, license, results, list(checked), with_code, data_license)
+    card = model_card(folder, repo_id, license, results, list(pictures), with_code, data_license)
     files["README.md"] = card.encode()
     weights = {name: match["variant"] for name in there if (match := _weights(Path(name).name))}
     stale = [name for name in there if is_code(name) or (name in weights and weights[name] in variants)]
@@ -114,33 +116,36 @@ def push_dataset(
 ) -> tuple[str, bool]:
     """Push a slice data set with a card as one commit; arguments as in [`push_model`].
 
-    Where the source does not allow sharing its images, only splits.json and preprocessing.json are pushed, and the card says
-    how to make the data set from one's own copy. Shards that the folder doesn't have are deleted on the Hub.
+    If the source does not allow sharing its images, only splits.json and preprocessing.json are pushed; the card says how
+    to make the data set from another copy of the source. Shards that the folder doesn't have are deleted on the Hub.
 
     Returns:
         The commit's address, and whether the images were pushed.
 
     Raises:
-        InputError: the data set is not whole, lacks a license, a picture can't be published, or the Hub refuses.
+        InputError: the data set is incomplete or lacks a license, a picture can't be published, or the Hub refuses.
     """
     folder = Path(folder)
     facts = read_preprocessing(folder)
-    source, checked = source_of(facts), checked_pictures(pictures, facts)
+    source, pictures = source_of(facts), checked_pictures(pictures, facts)
     if facts.get("source") not in SOURCES and license is None:
         raise InputError(f"{folder}: nothing says under which license its images may be shared: name it by --license")
     license = license_of_data(str(folder), facts, license)
     shards = _checked_shards(folder, facts)
     facts = public_facts(facts, OF_DATASET)
     patients = {
-        split: sorted({patient for path in paths for patient in _patients(path)}) for split, paths in shards.items()
+        split: sorted(
+            {name for path in paths for name in read_table(path, columns=["patient"])["patient"].to_pylist()}
+        )
+        for split, paths in shards.items()
     }
-    files = {SPLITS_FILE: _json(patients), PREPROCESSING: _json(facts)} | checked
+    files = {SPLITS_FILE: _json(patients), PREPROCESSING: _json(facts)} | pictures
     if source.shareable:
         files |= {f"data/{path.name}": path for paths in shards.values() for path in paths}
     repo_id, there = _repository(repo_id, token, private, "dataset")
     if PREPROCESSING not in there:
         _check_blank(repo_id, there)
-    files["README.md"] = dataset_card(facts, repo_id, license, list(checked), source.shareable).encode()
+    files["README.md"] = dataset_card(facts, repo_id, license, list(pictures), source.shareable).encode()
     stale = [name for name in there if Path(name).match("data/*.parquet")]
     return _push(repo_id, files, stale, token, commit_message, "dataset"), source.shareable
 
@@ -152,7 +157,7 @@ def model_repository(name: str, token: str | None = None, private: bool | None =
         `user/name`, and the names of the files that it holds.
 
     Raises:
-        InputError: the Hub refuses, or the repository holds something else than a model of this kind.
+        InputError: the Hub refuses, or the repository holds something other than a model of this kind.
     """
     repo_id, there = _repository(name, token, private)
     if MODEL_INDEX in there:
@@ -181,7 +186,7 @@ def _push(
     repo_id: str, files: Mapping[str, Path | bytes], stale: Sequence[str], token: str | None, message: str,
     repo_type: str = "model",
 ) -> str:  # fmt: skip
-    """Make one commit that adds files, deletes stale ones that are not among them, and return its address."""
+    """Make one commit that adds files and deletes the stale files that are not among them; return its address."""
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in stale if name not in files]
     with _pushing(repo_id):
@@ -191,18 +196,18 @@ def _push(
 
 @contextmanager
 def _pushing(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into one line."""
+    """Turn errors of the Hub's client into one line."""
     try:
         yield
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)
-        if isinstance(error, RuntimeError) and error.__cause__:  # one of several uploads failed; the cause says why
+        if isinstance(error, RuntimeError) and error.__cause__:  # of a failed upload; the cause has the reason
             reason += f" {first_line(error.__cause__)}"
         raise InputError(f"{repo_id}: can't push to it ({reason}); `hf auth login` stores a token") from None
 
 
 def public_facts(facts: Mapping, names: Sequence[str]) -> dict:
-    """Return the entries of these names, with placeholders in commands recorded by earlier versions."""
+    """Return the entries of these names, without local paths in recorded commands."""
     found = {name: value for name, value in facts.items() if name in names}
     for name, value in found.items():
         if isinstance(value, dict) and "command" in value:
@@ -211,7 +216,7 @@ def public_facts(facts: Mapping, names: Sequence[str]) -> dict:
 
 
 def checked_pictures(pictures: Sequence[str | Path], facts: Mapping) -> dict[str, Path]:
-    """Return pictures for a card by their names there.
+    """Return the pictures of a card by file name.
 
     Raises:
         InputError: one is no PNG or JPEG file, two have the same name, or pictures of these data must not be shown.
@@ -229,24 +234,20 @@ def checked_pictures(pictures: Sequence[str | Path], facts: Mapping) -> dict[str
 
 
 def _checked_shards(folder: Path, facts: Mapping) -> dict[str, list[Path]]:
-    """The Parquet files of each split, checked for the right columns and numbers of slices."""
+    """Return the Parquet files of each split; check their columns and numbers of slices."""
     shards = {split: shards_of(folder, split) for split in SPLITS}
     features = slice_features(facts["class_names"])
     for split, paths in shards.items():
         rows = 0
         for path in paths:
             with reading(path, "Parquet file"):
-                file = pyarrow.parquet.read_metadata(path)
+                file = read_metadata(path)
                 found = datasets.Features.from_arrow_schema(file.schema.to_arrow_schema())
             if found != features:
                 raise InputError(f"{path}: has other columns or classes than {PREPROCESSING} says")
             rows += file.num_rows
         check_count(str(folder), split, rows, facts["splits"][split]["slices"])
     return shards
-
-
-def _patients(path: Path) -> list[str]:
-    return pyarrow.parquet.read_table(path, columns=["patient"])["patient"].unique().to_pylist()
 
 
 def _weights(name: str):

@@ -1,7 +1,7 @@
-"""The code that a repository carries for users without this package: one readable file for each class.
+"""The code that a repository holds for users without this package: one readable file for each class.
 
-`DiffusionPipeline.from_pretrained("user/name", trust_remote_code=True)` takes the pipeline from a file at the top of the
-repository, which can't import its neighbours, and the class of a component from a file in its folder.
+`DiffusionPipeline.from_pretrained("user/name", trust_remote_code=True)` loads the pipeline from a file at the top of the
+repository, which can't import other files, and the class of a component from a file in its folder.
 """
 
 import ast
@@ -16,11 +16,11 @@ PIPELINE_MODULE, PIPELINE_CLASS = PIPELINE_CLASS_WITH_CODE
 
 
 def code_files(components: Mapping[str, list[str]], facts: Mapping) -> dict[str, str]:
-    """Return what a model needs as code: contents by file name in the repository.
+    """Return the code that a model needs: content by file name in the repository.
 
     Args:
         components (`Mapping`): library and class by component, from `loading.read_components`.
-        facts (`Mapping`): the published preprocessing.json, which diffusers does not download.
+        facts (`Mapping`): the published preprocessing.json; diffusers does not download that file.
     """
     pipeline = f"{bundle(PIPELINE_MODULE)}\n\n{PIPELINE_CLASS}._preprocessing = {dict(facts)!r}\n"
     files = {f"{PIPELINE_MODULE}.py": pipeline}
@@ -31,12 +31,12 @@ def code_files(components: Mapping[str, list[str]], facts: Mapping) -> dict[str,
 
 
 def is_code(name: str) -> bool:
-    """Whether a file in a repository is one that `code_files` makes."""
+    """Return whether a file in a repository has a name of `code_files`."""
     return name == f"{PIPELINE_MODULE}.py" or Path(name).match("*/diffusers_cf.*.py")
 
 
 def bundle(module: str) -> str:
-    """Return a module and everything of the package that it imports as one module."""
+    """Return the text of a module together with the modules of the package that it imports, as one module."""
     imports, bodies = set(), []
     for name in _with_imported(module, []):
         body, needed = _without_imports(_source(name))
@@ -46,7 +46,7 @@ def bundle(module: str) -> str:
 
 
 def _with_imported(module: str, found: list[str]) -> list[str]:
-    """Add to `found` the modules of the package that a module imports, and then the module itself."""
+    """Append to `found` the modules of the package that a module imports, then the module itself."""
     for node in ast.parse(_source(module)).body:
         if _is_ours(node) and (name := node.module.removeprefix("diffusers_cf.")) not in found:
             _with_imported(name, found)
@@ -62,14 +62,14 @@ def _without_imports(source: str) -> tuple[str, set[str]]:
     """Return a module's text without docstring and imports, and its imports of other packages, one name a line."""
     lines, imports = source.splitlines(), set()
     docstring, *others = ast.parse(source).body
-    for node in (docstring, *others):
+    removed = [docstring, *(node for node in others if isinstance(node, (ast.Import, ast.ImportFrom)))]
+    for node in reversed(removed):
+        del lines[node.lineno - 1 : node.end_lineno]
         if isinstance(node, ast.ImportFrom) and not _is_ours(node):
             imports |= {ast.unparse(ast.ImportFrom(node.module, [alias], 0)) for alias in node.names}
         elif isinstance(node, ast.Import):
             imports |= {ast.unparse(ast.Import([alias])) for alias in node.names}
-        if node is docstring or isinstance(node, (ast.Import, ast.ImportFrom)):
-            lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
-    return "\n".join(line for line in lines if line is not None).strip(), imports
+    return "\n".join(lines).strip(), imports
 
 
 def _source(module: str) -> str:
