@@ -37,3 +37,20 @@ def test_the_network_begins_with_low_timesteps_and_is_validated_on_all():
     assert not torch.equal(seen[3], batch["timesteps"])
     network.register_to_config(first_timesteps=1.0)
     assert network.comparable_from == 0
+
+
+def test_the_papers_recipe_has_no_weights_no_cosine_and_no_cut_input():
+    with torch.device("meta"):
+        paper = network_of_data("ours", "paper", 1, 64, ("healthy", "unhealthy"))
+    assert [paper.learning_rate_factor(progress) for progress in (0.1, 0.5, 1.0)] == [1.0, 1.0, 1.0]
+    assert paper.config.snr_gamma is None and paper.clip_input is False and paper.config.first_timesteps == 1
+    small = tiny("ours")
+    assert small.learning_rate_factor(0.5) == 0.5 and small.clip_input is True
+    small.register_to_config(snr_gamma=None, clip_input=False)
+    batch = trivial_batch(4, 0, "all")
+    predicted = small.network(
+        small.noise_scheduler.add_noise(batch["images"], batch["noise"], batch["timesteps"]), batch["timesteps"],
+        batch["labels"],
+    )  # fmt: skip
+    torch.testing.assert_close(small.validation_loss(batch), (predicted - batch["noise"]).pow(2).mean())
+    assert small.pipeline().config.clip_input is False

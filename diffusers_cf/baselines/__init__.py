@@ -62,7 +62,10 @@ class Row:
         return method
 
 
-PAPER_UNET = {"unet_size": "paper", "learning_rate": 1e-4, "first_timesteps": 1.0}
+PAPER_UNET = {
+    "unet_size": "paper", "learning_rate": 1e-4, "first_timesteps": 1.0, "snr_gamma": None, "cosine": False,
+    "clip_input": False,
+}  # fmt: skip
 UNCONDITIONAL, ADAGN = {"conditioning": "unconditional"}, {"conditioning": "adagn"}
 PAPER_GAN = {"block_out_channels": (64, 128, 256, 512, 512), "encoder_from": 0.75, "encoder_learning_rate": 5e-5}
 PAPER_VAE = {"base_channels": 16, "max_channels": 512, "bottleneck_side": 2, "latent_dim": 512, "learning_rate": 1e-4}

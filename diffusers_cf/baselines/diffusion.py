@@ -4,6 +4,7 @@ Beside the paper's own model there are CDPM on healthy slices only, CDPM with cl
 and CDPM with the condition in AdaGN (Table 2).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -20,7 +21,6 @@ from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMSche
 
 
 WARM_UP = 0.03  # share of the training in which the learning rate rises
-SNR_GAMMA = 5.0
 GUIDANCE_DROPOUT = 0.35
 # arguments of NoisyClassifier for each size of the U-Net
 CLASSIFIER_SIZES = {
@@ -38,9 +38,12 @@ class CounterfactualDiffusion(TrainableMethod):
         unet_size (`str`): a key of [`models.UNET_SIZES`].
         conditioning (`str`): `attention`, `adagn` or `unconditional`.
         class_names (`tuple[str]`): healthy first.
-        learning_rate (`float`): the highest one; it rises over the first 3 % and falls as a cosine.
+        learning_rate (`float`): the highest one; it rises over the first 3 %.
         first_timesteps (`float`): share of the timesteps that training begins with, 1 for the paper's uniform ones; see
             [`losses.rising_timesteps`].
+        snr_gamma (`float`, *optional*): of min-SNR weighting; None for the paper's unweighted Eq. 1.
+        cosine (`bool`): whether the learning rate falls as a cosine; the paper's stays.
+        clip_input (`bool`): cut images at 1; the authors do not.
     """
 
     trained_on = "all"
@@ -51,7 +54,7 @@ class CounterfactualDiffusion(TrainableMethod):
     def __init__(
         self, num_channels: int = 4, image_size: int = 64, unet_size: str = "small", conditioning: str = "attention",
         class_names: tuple[str, ...] = ("healthy", "unhealthy"), learning_rate: float = 1.5e-3,
-        first_timesteps: float = 0.2,
+        first_timesteps: float = 0.2, snr_gamma: float | None = 5.0, cosine: bool = True, clip_input: bool = True,
     ):  # fmt: skip
         super().__init__()
         encoder = None if conditioning == "unconditional" else class_token_encoder(unet_size, class_names)
@@ -63,6 +66,11 @@ class CounterfactualDiffusion(TrainableMethod):
         self.noise_scheduler = DDPMScheduler(beta_schedule="linear")
 
     @property
+    def clip_input(self) -> bool:
+        """Whether training images are cut at 1."""
+        return self.config.clip_input
+
+    @property
     def comparable_from(self) -> float:
         """Before all timesteps are trained, the validation loss asks for many that were never seen."""
         return 0.0 if self.config.first_timesteps == 1 else ALL_TIMESTEPS_FROM
@@ -71,8 +79,8 @@ class CounterfactualDiffusion(TrainableMethod):
         return {"network": torch.optim.AdamW(self.network.parameters(), self.config.learning_rate, fused=True)}
 
     def learning_rate_factor(self, progress: float) -> float:
-        cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
-        return min(1.0, (progress + 1e-3) / WARM_UP) * cosine
+        fall = 0.5 * (1 + math.cos(progress * math.pi)) if self.config.cosine else 1.0
+        return min(1.0, (progress + 1e-3) / WARM_UP) * fall
 
     def losses(self, batch: dict[str, torch.Tensor], progress: float) -> Iterator[tuple[str, torch.Tensor]]:
         class_ids, encoder = batch["labels"], self.network.class_encoder
@@ -84,7 +92,7 @@ class CounterfactualDiffusion(TrainableMethod):
     def _noise_loss(self, batch: dict[str, torch.Tensor], class_ids: torch.Tensor) -> torch.Tensor:
         images, noise, timesteps = batch["images"], batch["noise"], batch["timesteps"]
         return noise_prediction_loss(
-            self.network, self.noise_scheduler, images, class_ids, noise, timesteps, SNR_GAMMA
+            self.network, self.noise_scheduler, images, class_ids, noise, timesteps, self.config.snr_gamma
         )
 
     @torch.no_grad()
@@ -107,7 +115,8 @@ class CounterfactualDiffusion(TrainableMethod):
 
     def _pipeline(self, scheduler, inverse) -> CounterfactualDDIMPipeline:
         parts = (self.network.unet, self.network.class_encoder, scheduler, inverse)
-        return CounterfactualDDIMPipeline(*parts, crop_background=False)  # as in the paper
+        # without windows, as in the paper
+        return CounterfactualDDIMPipeline(*parts, crop_background=False, clip_input=self.clip_input)
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         return CounterfactualMap(self).anomaly_map(images)

@@ -58,6 +58,7 @@ class TrainableMethod(ModelMixin, ConfigMixin, AnomalyMethod):
     """A method that is trained. Its config holds `num_channels` and `image_size` of the network's input."""
 
     trained_on = "healthy"  # slices, or "all" with their labels
+    clip_input = True  # whether training images are cut at 1
     averaged = False  # whether inference uses the moving average of the weights
     comparable_from = 0.0  # share of the training after which validation losses can be compared
     mixed_precision = True  # whether the losses may be computed in bfloat16

@@ -80,8 +80,9 @@ def set_up_training(
     """
     side = method.config.image_size
     slices = TrainingSlices(
-        slices_of(train, method.trained_on), seed, (side, side), random_flip=True, augment=budget.augment
-    )
+        slices_of(train, method.trained_on), seed, (side, side), random_flip=True, augment=budget.augment,
+        clip_input=method.clip_input,
+    )  # fmt: skip
     accelerator = Accelerator(mixed_precision=budget.mixed_precision, cpu=device == "cpu")
     method.to(accelerator.device, memory_format=torch.channels_last).train()
     optimizers = method.optimizers()
@@ -113,7 +114,7 @@ def validation_of(method, validation, training: Training) -> Callable[[], float]
         training (`Training`): from [`set_up_training`].
     """
     size, batch_size = training.slices.image_size, training.batch_size
-    held_out = TrainingSlices(slices_of(validation, method.trained_on), 0, size)
+    held_out = TrainingSlices(slices_of(validation, method.trained_on), 0, size, clip_input=method.clip_input)
     starts = range(0, min(VALIDATION_SLICES, held_out.num_slices), batch_size)
     positions = [list(range(start, start + batch_size)) for start in starts]
     batches = [held_out.collate(held_out.__getitems__(batch)) for batch in positions]
