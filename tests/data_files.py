@@ -7,7 +7,6 @@ import numpy as np
 
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.data.source import Source
-from diffusers_cf.errors import InputError
 
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
@@ -65,13 +64,11 @@ class MadeSource(Source):
     def patients(self) -> list[str]:
         return list(self.ids)
 
-    def problems(self, patient: str) -> list[str]:
-        return [f"{patient}.nii.gz: broken", f"{patient}: twice"] if patient in self.bad else []
-
-    def read(self, patient: str) -> PatientSlices:
+    def load(self, patient: str, problems: list[str]) -> PatientSlices | None:
         self.was_read.append(patient)
         if patient in self.bad:
-            raise InputError(f"{patient}.nii.gz: broken")
+            problems += [f"{patient}.nii.gz: broken", f"{patient}: twice"]
+            return None
         rng = np.random.default_rng(int(patient[1:]))
         masks = rng.integers(0, 2, (3, self.size, self.size)).astype(np.uint8)
         masks[0] = 0

@@ -11,7 +11,7 @@ from training_data import write_training_set
 from diffusers_cf.baselines import training
 from diffusers_cf.baselines.method import TrainableMethod
 from diffusers_cf.baselines.training import Budget, MethodTraining, TrainingRecord, slices_of, training_step
-from diffusers_cf.data import SliceDataset
+from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 
 

@@ -7,7 +7,7 @@ from hub_client import client_process, command_line
 from model_files import files_of
 from training_data import write_training_set
 
-from diffusers_cf.data import SliceDataset
+from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 
 

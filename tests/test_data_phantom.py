@@ -46,7 +46,7 @@ def test_the_exam_is_frozen():
     assert found == FROZEN_SHA256
 
 
-def test_the_same_arguments_give_the_same_patient_and_others_another():
+def test_the_same_arguments_give_the_same_patient():
     again = make_patient(0, SICK)
     np.testing.assert_array_equal(again.volumes, patient(SICK).volumes)
     np.testing.assert_array_equal(again.labels, patient(SICK).labels)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from data_files import MODALITIES, brain, ras_affine, save, write_brats
 
-from diffusers_cf.data import BratsSource, DecathlonSource
 from diffusers_cf.data.prepare import find_problems
+from diffusers_cf.data.scans import BratsSource, DecathlonSource
 from diffusers_cf.errors import InputError
 
 

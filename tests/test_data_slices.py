@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_cf.data import PatientSlices, SliceDataset
-from diffusers_cf.data.slices import slices_to_table, write_tables
+from diffusers_cf.data.slices import PatientSlices, SliceDataset, slices_to_table, write_tables
 from diffusers_cf.errors import InputError
 
 

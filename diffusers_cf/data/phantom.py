@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from diffusers_cf.data.geometry import slices_from_volume
-from diffusers_cf.data.phantom_anatomy import SHAPE, SPACING_MM, Head, MassEffect
+from diffusers_cf.data.phantom_anatomy import SHAPE, SPACING_MM, Head
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.data.source import Source
 from diffusers_cf.errors import InputError
@@ -185,8 +185,7 @@ class _Tumour:
         self.core = self.radius * rng.uniform(0.45, 0.75)
         self.enhances = rng.random() < 2 / 3
         self.strength = rng.uniform(0.37, 0.95)
-        push = MassEffect(self.centre, amount=rng.uniform(0.15, 0.5), reach=2.2 * self.radius)
-        self.mni = head.pushed(push)
+        self.mni = head.pushed(self.centre, amount=rng.uniform(0.15, 0.5), reach=2.2 * self.radius)
 
     def add(self, signal: np.ndarray, tissue: tuple) -> np.ndarray:
         """Write the tumour into `signal` (4, N) in place; return the BraTS labels (N,)."""
@@ -267,7 +266,7 @@ class PhantomSource(Source):
     def problems(self, patient: str) -> list[str]:
         return []
 
-    def read(self, patient: str) -> PatientSlices:
+    def load(self, patient: str, problems: list[str]) -> PatientSlices:
         if patient not in self._index:
             raise InputError(f"{patient}: no such patient among the {len(self._index)} of this phantom")
         return self.slices(make_patient(self.seed, self._index[patient]))
@@ -284,6 +283,3 @@ class PhantomSource(Source):
         validation, test = (max(1, round(len(ids) * FROZEN_SPLITS[name] / total)) for name in ("validation", "test"))
         train = len(ids) - validation - test
         return {"train": ids[:train], "validation": ids[train : train + validation], "test": ids[train + validation :]}
-
-    def facts(self) -> dict:
-        return {}

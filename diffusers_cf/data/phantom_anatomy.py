@@ -57,9 +57,8 @@ def load_template() -> Template:
     origin = image.affine[:3, 3]
     coarse = mask[::2, ::2, ::2]
     depth = ndimage.distance_transform_edt(coarse, sampling=2.0)
-    x, y, z = (
-        axis * 2.0 + start for axis, start in zip(np.ogrid[tuple(map(slice, coarse.shape))], origin, strict=True)
-    )
+    grid = np.ogrid[tuple(map(slice, coarse.shape))]
+    x, y, z = (axis * 2.0 + start for axis, start in zip(grid, origin, strict=True))
     # A box around the lateral ventricles; the cisterns behind the midbrain are fluid too, but have no caps.
     box = (np.abs(x) <= 36) & (y >= -58) & (y <= 34) & (z >= -4) & (z <= 30) & ~((np.abs(x) < 14) & (y < -28))
     fluid = coarse & (grey[::2, ::2, ::2] + white[::2, ::2, ::2] < 0.5)
@@ -92,21 +91,6 @@ def smooth_noise(rng: np.random.Generator, scale_mm: float) -> np.ndarray:
     return np.tensordot(np.tensordot(wx, np.tensordot(knots, wz, (2, 1)), (1, 0)), wy, (1, 1)).transpose(0, 2, 1)
 
 
-@dataclass(frozen=True)
-class MassEffect:
-    """Tissue pushed away from a centre: what lies at radius r came from r (1 - amount (1 - r / reach)^2)."""
-
-    centre: np.ndarray  # (3,) frame position, mm
-    amount: float  # 0 to 0.5
-    reach: float  # mm; nothing moves beyond
-
-    def source(self, frame: np.ndarray) -> np.ndarray:
-        """Return where the tissue at frame positions (3, N) came from."""
-        offset = frame - self.centre[:, None]
-        radius = np.sqrt((offset**2).sum(axis=0))
-        return frame - offset * (self.amount * np.clip(1 - radius / self.reach, 0, None) ** 2)
-
-
 class Head:
     """One patient's brain: which voxels of the frame it fills and where each came from in the template.
 
@@ -135,9 +119,20 @@ class Head:
     def _to_mni(self, frame: np.ndarray, warp: np.ndarray) -> np.ndarray:
         return self.rotation @ (frame - self.shift[:, None]) + warp + BRAIN_CENTRE_MNI[:, None]
 
-    def pushed(self, mass_effect: MassEffect) -> np.ndarray:
-        """Return template positions (3, N) of the brain voxels once a tumour has pushed the tissue aside."""
-        return self._to_mni(mass_effect.source(self.frame), self.warp)
+    def pushed(self, centre: np.ndarray, amount: float, reach: float) -> np.ndarray:
+        """Return template positions (3, N) of the brain voxels after a tumour has pushed the tissue aside.
+
+        Tissue at radius r from the centre came from radius r (1 - amount (1 - r / reach)^2).
+
+        Args:
+            centre (`np.ndarray`): (3,), frame position in mm.
+            amount (`float`): 0 to 0.5.
+            reach (`float`): radius in mm beyond which nothing moves.
+        """
+        offset = self.frame - centre[:, None]
+        radius = np.sqrt((offset**2).sum(axis=0))
+        source = self.frame - offset * (amount * np.clip(1 - radius / reach, 0, None) ** 2)
+        return self._to_mni(source, self.warp)
 
     def noise(self, rng: np.random.Generator, scale_mm: float) -> np.ndarray:
         """Return `smooth_noise` at the brain voxels, (N,)."""

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import read_json
 
 
 VERSION = 1
-SPLITS = ("train", "validation", "test")
 PREPROCESSING_FILE = "preprocessing.json"
 DTYPES = ("float16", "float32", "uint8", "uint16", "int16")
 

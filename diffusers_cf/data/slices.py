@@ -15,7 +15,8 @@ import pyarrow.parquet
 import torch
 
 from diffusers_cf.data.download import dataset_folder
-from diffusers_cf.data.preprocessing import SPLITS, collate_rows, read_preprocessing, shards_of
+from diffusers_cf.data.preprocessing import collate_rows, read_preprocessing, shards_of
+from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError, reading
 
 
