@@ -1,18 +1,13 @@
 """Slices from the arrays of an .npz file."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
+from data_files import DATA, needs_data
 
 from diffusers_cf.data.arrays import ArraysSource
 from diffusers_cf.data.prepare import prepare
 from diffusers_cf.data.scans import BratsSource
 from diffusers_cf.errors import InputError
-
-
-DATA = Path(os.environ.get("DIFFUSERS_CF_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def arrays(**changes):
@@ -141,8 +136,7 @@ def test_damaged_arrays_file(write, tmp_path):
             ArraysSource(path)
 
 
-@pytest.mark.real_data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: {DATA} (DIFFUSERS_CF_DATA) is missing")
+@needs_data
 def test_scans_agree_with_the_stored_slices():
     found = BratsSource(DATA / "volumes", normalize="p99").read("MS19")
     stored = ArraysSource(DATA / "slices" / "ms_mni.npz", normalize="none").read("MS19")

@@ -64,7 +64,7 @@ def test_a_second_time_needs_no_network(hub, client, data, tmp_path):
     [
         ("user/absent", "user/absent: neither a folder"),
         ("user/slices@v9", "user/slices: the repository has no revision 'v9'"),
-        ("user/model", "user/model: the repository has no preprocessing.json, so it holds no slice data set"),
+        ("user/model", "user/model: the repository has no preprocessing.json, so it is no slice data set"),
         ("user/huge", "preprocessing.json: larger than 16 MiB"),
         ("user/size", "preprocessing.json: size is null"),
         ("user/dtype", 'preprocessing.json: dtype is "O"'),

@@ -84,7 +84,7 @@ def truncate(path):
 
 
 def shift(path):
-    affine = ras_affine(None)
+    affine = ras_affine()
     affine[2, 3] += 1
     save(path, brain()[0][1].astype(np.int16), affine=affine)
 

@@ -6,7 +6,6 @@ name of a class.
 """
 
 import csv
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,6 @@ class LabelTable:
     """Class indices by patient and slice number; None stands for the whole patient."""
 
     path: Path
-    digest: str  # SHA-256 of the file
     classes: dict[tuple[str, int | None], int] = field(default_factory=dict)
 
     def lookup(self, patient: str, slices: np.ndarray) -> np.ndarray:
@@ -48,7 +46,7 @@ def read_labels(path: str | Path, class_names: Sequence[str]) -> LabelTable:
     path, names = Path(path), list(class_names)
     # utf-8-sig: spreadsheet programs put a byte order mark before the first column's name.
     with reading(path, "CSV file"), open(path, newline="", encoding="utf-8-sig") as file:
-        table = LabelTable(path, hashlib.sha256(path.read_bytes()).hexdigest())
+        table = LabelTable(path)
         rows = csv.DictReader(file, skipinitialspace=True)
         if absent := {"patient", "label"} - set(rows.fieldnames or ()):
             raise InputError(f"{path}: column missing: {', '.join(sorted(absent))} (columns: patient, slice, label)")

@@ -15,7 +15,6 @@ from diffusers_cf.data.nifti import (
     Scan,
     canonical_modality,
     check_same_grid,
-    find_file,
     find_modality_files,
     nifti_suffix,
     read_nifti,
@@ -197,7 +196,7 @@ class BratsSource(VolumeSource):
         return scans
 
     def seg_file(self, patient: str) -> Path | None:
-        return find_file(self.path / patient, "seg")
+        return find_modality_files(self.path / patient, ["seg"], required=False).get("seg")
 
 
 class DecathlonSource(VolumeSource):

@@ -9,6 +9,7 @@ from diffusers_cf.data.geometry import check_geometry
 from diffusers_cf.data.labels import CLASS_NAMES, LabelTable, apply_labels, read_labels
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.errors import InputError
+from diffusers_cf.loading import sha256_of
 
 
 class Source:
@@ -88,7 +89,7 @@ class Source:
 
     def facts(self) -> dict:
         """Return what the source adds to preprocessing.json."""
-        return {"labels_sha256": None if self.labels is None else self.labels.digest}
+        return {"labels_sha256": None if self.labels is None else sha256_of(self.labels.path)}
 
 
 @contextmanager
