@@ -88,14 +88,6 @@ def test_what_the_hub_lacks_or_holds_wrongly_is_said_in_one_line(hub, client, da
     assert "\n" not in str(caught.value)
 
 
-def test_a_private_data_set_opens_with_the_token_of_the_log_in(hub, client, data, tmp_path):
-    hub.put("user/private", files_of(data), kind="datasets", private=True)
-    assert len(client(opened, "user/private", "test")[1]) == 16
-    with client_process(hub.environment(tmp_path) | {"HF_TOKEN": None}) as anybody:
-        with pytest.raises(InputError, match=r"user/private: neither a folder"):
-            anybody(opened, "user/private", "test")
-
-
 def test_a_command_takes_the_name(hub, client, data, tmp_path):
     output = tmp_path / "R.json"
     command = ["evaluate", "--method", "threshold", "--output", output, "--dataset"]

@@ -157,14 +157,6 @@ def test_integers_take_no_more_memory_than_in_the_file(tmp_path):
     assert peak < 2.5 * voxels.nbytes
 
 
-def test_sheared_affine_is_read_with_a_warning(tmp_path, caplog):
-    affine = ras_affine()
-    affine[0, 1] = 1.0
-    nib.save(nib.Nifti1Image(DATA, affine), tmp_path / "scan.nii")
-    np.testing.assert_allclose(read_nifti(tmp_path / "scan.nii").affine, affine)
-    assert "sheared" in caplog.text
-
-
 def test_four_dimensions_where_they_are_expected(tmp_path):
     (tmp_path / "scan.nii").write_bytes(nifti_bytes(np.stack([DATA, DATA + 1], axis=-1)))
     assert read_nifti(tmp_path / "scan.nii", dimensions=4).data.shape == (6, 5, 4, 2)

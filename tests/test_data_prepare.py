@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import datasets
+import nibabel
 import numpy as np
 import pytest
 from data_files import DATA, MadeSource, needs_data, write_brats
@@ -23,7 +24,7 @@ from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.splits import SPLITS, seeded_splits
 from diffusers_cf.errors import BusyError, InputError
 from diffusers_cf.files import alone_at, remove_empty_folders
-from diffusers_cf.segmentation.patient import segmentation_facts
+from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
 from diffusers_cf.segmentation.volumes import network_slices, patient_files, read_volumes
 
 
@@ -57,6 +58,8 @@ def test_written_scans_become_a_data_set(tmp_path):
     facts |= {"dtype": "float16", "scale": 1, "field_mm": 240.0, "normalize": "median", "seed": 5, "has_masks": True}
     assert facts.items() <= preprocessing.items()
     assert json.loads((tmp_path / "set" / "preprocessing.json").read_text()) == preprocessing
+    opened = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"), split="train")
+    assert opened.features["label"].names == ["healthy", "unhealthy"] and isinstance(opened[0]["image"], bytes)
     shards = {f"data/{name}-00000-of-00001.parquet" for name in SPLITS}
     assert set(content(tmp_path / "set")) == {"preprocessing.json", *shards}
 
@@ -250,7 +253,7 @@ def test_bad_command(case, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("normalize", ["median", "p99"])
 def test_prepare_and_segment_see_the_same_slices(normalize, tmp_path):
-    pipe = make_pipe(normalize=normalize, evaluation_size=128, settings=SETTINGS)
+    pipe = make_pipe(normalize=normalize, evaluation_size=128, settings=SETTINGS | {"strength": 0.0})
     modalities = pipe.preprocessing["modalities"]
     prepare(BratsSource(DATA / "volumes", normalize=normalize, modalities=modalities), tmp_path / "set")
     prepared = {}
@@ -266,3 +269,9 @@ def test_prepare_and_segment_see_the_same_slices(normalize, tmp_path):
         np.testing.assert_array_equal(batch["slices"], shown.slices)
         # float16 keeps them within 1e-3 up to a value of 4, four times the brightest that the network sees
         np.testing.assert_allclose(batch["images"].numpy().clip(max=4), shown.images.clip(max=4), rtol=0, atol=1e-3)
+        segment_patient(pipe, DATA / "volumes" / patient, tmp_path / "out", progress=False)
+        for modality in modalities:
+            scan = nibabel.load(next((DATA / "volumes" / patient).glob(f"*_{modality}.nii.gz")))
+            written = nibabel.load(tmp_path / "out" / patient / f"counterfactual_{modality}.nii.gz")
+            np.testing.assert_array_equal(written.affine, scan.affine)
+            np.testing.assert_allclose(written.get_fdata(), scan.get_fdata().clip(min=0), rtol=1e-6)

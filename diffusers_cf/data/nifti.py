@@ -1,7 +1,6 @@
 """Read NIfTI files and check them: a damaged file is an error, never wrong voxels."""
 
 import gzip
-import logging
 import math
 import re
 from collections.abc import Iterable
@@ -15,8 +14,6 @@ from nibabel.arrayproxy import ArrayProxy
 from diffusers_cf.data.geometry import to_ras
 from diffusers_cf.errors import InputError, reading
 
-
-logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2 << 30
 MODALITIES = ("flair", "t1", "t1ce", "t2")
@@ -125,9 +122,6 @@ def _read_affine(path: Path, header) -> np.ndarray:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if spacing.min() < 1e-6 or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         raise InputError(f"{path}: no usable geometry: the affine is singular")
-    directions = affine[:3, :3] / spacing
-    if np.abs(directions.T @ directions - np.eye(3)).max() > 1e-2:
-        logger.warning("%s: sheared axes; slices follow the voxel grid", path)
     return affine
 
 
