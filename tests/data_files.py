@@ -1,17 +1,25 @@
-"""Small data that the tests of the data layer write: a lopsided brain, in any orientation and layout."""
+"""Small data for the tests of the data room: an asymmetric brain in any orientation and layout, and a made source."""
 
+import os
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.data.source import Source
-from diffusers_cf.errors import InputError
 
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 SPACING_MM = (8.0, 6.0, 9.0)
+DATA = Path(os.environ.get("DIFFUSERS_CF_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def needs_data(test):
+    """Mark a test that reads the real scans."""
+    missing = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: {DATA} (DIFFUSERS_CF_DATA) is missing")
+    return pytest.mark.real_data(missing(test))
 
 
 def brain(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -25,7 +33,7 @@ def brain(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return (volume * inside).astype(np.float32), (mask & inside).astype(np.uint8)
 
 
-def ras_affine(shape) -> np.ndarray:
+def ras_affine() -> np.ndarray:
     """An affine with the voxel sizes of `brain` and its origin away from 0."""
     affine = np.diag([*SPACING_MM, 1.0])
     affine[:3, 3] = [-90.0, -126.0, -40.0]
@@ -33,16 +41,15 @@ def ras_affine(shape) -> np.ndarray:
 
 
 def save(path: Path, data: np.ndarray, axes: str = "RAS", affine: np.ndarray | None = None) -> Path:
-    """Writes RAS data in any axis order and direction, with the affine that says so."""
-    affine = ras_affine(data.shape) if affine is None else affine
-    image = nib.Nifti1Image(data, affine)
+    """Write RAS data in any axis order and direction, with the affine that says so."""
+    image = nib.Nifti1Image(data, ras_affine() if affine is None else affine)
     turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes))
     nib.save(image.as_reoriented(turn), path)
     return path
 
 
 def write_brats(folder: Path, patient: str = "P_01", axes: str = "RAS", seed: int = 0, names=None) -> Path:
-    """Writes one patient in BraTS layout and returns its folder; `names` maps modality or seg to a file's name."""
+    """Write one patient in BraTS layout and return its folder; `names` maps modality or seg to a file's name."""
     volume, mask = brain(seed)
     (folder / patient).mkdir(parents=True)
     files = dict(zip((*MODALITIES, "seg"), (*volume.astype(np.int16), mask), strict=True))
@@ -52,7 +59,7 @@ def write_brats(folder: Path, patient: str = "P_01", axes: str = "RAS", seed: in
 
 
 class MadeSource(Source):
-    """Slices without files: `patients` of them, 3 slices of 2 channels each; `bad` ones fail."""
+    """Slices without files: `patients` of them, 3 slices of 2 channels each; `bad` ones have two problems."""
 
     name = "made"
     modalities = ("flair", "t1")
@@ -65,13 +72,11 @@ class MadeSource(Source):
     def patients(self) -> list[str]:
         return list(self.ids)
 
-    def problems(self, patient: str) -> list[str]:
-        return [f"{patient}.nii.gz: broken", f"{patient}: twice"] if patient in self.bad else []
-
-    def read(self, patient: str) -> PatientSlices:
+    def load(self, patient: str, problems: list[str]) -> PatientSlices | None:
         self.was_read.append(patient)
         if patient in self.bad:
-            raise InputError(f"{patient}.nii.gz: broken")
+            problems += [f"{patient}.nii.gz: broken", f"{patient}: twice"]
+            return None
         rng = np.random.default_rng(int(patient[1:]))
         masks = rng.integers(0, 2, (3, self.size, self.size)).astype(np.uint8)
         masks[0] = 0

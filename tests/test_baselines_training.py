@@ -9,7 +9,7 @@ from training_data import write_training_set
 from diffusers_cf.baselines import training
 from diffusers_cf.baselines.method import TrainableMethod
 from diffusers_cf.baselines.training import Budget, TrainingRecord, set_up_training, slices_of, train_method
-from diffusers_cf.data import SliceDataset
+from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 
 

@@ -7,7 +7,7 @@ from hub_client import client_process, command_line
 from model_files import files_of
 from training_data import write_training_set
 
-from diffusers_cf.data import SliceDataset
+from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 
 
@@ -64,7 +64,7 @@ def test_a_second_time_needs_no_network(hub, client, data, tmp_path):
     [
         ("user/absent", "user/absent: neither a folder"),
         ("user/slices@v9", "user/slices: the repository has no revision 'v9'"),
-        ("user/model", "user/model: the repository has no preprocessing.json, so it holds no slice data set"),
+        ("user/model", "user/model: the repository has no preprocessing.json, so it is no slice data set"),
         ("user/huge", "preprocessing.json: larger than 16 MiB"),
         ("user/size", "preprocessing.json: size is null"),
         ("user/dtype", 'preprocessing.json: dtype is "O"'),
@@ -86,14 +86,6 @@ def test_what_the_hub_lacks_or_holds_wrongly_is_said_in_one_line(hub, client, da
     with pytest.raises(InputError, match=reason) as caught:
         client(opened, name, "test")
     assert "\n" not in str(caught.value)
-
-
-def test_a_private_data_set_opens_with_the_token_of_the_log_in(hub, client, data, tmp_path):
-    hub.put("user/private", files_of(data), kind="datasets", private=True)
-    assert len(client(opened, "user/private", "test")[1]) == 16
-    with client_process(hub.environment(tmp_path) | {"HF_TOKEN": None}) as anybody:
-        with pytest.raises(InputError, match=r"user/private: neither a folder"):
-            anybody(opened, "user/private", "test")
 
 
 def test_a_command_takes_the_name(hub, client, data, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_cf.data import FolderSource
+from diffusers_cf.data.folder import FolderSource
 from diffusers_cf.errors import InputError
 
 
@@ -39,7 +39,6 @@ def test_folder_of_three_classes_and_colours(tmp_path):
     source = FolderSource(tmp_path, size=10)
     assert source.class_names == ("bird", "cat", "dog") and len(source.modalities) == 3
     assert source.read("2").slices.tolist() == [0]
-    assert source.read("2").slices.tolist() == [0]
     found = source.read("2").images[0]
     pixels = np.moveaxis(np.asarray(Image.open(tmp_path / "dog/2.png")), -1, 0) / 255
     np.testing.assert_allclose(found[:, 2:8], pixels, atol=1e-6)
@@ -66,7 +65,7 @@ def test_folder_with_labels(tmp_path):
     (tmp_path / "labels.csv").write_text("patient,slice,label\np1,2,b\np1,,a\n")
     source = FolderSource(tmp_path / "images", size=12, labels=tmp_path / "labels.csv", class_names=("a", "b"))
     assert source.read("p1").labels.tolist() == [0, 1] and source.class_names == ("a", "b")
-    assert "no label for any image of p2" in source.problems("p2")[0]
+    assert "no label for any slice of p2" in source.problems("p2")[0]
 
 
 def test_bad_image_folders(tmp_path):

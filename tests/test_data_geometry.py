@@ -1,4 +1,4 @@
-"""From a scan's voxels to slices and back, and the intensity scales."""
+"""From a scan's voxels to slices and back."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,7 @@ from data_files import SPACING_MM, brain
 from torch.nn.functional import interpolate
 
 from diffusers_cf.data.geometry import display, resample_slices, slices_from_volume, undisplay, volume_from_slices
-from diffusers_cf.data.intensity import normalize_of, unit_intensity, with_named_scale
 from diffusers_cf.errors import InputError
-
-
-SCALES = ("median", "p99", "p50", "none")
 
 
 def test_display_orientation():
@@ -45,30 +41,6 @@ def test_each_channel_has_its_own_unit_and_the_gain_cancels():
     gain = np.array([1, 3, 0.5, 10], dtype=np.float32)[:, None, None, None]
     first, second = (slices_from_volume("p", v, mask, SPACING_MM, 16).images for v in (volume, volume * gain))
     np.testing.assert_allclose(first, second, atol=1e-5)
-
-
-def test_scales_of_one_scan_differ_by_one_factor_a_modality():
-    volume, mask = brain()
-    images = {name: slices_from_volume("p", volume, mask, SPACING_MM, 16, normalize=name).images for name in SCALES}
-    for channel, scan in enumerate(volume):
-        foreground = scan[scan > 0]
-        units = {"median": 2.5 * np.median(foreground), "p99": np.percentile(foreground, 99), "none": 1}
-        for name, unit in (units | {"p50": np.median(foreground)}).items():
-            np.testing.assert_allclose(images[name][:, channel] * unit, images["none"][:, channel], rtol=1e-5)
-    default = slices_from_volume("p", volume, mask, SPACING_MM, 16).images
-    np.testing.assert_array_equal(default, images["median"])
-
-
-@pytest.mark.parametrize("name", ["p101", "p", "mean", "P99", "", None, 99.0])
-def test_scales_that_there_are_not(name):
-    with pytest.raises(ValueError, match="it must be median, p99"):
-        unit_intensity(np.ones(3), name)
-
-
-def test_facts_of_before_there_were_scales():
-    older = ({"percentile": 98.5}, {"percentile": None}, {})
-    assert [normalize_of(facts) for facts in older] == ["p98.5", "none", "p99"]
-    assert with_named_scale({"percentile": 99.0, "size": 3}) == {"size": 3, "normalize": "p99"}
 
 
 def test_background_stays_exactly_zero_and_negative_voxels_become_background():
@@ -158,7 +130,7 @@ def test_empty_channel_is_named(channel):
 
 def test_whole_numbers_give_the_same_slices_as_floats():
     volume, mask = brain()
-    for name in SCALES:
+    for name in ("median", "p99", "none"):
         found, expected = (
             slices_from_volume("p", v, mask, SPACING_MM, 16, normalize=name) for v in (volume.astype(np.int16), volume)
         )

@@ -1,4 +1,4 @@
-"""The NIfTI reader: every bad file gives one clear line, every unusual but sound one is read correctly."""
+"""Reading NIfTI files: bad files give one clear line, unusual but sound ones are read correctly."""
 
 import gzip
 import tracemalloc
@@ -12,7 +12,6 @@ from diffusers_cf.data.geometry import from_ras
 from diffusers_cf.data.nifti import (
     canonical_modality,
     check_same_grid,
-    find_file,
     find_modality_files,
     nifti_suffix,
     read_nifti,
@@ -25,8 +24,8 @@ DATA = np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4)
 
 
 def nifti_bytes(data=DATA, **fields) -> bytes:
-    """A plain NIfTI-1 file; `fields` overwrite raw header fields after it is made, unchecked."""
-    image = nib.Nifti1Image(data, ras_affine(data.shape))
+    """The bytes of a NIfTI-1 file; `fields` overwrite fields of its header, unchecked."""
+    image = nib.Nifti1Image(data, ras_affine())
     raw = bytearray(image.to_bytes())
     header = nib.Nifti1Header(raw[:348], check=False)
     for name, value in fields.items():
@@ -95,18 +94,16 @@ def test_bad_file_gives_one_line_with_its_name(case, tmp_path):
     assert message.startswith(f"{path}: ") and reason in message and "\n" not in message
 
 
-@pytest.mark.parametrize("position", range(20, len(PACKED), len(PACKED) // 25))
-def test_no_flipped_byte_goes_unnoticed(position, tmp_path):
-    (tmp_path / "scan.nii.gz").write_bytes(flipped(PACKED, position))
-    with pytest.raises(InputError, match="scan.nii.gz"):
-        read_nifti(tmp_path / "scan.nii.gz")
+def test_no_flipped_byte_goes_unnoticed(tmp_path):
+    for position in range(20, len(PACKED), len(PACKED) // 25):
+        (tmp_path / "scan.nii.gz").write_bytes(flipped(PACKED, position))
+        with pytest.raises(InputError, match="scan.nii.gz"):
+            read_nifti(tmp_path / "scan.nii.gz")
 
 
-def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(InputError, match="absent.nii.gz: can't be read .No such file"):
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="absent.nii.gz: can't be read"):
         read_nifti(tmp_path / "absent.nii.gz")
-    with pytest.raises(InputError, match="can't be read .Is a directory"):
-        read_nifti(tmp_path)
 
 
 def test_gzip_bomb_stops_at_the_limit(tmp_path):
@@ -132,8 +129,8 @@ SOUND_FILES = {
     "uint8": (nifti_bytes((DATA % 256).astype(np.uint8)), DATA),
     "singleton axis": (nifti_bytes(DATA[..., None]), DATA),
     "2-D": (nifti_bytes(DATA[..., 0]), DATA[..., :1]),
-    "big-endian": (nib.Nifti1Image(DATA, ras_affine(None), BIG_ENDIAN).to_bytes(), DATA),
-    "NIfTI-2": (nib.Nifti2Image(DATA, ras_affine(None)).to_bytes(), DATA),
+    "big-endian": (nib.Nifti1Image(DATA, ras_affine(), BIG_ENDIAN).to_bytes(), DATA),
+    "NIfTI-2": (nib.Nifti2Image(DATA, ras_affine()).to_bytes(), DATA),
 }
 
 
@@ -146,7 +143,7 @@ def test_sound_file_is_read(case, tmp_path):
     kept = {"slope": np.float32, "float64": np.float32, "uint8": np.uint8}
     assert scan.data.dtype == kept.get(case, np.int16) and scan.data.dtype.isnative
     np.testing.assert_array_equal(scan.data, expected)
-    np.testing.assert_allclose(scan.affine, ras_affine(None))
+    np.testing.assert_allclose(scan.affine, ras_affine())
     np.testing.assert_allclose(scan.spacing_mm, [8, 6, 9])
 
 
@@ -158,20 +155,6 @@ def test_integers_take_no_more_memory_than_in_the_file(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2.5 * voxels.nbytes
-
-
-def test_plain_file_named_gz_is_read_with_a_warning(tmp_path, caplog):
-    (tmp_path / "scan.nii.gz").write_bytes(PLAIN)
-    np.testing.assert_array_equal(read_nifti(tmp_path / "scan.nii.gz").data, DATA)
-    assert "not compressed" in caplog.text
-
-
-def test_sheared_affine_is_read_with_a_warning(tmp_path, caplog):
-    affine = ras_affine(None)
-    affine[0, 1] = 1.0
-    nib.save(nib.Nifti1Image(DATA, affine), tmp_path / "scan.nii")
-    np.testing.assert_allclose(read_nifti(tmp_path / "scan.nii").affine, affine)
-    assert "sheared" in caplog.text
 
 
 def test_four_dimensions_where_they_are_expected(tmp_path):
@@ -188,7 +171,7 @@ def test_canonical_and_back(axes, tmp_path):
     assert nib.aff2axcodes(scan.affine) == tuple(axes)
     canonical = to_canonical(scan)
     np.testing.assert_array_equal(canonical.data, volume)
-    np.testing.assert_allclose(canonical.affine, ras_affine(None), atol=1e-4)
+    np.testing.assert_allclose(canonical.affine, ras_affine(), atol=1e-4)
     np.testing.assert_array_equal(from_ras(canonical.data, scan.affine), scan.data)
     save(tmp_path / "four.nii", np.stack([volume, volume + 1], axis=-1), axes)
     four = to_canonical(read_nifti(tmp_path / "four.nii", dimensions=4))
@@ -196,13 +179,10 @@ def test_canonical_and_back(axes, tmp_path):
     assert check_same_grid([canonical, four, to_canonical(read_nifti(save(tmp_path / "ras.nii", volume)))]) is None
 
 
-def test_modality_aliases():
+def test_names_of_files_and_modalities():
     names = "FLAIR t2f T1 t1n t1w t1Gd T1C t1ce T2w t2 ADC".split()
     expected = "flair flair t1 t1 t1 t1ce t1ce t1ce t2 t2 adc".split()
     assert [canonical_modality(name) for name in names] == expected
-
-
-def test_nifti_suffix():
     suffixes = {"BraTS2021_00006_t1ce.nii.gz": "t1ce", "BraTS-GLI-00001-000-T2F.nii.gz": "t2f", "flair.nii": "flair"}
     suffixes |= {"a.b_Seg.NII.GZ": "seg", "sub-01_ce-X_T1w.nii.gz": "t1ce", "sub-01_T1w.nii.gz": "t1w"}
     suffixes |= {"._x_t1.nii.gz": "", "x_t1.nii.gz.part": "", "x_t1.png": ""}
@@ -212,22 +192,19 @@ def test_nifti_suffix():
 def test_modality_files_are_found_and_missing_ones_named(tmp_path):
     for name in ("p-t1n.nii.gz", "p-t1c.nii.gz", "p-T2F.nii", "p-seg.nii.gz", "notes.txt"):
         (tmp_path / name).touch()
-    found = find_modality_files(tmp_path, ("t1ce", "flair", "t1"))
-    assert [(key, path.name) for key, path in found.items()] == [
-        ("t1ce", "p-t1c.nii.gz"), ("flair", "p-T2F.nii"), ("t1", "p-t1n.nii.gz")
-    ]  # fmt: skip
-    assert find_file(tmp_path, "seg").name == "p-seg.nii.gz"
-    with pytest.raises(InputError, match=r"modality missing: t2, adc \(names end in t2: t2, t2w; adc: adc\)"):
-        find_modality_files(tmp_path, ("t1", "t2", "adc"))
+    found = find_modality_files(tmp_path, ("t1ce", "flair", "seg"))
+    names = {"t1ce": "p-t1c.nii.gz", "flair": "p-T2F.nii", "seg": "p-seg.nii.gz"}
+    assert {key: path.name for key, path in found.items()} == names and list(found) == list(names)
+    assert find_modality_files(tmp_path, ["t2"], required=False) == {}
+    with pytest.raises(InputError, match=r"modality missing: t2 \(names end in t2, t2w\)"):
+        find_modality_files(tmp_path, ("t1", "t2"))
     (tmp_path / "p_t1gd.nii.gz").touch()
     with pytest.raises(InputError, match="several files are t1ce: p-t1c.nii.gz, p_t1gd.nii.gz"):
-        find_modality_files(tmp_path, ("t1ce",))
-    with pytest.raises(InputError, match="absent: can't be read"):
-        find_modality_files(tmp_path / "absent", ("t1",))
+        find_modality_files(tmp_path, ["t1ce"])
 
 
 def scans_with(tmp_path, shape=(6, 5, 4), shift=0.0, scale=1.0, tilt=0.0):
-    affine = ras_affine(None)
+    affine = ras_affine()
     affine[0, 3] += shift
     affine[0, 0] *= scale
     affine[1, 0] += tilt * affine[0, 0]

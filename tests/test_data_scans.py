@@ -1,4 +1,4 @@
-"""The sources of NIfTI scans: BraTS and Decathlon, labels without masks, and every bad patient."""
+"""Sources of NIfTI scans: BraTS and Decathlon, labels instead of masks, and bad patients."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from data_files import MODALITIES, brain, ras_affine, save, write_brats
 
-from diffusers_cf.data import BratsSource, DecathlonSource
 from diffusers_cf.data.prepare import find_problems
+from diffusers_cf.data.scans import BratsSource, DecathlonSource
 from diffusers_cf.errors import InputError
 
 
@@ -84,7 +84,7 @@ def truncate(path):
 
 
 def shift(path):
-    affine = ras_affine(None)
+    affine = ras_affine()
     affine[2, 3] += 1
     save(path, brain()[0][1].astype(np.int16), affine=affine)
 
@@ -164,29 +164,35 @@ def test_folders_that_hold_no_patients(tmp_path):
     (tmp_path / "b" / "one two").mkdir(parents=True)
     with pytest.raises(InputError, match="'one two' can't be a patient's id"):
         find_problems(BratsSource(tmp_path / "b"))
-    with pytest.raises(ValueError, match="size must be at least 1, not 0"):
-        BratsSource(tmp_path, size=0)
+    for option, reason in (
+        ({"size": 0}, "size must be at least 1"),
+        ({"normalize": "none"}, "--normalize none: scanner"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            BratsSource(tmp_path, **option)
 
 
-def unlabelled(tmp_path, text, **options):
+def unlabelled(tmp_path, text):
     """A BraTS patient without segmentation and a labels file."""
     folder = write_brats(tmp_path / "scans")
     (folder / "P_01_seg.nii.gz").unlink()
     (tmp_path / "labels.csv").write_text(text, encoding="utf-8-sig")
-    return BratsSource(tmp_path / "scans", size=16, labels=tmp_path / "labels.csv", **options)
+    return BratsSource(tmp_path / "scans", size=16, labels=tmp_path / "labels.csv")
 
 
-def test_labels_of_a_whole_patient(tmp_path):
-    source = unlabelled(tmp_path, "patient,slice,label\nP_01,,unhealthy\n")
+@pytest.mark.parametrize(
+    ("rows", "slices", "labels"),
+    [
+        ("P_01, , unhealthy", range(2, 9), [1] * 7),
+        ("P_01, 4, healthy\nP_01, 5, unhealthy", [4, 5], [0, 1]),  # slices without a label are left out
+        ("P_01, 4, healthy\nP_01, , unhealthy", range(2, 9), [1, 1, 0, 1, 1, 1, 1]),
+    ],
+)
+def test_labels_instead_of_masks(rows, slices, labels, tmp_path):
+    source = unlabelled(tmp_path, f"patient, slice, label\n{rows}\n")
     found = source.read("P_01")
-    assert not source.has_masks and found.masks is None and found.labels.all() and len(found.labels) == 7
-
-
-def test_labels_of_single_slices_win_and_slices_without_one_go(tmp_path):
-    rows = "patient, slice, label\nP_01, 4, healthy\nP_01, 5, unhealthy\n"
-    assert unlabelled(tmp_path / "a", rows).read("P_01").slices.tolist() == [4, 5]
-    found = unlabelled(tmp_path / "b", rows + "P_01, , unhealthy\n").read("P_01")
-    assert found.labels[found.slices == 4] == 0 and found.labels.sum() == len(found.labels) - 1 == 6
+    assert not source.has_masks and found.masks is None
+    assert found.slices.tolist() == list(slices) and found.labels.tolist() == labels
 
 
 def test_labels_beside_masks(tmp_path):
@@ -252,8 +258,3 @@ def test_decathlon_without_masks_takes_labels(tmp_path):
     (tmp_path / "labels.csv").write_text("patient,label\nP_01,unhealthy\n")
     source = DecathlonSource(folder, size=16, labels=tmp_path / "labels.csv")
     assert not source.has_masks and source.read("P_01").labels.all()
-
-
-def test_scanner_units_are_no_scale(tmp_path):
-    with pytest.raises(InputError, match="--normalize none: scanner units"):
-        BratsSource(tmp_path, normalize="none")

@@ -1,14 +1,12 @@
-"""The slice data set: what is written comes back, and what is no data set is refused."""
+"""The slice data set: a round trip through its files, and folders that are no data set."""
 
 import json
 
-import datasets
 import numpy as np
 import pytest
 import torch
 
-from diffusers_cf.data import PatientSlices, SliceDataset
-from diffusers_cf.data.slices import slices_to_table, write_tables
+from diffusers_cf.data.slices import PatientSlices, SliceDataset, slices_to_table, write_tables
 from diffusers_cf.errors import InputError
 
 
@@ -51,15 +49,6 @@ def test_round_trip(dtype, scale, error, tmp_path):
     assert dataset.slices.tolist() == [10, 11, 12, 13, 14, 10, 11, 12]
     assert len(SliceDataset(tmp_path / "set", "test", cache_dir=tmp_path / "cache")) == 3
     assert len(SliceDataset(tmp_path / "set", "validation", cache_dir=tmp_path / "cache")) == 0
-
-
-def test_load_dataset_opens_the_folder(tmp_path):
-    parts = {split: [made(split)] for split in ("train", "validation", "test")}
-    write_dataset(tmp_path / "set", parts)
-    opened = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
-    assert {name: split.num_rows for name, split in opened.items()} == {"train": 5, "validation": 5, "test": 5}
-    assert opened["train"].features["label"].names == list(NAMES)
-    assert opened["validation"][0]["patient"] == "validation" and isinstance(opened["train"][0]["image"], bytes)
 
 
 def test_without_masks(tmp_path):
@@ -109,3 +98,11 @@ def test_a_rewritten_file_is_read_again(tmp_path):
     assert set(SliceDataset(folder, "train", cache_dir=tmp_path / "cache").patients) == {"a"}
     write_tables(folder / "data" / "train-00000-of-00001.parquet", [slices_to_table(made("b"), NAMES)], NAMES)
     assert set(SliceDataset(folder, "train", cache_dir=tmp_path / "cache").patients) == {"b"}
+
+
+@pytest.mark.parametrize("changes", [{"size": 4}, {"channels": 3}])
+def test_rows_that_do_not_fit_preprocessing(changes, tmp_path):
+    write_dataset(tmp_path / "set", {"train": [made()]}, **changes)
+    dataset = SliceDataset(tmp_path / "set", "train", cache_dir=tmp_path / "cache")
+    with pytest.raises(InputError, match="patient a, slice 11: its image, mask or label does not fit"):
+        dataset.collate([dataset[1]])

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from diffusers_cf.data.preprocessing import SPLITS
-from diffusers_cf.data.splits import read_splits, seeded_splits
+from diffusers_cf.data.splits import SPLITS, read_splits, seeded_splits
 from diffusers_cf.errors import InputError
 
 

@@ -18,8 +18,9 @@ from training_data import write_training_set
 
 from diffusers_cf import InputError
 from diffusers_cf.cli import main
-from diffusers_cf.data import BratsSource, SliceDataset
 from diffusers_cf.data.prepare import prepare
+from diffusers_cf.data.scans import BratsSource
+from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.hub.publishing import push_model
 from diffusers_cf.inference import open_pipeline
 from diffusers_cf.provenance import model_fingerprint

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.commands.options import add_device_arguments, add_settings_arguments
+from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.calibration import HEALTHY_QUANTILE, dice_of_thresholds, thresholds_of_labels
 from diffusers_cf.files import make_folder, write_json
@@ -24,12 +25,11 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="FOLDER", help="folder, Hub id or name of a model")
     add("--dataset", required=True, help="slice data set, or user/name[@revision]; the choice does not use its masks")
     add("--output", required=True, metavar="RESULT.json", help="file to write")
-    splits = ("train", "validation", "test")
-    add("--split", default="validation", choices=splits, help="split to choose on, default: %(default)s")
+    add("--split", default="validation", choices=SPLITS, help="split to choose on, default: %(default)s")
     add("--max_slices", type=int, default=256, help="slices to choose on, evenly spread, default: %(default)s")
     add("--quantile", type=float, default=HEALTHY_QUANTILE, help="share of healthy pixels below the threshold of the "
         "rule healthy-quantile, between 0 and 1, default: %(default)s")  # fmt: skip
-    add("--measure", choices=splits, help="split with masks on which to measure Dice of each rule; default: none")
+    add("--measure", choices=SPLITS, help="split with masks on which to measure Dice of each rule; default: none")
     add_settings_arguments(parser)
     add_device_arguments(parser, batch_size=32)
     add("--store", nargs="?", const=RULES[0], choices=RULES, help="write the threshold of this rule, with its settings, "

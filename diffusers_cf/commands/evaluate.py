@@ -13,6 +13,7 @@ from diffusers_cf.commands.options import (
     add_settings_arguments,
     add_shard_argument,
 )
+from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.processes import share_of_work
 from diffusers_cf.files import alone_at, write_json
@@ -26,7 +27,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--model", metavar="FOLDER", help="folder, Hub id or name of a model")
     method.add_argument("--method", metavar="ID", help="a baseline without training, such as threshold-flair")
     add("--dataset", required=True, help="folder written by diffusers-cf prepare, or user/name[@revision] on the Hub")
-    add("--split", default="test", choices=("train", "validation", "test"), help="default: %(default)s")
+    add("--split", default="test", choices=SPLITS, help="default: %(default)s")
     add(
         "--output",
         required=True,

@@ -52,8 +52,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     Raises:
         InputError: as in `prepare`, and for options that the source does not take.
     """
-    from diffusers_cf.data import SOURCES
-    from diffusers_cf.data.prepare import find_problems, prepare
+    from diffusers_cf.data.prepare import SOURCES, find_problems, prepare
 
     for name, least in (("seed", 0), ("patients", 1), ("num_workers", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from diffusers_cf.commands.options import add_device_arguments
+from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import make_folder, read_json, write_json
 from diffusers_cf.provenance import command_line, package_commit
@@ -24,8 +25,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="FOLDER", help="folder, Hub id or name of a model")
     add("--dataset", required=True, help="slice data set with masks, or user/name[@revision]")
     add("--output", required=True, metavar="RESULTS", help="folder for sweep.json and sweep.png")
-    splits = ("train", "validation", "test")
-    add("--split", default="validation", choices=splits, help="split to measure on, default: %(default)s")
+    add("--split", default="validation", choices=SPLITS, help="split to measure on, default: %(default)s")
     scales, strengths = (" ".join(map(str, values)) for values in (GUIDANCE_SCALES, STRENGTHS))
     add(
         "--guidance_scales",

@@ -1,4 +1,4 @@
-"""A slice data set by its name on the Hub: `user/name`, or `user/name@revision` for a branch, tag or commit."""
+"""Download a slice data set from the Hub: `user/name`, or `user/name@revision` for a branch, tag or commit."""
 
 import re
 from pathlib import Path
@@ -13,11 +13,11 @@ _NAME = re.compile(r"(?P<repo_id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<
 
 
 def dataset_folder(name: str | Path, split: str) -> tuple[Path, str | None]:
-    """Return the folder of a data set; of a name on the Hub, preprocessing.json and one split are downloaded.
+    """Return the folder of a data set; download preprocessing.json and one split if it is a name on the Hub.
 
     Args:
-        name (`str` or `Path`): a folder, which comes first, or `user/name[@revision]`.
-        split (`str`): whose Parquet files to download.
+        name (`str` or `Path`): an existing folder, or else `user/name[@revision]`.
+        split (`str`): the split to download.
 
     Returns:
         The folder, and the commit if it was downloaded.
@@ -31,11 +31,11 @@ def dataset_folder(name: str | Path, split: str) -> tuple[Path, str | None]:
 
     def choose(names: list[str], _: dict) -> list[str]:
         if PREPROCESSING_FILE not in names:
-            raise InputError(f"{name}: the repository has no {PREPROCESSING_FILE}, so it holds no slice data set")
+            raise InputError(f"{name}: the repository has no {PREPROCESSING_FILE}, so it is no slice data set")
         if SPLITS_FILE in names and not any(file.endswith(".parquet") for file in names):
             raise InputError(
-                f"{name}: holds no images, their license does not allow it: prepare your own copy with its {SPLITS_FILE},"
-                " as its README.md says"
+                f"{name}: holds no images, because their license forbids it: prepare your own copy with its"
+                f" {SPLITS_FILE}, as its README.md says"
             )
         return [PREPROCESSING_FILE, f"data/{split}-*.parquet"]
 

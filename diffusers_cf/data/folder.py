@@ -3,13 +3,13 @@
     FOLDER/CLASS/NAME.png or .npy        one sub-folder per class
     FOLDER/NAME.png or .npy              with a labels file
 
-The patient is NAME up to its last `_`; what follows is the slice if it is a number: `p07_012.png` is slice 12 of patient
-p07. A NAME without `_` is a patient of its own, slice 0. One patient may have images in several classes.
+The patient is NAME up to its last `_`. What follows is the slice if it is a number: `p07_012.png` is slice 12 of patient
+p07. A NAME without `_` is slice 0 of a patient of that name. A patient may have images in several classes.
 
-PNG values are divided by what their type can hold (255 or 65535). Files in .npy are (H, W) or (C, H, W); floats are
-taken as they are, unless another intensity scale is chosen. All images must have the same number of channels. An image
-that is not square is padded with 0 to a square, and all are resampled to the chosen size. There are no masks: such a data
-set can train a model, but can't evaluate one by pixels.
+PNG values are divided by the largest value of their type (255 or 65535). Files in .npy are (H, W) or (C, H, W). Floats
+are kept unless another intensity scale is chosen. All images must have the same number of channels. Images are padded
+with 0 to a square and resampled to the chosen size. There are no masks: such a data set can train a model, but can't
+evaluate one by pixels.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,9 +19,9 @@ import numpy as np
 
 from diffusers_cf.data.geometry import FIELD_MM, resample_slices
 from diffusers_cf.data.intensity import unit_intensity
-from diffusers_cf.data.labels import CLASS_NAMES, apply_labels
+from diffusers_cf.data.labels import CLASS_NAMES
 from diffusers_cf.data.slices import PatientSlices
-from diffusers_cf.data.source import Source
+from diffusers_cf.data.source import Source, noting_errors
 from diffusers_cf.errors import InputError, reading
 
 
@@ -35,7 +35,7 @@ class FolderSource(Source):
         path (`str` or `Path`): the folder.
         size (`int`): pixels along each side.
         class_names (`Sequence[str]`, *optional*): the classes in order; the first is the default target of
-            counterfactuals. By default the names of the sub-folders, sorted, `healthy` first; with a labels file
+            counterfactuals. By default the sorted names of the sub-folders, `healthy` first; with a labels file
             healthy and unhealthy.
         modalities (`Iterable[str]`, *optional*): names of the channels; channel0, channel1, .. by default.
         labels (`str` or `Path`, *optional*): CSV file of labels (`labels.py`), for images without class folders.
@@ -61,7 +61,7 @@ class FolderSource(Source):
             if class_names is not None and set(class_names) != set(folders):
                 raise InputError(f"{path}: the sub-folders are {', '.join(folders)}, not {', '.join(class_names)}")
             if len(folders) < 2:
-                raise InputError(f"{path}: at least two sub-folders are needed, one per class (or --labels)")
+                raise InputError(f"{path}: at least two sub-folders are required, one per class (or --labels)")
             self.class_names = tuple(class_names or sorted(folders, key=lambda name: name != CLASS_NAMES[0]))
         else:
             self.class_names = tuple(class_names or CLASS_NAMES)
@@ -79,36 +79,26 @@ class FolderSource(Source):
     def facts(self) -> dict:
         return {"orientation": "as in the files"} | super().facts()
 
-    def problems(self, patient: str) -> list[str]:
-        found = []
-        for path, _, _ in self.files[patient]:
-            try:
-                channels = len(read_image(path))
-            except InputError as error:
-                found.append(str(error))
-            else:
-                if channels != len(self.modalities):
-                    found.append(f"{path}: {channels} channels, but other images have {len(self.modalities)}")
-        indices = np.array([index for _, index, _ in self.files[patient]])
-        if len(np.unique(indices)) < len(indices):
-            found.append(f"{self.path}: {patient}: a slice occurs twice")
-        if self.labels is not None and self.labels.lookup(patient, indices).max() < 0:
-            found.append(f"{self.labels.path}: no label for any image of {patient}")
-        return found
-
-    def read(self, patient: str) -> PatientSlices:
-        problems = self.problems(patient)
-        if problems:
-            raise InputError(problems[0])
+    def load(self, patient: str, problems: list[str]) -> PatientSlices | None:
         paths, indices, labels = zip(*sorted(self.files[patient], key=lambda file: file[1]), strict=True)
-        images = [read_image(path) for path in paths]
-        # The field is the square around the image, centred, in pixels.
-        images = np.stack([resample_slices(image, (1.0, 1.0), self.size, max(image.shape[1:])) for image in images])
+        if len(set(indices)) < len(indices):
+            problems.append(f"{self.path}: {patient}: a slice occurs twice")
+        images = []
+        for path in paths:
+            with noting_errors(problems):
+                image = read_image(path)
+                if len(image) != len(self.modalities):
+                    found, usual = len(image), len(self.modalities)
+                    raise InputError(f"{path}: {found} channels, but other images have {usual}")
+                # The field is the square around the image, centred, in pixels.
+                images.append(resample_slices(image, (1.0, 1.0), self.size, max(image.shape[1:])))
+        if problems:
+            return None
+        images = np.stack(images)
         for channel in images.swapaxes(0, 1) if self.normalize != "none" else ():
-            if (channel > 0).any():  # a picture may have nothing in one of its colours
+            if (channel > 0).any():  # a colour of a picture may be empty
                 channel /= unit_intensity(channel, self.normalize)
-        slices = PatientSlices(patient, images, np.array(labels, np.int64), np.array(indices, np.int64))
-        return slices if self.labels is None else apply_labels(slices, self.labels)
+        return PatientSlices(patient, images, np.array(labels, np.int64), np.array(indices, np.int64))
 
     def _list_files(self) -> dict[str, list[tuple[Path, int, int]]]:
         """Return (file, slice, class index) of every image, by patient."""
@@ -152,7 +142,6 @@ def read_image(path: Path) -> np.ndarray:
     image = values.astype(np.float32)
     if values.dtype in (np.uint8, np.uint16):
         image /= np.iinfo(values.dtype).max
-    bad = int((~np.isfinite(image)).sum())
-    if bad:
+    if bad := int((~np.isfinite(image)).sum()):
         raise InputError(f"{path}: {bad} values are NaN or infinite")
     return image if image.ndim == 3 else image[None]

@@ -7,6 +7,7 @@ centred on the centre of the scan's frame.
 
 from collections.abc import Sequence
 
+import nibabel
 import numpy as np
 
 from diffusers_cf.data.intensity import DEFAULT_NORMALIZE, check_normalize, unit_intensity
@@ -18,7 +19,7 @@ FIELD_MM = 240.0
 
 
 def check_geometry(size: int, field_mm: float, normalize: str = DEFAULT_NORMALIZE) -> None:
-    """Raise `InputError` for a size, a field (mm) or an intensity scale that can't be."""
+    """Raise `InputError` for an impossible size, field (mm) or intensity scale."""
     if size < 1:
         raise InputError(f"size must be at least 1, not {size}")
     if not 0 < field_mm < float("inf"):
@@ -29,8 +30,8 @@ def check_geometry(size: int, field_mm: float, normalize: str = DEFAULT_NORMALIZ
 def area_weights(n_in: int, spacing_mm: float, size: int, field_mm: float) -> np.ndarray:
     """Return the weights `(size, n_in)` that resample one axis of a scan to `size` pixels over the field.
 
-    Shrinking averages over each pixel's area, growing interpolates linearly. Outside the frame the scan counts as 0.
-    Any ratio works, also where the field is not a whole number of voxels.
+    Shrinking averages over each pixel's area, growing interpolates linearly. The scan is 0 outside its frame. The field
+    need not be a whole number of voxels.
     """
     pixel_mm = field_mm / size
     voxels = (np.arange(n_in) - (n_in - 1) / 2) * spacing_mm
@@ -39,7 +40,7 @@ def area_weights(n_in: int, spacing_mm: float, size: int, field_mm: float) -> np
     if pixel_mm < spacing_mm:
         return np.clip(1 - distance / spacing_mm, 0, None).astype(np.float32)
     overlap = np.clip((pixel_mm + spacing_mm) / 2 - distance, 0, spacing_mm)
-    # Rounding must not let a voxel that only touches a pixel leak into it: the background stays exactly 0.
+    # The background must stay exactly 0: rounding errors are no overlap.
     overlap[overlap < 1e-6 * spacing_mm] = 0
     return (overlap / pixel_mm).astype(np.float32)
 
@@ -93,9 +94,9 @@ def slices_from_volume(
 ) -> PatientSlices:  # fmt: skip
     """Cut a patient's scans into axial slices on the intensity scale (with p99 the protocol of Sec. 4 of the paper).
 
-    Each channel is divided by the intensity that becomes 1 (`unit_intensity`); voxels below 0 become background. The
-    slices go from the first to the last one with content. A slice is unhealthy (1) if the mask has any voxel there at
-    the scan's own resolution, also when the lesion is too small to survive the resampling of the mask.
+    Each channel is divided by the intensity that becomes 1 (`unit_intensity`). Voxels below 0 become background. The
+    slices go from the first to the last one with content. A slice is unhealthy (1) if its mask has any voxel at the
+    scan's own resolution, even if the lesion is too small to remain after resampling.
 
     Args:
         patient (`str`): id of the patient.
@@ -108,10 +109,9 @@ def slices_from_volume(
         normalize (`str`): the intensity scale (`intensity.py`).
 
     Raises:
-        InputError: a channel has no voxel above 0, or some that are infinite in units of the scale.
+        InputError: a channel has no voxel above 0, or a voxel is infinite after the division.
     """
-    empty = [index for index, channel in enumerate(volume) if not (channel > 0).any()]
-    if empty:
+    if empty := [index for index, channel in enumerate(volume) if not (channel > 0).any()]:
         raise InputError(f"{patient}: channel {empty[0]} is empty: no voxel above 0")
     filled = np.flatnonzero((volume > 0).any(axis=(0, 1, 2)))
     first, last = int(filled[0]), int(filled[-1]) + 1
@@ -123,7 +123,9 @@ def slices_from_volume(
                 np.clip(display(channel[..., first:last]), 0, None) / scale, spacing_mm, size, field_mm
             )
     if not np.isfinite(images).all():
-        raise InputError(f"{patient}: intensities lie too far apart: on the scale {normalize} some are infinite")
+        raise InputError(
+            f"{patient}: the range of intensities is too large: on the scale {normalize} some are infinite"
+        )
     labels, masks = np.zeros(last - first, dtype=np.int64), None
     if mask is not None:
         lesion = display(mask[..., first:last] > 0)
@@ -158,14 +160,10 @@ def volume_from_slices(
 
 def to_ras(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Flip and permute `(X, Y, Z[, T])` from the scan's own axes to RAS, without interpolation."""
-    import nibabel
-
     return nibabel.apply_orientation(volume, nibabel.io_orientation(affine))
 
 
 def from_ras(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Invert `to_ras`: RAS `(X, Y, Z[, T])` to the axes of the scan with this affine."""
-    import nibabel
-
     ras = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
     return nibabel.apply_orientation(volume, nibabel.orientations.ornt_transform(ras, nibabel.io_orientation(affine)))

@@ -1,8 +1,8 @@
-"""The intensity scale of images: which intensity of a scan becomes 1 (`normalize` in preprocessing.json).
+"""Intensity scales: which intensity of a scan becomes 1 (`normalize` in preprocessing.json).
 
-    median    2.5 times the median of the foreground, so that the median of healthy tissue lies near 0.4
-    p99       the 99th percentile of the foreground (Sec. 4 of the paper); p98 and the like for other percentiles
-    none      1: images as they are
+    median    2.5 times the median of the foreground, so that healthy tissue lies near 0.4
+    p99       the 99th percentile of the foreground (Sec. 4 of the paper), or another one, such as p98
+    none      1: intensities are kept
 
 A lesion is bright and a small share of the brain. It raises the 99th percentile and hardly changes the median. With
 `p99` a large lesion therefore makes healthy tissue dark, and no single threshold or network fits all patients.
@@ -35,7 +35,7 @@ def unit_intensity(volume: np.ndarray, normalize: str) -> float:
         normalize (`str`): name of the scale.
 
     Raises:
-        InputError: no voxel is above 0, or there is no such scale.
+        InputError: no voxel is above 0, or the scale is unknown.
     """
     check_normalize(normalize)
     if normalize == "none":
@@ -51,7 +51,7 @@ def unit_intensity(volume: np.ndarray, normalize: str) -> float:
 def normalize_of(facts: Mapping) -> str:
     """Return the scale of the images that a preprocessing.json describes, of a data set or of a model.
 
-    Older files have no `normalize`. They name a percentile, or None for images as they are.
+    Older files have no `normalize` but a percentile; None stands for the scale `none`.
     """
     if "normalize" in facts:
         return facts["normalize"]
@@ -60,12 +60,12 @@ def normalize_of(facts: Mapping) -> str:
 
 
 def with_named_scale(facts: Mapping) -> dict:
-    """Return the content of a preprocessing.json with `normalize` instead of the percentile that older files name."""
+    """Return the content of a preprocessing.json with `normalize` instead of the percentile of older files."""
     return {name: value for name, value in facts.items() if name != "percentile"} | {"normalize": normalize_of(facts)}
 
 
 def unit_in_words(normalize: str) -> str:
-    """Return what 1 means, for legends and help: `1 = 99th percentile` and the like."""
+    """Return what an intensity of 1 means, such as `1 = 99th percentile`, for legends and help."""
     if normalize == "median":
         return f"1 = {MEDIANS_OF_ONE:g} x the foreground's median"
     return "1 = value 1 of the images" if normalize == "none" else f"1 = {normalize[1:]}th percentile"

@@ -1,11 +1,11 @@
 """Labels from a CSV file, for images without masks.
 
-Columns `patient,slice,label`. An empty `slice` (or no such column) labels the whole patient, a number one axial slice,
-counted from 0 at the inferior end. `label` is the name of a class. A slice's own row wins over its patient's.
+The columns are `patient,slice,label`. A row whose `slice` is empty, or a file without that column, labels whole patients.
+A number labels one axial slice, counted from 0 at the inferior end; it overrides the label of the patient. `label` is the
+name of a class.
 """
 
 import csv
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,17 +21,15 @@ CLASS_NAMES = ("healthy", "unhealthy")
 
 @dataclass
 class LabelTable:
-    """Class indices of whole patients and of single slices."""
+    """Class indices by patient and slice number; None stands for the whole patient."""
 
     path: Path
-    digest: str  # SHA-256 of the file
-    patients: dict[str, int] = field(default_factory=dict)  # by patient
-    slices: dict[str, dict[int, int]] = field(default_factory=dict)  # by patient, then by slice number
+    classes: dict[tuple[str, int | None], int] = field(default_factory=dict)
 
     def lookup(self, patient: str, slices: np.ndarray) -> np.ndarray:
         """Return the class index `(S,)` of each slice of a patient; -1 where the file has no label."""
-        default, own = self.patients.get(patient, -1), self.slices.get(patient, {})
-        return np.array([own.get(int(index), default) for index in slices], dtype=np.int64)
+        default = self.classes.get((patient, None), -1)
+        return np.array([self.classes.get((patient, int(index)), default) for index in slices], dtype=np.int64)
 
 
 def read_labels(path: str | Path, class_names: Sequence[str]) -> LabelTable:
@@ -42,28 +40,27 @@ def read_labels(path: str | Path, class_names: Sequence[str]) -> LabelTable:
         class_names (`Sequence[str]`): the classes, in the order of their indices.
 
     Raises:
-        InputError: the file is missing, lacks a column, or a row has an unknown label, a slice that is not a number, or
-            contradicts another row; the message names the line.
+        InputError: the file is missing or lacks a column, or a row has an unknown label, has a slice that is not a
+            number, or contradicts another row; the message names the line.
     """
-    path, classes = Path(path), list(class_names)
+    path, names = Path(path), list(class_names)
     # utf-8-sig: spreadsheet programs put a byte order mark before the first column's name.
     with reading(path, "CSV file"), open(path, newline="", encoding="utf-8-sig") as file:
-        table = LabelTable(path, hashlib.sha256(path.read_bytes()).hexdigest())
+        table = LabelTable(path)
         rows = csv.DictReader(file, skipinitialspace=True)
-        absent = {"patient", "label"} - set(rows.fieldnames or ())
-        if absent:
-            raise InputError(f"{path}: column missing: {', '.join(sorted(absent))} (needed: patient, slice, label)")
+        if absent := {"patient", "label"} - set(rows.fieldnames or ()):
+            raise InputError(f"{path}: column missing: {', '.join(sorted(absent))} (columns: patient, slice, label)")
         for row in rows:
             patient, index, label = ((row.get(name) or "").strip() for name in ("patient", "slice", "label"))
             where = f"{path}: line {rows.line_num}"
             if not patient:
                 raise InputError(f"{where}: patient is empty")
-            if label not in classes:
-                raise InputError(f"{where}: unknown label {label!r} (one of {', '.join(classes)})")
+            if label not in names:
+                raise InputError(f"{where}: unknown label {label!r} (one of {', '.join(names)})")
             if index and not index.isdecimal():
                 raise InputError(f"{where}: slice {index!r} is not a whole number")
-            known, key = (table.slices.setdefault(patient, {}), int(index)) if index else (table.patients, patient)
-            if known.setdefault(key, classes.index(label)) != classes.index(label):
+            key, given = (patient, int(index) if index else None), names.index(label)
+            if table.classes.setdefault(key, given) != given:
                 raise InputError(f"{where}: contradicts an earlier label of {patient}")
     return table
 

@@ -1,26 +1,23 @@
-"""NIfTI files: a damaged or unusable file gives one clear error, never wrong voxels."""
+"""Read NIfTI files and check them: a damaged file is an error, never wrong voxels."""
 
 import gzip
-import logging
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
 
 from diffusers_cf.data.geometry import to_ras
 from diffusers_cf.errors import InputError, reading
 
 
-logger = logging.getLogger(__name__)
-
 MAX_BYTES = 2 << 30
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 ALIASES = {"flair": ("flair", "t2f"), "t1": ("t1", "t1n", "t1w"), "t1ce": ("t1ce", "t1gd", "t1c"), "t2": ("t2", "t2w")}
-SPACING_TOLERANCE_MM = 1e-3
-DIRECTION_TOLERANCE = 1e-4
 
 
 @dataclass
@@ -58,20 +55,16 @@ def read_nifti(
         max_voxels (`int`, *optional*): limit for the number of voxels.
 
     Raises:
-        InputError: the file is missing, truncated, damaged, too large, no real-valued NIfTI image, has other dimensions,
-            no usable geometry, or voxels that are NaN or infinite.
+        InputError: the file is missing, damaged, too large, or not a real-valued NIfTI image of these dimensions; its
+            affine is unusable; or voxels are NaN or infinite.
     """
-    from nibabel.arrayproxy import ArrayProxy
-
     path = Path(path)
     with reading(path, "NIfTI file"), open(path, "rb") as file:
         is_gzipped = file.peek(2)[:2] == b"\x1f\x8b"
-        if path.suffix.lower() == ".gz" and not is_gzipped:
-            logger.warning("%s: not compressed in spite of its name", path)
         stream = gzip.GzipFile(fileobj=file) if is_gzipped else file
         try:
             header = _read_header(path, stream)
-            # The size that the header claims is checked before anything is allocated.
+            # Check the size that the header claims before allocating anything.
             shape, dtype = header.get_data_shape(), header.get_data_dtype()
             voxels = math.prod(shape)
             needed = header.get_data_offset() + voxels * dtype.itemsize
@@ -86,7 +79,7 @@ def read_nifti(
             data = np.asarray(
                 ArrayProxy(stream, header, mmap=False), dtype.newbyteorder("=") if keeps_type else np.float32
             )
-            while stream.read(1 << 20):  # only the end of a gzip stream tells whether all of it is sound
+            while stream.read(1 << 20):  # the checksum at the end of a gzip stream covers all of it
                 if stream.tell() > max_bytes:
                     raise InputError(f"{path}: more than {max_bytes} bytes after decompression, the limit")
         except EOFError:
@@ -102,9 +95,7 @@ def read_nifti(
 
 
 def _read_header(path: Path, stream):
-    """Read a header by nibabel, which checks it, and check what nibabel leaves open."""
-    import nibabel
-
+    """Read a header with nibabel, and check what nibabel does not check."""
     start = stream.read(540)
     if start[344:348] == b"n+1\0":
         header = nibabel.Nifti1Header(start[:348])
@@ -117,7 +108,7 @@ def _read_header(path: Path, stream):
         shape = tuple(header["dim"][1 : 1 + max(count, 0)].tolist())
         raise InputError(f"{path}: damaged NIfTI header ({count} dimensions, shape {shape})")
     if header.get_data_dtype().kind not in "uif":
-        raise InputError(f"{path}: complex or colour values; a grey-scale magnitude image is needed")
+        raise InputError(f"{path}: complex or colour values; a grey-scale magnitude image is required")
     return header
 
 
@@ -131,9 +122,6 @@ def _read_affine(path: Path, header) -> np.ndarray:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if spacing.min() < 1e-6 or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         raise InputError(f"{path}: no usable geometry: the affine is singular")
-    directions = affine[:3, :3] / spacing
-    if np.abs(directions.T @ directions - np.eye(3)).max() > 1e-2:
-        logger.warning("%s: sheared axes; slices follow the voxel grid", path)
     return affine
 
 
@@ -145,9 +133,7 @@ def check_finite(path: Path, data: np.ndarray) -> None:
 
 
 def to_canonical(scan: Scan) -> Scan:
-    """Flip and permute a scan to RAS, its affine with it; the header stays that of the file."""
-    import nibabel
-
+    """Flip and permute the data and the affine of a scan to RAS; keep the header of the file."""
     orientation = nibabel.io_orientation(scan.affine)
     affine = scan.affine @ nibabel.orientations.inv_ornt_aff(orientation, scan.data.shape[:3])
     return replace(scan, data=np.ascontiguousarray(to_ras(scan.data, scan.affine)), affine=affine)
@@ -171,59 +157,54 @@ def nifti_suffix(name: str) -> str:
     return "t1ce" if suffix == "t1w" and re.search(r"(^|_)ce-", entities) else suffix
 
 
-def find_file(folder: str | Path, name: str) -> Path | None:
-    """Find the NIfTI file of a patient's folder that is this modality (or `seg`); None if there is none.
+def find_modality_files(folder: str | Path, modalities: Iterable[str], required: bool = True) -> dict[str, Path]:
+    """Find a patient's files, one for each modality (or `seg`), by the end of their names (aliases, any case).
+
+    Args:
+        folder (`str` or `Path`): the patient's folder.
+        modalities (`Iterable[str]`): what to find; the result has the same spelling and order.
+        required (`bool`): whether a missing file is an error; otherwise it is left out of the result.
 
     Raises:
-        InputError: the folder is missing or unreadable, or several files fit.
+        InputError: the folder can't be read, a file is missing, or several files fit.
     """
-    folder = Path(folder)
+    folder, found = Path(folder), {}
     with reading(folder, "folder"):
         files = sorted(folder.iterdir())
-    found = [file for file in files if canonical_modality(nifti_suffix(file.name)) == canonical_modality(name)]
-    if len(found) > 1:
-        raise InputError(f"{folder}: several files are {name}: {', '.join(file.name for file in found)}")
-    return found[0] if found else None
-
-
-def find_modality_files(folder: str | Path, modalities: Iterable[str]) -> dict[str, Path]:
-    """Find a patient's files, one for each modality, by the end of their names (aliases, any case).
-
-    Returns:
-        `dict[str, Path]`: by modality, spelled and ordered as in `modalities`.
-
-    Raises:
-        InputError: a modality is missing (the message names it) or several files fit.
-    """
-    files = {modality: find_file(folder, modality) for modality in modalities}
-    missing = [modality for modality, path in files.items() if path is None]
-    if missing:
-        accepted = "; ".join(f"{m}: {', '.join(ALIASES.get(canonical_modality(m), (m,)))}" for m in missing)
-        raise InputError(f"{folder}: modality missing: {', '.join(missing)} (names end in {accepted})")
-    return files
+    for modality in modalities:
+        name = canonical_modality(modality)
+        fitting = [file for file in files if canonical_modality(nifti_suffix(file.name)) == name]
+        if len(fitting) > 1:
+            raise InputError(f"{folder}: several files are {modality}: {', '.join(file.name for file in fitting)}")
+        if fitting:
+            found[modality] = fitting[0]
+        elif required:
+            names = ", ".join(ALIASES.get(name, (name,)))
+            raise InputError(f"{folder}: modality missing: {modality} (names end in {names})")
+    return found
 
 
 def check_same_grid(scans: list[Scan]) -> None:
-    """Check that RAS-canonical scans lie on one grid: same shape, spacing, directions and origin.
+    """Check that RAS-canonical scans lie on one grid.
 
-    Tolerances are 1e-3 mm for spacing and origin, 1e-4 for directions.
+    Shapes must be equal, spacing and origin within 1e-3 mm, directions within 1e-4.
 
     Raises:
         InputError: they do not; the message lists each file.
     """
 
-    def differ(values: list[np.ndarray], tolerance: float) -> bool:
-        return not all(np.allclose(values[0], value, rtol=0, atol=tolerance) for value in values[1:])
+    def grid(scan: Scan) -> np.ndarray:
+        spacing, directions = scan.spacing_mm, scan.affine[:3, :3] / scan.spacing_mm
+        return np.concatenate([spacing, scan.affine[:3, 3], 10 * directions.ravel()])  # one tolerance for all
 
-    if (
-        len({scan.data.shape[:3] for scan in scans}) > 1
-        or differ([scan.spacing_mm for scan in scans], SPACING_TOLERANCE_MM)
-        or differ([scan.affine[:3, 3] for scan in scans], SPACING_TOLERANCE_MM)
-        or differ([scan.affine[:3, :3] / scan.spacing_mm for scan in scans], DIRECTION_TOLERANCE)
+    if all(
+        scan.data.shape[:3] == scans[0].data.shape[:3] and np.allclose(grid(scan), grid(scans[0]), rtol=0, atol=1e-3)
+        for scan in scans
     ):
-        grids = []
-        for scan in scans:
-            shape = "x".join(str(n) for n in scan.data.shape)
-            spacing, origin = (", ".join(f"{mm:.7g}" for mm in row) for row in (scan.spacing_mm, scan.affine[:3, 3]))
-            grids.append(f"{scan.path.name} is {shape}, spacing ({spacing}) mm, origin ({origin}) mm")
-        raise InputError(f"{scans[0].path.parent}: shape or geometry differ: {'; '.join(grids)}")
+        return
+    grids = []
+    for scan in scans:
+        shape = "x".join(str(n) for n in scan.data.shape)
+        spacing, origin = (", ".join(f"{mm:.7g}" for mm in row) for row in (scan.spacing_mm, scan.affine[:3, 3]))
+        grids.append(f"{scan.path.name} is {shape}, spacing ({spacing}) mm, origin ({origin}) mm")
+    raise InputError(f"{scans[0].path.parent}: shape or geometry differ: {'; '.join(grids)}")

@@ -1,11 +1,11 @@
-"""The phantom: real anatomy with invented disease, so that everything runs without a download.
+"""The phantom: real anatomy with simulated disease, so that everything runs without a download.
 
 `phantom_anatomy` makes the healthy brain. This module adds confounders (bright spots and caps, choroid plexus, vessels,
-meninges) to every patient, a tumour to most of them, and the scanner's appearance. Each of these draws from a random
-stream of its own, so a patient without the tumour is the same patient everywhere else.
+meninges) to every patient, a tumour to most of them, and scanner effects. Each step has its own random stream, so that
+leaving out the tumour changes nothing else about a patient.
 
-The patients of seed 0 are an exam: PHANTOM_VERSION, FROZEN_SEED and FROZEN_SPLITS are frozen. A change of what
-`make_patient` returns may only make the exam harder, must raise the version, and is recorded in the change log.
+The patients of seed 0 are a frozen test set: PHANTOM_VERSION, FROZEN_SEED and FROZEN_SPLITS must not change. A change of
+`make_patient` may only make the task harder, must raise the version, and is recorded in the change log.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from diffusers_cf.data.geometry import slices_from_volume
-from diffusers_cf.data.phantom_anatomy import SHAPE, SPACING_MM, Head, MassEffect
+from diffusers_cf.data.phantom_anatomy import SHAPE, SPACING_MM, Head
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.data.source import Source
 from diffusers_cf.errors import InputError
@@ -61,12 +61,12 @@ class PhantomPatient:
 
 
 def make_patient(seed: int, index: int, tumour: bool = True) -> PhantomPatient:
-    """Make patient `index` of cohort `seed`, which takes about 1 s; the same arguments give the same patient.
+    """Make a patient in about 1 s; the same arguments give the same patient.
 
     Args:
         seed (`int`): the cohort, 0 or more.
         index (`int`): the patient, 0 or more.
-        tumour (`bool`): False leaves out the tumour (85 % of patients have one) and nothing else.
+        tumour (`bool`): False leaves out the tumour, which 85 % of patients have.
     """
     root = np.random.default_rng([PHANTOM_VERSION, seed, index])
     anatomy_rng, tumour_rng, confounder_rng, scanner_rng = root.spawn(4)
@@ -95,7 +95,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _tissue_signal(head: Head, rng: np.random.Generator, tissue: tuple) -> np.ndarray:
-    """Return the healthy signal (4, N): tissue fractions times this patient's tissue intensities, with texture."""
+    """Return the healthy signal (4, N): tissue fractions times the patient's tissue intensities, with texture."""
     intensities = TISSUE_SIGNAL * np.exp(rng.normal(0, 0.05, size=(4, 3)))
     signal = intensities @ np.stack(tissue)
     shared = head.noise(rng, 9.0)
@@ -105,7 +105,7 @@ def _tissue_signal(head: Head, rng: np.random.Generator, tissue: tuple) -> np.nd
 
 
 def _scan(head: Head, rng: np.random.Generator, signal: np.ndarray) -> np.ndarray:
-    """Return what the scanner records of `signal` (4, N): bias field, Rician noise, gain, whole numbers from 1 up."""
+    """Apply bias field, Rician noise and gain to `signal` (4, N); round to whole numbers, at least 1."""
     scans = np.empty_like(signal)
     for row, scan in zip(signal, scans, strict=True):
         bias = np.exp(rng.uniform(0.03, 0.10) * head.noise(rng, 90.0))
@@ -122,10 +122,10 @@ def _blend(signal: np.ndarray, weight: np.ndarray, target: np.ndarray | list) ->
 
 
 def _add_confounders(head: Head, rng: np.random.Generator, signal: np.ndarray, mni: np.ndarray, tissue: tuple) -> None:
-    """Add bright structures that are no lesions, drawn alike for healthy and sick patients, in place.
+    """Add bright structures that are not lesions, in place; they do not depend on the tumour.
 
-    Age-related white-matter disease has the signal of oedema, but lies around the ventricles on both sides or in small
-    spots. Choroid plexus, vessels and meninges enhance as a tumour does.
+    Age-related white-matter disease has the signal of oedema, but lies around both ventricles or in small spots. Choroid
+    plexus, vessels and meninges enhance like a tumour.
     """
     _, _, white = tissue
     ventricle = head.template.sample("ventricle", mni)
@@ -146,7 +146,7 @@ def _add_confounders(head: Head, rng: np.random.Generator, signal: np.ndarray, m
     choroid = _sigmoid((rng.uniform(4.0, 9.0) + 2 * choroid_noise - distance) / 0.8) * (ventricle < 2.5)
     _blend(signal, choroid * rng.uniform(0.5, 0.95), [0.7, 0.5, 1.3, 0.95])
 
-    # The lines where two noise fields are both near zero look like vessels.
+    # Lines where two noise fields are both near zero look like vessels.
     vessels = np.exp(-(head.noise(rng, 22.0) ** 2 + head.noise(rng, 22.0) ** 2) / 0.012) * (1 - white)
     rim = _sigmoid((rng.uniform(1.0, 3.5) - head.depth) / 0.5) * _sigmoid(4 * (head.noise(rng, 30.0) - 0.3))
     signal[2] += (1.35 - signal[2]) * np.maximum(vessels * rng.uniform(0.5, 1), rim * rng.uniform(0, 0.7))
@@ -175,7 +175,7 @@ def _spots(head: Head, rng: np.random.Generator, mni: np.ndarray, noise: np.ndar
 
 
 class _Tumour:
-    """One glioma: where it sits, how it pushes the tissue (`mni`), and how it changes the signal (`add`)."""
+    """One glioma: its place, the template positions after its mass effect (`mni`), and its signal (`add`)."""
 
     def __init__(self, head: Head, rng: np.random.Generator):
         allowed = np.flatnonzero((head.depth > 9) & (head.mni[2] > -28) & (head.tissue(head.mni)[0] < 0.3))
@@ -185,8 +185,7 @@ class _Tumour:
         self.core = self.radius * rng.uniform(0.45, 0.75)
         self.enhances = rng.random() < 2 / 3
         self.strength = rng.uniform(0.37, 0.95)
-        push = MassEffect(self.centre, amount=rng.uniform(0.15, 0.5), reach=2.2 * self.radius)
-        self.mni = head.pushed(push)
+        self.mni = head.pushed(self.centre, amount=rng.uniform(0.15, 0.5), reach=2.2 * self.radius)
 
     def add(self, signal: np.ndarray, tissue: tuple) -> np.ndarray:
         """Write the tumour into `signal` (4, N) in place; return the BraTS labels (N,)."""
@@ -195,7 +194,7 @@ class _Tumour:
         lumps = np.clip(0.18 * head.noise(rng, 22.0) + 0.07 * head.noise(rng, 8.0), -0.35, 0.35)
         radius = np.sqrt(((head.frame - self.centre[:, None]) ** 2).sum(axis=0))
         core_depth = self.core * np.exp(lumps) - radius
-        # Oedema follows white matter and leaves the fluid spaces alone.
+        # Oedema follows white matter and spares the fluid spaces.
         reach = (self.radius - self.core) * 2.4 * (0.25 + 0.75 * white) * np.exp(0.25 * head.noise(rng, 16.0))
         core = _sigmoid(core_depth / 0.8)
         oedema = _sigmoid((core_depth + reach) / 1.2) * np.clip(1.4 - 1.6 * fluid, 0, 1)
@@ -236,14 +235,14 @@ class PhantomSource(Source):
     """The phantom as a source of slices.
 
     Args:
-        seed (`int`): the cohort, 0 or more; 0 is the frozen exam.
-        patients (`int`): how many, at least 3 (one for each split).
+        seed (`int`): the cohort, 0 or more; 0 is the frozen test set.
+        patients (`int`): number of patients, at least 3 (one for each split).
         size (`int`): pixels along each side of a slice.
         field_mm (`float`): side of the square field that a slice shows, in mm.
-        normalize (`str`): intensity scale (`intensity.py`); the frozen exam has the paper's.
+        normalize (`str`): intensity scale (`intensity.py`); the frozen test set has that of the paper.
 
     Raises:
-        InputError: there are too few patients for three splits, or the seed is negative.
+        InputError: there are too few patients for three splits.
     """
 
     name = "phantom"
@@ -256,8 +255,6 @@ class PhantomSource(Source):
         super().__init__("", size, field_mm, normalize)
         if patients < 3:
             raise InputError(f"the phantom needs at least 3 patients, one for each split, not {patients}")
-        if seed < 0:
-            raise InputError(f"the phantom's seed must be 0 or more, not {seed}")
         self.seed = seed
         self._index = {f"phantom-s{seed}-{index:04d}": index for index in range(patients)}
 
@@ -267,15 +264,10 @@ class PhantomSource(Source):
     def problems(self, patient: str) -> list[str]:
         return []
 
-    def read(self, patient: str) -> PatientSlices:
-        if patient not in self._index:
-            raise InputError(f"{patient}: no such patient among the {len(self._index)} of this phantom")
-        return self.slices(make_patient(self.seed, self._index[patient]))
-
-    def slices(self, made: PhantomPatient) -> PatientSlices:
-        """Cut a patient that is already made into slices."""
+    def load(self, patient: str, problems: list[str]) -> PatientSlices:
+        made = make_patient(self.seed, self._index[patient])
         geometry = {"size": self.size, "field_mm": self.field_mm, "normalize": self.normalize}
-        return slices_from_volume(made.patient, made.volumes, made.mask, tuple(SPACING_MM), **geometry)
+        return slices_from_volume(patient, made.volumes, made.mask, tuple(SPACING_MM), **geometry)
 
     def fixed_splits(self) -> dict[str, list[str]]:
         """Return the patients of each split, by index, in the proportions of the 340 frozen ones, at least one each."""
@@ -284,6 +276,3 @@ class PhantomSource(Source):
         validation, test = (max(1, round(len(ids) * FROZEN_SPLITS[name] / total)) for name in ("validation", "test"))
         train = len(ids) - validation - test
         return {"train": ids[:train], "validation": ids[train : train + validation], "test": ids[train + validation :]}
-
-    def facts(self) -> dict:
-        return {}

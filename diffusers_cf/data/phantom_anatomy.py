@@ -1,12 +1,10 @@
-"""Anatomy of the phantom: the ICBM 2009a tissue maps, bent and scaled into one patient's brain.
+"""Anatomy of the phantom: the ICBM 2009a tissue maps, deformed into one patient's brain.
 
-Everything is computed in float64 and by plain arithmetic on one grid, so that two machines agree to the last rounded
-scanner unit. Positions are millimetres in RAS+ directions: "frame" positions are the patient's, "MNI" positions the
-template's.
+Everything is computed in float64 by plain arithmetic on one grid, so that two machines agree after rounding to scanner
+units. Positions are in mm along RAS axes: "frame" positions are the patient's, "MNI" positions the template's.
 """
 
 import functools
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
@@ -20,58 +18,49 @@ SPACING_MM = np.array([1.875, 1.875, 3.0])
 BRAIN_CENTRE_MNI = np.array([0.0, -20.0, 5.0])
 
 
-@dataclass(frozen=True)
 class Template:
-    """Maps in MNI space: tissue on a 1 mm grid, distances on every second voxel of it."""
+    """The ICBM 2009a maps, which the nilearn wheel contains (no download). Reading takes about 2 s.
 
-    grey: np.ndarray  # probability, 0 to 1
-    white: np.ndarray  # probability, 0 to 1
-    brain: np.ndarray  # smoothed mask, 0 to 1, the surface lies at 0.5
-    depth: np.ndarray  # mm below the brain's surface, 2 mm grid
-    ventricle: np.ndarray  # mm from the lateral ventricles, 0 inside, 2 mm grid
-    origin: np.ndarray  # MNI position of voxel (0, 0, 0)
-
-    def sample(self, name: str, mni: np.ndarray) -> np.ndarray:
-        """Return the map `name` at MNI positions (3, N), by linear interpolation, 0 outside the template."""
-        values = getattr(self, name)
-        step = 2.0 if name in ("depth", "ventricle") else 1.0
-        return ndimage.map_coordinates(values, (mni - self.origin[:, None]) / step, output=np.float64, order=1)
-
-
-@functools.lru_cache(maxsize=1)
-def load_template() -> Template:
-    """Read the ICBM 2009a maps that ship inside the nilearn wheel (no download); once per process, about 2 s.
+    Attributes:
+        maps (`dict`): by name the map (X, Y, Z) and its voxel size in mm: `grey` and `white`, probabilities; `brain`, a
+            smoothed mask with the surface at 0.5; `depth`, mm below the surface; `ventricle`, mm from the lateral
+            ventricles.
+        origin (`np.ndarray`): (3,), MNI position of voxel (0, 0, 0) of every map.
 
     Raises:
         InputError: nilearn is not installed.
     """
-    try:
-        from nilearn import datasets
-    except ImportError as error:
-        raise InputError("the phantom needs nilearn: pip install 'diffusers_cf[phantom]'") from error
 
-    image = datasets.load_mni152_gm_template(resolution=1)
-    grey = np.asarray(image.dataobj, dtype=np.float32)
-    white = np.asarray(datasets.load_mni152_wm_template(resolution=1).dataobj, dtype=np.float32)
-    mask = np.asarray(datasets.load_mni152_brain_mask(resolution=1).dataobj) > 0
-    origin = image.affine[:3, 3]
-    coarse = mask[::2, ::2, ::2]
-    depth = ndimage.distance_transform_edt(coarse, sampling=2.0)
-    x, y, z = (
-        axis * 2.0 + start for axis, start in zip(np.ogrid[tuple(map(slice, coarse.shape))], origin, strict=True)
-    )
-    # A box around the lateral ventricles; the cisterns behind the midbrain are fluid too, but have no caps.
-    box = (np.abs(x) <= 36) & (y >= -58) & (y <= 34) & (z >= -4) & (z <= 30) & ~((np.abs(x) < 14) & (y < -28))
-    fluid = coarse & (grey[::2, ::2, ::2] + white[::2, ::2, ::2] < 0.5)
-    ventricle = ndimage.distance_transform_edt(~(fluid & box & (depth > 16)), sampling=2.0)
-    return Template(
-        grey=grey,
-        white=white,
-        brain=ndimage.gaussian_filter(mask.astype(np.float32), 1.0),
-        depth=depth.astype(np.float32),
-        ventricle=ventricle.astype(np.float32),
-        origin=origin,
-    )
+    def __init__(self):
+        try:
+            from nilearn import datasets
+        except ImportError as error:
+            raise InputError("the phantom needs nilearn: pip install 'diffusers_cf[phantom]'") from error
+
+        image = datasets.load_mni152_gm_template(resolution=1)
+        grey = np.asarray(image.dataobj, dtype=np.float32)
+        white = np.asarray(datasets.load_mni152_wm_template(resolution=1).dataobj, dtype=np.float32)
+        mask = np.asarray(datasets.load_mni152_brain_mask(resolution=1).dataobj) > 0
+        brain = ndimage.gaussian_filter(mask.astype(np.float32), 1.0)
+        self.origin = image.affine[:3, 3]
+        coarse = mask[::2, ::2, ::2]
+        depth = ndimage.distance_transform_edt(coarse, sampling=2.0)
+        grid = np.ogrid[tuple(map(slice, coarse.shape))]
+        x, y, z = (axis * 2.0 + start for axis, start in zip(grid, self.origin, strict=True))
+        # A box around the lateral ventricles; the cisterns behind the midbrain are fluid too, but have no caps.
+        box = (np.abs(x) <= 36) & (y >= -58) & (y <= 34) & (z >= -4) & (z <= 30) & ~((np.abs(x) < 14) & (y < -28))
+        fluid = coarse & (grey[::2, ::2, ::2] + white[::2, ::2, ::2] < 0.5)
+        ventricle = ndimage.distance_transform_edt(~(fluid & box & (depth > 16)), sampling=2.0)
+        self.maps = {"grey": (grey, 1.0), "white": (white, 1.0), "brain": (brain, 1.0)}
+        self.maps |= {"depth": (depth.astype(np.float32), 2.0), "ventricle": (ventricle.astype(np.float32), 2.0)}
+
+    def sample(self, name: str, mni: np.ndarray) -> np.ndarray:
+        """Return the map `name` at MNI positions (3, N), by linear interpolation, 0 outside the template."""
+        values, step = self.maps[name]
+        return ndimage.map_coordinates(values, (mni - self.origin[:, None]) / step, output=np.float64, order=1)
+
+
+template = functools.cache(Template)  # once per process
 
 
 def _spline_weights(length: int, step: float) -> np.ndarray:
@@ -92,23 +81,8 @@ def smooth_noise(rng: np.random.Generator, scale_mm: float) -> np.ndarray:
     return np.tensordot(np.tensordot(wx, np.tensordot(knots, wz, (2, 1)), (1, 0)), wy, (1, 1)).transpose(0, 2, 1)
 
 
-@dataclass(frozen=True)
-class MassEffect:
-    """Tissue pushed away from a centre: what lies at radius r came from r (1 - amount (1 - r / reach)^2)."""
-
-    centre: np.ndarray  # (3,) frame position, mm
-    amount: float  # 0 to 0.5
-    reach: float  # mm; nothing moves beyond
-
-    def source(self, frame: np.ndarray) -> np.ndarray:
-        """Return where the tissue at frame positions (3, N) came from."""
-        offset = frame - self.centre[:, None]
-        radius = np.sqrt((offset**2).sum(axis=0))
-        return frame - offset * (self.amount * np.clip(1 - radius / self.reach, 0, None) ** 2)
-
-
 class Head:
-    """One patient's brain: which voxels of the frame it fills and where each came from in the template.
+    """One patient's brain: the voxels of the frame that it fills, and the template position of each.
 
     Args:
         rng (`np.random.Generator`): the patient's anatomy stream, for a rotation of a few degrees, a scale within 8 %, a
@@ -116,7 +90,7 @@ class Head:
     """
 
     def __init__(self, rng: np.random.Generator):
-        self.template = load_template()
+        self.template = template()
         angles = np.radians(rng.normal(0, [3.0, 3.0, 4.0]))
         scale = rng.uniform(0.92, 1.08) * rng.uniform(0.97, 1.03, size=3)
         self.shift = rng.normal(0, [3.0, 3.0, 2.5])
@@ -135,9 +109,20 @@ class Head:
     def _to_mni(self, frame: np.ndarray, warp: np.ndarray) -> np.ndarray:
         return self.rotation @ (frame - self.shift[:, None]) + warp + BRAIN_CENTRE_MNI[:, None]
 
-    def pushed(self, mass_effect: MassEffect) -> np.ndarray:
-        """Return template positions (3, N) of the brain voxels once a tumour has pushed the tissue aside."""
-        return self._to_mni(mass_effect.source(self.frame), self.warp)
+    def pushed(self, centre: np.ndarray, amount: float, reach: float) -> np.ndarray:
+        """Return template positions (3, N) of the brain voxels after a tumour has pushed the tissue aside.
+
+        Tissue at radius r from the centre came from radius r (1 - amount (1 - r / reach)^2).
+
+        Args:
+            centre (`np.ndarray`): (3,), frame position in mm.
+            amount (`float`): 0 to 0.5.
+            reach (`float`): radius in mm beyond which nothing moves.
+        """
+        offset = self.frame - centre[:, None]
+        radius = np.sqrt((offset**2).sum(axis=0))
+        source = self.frame - offset * (amount * np.clip(1 - radius / reach, 0, None) ** 2)
+        return self._to_mni(source, self.warp)
 
     def noise(self, rng: np.random.Generator, scale_mm: float) -> np.ndarray:
         """Return `smooth_noise` at the brain voxels, (N,)."""

@@ -1,8 +1,7 @@
 """From a source of images to the slice data set.
 
 Every finished patient is kept as one file in a work folder inside the output, so that a killed run continues where it
-stopped. The shards and, last of all, preprocessing.json appear only when everything is there: a folder without
-preprocessing.json is unfinished.
+stopped. The shards and then preprocessing.json are written last: a folder without preprocessing.json is unfinished.
 """
 
 import hashlib
@@ -22,27 +21,31 @@ import pyarrow.parquet
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from diffusers_cf.data.preprocessing import PREPROCESSING_FILE, SPLITS, VERSION, read_preprocessing
-from diffusers_cf.data.scans import check_patient_id
+from diffusers_cf.data.arrays import ArraysSource
+from diffusers_cf.data.folder import FolderSource
+from diffusers_cf.data.phantom import PhantomSource
+from diffusers_cf.data.preprocessing import PREPROCESSING_FILE, VERSION, read_preprocessing
+from diffusers_cf.data.scans import BratsSource, DecathlonSource, check_patient_id
 from diffusers_cf.data.slices import ORIENTATION, slices_to_table, write_tables
 from diffusers_cf.data.source import Source
-from diffusers_cf.data.splits import read_splits, seeded_splits
+from diffusers_cf.data.splits import SPLITS, read_splits, seeded_splits
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import alone_at, make_folder, new_file, write_json
 
 
 logger = logging.getLogger(__name__)
 
+SOURCES = {source.name: source for source in (PhantomSource, BratsSource, DecathlonSource, ArraysSource, FolderSource)}
 SHARD_BYTES = 400_000_000
-WORK_FOLDER = ".prepare"
+WORK_FOLDER = ".prepare-"  # then a digest of all options
 
 
 def find_problems(source: Source, *, patients: int | None = None, num_workers: int = 0) -> list[str]:
     """Return every problem of every patient of a source as `PATIENT: problem`; empty if there is none.
 
     Args:
-        source (`Source`): one of `diffusers_cf.data.SOURCES`, constructed.
-        patients (`int`, *optional*): check only so many, the first by id.
+        source (`Source`): an instance of a class of `SOURCES`.
+        patients (`int`, *optional*): check only this many, in the order of their ids.
         num_workers (`int`): processes; 0 and 1 both mean this one.
     """
     ids = [check_patient_id(name) for name in source.patients()][:patients]
@@ -57,12 +60,12 @@ def prepare(
     """Write the slice data set of a source. The result does not depend on the number of workers.
 
     Args:
-        source (`Source`): one of `diffusers_cf.data.SOURCES`, constructed.
-        output (`str` or `Path`): the folder to write; a finished data set made with the same options is left as it is.
-        seed (`int`): of the split by patient, unless a file or the source itself gives the split.
+        source (`Source`): an instance of a class of `SOURCES`.
+        output (`str` or `Path`): the folder to write; a finished data set made with the same options is kept.
+        seed (`int`): seed of the split by patient, unless a file or the source itself gives the split.
         split_file (`str` or `Path`, *optional*): JSON file of patient ids by split (`splits.read_splits`).
-        patients (`int`, *optional*): use only so many, the first by id.
-        skip_bad (`bool`): leave out patients with a problem, instead of failing after all have been read.
+        patients (`int`, *optional*): use only this many, in the order of their ids.
+        skip_bad (`bool`): leave out patients with a problem, instead of failing at the end.
         num_workers (`int`): processes; 0 and 1 both mean this one.
 
     Returns:
@@ -79,24 +82,43 @@ def prepare(
         "class_names": list(source.class_names), "size": source.size, "channels": len(source.modalities),
         "dtype": "float16", "scale": 1, "field_mm": source.field_mm, "normalize": source.normalize,
         "orientation": ORIENTATION, "has_masks": source.has_masks, "seed": seed,
-        "split_sha256": hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest(),
+        "split_sha256": _digest(splits),
     } | source.facts()  # fmt: skip
+    # Patients finished with the same options are found again under the same name.
+    work = output / f"{WORK_FOLDER}{_digest(facts | {'input': str(source.path)})[:16]}"
     with alone_at(output.resolve()):
         make_folder(output)
-        try:
-            return _prepare(source, output, splits, facts, skip_bad, num_workers)
-        finally:  # only finished patients are of use to a later run
-            work = output / WORK_FOLDER
-            if not any(work.glob("*.parquet")):
-                shutil.rmtree(work, ignore_errors=True)
-            if not any(output.iterdir()):
-                output.rmdir()
+        unfinished = list(output.glob(f"{WORK_FOLDER}*"))
+        if (output / PREPROCESSING_FILE).exists():
+            preprocessing = read_preprocessing(output)
+            if other := [name for name in facts if preprocessing.get(name) != facts[name]]:
+                told = "; ".join(
+                    f"{name} is {preprocessing.get(name)} there, {facts[name]} here" for name in other[:4]
+                )
+                raise InputError(f"{output}: holds a data set made with other options ({told}); choose another folder")
+            logger.warning("%s: already prepared with the same options", output)
+        else:
+            if not unfinished and (strangers := [file.name for file in output.iterdir()]):
+                raise InputError(
+                    f"{output}: is not empty and no slice data set ({strangers[0]}); choose another folder"
+                )
+            for folder in set(unfinished) - {work}:
+                shutil.rmtree(folder)
+            make_folder(work)
+            preprocessing = _fill(source, output, work, splits, facts, skip_bad, num_workers)
+        for folder in {*unfinished, work}:
+            shutil.rmtree(folder, ignore_errors=True)
+    return preprocessing
+
+
+def _digest(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _choose_splits(source: Source, seed: int, split_file, limit: int | None) -> dict[str, list[str]]:
     fixed = source.fixed_splits()
     if limit is not None and (split_file is not None or fixed is not None):
-        raise InputError("patients can't be limited where a file or the source gives the splits")
+        raise InputError("the number of patients can't be limited if a file or the source gives the splits")
     patients = [check_patient_id(name) for name in source.patients()][:limit]
     for patient, reason in source.left_out.items():
         logger.warning("left out %s: %s", patient, reason)
@@ -106,41 +128,19 @@ def _choose_splits(source: Source, seed: int, split_file, limit: int | None) -> 
         splits = fixed or seeded_splits(patients, seed)
     if not any(splits.values()):
         raise InputError(f"{split_file or source.path}: no patient in any split")
-    empty = [name for name in SPLITS if not splits[name]]
-    if empty:
+    if empty := [name for name in SPLITS if not splits[name]]:
         logger.warning("%d patients: none is left for %s", len(patients), " and ".join(empty))
     return splits
 
 
-def _prepare(source: Source, output: Path, splits: dict, facts: dict, skip_bad: bool, num_workers: int) -> dict:
-    """Write the data set into a folder that no other process writes."""
-    work = output / WORK_FOLDER
-    if (output / PREPROCESSING_FILE).exists():
-        there = read_preprocessing(output)
-        other = [name for name in facts if there.get(name) != facts[name]]
-        if other:
-            told = "; ".join(f"{name} is {there.get(name)} there, {facts[name]} here" for name in other[:4])
-            raise InputError(f"{output}: holds a data set made with other options ({told}); choose another folder")
-        logger.warning("%s: already prepared with the same options", output)
-        shutil.rmtree(work, ignore_errors=True)
-        return there
-
-    # 1. The work folder: patients finished with other options are of no use.
-    strangers = [file.name for file in output.iterdir() if file.name != WORK_FOLDER]
-    if strangers and not work.exists():
-        raise InputError(f"{output}: is not empty and no slice data set ({strangers[0]}); choose another folder")
-    options, stored = json.dumps(facts | {"input": str(source.path)}, indent=2), work / "options.json"
-    if work.exists() and not (stored.exists() and stored.read_text(encoding="utf-8") == options):
-        shutil.rmtree(work)
-    make_folder(work)
-    with new_file(stored) as temporary:
-        temporary.write_text(options, encoding="utf-8")
-
-    # 2. One file for each patient.
+def _fill(
+    source: Source, output: Path, work: Path, splits: dict, facts: dict, skip_bad: bool, num_workers: int
+) -> dict:
+    """Write one file per patient, then the shards, then preprocessing.json, whose content is returned."""
     patients = [patient for name in SPLITS for patient in splits[name]]
     waiting = [patient for patient in patients if not (work / f"{patient}.parquet").exists()]
     if len(waiting) < len(patients):
-        logger.warning("%s: %d of %d patients are done already", output, len(patients) - len(waiting), len(patients))
+        logger.warning("%s: %d of %d patients are already done", output, len(patients) - len(waiting), len(patients))
     written = _for_each(partial(_write_patient, source, work, facts), waiting, num_workers, "Preparing")
     bad = {patient: problem for patient, problem in written if problem}
     if bad and (len(bad) == len(patients) or not skip_bad):
@@ -148,15 +148,13 @@ def _prepare(source: Source, output: Path, splits: dict, facts: dict, skip_bad: 
         raise InputError(which + next(iter(bad.values())))
     for patient, problem in bad.items():
         logger.warning("skipped %s: %s", patient, problem)
-
-    # 3. The shards, and last of all preprocessing.json.
     kept = {name: [patient for patient in ids if patient not in bad] for name, ids in splits.items()}
-    counts = _write_shards(work, kept, facts)
-    preprocessing = facts | {"splits": counts, "skipped": sorted({*bad, *source.left_out})}
+    preprocessing = facts | {
+        "splits": _write_shards(work, kept, facts), "skipped": sorted({*bad, *source.left_out})
+    }  # fmt: skip
     shutil.rmtree(output / "data", ignore_errors=True)
     os.replace(work / "data", output / "data")
     write_json(preprocessing, output / PREPROCESSING_FILE)
-    shutil.rmtree(work)
     return preprocessing
 
 
@@ -169,7 +167,8 @@ def _write_shards(work: Path, splits: dict[str, list[str]], facts: dict) -> dict
     counts = {}
     for split, patients in splits.items():
         shards, labels, filled = [], [], 0
-        for path in [work / f"{patient}.parquet" for patient in patients]:
+        for patient in patients:
+            path = work / f"{patient}.parquet"
             own = pyarrow.parquet.read_table(path, columns=["label"])["label"].to_pylist()
             labels += own
             if not shards or filled + len(own) * row_bytes > SHARD_BYTES:

@@ -1,4 +1,4 @@
-"""preprocessing.json of a slice data set: what Parquet does not keep, and how rows are decoded by it.
+"""preprocessing.json of a slice data set, which says how to decode its rows.
 
 A data set may come from somebody else, so every entry that decides how rows are read is checked.
 """
@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import read_json
 
 
 VERSION = 1
-SPLITS = ("train", "validation", "test")
 PREPROCESSING_FILE = "preprocessing.json"
 DTYPES = ("float16", "float32", "uint8", "uint16", "int16")
 
@@ -23,8 +23,7 @@ def read_preprocessing(folder: str | Path) -> dict:
     """Read DATASET/preprocessing.json.
 
     Raises:
-        InputError: the folder is missing, is no finished data set, was written by a newer version, or the file lacks
-            what reading the slices needs.
+        InputError: the folder is missing, unfinished or of a newer version, or an entry is missing or not valid.
     """
     path = Path(folder) / PREPROCESSING_FILE
     if not path.is_file():
@@ -49,7 +48,7 @@ def read_preprocessing(folder: str | Path) -> dict:
     }
     for name, is_good in checks.items():
         if not is_good:
-            raise InputError(f"{path}: {name} is {json.dumps(facts.get(name))[:60]}, which can't be")
+            raise InputError(f"{path}: {name} is {json.dumps(facts.get(name))[:60]}, which is not valid")
     return facts
 
 
@@ -76,16 +75,12 @@ def collate_rows(rows: list[dict], preprocessing: dict) -> dict:
     dtype, has_masks = np.dtype(preprocessing["dtype"]), preprocessing["has_masks"]
     image_bytes, num_classes = size**2 * channels * dtype.itemsize, len(preprocessing["class_names"])
     for row in rows:
-        wrong = None
-        if len(row["image"] or b"") != image_bytes:
-            wrong = f"its image has not {image_bytes} bytes"
-        elif has_masks and len(row["mask"] or b"") != size**2:
-            wrong = f"its mask has not {size**2} bytes"
-        elif row["label"] not in range(num_classes):
-            wrong = f"its label {row['label']} is none of {num_classes} classes"
-        if wrong:
-            where = f"patient {row['patient']}, slice {row['slice']}"
-            raise InputError(f"{where}: {wrong}, as {PREPROCESSING_FILE} has it")
+        image, mask = (len(row[name] or b"") for name in ("image", "mask"))
+        if image != image_bytes or (has_masks and mask != size**2) or row["label"] not in range(num_classes):
+            raise InputError(
+                f"patient {row['patient']}, slice {row['slice']}: its image, mask or label does not fit"
+                f" {PREPROCESSING_FILE} ({image} bytes of {image_bytes}, {mask} of {size**2}, label {row['label']})"
+            )
     stored = np.frombuffer(b"".join(row["image"] for row in rows), dtype=dtype)
     images = torch.from_numpy(stored.astype(np.float32).reshape(len(rows), channels, size, size))
     masks = None

@@ -1,29 +1,27 @@
 """The sources of NIfTI scans, `brats` and `decathlon`, and the checks of one patient's scans."""
 
+import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from diffusers_cf.data.geometry import FIELD_MM, slices_from_volume
 from diffusers_cf.data.intensity import DEFAULT_NORMALIZE
-from diffusers_cf.data.labels import apply_labels
 from diffusers_cf.data.nifti import (
     MODALITIES,
     Scan,
     canonical_modality,
     check_same_grid,
-    find_file,
     find_modality_files,
     nifti_suffix,
     read_nifti,
     to_canonical,
 )
 from diffusers_cf.data.slices import PatientSlices
-from diffusers_cf.data.source import Source
+from diffusers_cf.data.source import Source, noting_errors
 from diffusers_cf.errors import InputError, reading
 from diffusers_cf.files import read_json
 
@@ -36,7 +34,7 @@ MAX_NEGATIVE = 0.2
 
 
 def check_patient_id(name: str) -> str:
-    """Return the id if it is safe as a file name, else raise `InputError`."""
+    """Return the id, or raise `InputError` if it is not safe as a file name."""
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("."):
         raise InputError(f"{name!r} can't be a patient's id: letters, digits, '.', '_' and '-' only")
     return name
@@ -46,7 +44,7 @@ def choose_modalities(path: Path, known: Sequence[str], wanted: Iterable[str]) -
     """Return the canonical names of the modalities that become the channels.
 
     Raises:
-        InputError: one of them is not known; the message names the file.
+        InputError: a modality is unknown; the message names the file.
     """
     chosen = tuple(canonical_modality(name) for name in wanted)
     absent = [name for name in chosen if name not in known]
@@ -56,20 +54,20 @@ def choose_modalities(path: Path, known: Sequence[str], wanted: Iterable[str]) -
 
 
 def scan_errors(modality: str, scan: Scan) -> list[str]:
-    """Return what makes a modality unusable: it is empty or holds no raw intensities."""
+    """Return why a modality can't be used: it is empty or its intensities are not raw."""
     positive, negative = int((scan.data > 0).sum()), int((scan.data < 0).sum())
     if not positive:
         return [f"{scan.path}: {modality} is empty: no voxel above 0"]
     if negative > MAX_NEGATIVE * (positive + negative):
         share = round(100 * negative / (positive + negative))
-        return [f"{scan.path}: {share} % of the voxels of {modality} are negative: intensities from 0 up are needed"]
+        return [f"{scan.path}: {share} % of the voxels of {modality} are negative, but raw intensities start at 0"]
     return []
 
 
 def skull_warnings(modality: str, scan: Scan) -> list[str]:
-    """Return a warning if a RAS scan seems not to be skull-stripped: tissue or noise fills the frame or its sides.
+    """Return a warning if tissue or noise fills a RAS scan's frame or its sides: it seems not to be skull-stripped.
 
-    Only the left, right, anterior and posterior sides count: a slab of a brain fills the other two.
+    Only the left, right, anterior and posterior sides count. A slab of a brain fills the other two.
     """
     foreground = scan.data > 0
     share = foreground.mean()
@@ -83,43 +81,23 @@ def skull_warnings(modality: str, scan: Scan) -> list[str]:
 
 
 def seg_problems(seg: Scan, known_ids: frozenset[int]) -> tuple[list[str], list[str]]:
-    """Return errors (ids that are no whole numbers from 0 up) and warnings (unknown ids) of a segmentation."""
+    """Return the errors (ids that are not whole numbers from 0 up) and warnings (unknown ids) of a segmentation."""
     ids = np.unique(seg.data)
     wrong = ids[(ids != np.rint(ids)) | (ids < 0)]
     if wrong.size:
         return [f"{seg.path}: labels must be whole numbers from 0 up, found {wrong[0]:g}"], []
     unknown = [int(i) for i in ids if int(i) not in known_ids]
-    if unknown:
-        known = ", ".join(str(i) for i in sorted(known_ids))
-        return [], [f"{seg.path}: unknown label ids {', '.join(map(str, unknown[:5]))} (known: {known})"]
-    return [], []
-
-
-@dataclass
-class PatientScans:
-    """The scans of one patient, RAS-canonical, and what could not be read."""
-
-    scans: dict[str, Scan] = field(default_factory=dict)  # by modality
-    seg: Scan | None = None
-    has_seg: bool = False  # whether there is a file of it, readable or not
-    errors: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def noting_errors(self) -> Iterator[None]:
-        """Append an `InputError` of the block to `errors`."""
-        try:
-            yield
-        except InputError as error:
-            self.errors.append(str(error))
+    found, known = (", ".join(map(str, some)) for some in (unknown[:5], sorted(known_ids)))
+    return [], [f"{seg.path}: unknown label ids {found} (known: {known})"] if unknown else []
 
 
 class VolumeSource(Source):
-    """Base of the NIfTI sources; a subclass implements `patients` and `load`.
+    """Base of the NIfTI sources. A subclass implements `patients`, `read_scans` and `seg_file`.
 
     Args:
         path (`str` or `Path`): the folder with the data.
-        size, field_mm, normalize, labels: as in [`Source`]; labels are needed where there are no masks.
-        lenient (`bool`): accept patients that are only doubtful: not skull-stripped, unknown label ids.
+        size, field_mm, normalize, labels: as in [`Source`]; patients without a segmentation require labels.
+        lenient (`bool`): accept scans that seem not to be skull-stripped, and unknown label ids.
 
     Raises:
         InputError: the folder or the labels file can't be used.
@@ -133,57 +111,49 @@ class VolumeSource(Source):
     ):  # fmt: skip
         super().__init__(path, size, field_mm, normalize, labels)
         if normalize == "none":
-            raise InputError("--normalize none: scanner units have no scale of their own, use median or p99")
+            raise InputError("--normalize none: scanner units have no common scale, use median or p99")
         self.lenient = lenient
 
-    def load(self, patient: str) -> PatientScans:
-        """Read the files of a patient and note those that fail, without checking the content."""
+    def read_scans(self, patient: str, problems: list[str]) -> dict[str, Scan]:
+        """Return the patient's RAS scans by modality, without those that can't be read; append why to `problems`."""
         raise NotImplementedError
+
+    def seg_file(self, patient: str) -> Path | None:
+        """Return the file of a patient's segmentation; None if there is none."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def has_masks(self) -> bool:
+        # Without a labels file a missing segmentation is a problem of its patient, not of the data set.
+        return self.labels is None or all(self.seg_file(patient) is not None for patient in self.patients())
 
     def facts(self) -> dict:
         return super().facts() | ({"lenient": True} if self.lenient else {})
 
-    def problems(self, patient: str) -> list[str]:
-        return self._problems_of(patient, self.load(patient))
-
-    def read(self, patient: str) -> PatientSlices:
-        found = self.load(patient)
-        problems = self._problems_of(patient, found)
+    def load(self, patient: str, problems: list[str]) -> PatientSlices | None:
+        scans, seg, doubts = self.read_scans(patient, problems), None, []
+        with noting_errors(problems):
+            path = self.seg_file(patient)
+            if path is not None:
+                seg = to_canonical(read_nifti(path))
+            elif self.labels is None:
+                raise InputError(f"{patient}: no segmentation, and no labels file instead of it (--labels)")
+        for modality, scan in scans.items():
+            errors = scan_errors(modality, scan)
+            problems += errors
+            doubts += [] if errors else skull_warnings(modality, scan)
+        if seg is not None:
+            errors, unknown_ids = seg_problems(seg, self.known_ids)
+            problems += errors
+            doubts += unknown_ids
+        with noting_errors(problems):
+            check_same_grid([*scans.values(), *([] if seg is None else [seg])])
+        problems += [] if self.lenient else doubts
         if problems:
-            more = f" (and {len(problems) - 1} more; --check lists all)" if len(problems) > 1 else ""
-            raise InputError(problems[0] + more)
-        volume = np.stack([found.scans[modality].data for modality in self.modalities])
-        spacing = found.scans[self.modalities[0]].spacing_mm
-        mask = None if found.seg is None else found.seg.data
-        slices = slices_from_volume(patient, volume, mask, spacing, self.size, self.field_mm, self.normalize)
-        if self.labels is not None:
-            slices = apply_labels(slices, self.labels)
-        return slices if self.has_masks else replace(slices, masks=None)
-
-    def _problems_of(self, patient: str, found: PatientScans) -> list[str]:
-        """Return what could not be read and what is wrong with what was."""
-        errors, warnings = found.errors, []
-        for modality, scan in found.scans.items():
-            of_scan = scan_errors(modality, scan)
-            errors += of_scan
-            warnings += [] if of_scan else skull_warnings(modality, scan)
-        if found.seg is not None:
-            of_seg, doubts = seg_problems(found.seg, self.known_ids)
-            errors += of_seg
-            warnings += doubts
-        if not found.has_seg and self.labels is None:
-            errors.append(f"{patient}: no segmentation, and no labels file instead of it (--labels)")
-        elif not found.has_seg:
-            # Without a readable scan the number of slices is unknown: any label of the patient is enough then.
-            slices = self.labels.slices.get(patient, [-1])
-            for scan in found.scans.values():
-                slices = range(scan.data.shape[2])
-            if self.labels.lookup(patient, slices).max() < 0:
-                path = self.labels.path
-                errors.append(f"{path}: no label for any slice of {patient}, which has no segmentation")
-        with found.noting_errors():
-            check_same_grid([*found.scans.values(), *([] if found.seg is None else [found.seg])])
-        return errors + ([] if self.lenient else warnings)
+            return None
+        volume = np.stack([scans[modality].data for modality in self.modalities])
+        spacing, mask = scans[self.modalities[0]].spacing_mm, None if seg is None else seg.data
+        return slices_from_volume(patient, volume, mask, spacing, self.size, self.field_mm, self.normalize)
 
 
 class BratsSource(VolumeSource):
@@ -192,11 +162,12 @@ class BratsSource(VolumeSource):
         FOLDER/PATIENT/PATIENT_{t1,t1ce,t2,flair,seg}.nii.gz        BraTS up to 2021
         FOLDER/PATIENT/PATIENT-{t1n,t1c,t2w,t2f,seg}.nii.gz         BraTS from 2023
 
-    Only the end of a file's name counts, in any case. Any orientation is read; any label id above 0 is lesion.
+    Only the end of a file's name counts, in upper or lower case. Any orientation is read. Every label id above 0 is
+    lesion.
 
     Args:
         path (`str` or `Path`): the folder that holds a folder per patient.
-        modalities (`Iterable[str]`): which modalities become the channels, in this order.
+        modalities (`Iterable[str]`): the modalities to use as channels, in this order.
         **options: as in [`VolumeSource`].
     """
 
@@ -205,10 +176,6 @@ class BratsSource(VolumeSource):
     def __init__(self, path: str | Path, modalities: Iterable[str] = MODALITIES, **options):
         super().__init__(path, **options)
         self.modalities = tuple(canonical_modality(modality) for modality in modalities)
-        # Without a labels file a missing segmentation is a problem of its patient, not of the data set.
-        self.has_masks = self.labels is None or all(
-            find_file(self.path / patient, "seg") is not None for patient in self.patients()
-        )
 
     def patients(self) -> list[str]:
         with reading(self.path, "folder"):
@@ -220,17 +187,16 @@ class BratsSource(VolumeSource):
             raise InputError(f"{self.path}: {hint}")
         return folders
 
-    def load(self, patient: str) -> PatientScans:
-        folder, found = self.path / patient, PatientScans()
+    def read_scans(self, patient: str, problems: list[str]) -> dict[str, Scan]:
+        scans = {}
         for modality in self.modalities:
-            with found.noting_errors():
-                path = find_modality_files(folder, [modality])[modality]
-                found.scans[modality] = to_canonical(read_nifti(path))
-        with found.noting_errors():
-            path = find_file(folder, "seg")
-            found.has_seg = path is not None
-            found.seg = to_canonical(read_nifti(path)) if found.has_seg else None
-        return found
+            with noting_errors(problems):
+                path = find_modality_files(self.path / patient, [modality])[modality]
+                scans[modality] = to_canonical(read_nifti(path))
+        return scans
+
+    def seg_file(self, patient: str) -> Path | None:
+        return find_modality_files(self.path / patient, ["seg"], required=False).get("seg")
 
 
 class DecathlonSource(VolumeSource):
@@ -240,8 +206,8 @@ class DecathlonSource(VolumeSource):
 
     Args:
         path (`str` or `Path`): the folder with dataset.json.
-        modalities (`Iterable[str]`, *optional*): which of the file's modalities become the channels, in this order; by
-            default all that dataset.json names, in the order flair, t1, t1ce, t2.
+        modalities (`Iterable[str]`, *optional*): the modalities to use as channels, in this order; by default all of
+            dataset.json, in alphabetical order: flair, t1, t1ce, t2.
         **options: as in [`VolumeSource`].
 
     Raises:
@@ -265,31 +231,26 @@ class DecathlonSource(VolumeSource):
         if not self.entries:
             raise InputError(f"{self.index}: its training list is empty")
         self.modalities = choose_modalities(self.index, self.channels, modalities or sorted(self.channels))
-        self.has_masks = self.labels is None or all(self._has_mask(entry) for entry in self.entries.values())
 
     def patients(self) -> list[str]:
         return sorted(self.entries)
 
-    def load(self, patient: str) -> PatientScans:
-        entry, found = self.entries[patient], PatientScans()
-        with found.noting_errors():
-            image = to_canonical(read_nifti(self._inside(entry["image"]), dimensions=4))
-            if image.data.shape[3] != len(self.channels):
-                raise InputError(
-                    f"{image.path}: {image.data.shape[3]} volumes, but {self.index.name} names "
-                    f"{len(self.channels)} modalities ({', '.join(self.channels)})"
-                )
-            for modality in self.modalities:
-                found.scans[modality] = replace(image, data=image.data[..., self.channels.index(modality)])
-        with found.noting_errors():
-            # With a labels file a segmentation may be missing; without one, the missing file is an error.
-            if self._has_mask(entry) or (entry.get("label") and self.labels is None):
-                found.has_seg = True
-                found.seg = to_canonical(read_nifti(self._inside(entry["label"])))
-        return found
+    def read_scans(self, patient: str, problems: list[str]) -> dict[str, Scan]:
+        with noting_errors(problems):
+            image = to_canonical(read_nifti(self._inside(self.entries[patient]["image"]), dimensions=4))
+            count = image.data.shape[3]
+            if count != len(self.channels):
+                names = f"{len(self.channels)} modalities ({', '.join(self.channels)})"
+                raise InputError(f"{image.path}: {count} volumes, but {self.index.name} names {names}")
+            return {name: replace(image, data=image.data[..., self.channels.index(name)]) for name in self.modalities}
+        return {}
 
-    def _has_mask(self, entry: dict) -> bool:
-        return bool(entry.get("label")) and self._inside(entry["label"]).is_file()
+    def seg_file(self, patient: str) -> Path | None:
+        if not (name := self.entries[patient].get("label")):
+            return None
+        path = self._inside(name)
+        # With a labels file the segmentation may be missing; without one, reading the missing file is an error.
+        return path if self.labels is None or path.is_file() else None
 
     def _inside(self, name: str) -> Path:
         """Return the path of an entry of dataset.json; refuse one that leads out of the folder."""

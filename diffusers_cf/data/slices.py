@@ -1,7 +1,7 @@
-"""The slice data set: what `prepare` writes and what training and evaluation read.
+"""The slice data set, which `prepare` writes and training and evaluation read.
 
-`DATASET/data/*.parquet` holds one row per axial slice; `datasets.load_dataset(DATASET)` opens it.
-`DATASET/preprocessing.json` holds what Parquet does not keep: shape, dtype, scale, order of the modalities.
+`DATASET/data/*.parquet` has one row per axial slice; `datasets.load_dataset(DATASET)` opens it.
+`DATASET/preprocessing.json` has the shape, dtype and scale of the images and the order of the modalities.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,12 +15,13 @@ import pyarrow.parquet
 import torch
 
 from diffusers_cf.data.download import dataset_folder
-from diffusers_cf.data.preprocessing import SPLITS, collate_rows, read_preprocessing, shards_of
+from diffusers_cf.data.preprocessing import collate_rows, read_preprocessing, shards_of
+from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError, reading
 
 
 ORIENTATION = "anterior up, patient's left at the image's left"
-# Rows per row group: a reader that takes one row group at a time holds little more than a patient.
+# Rows per row group: a reader that loads one at a time needs memory for little more than a patient.
 ROW_GROUP_SIZE = 256
 
 
@@ -74,7 +75,7 @@ def slices_to_table(
 
 
 def write_tables(path: str | Path, tables: Iterable[pyarrow.Table], class_names: Iterable[str]) -> None:
-    """Write tables one after the other into one Parquet file; raise ValueError if one has other columns."""
+    """Write tables to one Parquet file; raise ValueError if one has other columns."""
     schema = slice_features(class_names).arrow_schema
     with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for table in tables:
@@ -84,7 +85,7 @@ def write_tables(path: str | Path, tables: Iterable[pyarrow.Table], class_names:
 def read_rows(shards: list[tuple[str, int, int]]) -> Iterator[dict]:
     """Yield the rows of Parquet files, each given as path, modification time and size.
 
-    Time and size make a changed file a new entry in the cache of `datasets`.
+    With time and size, a changed file has another entry in the cache of `datasets`.
     """
     for path, *_ in shards:
         with reading(path, "Parquet file"), pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
@@ -96,15 +97,15 @@ def read_rows(shards: list[tuple[str, int, int]]) -> Iterator[dict]:
 class SliceDataset(torch.utils.data.Dataset):
     """One split of a slice data set.
 
-    Use it with `DataLoader(dataset, collate_fn=dataset.collate)`: `collate` decodes the bytes of a whole batch at once. A
-    split without patients has length 0.
+    Use it with `DataLoader(dataset, collate_fn=dataset.collate)`: `collate` decodes the bytes of a whole batch at once.
+    A split without patients has length 0.
 
     Args:
         folder (`str` or `Path`): a folder written by `diffusers-cf prepare`, or a data set on the Hub,
             `user/name[@revision]`, of which the files of this split are downloaded to the local cache. An existing folder
             takes precedence.
         split (`str`): `train`, `validation` or `test`.
-        cache_dir (`str` or `Path`, *optional*): where `datasets` keeps its memory-mapped copy; its own default if None.
+        cache_dir (`str` or `Path`, *optional*): where `datasets` keeps its memory-mapped copy; None for its default.
 
     Attributes:
         folder (`str`): as given.
@@ -117,7 +118,7 @@ class SliceDataset(torch.utils.data.Dataset):
         has_masks (`bool`): whether there are lesion masks, which evaluation needs.
 
     Raises:
-        InputError: the folder is no finished slice data set, or a file of it is damaged or missing.
+        InputError: the folder is not a finished slice data set, or one of its files is damaged or missing.
         ValueError: `split` is unknown.
     """
 
@@ -130,7 +131,7 @@ class SliceDataset(torch.utils.data.Dataset):
         self.class_names = tuple(self.preprocessing["class_names"])
         self.has_masks = self.preprocessing["has_masks"]
         self.rows = self._open(path, cache_dir)
-        # Straight from Arrow: row by row it takes a minute for the slices of a thousand patients.
+        # Straight from Arrow: reading row by row takes a minute for a thousand patients.
         self.labels = self.rows.data.column("label").to_numpy().astype(np.int64)
         self.patients = self.rows.data.column("patient").to_numpy().astype(str)
         self.slices = self.rows.data.column("slice").to_numpy().astype(np.int64)
@@ -138,7 +139,7 @@ class SliceDataset(torch.utils.data.Dataset):
     def _open(self, path: Path, cache_dir: str | Path | None) -> datasets.Dataset:
         features, count = slice_features(self.class_names), self.preprocessing["splits"][self.split]["slices"]
         if not count:
-            # A split without patients has no file: `datasets` refuses to read a split of zero rows.
+            # A split without patients has no file, and `datasets` can't read zero rows.
             return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
         shards = [(str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size) for f in shards_of(path, self.split)]
         if not shards:
@@ -146,8 +147,8 @@ class SliceDataset(torch.utils.data.Dataset):
             raise InputError(f"{self.folder}: no data/{self.split}-*.parquet{where}")
         with reading(self.folder, "slice data set"):
             try:
-                # Not `load_dataset`, which takes a path for a pattern: it expands `*`, `[1]` and `$VAR` and splits at
-                # `::`, and so may read the files of another data set.
+                # Not `load_dataset`, which treats a path as a pattern: it expands `*`, `[1]` and `$VAR`, splits at
+                # `::`, and may read the files of another data set.
                 rows = datasets.Dataset.from_generator(
                     read_rows, features=features, cache_dir=cache_dir, gen_kwargs={"shards": shards}, split=self.split
                 )
@@ -176,11 +177,10 @@ class SliceDataset(torch.utils.data.Dataset):
 def check_count(folder: str, split: str, found: int, expected: int) -> None:
     """Raise `InputError` unless a split holds as many slices as preprocessing.json says."""
     if found != expected:
-        text = f"{found} of the {expected} slices of its split {split} are there: not copied or downloaded as a whole"
-        raise InputError(f"{folder}: {text}")
+        raise InputError(f"{folder}: incomplete copy: {found} of the {expected} slices of its split {split} are there")
 
 
 def batches_of(dataset, indices: Sequence[int], batch_size: int) -> Iterator[dict]:
-    """Yield rows of a `SliceDataset`, in the order of `indices`, as collated batches; the last one may be smaller."""
+    """Yield rows of a `SliceDataset` as collated batches, in the order of `indices`; the last may be smaller."""
     for start in range(0, len(indices), batch_size):
         yield dataset.collate(dataset.__getitems__([int(index) for index in indices[start : start + batch_size]]))

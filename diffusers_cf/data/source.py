@@ -1,14 +1,19 @@
-"""What `prepare` needs of a source of images."""
+"""The interface between `prepare` and a kind of data."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from diffusers_cf.data.geometry import check_geometry
-from diffusers_cf.data.labels import CLASS_NAMES, LabelTable, read_labels
+from diffusers_cf.data.labels import CLASS_NAMES, LabelTable, apply_labels, read_labels
 from diffusers_cf.data.slices import PatientSlices
+from diffusers_cf.errors import InputError
+from diffusers_cf.loading import sha256_of
 
 
 class Source:
-    """A source of images; a subclass says which patients there are and reads one.
+    """A kind of data. A subclass implements `patients` and `load`.
 
     Args:
         path (`str` or `Path`): the input.
@@ -22,7 +27,7 @@ class Source:
         modalities (`tuple[str, ...]`): names of the channels.
         class_names (`tuple[str, ...]`): names of the classes, in the order of the labels.
         has_masks (`bool`): whether every patient has lesion masks.
-        left_out (`dict[str, str]`): by patient that the source can't use, the reason.
+        left_out (`dict[str, str]`): patients that the source can't use, with the reason.
 
     Raises:
         InputError: the geometry or the labels file can't be used.
@@ -43,18 +48,54 @@ class Source:
         """Return the sorted ids of all patients."""
         raise NotImplementedError
 
-    def problems(self, patient: str) -> list[str]:
-        """Return every problem of a patient, one line each; empty if there is none."""
+    def load(self, patient: str, problems: list[str]) -> PatientSlices | None:
+        """Read a patient without the labels file.
+
+        Args:
+            patient (`str`): id of the patient.
+            problems (`list[str]`): the method appends every problem, one line each, except an `InputError` it raises.
+
+        Returns:
+            `PatientSlices` or `None`: the slices; None if there is a problem.
+        """
         raise NotImplementedError
+
+    def examine(self, patient: str) -> tuple[PatientSlices | None, list[str]]:
+        """Return the slices of a patient and its problems; the slices are usable only if there is no problem."""
+        slices, problems = None, []
+        with noting_errors(problems):
+            slices = self.load(patient, problems)
+            if slices is not None and self.labels is not None:
+                slices = apply_labels(slices, self.labels)
+            if slices is not None and not self.has_masks:
+                slices = replace(slices, masks=None)
+        return slices, problems
+
+    def problems(self, patient: str) -> list[str]:
+        """Return every problem of a patient, one line each."""
+        return self.examine(patient)[1]
 
     def read(self, patient: str) -> PatientSlices:
         """Return the slices of a patient, or raise `InputError` for its first problem."""
-        raise NotImplementedError
+        slices, problems = self.examine(patient)
+        if problems:
+            more = f" (and {len(problems) - 1} more; --check lists all)" if len(problems) > 1 else ""
+            raise InputError(problems[0] + more)
+        return slices
 
     def fixed_splits(self) -> dict[str, list[str]] | None:
-        """Return the patients of each split, or None if a seed or a file is to choose."""
+        """Return the patients of each split, or None if a seed or a file decides."""
         return None
 
     def facts(self) -> dict:
         """Return what the source adds to preprocessing.json."""
-        return {"labels_sha256": None if self.labels is None else self.labels.digest}
+        return {"labels_sha256": None if self.labels is None else sha256_of(self.labels.path)}
+
+
+@contextmanager
+def noting_errors(problems: list[str]) -> Iterator[None]:
+    """Append the message of an `InputError` of the block to `problems`."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(error))

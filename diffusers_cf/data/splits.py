@@ -1,4 +1,4 @@
-"""Which patient goes into which split: by a seed or by a file."""
+"""The splits of a data set by patient, from a seed or a file."""
 
 import logging
 import random
@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from diffusers_cf.data.preprocessing import SPLITS
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import read_json
 
 
 logger = logging.getLogger(__name__)
 
+SPLITS = ("train", "validation", "test")
 FRACTIONS = {"train": 0.75, "validation": 0.05}
 
 
@@ -26,7 +26,7 @@ def subject(patient: str) -> str:
 def seeded_splits(patients: list[str], seed: int) -> dict[str, list[str]]:
     """Split shuffled ids at 75/5/20 % (Sec. 4 of the paper: 938/62/251 of BraTS 2021).
 
-    All visits of a person stay together. With few patients every split gets one, as far as they suffice.
+    All visits of a person are in the same split. With at least three persons no split is empty.
     """
     people = sorted({subject(patient) for patient in patients})
     random.Random(seed).shuffle(people)
@@ -65,21 +65,17 @@ def read_splits(split_file: str | Path, patients: list[str], left_out: Iterable[
         content = content[chosen]
     elif not set(content) & set(SPLITS) and any(isinstance(value, dict) for value in content.values()):
         raise InputError(f"{path}: holds several splits, choose one: {Path(path).name}:{next(iter(content))}")
-    wrong = sorted(set(content) - set(SPLITS))
-    if wrong or not content:
-        raise InputError(f"{path}: splits are called {', '.join(SPLITS)}, not {', '.join(wrong) or 'nothing'}")
+    if not content or not set(content) <= set(SPLITS):
+        raise InputError(f"{path}: splits are called {', '.join(SPLITS)}, not {_some(set(content) - set(SPLITS))}")
     for name, ids in content.items():
         if not isinstance(ids, list) or not all(isinstance(patient, str) for patient in ids):
             raise InputError(f"{path}: {name} must be a list of patient ids")
     listed = Counter(patient for ids in content.values() for patient in ids)
-    twice = [patient for patient, count in listed.items() if count > 1]
-    if twice:
+    if twice := {patient for patient, count in listed.items() if count > 1}:
         raise InputError(f"{path}: in two splits or twice: {_some(twice)}")
-    unknown = set(listed) - set(patients) - set(left_out)
-    if unknown:
+    if unknown := set(listed) - set(patients) - set(left_out):
         raise InputError(f"{path}: {len(unknown)} patients are not in the data: {_some(unknown)}")
-    forgotten = set(patients) - set(listed)
-    if forgotten:
+    if forgotten := set(patients) - set(listed):
         logger.warning("%s: %d patients are in no split and left out: %s", path, len(forgotten), _some(forgotten))
     people = Counter(person for ids in content.values() for person in {subject(patient) for patient in ids})
     for person in sorted(person for person, count in people.items() if count > 1):
@@ -87,6 +83,5 @@ def read_splits(split_file: str | Path, patients: list[str], left_out: Iterable[
     return {name: sorted(set(content.get(name, [])) - set(left_out)) for name in SPLITS}
 
 
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
+def _some(names: set[str]) -> str:
+    return (", ".join(sorted(names)[:3]) or "nothing") + (", .." if len(names) > 3 else "")

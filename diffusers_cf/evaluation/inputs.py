@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from diffusers_cf.data import SliceDataset
+from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.sweep import evenly_spread
 from diffusers_cf.maps import check_signs

@@ -9,7 +9,7 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader
 
 from diffusers_cf.data.intensity import normalize_of, unit_in_words
-from diffusers_cf.data.preprocessing import SPLITS
+from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
 from diffusers_cf.loading import WEIGHTS, read_json, read_preprocessing, sha256_of
 from diffusers_cf.provenance import public_command

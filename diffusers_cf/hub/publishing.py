@@ -12,8 +12,9 @@ from PIL import Image
 from pyarrow.parquet import read_metadata, read_table
 
 from diffusers_cf.data.download import SPLITS_FILE
-from diffusers_cf.data.preprocessing import SPLITS, read_preprocessing, shards_of
+from diffusers_cf.data.preprocessing import read_preprocessing, shards_of
 from diffusers_cf.data.slices import check_count, slice_features
+from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError, first_line, reading
 from diffusers_cf.hub.cards import SOURCES, dataset_card, license_of_data, model_card, source_of
 from diffusers_cf.hub.remote_code import code_files, is_code
