@@ -87,6 +87,12 @@ def test_arrays_without_masks(tmp_path):
     assert ArraysSource(tmp_path / "y.npz").read("b").labels.tolist() == [0, 1, 1]
 
 
+@pytest.mark.parametrize("ids", [np.repeat([7, 9], 3), np.repeat([b"7", b"9"], 3)])
+def test_patient_ids_become_text(ids, tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays(patient=ids))
+    assert ArraysSource(tmp_path / "x.npz").patients() == ["7", "9"]
+
+
 def test_bad_patients_of_arrays(tmp_path):
     images = arrays()["images"].astype(np.float32)
     images[4, 0, 0, 0] = np.nan
@@ -95,7 +101,7 @@ def test_bad_patients_of_arrays(tmp_path):
     source = ArraysSource(tmp_path / "x.npz")
     words = ["1 values are NaN or infinite", "a slice index occurs twice"]
     assert all(word in problem for word, problem in zip(words, source.problems("a"), strict=True))
-    with pytest.raises(InputError, match="x.npz: b: flair is empty"):
+    with pytest.raises(InputError, match="x.npz: b: flair: empty"):
         source.read("b")
 
 
@@ -108,6 +114,17 @@ BAD_ARRAYS = {
     "too few patients": (arrays(patient=np.array(["a"])), r"patient must have the shape \(6,\)"),
     "modalities": (arrays(modalities=np.array(["t1"])), r"modalities must have the shape \(2,\)"),
     "complex": (arrays(images=np.zeros((6, 2, 8, 8), complex)), "must be numbers, not complex128"),
+    "two scales": (arrays(scale=np.array([1.0, 2.0])), r"scale must have the shape \(\)"),
+    "masks of text": (arrays(masks=np.full((6, 8, 8), "x")), "masks must be numbers"),
+    "half a slice": (arrays(slice=np.arange(6) + 0.5), "slice must be whole numbers from 0 up, found 0.5"),
+    "NaN as slice": (
+        arrays(slice=np.array([0, 1, np.nan, 3, 4, 5])),
+        "slice must be whole numbers from 0 up, found nan",
+    ),
+    "huge slice": (arrays(slice=np.array([0, 1, 2, 3, 4, 2**40])), f"found {2**40}"),
+    "negative slice": (arrays(slice=np.arange(6) - 1), "found -1"),
+    "text as slice": (arrays(slice=np.array(list("abcdef"))), "slice must be numbers"),
+    "same modality": (arrays(modalities=np.array(["t1", "t1"])), "modalities names one twice"),
     "scale 0": (arrays(scale=0), "scale must be above 0"),
     "has_NAME is no bool": (arrays(has_flair=np.ones(6)), "has_flair must be true or false, not float64"),
     "has_NAME too short": (arrays(has_flair=np.ones(2, dtype=bool)), r"has_flair must have the shape \(6,\)"),

@@ -18,7 +18,7 @@ from segmentation_files import SETTINGS, make_pipe
 
 import diffusers_cf.data.prepare
 from diffusers_cf.cli import main
-from diffusers_cf.data.prepare import find_problems, prepare
+from diffusers_cf.data.prepare import check, prepare
 from diffusers_cf.data.scans import BratsSource
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.splits import SPLITS, seeded_splits
@@ -53,7 +53,10 @@ def test_written_scans_become_a_data_set(tmp_path):
         np.testing.assert_array_equal(dataset.labels, np.concatenate([e.labels for e in expected]))
         np.testing.assert_array_equal(dataset.slices, np.concatenate([e.slices for e in expected]))
         counts = {"patients": len(expected), "slices": len(dataset), "unhealthy": int(dataset.labels.sum())}
-        assert preprocessing["splits"][name] == counts
+        classes = {"patients": len(expected), "slices": counts["unhealthy"]}
+        assert counts.items() <= preprocessing["splits"][name].items()
+        assert preprocessing["splits"][name]["classes"]["unhealthy"] == classes
+    assert list(preprocessing["value_range"]) == ["flair", "t1", "t1ce", "t2"]
     facts = {"version": 1, "modalities": ["flair", "t1", "t1ce", "t2"], "size": 16, "channels": 4, "source": "brats"}
     facts |= {"dtype": "float16", "scale": 1, "field_mm": 240.0, "normalize": "median", "seed": 5, "has_masks": True}
     assert facts.items() <= preprocessing.items()
@@ -70,7 +73,7 @@ def test_number_of_workers_does_not_change_a_byte(tmp_path):
     prepare(MadeSource(5), tmp_path / "two", num_workers=2)
     assert content(tmp_path / "one") == content(tmp_path / "two")
     problems = ["p01: p01.nii.gz: broken", "p01: p01: twice", "p03: p03.nii.gz: broken", "p03: p03: twice"]
-    assert find_problems(MadeSource(5, bad=("p01", "p03")), num_workers=2) == problems
+    assert check(MadeSource(5, bad=("p01", "p03")), num_workers=2)[0] == problems
     with pytest.raises(InputError, match="p01.nii.gz: broken"):
         prepare(MadeSource(5, bad=("p01",)), tmp_path / "three", num_workers=2)
 
@@ -197,7 +200,7 @@ def test_limit_of_patients(tmp_path):
     (tmp_path / "splits.json").write_text('{"train": ["p00"]}')
     with pytest.raises(InputError, match="can't be limited"):
         prepare(source, tmp_path / "other", patients=3, split_file=tmp_path / "splits.json")
-    assert find_problems(MadeSource(3, bad=("p01",)), patients=1) == []
+    assert check(MadeSource(3, bad=("p01",)), patients=1)[0] == []
 
 
 def command(*arguments) -> int:
@@ -218,7 +221,11 @@ def test_command_line(tmp_path, capsys):
     assert facts.items() <= dataset.preprocessing.items()
     before = content(tmp_path)
     assert command(*scans, "--check", "--patients", 2) == 0
-    assert capsys.readouterr().out == "2 patients, no problem\n" and content(tmp_path) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["no problem", "healthy class: healthy"] and lines[2].startswith(
+        "train: 1 patients, 7 slices, 4 "
+    )
+    assert lines[-1].startswith("value range before scaling (median): flair 0 to ") and content(tmp_path) == before
     (tmp_path / "scans" / "P_1" / "P_1_t1.nii.gz").unlink()
     assert command(*scans, "--check") == 2
     output = capsys.readouterr()

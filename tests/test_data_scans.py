@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from data_files import MODALITIES, brain, ras_affine, save, write_brats
 
-from diffusers_cf.data.prepare import find_problems
+from diffusers_cf.data.prepare import check
 from diffusers_cf.data.scans import BratsSource, DecathlonSource
 from diffusers_cf.errors import InputError
 
@@ -96,7 +96,7 @@ BAD_PATIENTS = {
     "truncated": ("t2", truncate, "truncated"),
     "truncated segmentation": ("seg", truncate, "truncated"),
     "NaN": ("flair", lambda p: resave(p, with_nan), "1 of 9984 voxels are NaN"),
-    "empty": ("t1", lambda p: resave(p, np.zeros_like), "t1 is empty: no voxel above 0"),
+    "empty": ("t1", lambda p: resave(p, np.zeros_like), "t1: empty: no value above 0"),
     "z-scored": ("t1", lambda p: resave(p, lambda d: np.where(d > 0, d - 400, 0)), "are negative"),
     "other shape": ("t1", lambda p: resave(p, lambda d: d[..., :-1]), "P_01_t1.nii.gz is 26x32x11"),
     "other affine": ("t1", shift, "origin (-90, -126, -39)"),
@@ -163,7 +163,7 @@ def test_folders_that_hold_no_patients(tmp_path):
         BratsSource(folder).patients()
     (tmp_path / "b" / "one two").mkdir(parents=True)
     with pytest.raises(InputError, match="'one two' can't be a patient's id"):
-        find_problems(BratsSource(tmp_path / "b"))
+        check(BratsSource(tmp_path / "b"))
     for option, reason in (
         ({"size": 0}, "size must be at least 1"),
         ({"normalize": "none"}, "--normalize none: scanner"),
@@ -210,11 +210,41 @@ def test_labels_beside_masks(tmp_path):
     np.testing.assert_array_equal(mixed.read("P_01").labels, found.labels)
 
 
-@pytest.mark.parametrize("text", ["patient,label\nP_02,healthy\n", "patient,slice,label\nP_01,99,healthy\n"])
-def test_patient_that_the_labels_file_forgets(text, tmp_path):
-    source = unlabelled(tmp_path, text)
-    (problem,) = source.problems("P_01")
-    assert "labels.csv: no label for any slice of P_01" in problem
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("patient,label\nP_02,healthy\n", "no label for any slice of P_01"),
+        ("patient,slice,label\nP_01,12,healthy\n", "P_01 has no slice 12: its slices are 0 to 11"),
+    ],
+)
+def test_labels_that_do_not_fit_a_patient(text, reason, tmp_path):
+    (problem,) = unlabelled(tmp_path, text).problems("P_01")
+    assert f"labels.csv: {reason}" in problem
+
+
+def test_labels_of_empty_slices_are_no_problem(tmp_path):
+    source = unlabelled(tmp_path, "patient,slice,label\n" + "".join(f"P_01,{i},healthy\n" for i in range(12)))
+    slices, problems = source.examine("P_01")
+    assert problems == [] and len(slices.labels) < slices.depth == 12
+
+
+def test_patients_of_the_labels_file_that_there_are_not(tmp_path):
+    with pytest.raises(
+        InputError, match="labels.csv: no row is about a patient of .*: it names P_1.nii.gz, and .* P_01"
+    ):
+        check(unlabelled(tmp_path / "none", "patient,label\nP_1.nii.gz,healthy\n"))
+    source = unlabelled(tmp_path, "patient,label\nP_01,healthy\nP_99,healthy\n")
+    _, lines = check(source, allow_missing_classes=True)
+    assert lines[-1] == "not used: labels.csv: rows of P_99"
+
+
+def test_masks_may_be_rounded(tmp_path):
+    folder = write_brats(tmp_path)
+    before = BratsSource(tmp_path).read("P_01").masks
+    resave(folder / "P_01_seg.nii.gz", lambda data: data.astype(np.float32) * np.float32(1.0000001))
+    np.testing.assert_array_equal(BratsSource(tmp_path).read("P_01").masks, before)
+    resave(folder / "P_01_seg.nii.gz", lambda data: data * 1.01)
+    assert "found 1.01" in BratsSource(tmp_path).problems("P_01")[0]
 
 
 def change_index(folder, **changes):

@@ -12,7 +12,16 @@ SOURCE_OPTIONS = {
     "brats": ("size", "field_mm", "normalize", "modalities", "labels", "lenient"),
     "decathlon": ("size", "field_mm", "normalize", "modalities", "labels", "lenient"),
     "arrays": ("size", "field_mm", "normalize", "modalities", "labels"),
-    "folder": ("size", "field_mm", "normalize", "modalities", "labels", "class_names"),
+    "folder": (
+        "size",
+        "field_mm",
+        "normalize",
+        "modalities",
+        "labels",
+        "class_names",
+        "patient_pattern",
+        "one_image_per_patient",
+    ),
 }
 
 
@@ -31,7 +40,11 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         " and folder (default of folder)",
     )  # fmt: skip
     add("--modalities", nargs="+", metavar="NAME", help="channels to use, in this order (default: all)")
-    add("--class_names", nargs="+", metavar="NAME", help="order of the classes of --source folder")
+    add("--class_names", nargs="+", metavar="NAME", help="classes of --source folder in order, the healthy one first"
+        " (default: the sub-folders, if one is called healthy, normal, control or no_tumor)")  # fmt: skip
+    add("--patient_pattern", metavar="REGEX", help="regular expression for the names of --source folder without suffix, with"
+        " the groups (?P<patient>..) and (?P<slice>..) (default: PATIENT_NUMBER, or PATIENT alone)")  # fmt: skip
+    add("--one_image_per_patient", action="store_true", help="each file of --source folder is a patient of its own")
     add(
         "--labels",
         metavar="FILE.csv",
@@ -41,6 +54,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--patients", type=int, help="number of patients to use, or of phantoms to make (default: all; 340 phantoms)")
     add("--split_file", metavar="FILE.json[:NAME]", help="JSON file with the ids of train, validation and test")
     add("--check", action="store_true", help="list every problem of the data and write nothing")
+    add("--allow_missing_classes", action="store_true", help="accept splits without any slice of one of the classes")
     add("--skip_bad", action="store_true", help="leave out patients with a problem")
     add("--lenient", action="store_true", help="accept scans that are not skull-stripped and unknown label ids")
     add("--num_workers", type=int, default=0, help="number of worker processes (default: 0, only this process)")
@@ -52,7 +66,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     Raises:
         InputError: as in `prepare`, and for options that the source does not take.
     """
-    from diffusers_cf.data.prepare import SOURCES, find_problems, prepare
+    from diffusers_cf.data.prepare import SOURCES, check, describe, prepare
 
     for name, least in (("seed", 0), ("patients", 1), ("num_workers", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -73,20 +87,18 @@ def run_prepare(args: argparse.Namespace) -> int:
     else:
         source, limit = SOURCES[args.source](path, **given), args.patients
 
+    options = {"seed": args.seed, "split_file": args.split_file, "patients": limit, "num_workers": args.num_workers}
+    options["allow_missing_classes"] = args.allow_missing_classes
     if args.check:
-        problems = find_problems(source, patients=limit, num_workers=args.num_workers)
-        print("\n".join(problems) or f"{len(source.patients()[:limit])} patients, no problem")
+        problems, understood = check(source, **options)
+        print("\n".join([*(problems or ["no problem"]), *understood]))
         if problems:
             print(f"{args.input}: {len(problems)} problems, the first: {problems[0]}", file=sys.stderr)
         return 2 if problems else 0
     if args.output is None:
         raise InputError("--output is needed (or --check)")
-    preprocessing = prepare(
-        source, args.output, seed=args.seed, split_file=args.split_file, patients=limit, skip_bad=args.skip_bad,
-        num_workers=args.num_workers,
-    )  # fmt: skip
-    for name, counts in preprocessing["splits"].items():
-        print(f"{name}: {counts['patients']} patients, {counts['slices']} slices, {counts['unhealthy']} unhealthy")
+    preprocessing = prepare(source, args.output, skip_bad=args.skip_bad, **options)
+    print("\n".join(describe(source, preprocessing)))
     if preprocessing["skipped"]:
         print(f"skipped: {', '.join(preprocessing['skipped'])}", file=sys.stderr)
     return 0

@@ -2,8 +2,8 @@
 
 Arrays of the file, for N slices:
     images      (N, C, H, W), uint8 = intensity x `scale`, or float = intensity; 0 = background
-    patient     (N,) str
-    slice       (N,) int, axial index (by default 0, 1, .. in the file's order)
+    patient     (N,) str, or int, which becomes text
+    slice       (N,) int from 0, axial index (by default 0, 1, .. in the file's order)
     masks       (N, H, W), above 0 = lesion; without masks, `label` or a labels file is required
     label       (N,) str, name of each slice's class, if there are no masks
     modalities  (C,) str
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.data.geometry import FIELD_MM, resample_mask, resample_slices
-from diffusers_cf.data.intensity import DEFAULT_NORMALIZE, unit_intensity
+from diffusers_cf.data.intensity import DEFAULT_NORMALIZE, intensity_problem, unit_intensity
 from diffusers_cf.data.labels import CLASS_NAMES
 from diffusers_cf.data.nifti import MODALITIES, canonical_modality
 from diffusers_cf.data.scans import choose_modalities
@@ -85,17 +85,16 @@ class ArraysSource(Source):
         channels = [self.channels.index(modality) for modality in self.modalities]
         images = self.arrays["images"][rows][:, channels].astype(np.float32) / np.float32(self.scale)
 
-        where = f"{self.path}: {patient}"
-        if bad := int((~np.isfinite(images)).sum()):
-            problems.append(f"{where}: {bad} values are NaN or infinite")
+        where, ranges = f"{self.path}: {patient}", [(float(c.min()), float(c.max())) for c in images.swapaxes(0, 1)]
         for modality, channel in zip(self.modalities, images.swapaxes(0, 1), strict=True):
-            if not (channel > 0).any():
-                problems.append(f"{where}: {modality} is empty: no value above 0")
+            if problem := intensity_problem(channel, self.normalize):
+                problems.append(f"{where}: {modality}: {problem}")
         if len(np.unique(index)) < len(index):
             problems.append(f"{where}: a slice index occurs twice")
         if problems:
             return None
 
+        images = images.clip(min=0)
         for channel in images.swapaxes(0, 1):
             channel /= unit_intensity(channel, self.normalize)
         masks = (self.arrays["masks"][rows] > 0).astype(np.uint8) if self.has_masks else None
@@ -108,7 +107,7 @@ class ArraysSource(Source):
         if side != self.size:  # the field stays, and is given in pixels of the file
             images = resample_slices(images, (1.0, 1.0), self.size, float(side))
             masks = None if masks is None else resample_mask(masks, (1.0, 1.0), self.size, float(side))
-        return PatientSlices(patient, images, labels, index, masks)
+        return PatientSlices(patient, images, labels, index, masks, ranges)
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -124,18 +123,27 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     images, has = arrays["images"], [f"has_{name}" for name in np.atleast_1d(arrays["modalities"])]
     if images.ndim != 4 or images.shape[2] != images.shape[3] or not images.size:
         raise InputError(f"{path}: images must be (N, C, H, W) with H = W, not {images.shape}")
-    if images.dtype.kind not in "uif":
-        raise InputError(f"{path}: images must be numbers, not {images.dtype}")
     n, channels, size = images.shape[:3]
     shapes = {"patient": (n,), "slice": (n,), "label": (n,), "modalities": (channels,), "masks": (n, size, size)}
-    for name, shape in (shapes | dict.fromkeys(has, (n,))).items():
+    for name, shape in (shapes | dict.fromkeys(has, (n,)) | {"scale": ()}).items():
         if name in arrays and arrays[name].shape != shape:
             raise InputError(f"{path}: {name} must have the shape {shape}, not {arrays[name].shape}")
-        if name in has and name in arrays and arrays[name].dtype != bool:
-            raise InputError(f"{path}: {name} must be true or false, not {arrays[name].dtype}")
-    if not float(arrays.get("scale", 1)) > 0:
+    kinds = {"images": "uif", "masks": "buif", "slice": "uif", "scale": "uif", "patient": "uiUS"}
+    kinds |= {"modalities": "US", "label": "US"} | dict.fromkeys(has, "b")
+    for name in set(kinds) & set(arrays):
+        if arrays[name].dtype.kind not in kinds[name]:
+            what = "text" if "U" in kinds[name] else "true or false" if kinds[name] == "b" else "numbers"
+            raise InputError(f"{path}: {name} must be {what}, not {arrays[name].dtype}")
+        if "U" in kinds[name]:
+            with reading(path, ".npz file of ASCII text"):
+                arrays[name] = arrays[name].astype(str)
+    slices = arrays.get("slice", np.zeros(1))
+    if bad := slices[~((slices == np.rint(slices)) & (slices >= 0) & (slices < 2**31))].tolist():
+        raise InputError(f"{path}: slice must be whole numbers from 0 up, found {bad[0]}")
+    if not 0 < float(arrays.get("scale", 1)) < float("inf"):
         raise InputError(f"{path}: scale must be above 0")
-    unknown = sorted(set(arrays["label"].tolist()) - set(CLASS_NAMES)) if "label" in arrays else []
-    if unknown:
+    if len(set(arrays["modalities"].tolist())) < channels:
+        raise InputError(f"{path}: modalities names one twice: {', '.join(arrays['modalities'])}")
+    if unknown := sorted(set(arrays.get("label", np.array(CLASS_NAMES)).tolist()) - set(CLASS_NAMES)):
         raise InputError(f"{path}: unknown label {unknown[0]!r} (one of {', '.join(CLASS_NAMES)})")
     return arrays

@@ -1,31 +1,48 @@
 """Source `folder`: images of any kind, any number of channels and classes.
 
-    FOLDER/CLASS/NAME.png or .npy        one sub-folder per class
-    FOLDER/NAME.png or .npy              with a labels file
+    FOLDER/CLASS/NAME        one sub-folder per class
+    FOLDER/NAME              with a labels file
 
-The patient is NAME up to its last `_`. What follows is the slice if it is a number: `p07_012.png` is slice 12 of patient
-p07. A NAME without `_` is slice 0 of a patient of that name. A patient may have images in several classes.
+Images are PNG, JPEG, TIFF, BMP or .npy files. The healthy class is the first of `class_names`, or the sub-folder called
+healthy, normal, control or no_tumor.
 
-PNG values are divided by the largest value of their type (255 or 65535). Files in .npy are (H, W) or (C, H, W). Floats
-are kept unless another intensity scale is chosen. All images must have the same number of channels. Images are padded
-with 0 to a square and resampled to the chosen size. There are no masks: such a data set can train a model, but can't
-evaluate one by pixels.
+NAME ends in `_` and the number of the slice: `p07_012.png` and `p07_slice12.png` are slice 12 of patient p07. A NAME
+without `_` is slice 0 of a patient of that name. `patient_pattern` is a regular expression for other names, with the
+groups `patient` and, if there is one, `slice`. With `one_image_per_patient` each file is a patient of its own, called
+CLASS_NAME. A patient may have images in several classes.
+
+Values of pictures are divided by the largest value of their type (255 or 65535), and transparent pixels are background,
+0. Files in .npy are (H, W) or (C, H, W). Floats are kept unless another intensity scale is chosen. All images must have
+the same number of channels. Images are padded with 0 to a square and resampled to the chosen size. There are no masks:
+such a data set can train a model, but can't evaluate one by pixels.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from diffusers_cf.data.geometry import FIELD_MM, resample_slices
-from diffusers_cf.data.intensity import unit_intensity
+from diffusers_cf.data.intensity import intensity_problem, unit_intensity
 from diffusers_cf.data.labels import CLASS_NAMES
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.data.source import Source, noting_errors
 from diffusers_cf.errors import InputError, reading
 
 
-SUFFIXES = (".png", ".npy")
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+    ".npy": "npy",
+}
+HEALTHY_NAMES = ("healthy", "normal", "control", "no_tumor", "no_tumour", "notumor", "negative", "no")
+NUMBERED = re.compile(r"(?P<patient>.+)_\D*?(?P<slice>\d+)|(?P<single>[^_]+)")
 
 
 class FolderSource(Source):
@@ -34,16 +51,18 @@ class FolderSource(Source):
     Args:
         path (`str` or `Path`): the folder.
         size (`int`): pixels along each side.
-        class_names (`Sequence[str]`, *optional*): the classes in order; the first is the default target of
-            counterfactuals. By default the sorted names of the sub-folders, `healthy` first; with a labels file
-            healthy and unhealthy.
+        class_names (`Sequence[str]`, *optional*): the classes in order, the healthy one first: it is the default target
+            of counterfactuals. By default the sub-folders, if the name of one says that it is healthy; with a labels
+            file healthy and unhealthy.
         modalities (`Iterable[str]`, *optional*): names of the channels; channel0, channel1, .. by default.
         labels (`str` or `Path`, *optional*): CSV file of labels (`labels.py`), for images without class folders.
         field_mm (`float`): side of the field in mm; only recorded.
         normalize (`str`): intensity scale (`intensity.py`), by the foreground of all images of a patient.
+        patient_pattern (`str`, *optional*): regular expression for a file's name without its suffix.
+        one_image_per_patient (`bool`): each file is a patient of its own.
 
     Raises:
-        InputError: the folder or the labels file can't be used.
+        InputError: the folder or the labels file can't be used, or the healthy class or a patient is not clear.
     """
 
     name = "folder"
@@ -52,7 +71,7 @@ class FolderSource(Source):
     def __init__(
         self, path: str | Path, size: int = 128, class_names: Sequence[str] | None = None,
         modalities: Iterable[str] | None = None, labels: str | Path | None = None, field_mm: float = FIELD_MM,
-        normalize: str = "none",
+        normalize: str = "none", patient_pattern: str | None = None, one_image_per_patient: bool = False,
     ):  # fmt: skip
         path = Path(path)
         if labels is None:
@@ -62,10 +81,17 @@ class FolderSource(Source):
                 raise InputError(f"{path}: the sub-folders are {', '.join(folders)}, not {', '.join(class_names)}")
             if len(folders) < 2:
                 raise InputError(f"{path}: at least two sub-folders are required, one per class (or --labels)")
-            self.class_names = tuple(class_names or sorted(folders, key=lambda name: name != CLASS_NAMES[0]))
+            self.class_names = tuple(class_names or self._healthy_first(path, folders))
         else:
             self.class_names = tuple(class_names or CLASS_NAMES)
         super().__init__(path, size, field_mm, normalize, labels)
+        if patient_pattern is not None and one_image_per_patient:
+            raise InputError("--patient_pattern and --one_image_per_patient exclude each other")
+        with reading(patient_pattern, "regular expression"):
+            self.pattern = re.compile(patient_pattern) if patient_pattern is not None else NUMBERED
+        if patient_pattern is not None and "patient" not in self.pattern.groupindex:
+            raise InputError(f"--patient_pattern {patient_pattern}: it has no group (?P<patient>..)")
+        self.one_image_per_patient = one_image_per_patient
         self.files = self._list_files()
         first = next(iter(self.files.values()))[0][0]
         channels = len(read_image(first))
@@ -77,7 +103,8 @@ class FolderSource(Source):
         return sorted(self.files)
 
     def facts(self) -> dict:
-        return {"orientation": "as in the files"} | super().facts()
+        rule = "file" if self.one_image_per_patient else self.pattern.pattern
+        return {"orientation": "as in the files", "patients_by": rule} | super().facts()
 
     def load(self, patient: str, problems: list[str]) -> PatientSlices | None:
         paths, indices, labels = zip(*sorted(self.files[patient], key=lambda file: file[1]), strict=True)
@@ -95,47 +122,93 @@ class FolderSource(Source):
         if problems:
             return None
         images = np.stack(images)
-        for channel in images.swapaxes(0, 1) if self.normalize != "none" else ():
-            if (channel > 0).any():  # a colour of a picture may be empty
-                channel /= unit_intensity(channel, self.normalize)
-        return PatientSlices(patient, images, np.array(labels, np.int64), np.array(indices, np.int64))
+        ranges = [(float(channel.min()), float(channel.max())) for channel in images.swapaxes(0, 1)]
+        for name, channel in zip(self.modalities, images.swapaxes(0, 1), strict=True):
+            if not channel.any():  # a colour of a picture may be empty
+                continue
+            if problem := intensity_problem(channel, self.normalize):
+                problems.append(f"{paths[0]}: {name} of patient {patient}: {problem}")
+            else:
+                channel[:] = channel.clip(min=0) / unit_intensity(channel, self.normalize)
+        return PatientSlices(patient, images, np.array(labels, np.int64), np.array(indices, np.int64), None, ranges)
+
+    @staticmethod
+    def _healthy_first(path: Path, folders: list[str]) -> list[str]:
+        healthy = [name for name in folders if name.casefold().replace("-", "_").replace(" ", "_") in HEALTHY_NAMES]
+        if len(healthy) != 1:
+            raise InputError(
+                f"{path}: which class is healthy? Name all, the healthy one first: --class_names {' '.join(folders)}"
+            )
+        return healthy + [name for name in folders if name not in healthy]
 
     def _list_files(self) -> dict[str, list[tuple[Path, int, int]]]:
         """Return (file, slice, class index) of every image, by patient."""
-        found = {}
+        found, kinds = {}, Counter()
         folders = [self.path] if self.labels is not None else [self.path / name for name in self.class_names]
         for label, folder in enumerate(folders):
             with reading(folder, "folder"):
-                images = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != ".")
+                files = sorted((f for f in folder.iterdir() if f.name[0] != "."), key=_natural)
+            images = [file for file in files if file.suffix.lower() in FORMATS and file.is_file()]
             if not images:
-                raise InputError(f"{folder}: no {' or '.join(SUFFIXES)} file in it")
+                raise InputError(f"{folder}: no image in it ({', '.join(FORMATS)})")
+            self.unused += [str(file.relative_to(self.path)) for file in files if file not in images]
+            kinds.update(file.suffix.lower() for file in images)
             for path in images:
-                patient, _, index = path.stem.rpartition("_")
-                if not patient:
-                    patient, index = path.stem, "0"
-                files = found.setdefault(patient, [])
-                files.append((path, int(index) if index.isdecimal() else len(files), label))
+                patient, index = self._patient_of(path)
+                of_patient = found.setdefault(re.sub(r"[^A-Za-z0-9._-]", "_", patient), [])
+                of_patient.append((path, len(of_patient) if index is None else index, label))
+        self.summary = [f"{sum(kinds.values())} images: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items())]
+        several = sum(len(files) > 1 for files in found.values())
+        self.summary.append(f"{len(found)} patients, {several} of them with several images")
         return found
+
+    def _patient_of(self, path: Path) -> tuple[str, int | None]:
+        """Return the patient of an image and the number of its slice, None if names have none."""
+        if self.one_image_per_patient:
+            return path.stem if self.labels is not None else f"{path.parent.name}_{path.stem}", 0
+        match = self.pattern.fullmatch(path.stem)
+        if match is None or not (match["patient"] or match.groupdict().get("single")):
+            raise InputError(
+                f"{path}: its name does not say patient and slice (PATIENT_NUMBER): give --patient_pattern, or"
+                " --one_image_per_patient"
+            )
+        if self.pattern is NUMBERED:
+            patient, index = (match["single"], "0") if match["single"] else (match["patient"], match["slice"])
+        else:
+            patient, index = match["patient"], match.groupdict().get("slice")
+        if index is None and self.labels is not None and any(number is not None for _, number in self.labels.classes):
+            raise InputError(f"{self.labels.path}: labels slices, but --patient_pattern has no group (?P<slice>..)")
+        if index is not None and not (index.isdecimal() and int(index) < 2**31):
+            raise InputError(f"{path}: {index} is no slice number")
+        return patient, None if index is None else int(index)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sort key that reads numbers in names: 2 comes before 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read a PNG or .npy file as float32 `(C, H, W)`.
+    """Read a picture or a .npy file as float32 `(C, H, W)`.
 
     Raises:
-        InputError: the file is damaged, has another number of dimensions, or holds NaN.
+        InputError: the file is damaged or too large, has another number of dimensions, or holds NaN.
     """
     from PIL import Image
 
+    kind = FORMATS[path.suffix.lower()]
     with reading(path, "image"):
-        if path.suffix.lower() == ".npy":
-            values = np.load(path, allow_pickle=False)
+        if kind == "npy":
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # a false header asks for no memory
+            if mapped.ndim == 3 and mapped.shape[2] <= 4 < mapped.shape[0]:
+                raise InputError(f"{path}: shape {mapped.shape} seems to be (H, W, C): (C, H, W) is required")
+            values = np.array(mapped)
         else:
-            with Image.open(path, formats=["PNG"]) as file:
+            with Image.open(path, formats=[kind]) as file:
                 if file.mode.startswith("I"):  # some versions of Pillow open 16-bit files as 32-bit integers
                     values = np.asarray(file, dtype=np.uint16)
                 else:
-                    palette = {"1": "L", "P": "RGB", "PA": "RGBA"}
-                    values = np.asarray(file.convert(palette.get(file.mode, file.mode)))
+                    values = np.asarray(_without_alpha(file))
             values = values if values.ndim == 2 else np.moveaxis(values, -1, 0)
     if values.dtype.kind not in "uif" or values.ndim not in (2, 3) or not values.size:
         raise InputError(f"{path}: (H, W) or (C, H, W) numbers expected, found {values.dtype} {values.shape}")
@@ -145,3 +218,16 @@ def read_image(path: Path) -> np.ndarray:
     if bad := int((~np.isfinite(image)).sum()):
         raise InputError(f"{path}: {bad} values are NaN or infinite")
     return image if image.ndim == 3 else image[None]
+
+
+def _without_alpha(file):
+    """Return a Pillow image in grey or colour, with transparent pixels on black."""
+    from PIL import Image
+
+    if file.mode in ("1", "L", "F"):
+        return file.convert("L") if file.mode == "1" else file
+    if file.mode not in ("LA", "La", "RGBA", "RGBa", "PA") and "transparency" not in file.info:
+        return file.convert("RGB")
+    colours = file.convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", file.size, (0, 0, 0, 255)), colours)
+    return flat.convert("L" if file.mode in ("LA", "La") else "RGB")

@@ -131,7 +131,10 @@ def slices_from_volume(
         lesion = display(mask[..., first:last] > 0)
         labels = lesion.any(axis=(1, 2)).astype(np.int64)
         masks = resample_mask(lesion, spacing_mm, size, field_mm)
-    return PatientSlices(patient, images, labels, np.arange(first, last, dtype=np.int64), masks)
+    ranges = [(float(channel.min()), float(channel.max())) for channel in volume]
+    return PatientSlices(
+        patient, images, labels, np.arange(first, last, dtype=np.int64), masks, ranges, volume.shape[-1]
+    )
 
 
 def volume_from_slices(

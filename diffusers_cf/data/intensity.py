@@ -18,6 +18,8 @@ from diffusers_cf.errors import InputError
 
 DEFAULT_NORMALIZE = "median"
 MEDIANS_OF_ONE = 2.5
+MAX_NEGATIVE = 0.2  # resampling with splines rings a little below 0; z-scores are negative in half of the voxels
+MOST_UNSCALED = 10.0  # intensities that are kept as they are: 1 should be about the brightest tissue
 _PERCENTILE = re.compile(r"p(\d{1,2}(?:\.\d+)?|100)")
 
 
@@ -46,6 +48,26 @@ def unit_intensity(volume: np.ndarray, normalize: str) -> float:
     if normalize == "median":
         return MEDIANS_OF_ONE * float(np.median(foreground))
     return float(np.percentile(foreground, float(normalize[1:])))
+
+
+def intensity_problem(values: np.ndarray, normalize: str) -> str | None:
+    """Return why the intensities of one modality of one patient can't be used; None if they can.
+
+    Args:
+        values (`np.ndarray`): intensities of any shape, before scaling; the foreground is what is above 0.
+        normalize (`str`): name of the scale.
+    """
+    if bad := int((~np.isfinite(values)).sum()):
+        return f"{bad} values are NaN or infinite"
+    positive, negative = int((values > 0).sum()), int((values < 0).sum())
+    if not positive:
+        return "empty: no value above 0"
+    if negative > MAX_NEGATIVE * (positive + negative):
+        share = round(100 * negative / (positive + negative))
+        return f"{share} % of the values are negative, but raw intensities start at 0"
+    if normalize == "none" and (most := float(np.percentile(values[values > 0], 99))) > MOST_UNSCALED:
+        return f"values reach {most:g}, but --normalize none needs a scale with bright tissue at 1: use median or p99"
+    return None
 
 
 def normalize_of(facts: Mapping) -> str:

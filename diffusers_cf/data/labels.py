@@ -69,8 +69,16 @@ def apply_labels(slices: PatientSlices, table: LabelTable) -> PatientSlices:
     """Set the labels of the file; a slice without one keeps its mask's label, or is dropped if there is no mask.
 
     Raises:
-        InputError: no slice of the patient is left.
+        InputError: no slice of the patient is left, or the file has a label for a slice that the patient has not.
     """
+    numbers = {index for name, index in table.classes if name == slices.patient and index is not None}
+    known = set(slices.slices.tolist()) if slices.depth is None else range(slices.depth)
+    if unknown := sorted(numbers - set(known)):
+        first, last = min(known), max(known)
+        raise InputError(
+            f"{table.path}: {slices.patient} has no slice {unknown[0]}: its slices are {first} to {last}, from 0 at the"
+            " inferior end"
+        )
     given = table.lookup(slices.patient, slices.slices)
     if slices.masks is not None:
         return replace(slices, labels=np.where(given >= 0, given, slices.labels))

@@ -205,6 +205,9 @@ def check_same_grid(scans: list[Scan]) -> None:
     grids = []
     for scan in scans:
         shape = "x".join(str(n) for n in scan.data.shape)
-        spacing, origin = (", ".join(f"{mm:.7g}" for mm in row) for row in (scan.spacing_mm, scan.affine[:3, 3]))
-        grids.append(f"{scan.path.name} is {shape}, spacing ({spacing}) mm, origin ({origin}) mm")
+        rows = (scan.spacing_mm, scan.affine[:3, 3], (scan.affine[:3, :3] / scan.spacing_mm).ravel())
+        spacing, origin, directions = (", ".join(f"{value:.6g}" for value in row.round(6) + 0.0) for row in rows)
+        grids.append(
+            f"{scan.path.name} is {shape}, spacing ({spacing}) mm, origin ({origin}) mm, directions ({directions})"
+        )
     raise InputError(f"{scans[0].path.parent}: shape or geometry differ: {'; '.join(grids)}")

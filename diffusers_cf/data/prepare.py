@@ -26,11 +26,11 @@ from diffusers_cf.data.folder import FolderSource
 from diffusers_cf.data.phantom import PhantomSource
 from diffusers_cf.data.preprocessing import PREPROCESSING_FILE, VERSION, read_preprocessing
 from diffusers_cf.data.scans import BratsSource, DecathlonSource, check_patient_id
-from diffusers_cf.data.slices import ORIENTATION, slices_to_table, write_tables
+from diffusers_cf.data.slices import ORIENTATION, PatientSlices, slices_to_table, write_tables
 from diffusers_cf.data.source import Source
 from diffusers_cf.data.splits import SPLITS, read_splits, seeded_splits
 from diffusers_cf.errors import InputError
-from diffusers_cf.files import alone_at, make_folder, new_file, write_json
+from diffusers_cf.files import alone_at, make_folder, new_file, read_json, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -40,22 +40,32 @@ SHARD_BYTES = 400_000_000
 WORK_FOLDER = ".prepare-"  # then a digest of all options
 
 
-def find_problems(source: Source, *, patients: int | None = None, num_workers: int = 0) -> list[str]:
-    """Return every problem of every patient of a source as `PATIENT: problem`; empty if there is none.
+def check(
+    source: Source, *, seed: int = 0, split_file: str | Path | None = None, patients: int | None = None,
+    allow_missing_classes: bool = False, num_workers: int = 0,
+) -> tuple[list[str], list[str]]:  # fmt: skip
+    """Read every patient of a source as [`prepare`] does, and write nothing; arguments as there.
 
-    Args:
-        source (`Source`): an instance of a class of `SOURCES`.
-        patients (`int`, *optional*): check only this many, in the order of their ids.
-        num_workers (`int`): processes; 0 and 1 both mean this one.
+    Returns:
+        `tuple`: every problem as `PATIENT: problem`, and the lines of [`describe`].
+
+    Raises:
+        InputError: the source or the splits can't be used.
     """
-    ids = [check_patient_id(name) for name in source.patients()][:patients]
-    checked = _for_each(source.problems, ids, num_workers, "Checking")
-    return [f"{patient}: {problem}" for patient, problems in checked for problem in problems]
+    splits = _choose_splits(source, seed, split_file, patients)
+    ids = sorted(patient for name in SPLITS for patient in splits[name])
+    read = dict(_for_each(partial(_examine_patient, source), ids, num_workers, "Checking"))
+    found = [f"{patient}: {problem}" for patient, (problems, _) in read.items() for problem in problems]
+    good = {patient: summary for patient, (problems, summary) in read.items() if not problems}
+    understood = _understood(source, splits, good)
+    if not found and not allow_missing_classes:
+        found += _missing_classes(source, understood["splits"])
+    return found, describe(source, understood)
 
 
 def prepare(
     source: Source, output: str | Path, *, seed: int = 0, split_file: str | Path | None = None,
-    patients: int | None = None, skip_bad: bool = False, num_workers: int = 0,
+    patients: int | None = None, skip_bad: bool = False, allow_missing_classes: bool = False, num_workers: int = 0,
 ) -> dict:  # fmt: skip
     """Write the slice data set of a source. The result does not depend on the number of workers.
 
@@ -66,13 +76,15 @@ def prepare(
         split_file (`str` or `Path`, *optional*): JSON file of patient ids by split (`splits.read_splits`).
         patients (`int`, *optional*): use only this many, in the order of their ids.
         skip_bad (`bool`): leave out patients with a problem, instead of failing at the end.
+        allow_missing_classes (`bool`): accept splits that have no slice of one of the classes.
         num_workers (`int`): processes; 0 and 1 both mean this one.
 
     Returns:
         `dict`: the content of preprocessing.json.
 
     Raises:
-        InputError: a patient is bad, or the output holds something else or a data set made with other options.
+        InputError: a patient is bad, a split lacks a class, or the output holds something else or a data set made with
+            other options.
         BusyError: another process is writing the output.
     """
     output = Path(output)
@@ -105,7 +117,7 @@ def prepare(
             for folder in set(unfinished) - {work}:
                 shutil.rmtree(folder)
             make_folder(work)
-            preprocessing = _fill(source, output, work, splits, facts, skip_bad, num_workers)
+            preprocessing = _fill(source, output, work, splits, facts, skip_bad, allow_missing_classes, num_workers)
         for folder in {*unfinished, work}:
             shutil.rmtree(folder, ignore_errors=True)
     return preprocessing
@@ -120,6 +132,7 @@ def _choose_splits(source: Source, seed: int, split_file, limit: int | None) -> 
     if limit is not None and (split_file is not None or fixed is not None):
         raise InputError("the number of patients can't be limited if a file or the source gives the splits")
     patients = [check_patient_id(name) for name in source.patients()][:limit]
+    source.check_labels()
     for patient, reason in source.left_out.items():
         logger.warning("left out %s: %s", patient, reason)
     if split_file is not None:
@@ -134,11 +147,12 @@ def _choose_splits(source: Source, seed: int, split_file, limit: int | None) -> 
 
 
 def _fill(
-    source: Source, output: Path, work: Path, splits: dict, facts: dict, skip_bad: bool, num_workers: int
-) -> dict:
+    source: Source, output: Path, work: Path, splits: dict, facts: dict, skip_bad: bool, allow_missing_classes: bool,
+    num_workers: int,
+) -> dict:  # fmt: skip
     """Write one file per patient, then the shards, then preprocessing.json, whose content is returned."""
     patients = [patient for name in SPLITS for patient in splits[name]]
-    waiting = [patient for patient in patients if not (work / f"{patient}.parquet").exists()]
+    waiting = [patient for patient in patients if not (work / f"{patient}.json").exists()]
     if len(waiting) < len(patients):
         logger.warning("%s: %d of %d patients are already done", output, len(patients) - len(waiting), len(patients))
     written = _for_each(partial(_write_patient, source, work, facts), waiting, num_workers, "Preparing")
@@ -148,51 +162,120 @@ def _fill(
         raise InputError(which + next(iter(bad.values())))
     for patient, problem in bad.items():
         logger.warning("skipped %s: %s", patient, problem)
-    kept = {name: [patient for patient in ids if patient not in bad] for name, ids in splits.items()}
-    preprocessing = facts | {
-        "splits": _write_shards(work, kept, facts), "skipped": sorted({*bad, *source.left_out})
-    }  # fmt: skip
+    summaries = {patient: read_json(work / f"{patient}.json") for patient in patients if patient not in bad}
+    understood = _understood(source, splits, summaries)
+    if not allow_missing_classes and (missing := _missing_classes(source, understood["splits"])):
+        raise InputError(missing[0])
+    _write_shards(work, splits, summaries, facts)
+    preprocessing = facts | understood | {"skipped": sorted({*bad, *source.left_out})}
     shutil.rmtree(output / "data", ignore_errors=True)
     os.replace(work / "data", output / "data")
     write_json(preprocessing, output / PREPROCESSING_FILE)
     return preprocessing
 
 
-def _write_shards(work: Path, splits: dict[str, list[str]], facts: dict) -> dict[str, dict[str, int]]:
-    """Merge the patients' files to shards of about 400 MB, uncompressed; return the counts of each split."""
+def _understood(source: Source, splits: dict[str, list[str]], summaries: dict[str, dict]) -> dict:
+    """Return the counts of each split and the range of each modality, over the patients that have a summary."""
+    counts, ranges = {}, {}
+    for split, patients in splits.items():
+        found = [summaries[patient] for patient in patients if patient in summaries]
+        classes = {
+            name: {
+                "patients": sum(name in f["slices"] for f in found),
+                "slices": sum(f["slices"].get(name, 0) for f in found),
+            }
+            for name in source.class_names
+        }
+        slices = sum(count["slices"] for count in classes.values())
+        unhealthy = slices - classes[source.class_names[0]]["slices"]
+        counts[split] = {"patients": len(found), "slices": slices, "unhealthy": unhealthy, "classes": classes}
+    for index, modality in enumerate(source.modalities):
+        found = [summary["value_range"][index] for summary in summaries.values() if summary["value_range"]]
+        if found:
+            ranges[modality] = [min(low for low, _ in found), max(high for _, high in found)]
+    return {"splits": counts, "value_range": ranges}
+
+
+def _missing_classes(source: Source, counts: dict[str, dict]) -> list[str]:
+    """Return a line for each split with patients that lacks a class."""
+    hint = "if that is meant, --allow_missing_classes"
+    if source.name == "folder":
+        hint += "; if each image is a patient of its own, --one_image_per_patient"
+    return [
+        f"{source.path}: {split} has {count['patients']} patients and no {name} slice ({hint})"
+        for split, count in counts.items()
+        for name, of_class in count["classes"].items()
+        if count["patients"] and not of_class["slices"]
+    ]
+
+
+def describe(source: Source, understood: dict) -> list[str]:
+    """Return lines that say what was understood of a source.
+
+    Args:
+        source (`Source`): as given to [`prepare`].
+        understood (`dict`): preprocessing.json, or its `splits` and `value_range`.
+    """
+    lines = [*source.summary, f"healthy class: {source.class_names[0]}"]
+    for name, count in understood["splits"].items():
+        line = f"{name}: {count['patients']} patients, {count['slices']} slices, {count['unhealthy']} unhealthy"
+        of_class = [
+            f"{n} {c['slices']} slices of {c['patients']} patients" for n, c in count.get("classes", {}).items()
+        ]
+        lines.append(f"{line} ({', '.join(of_class)})" if of_class else line)
+    if ranges := understood.get("value_range"):
+        told = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in ranges.items())
+        lines.append(f"value range before scaling ({source.normalize}): {told}")
+    if source.unused:
+        more = f" and {len(source.unused) - 5} more" if len(source.unused) > 5 else ""
+        lines.append(f"not used: {', '.join(source.unused[:5])}{more}")
+    return lines
+
+
+def _write_shards(work: Path, splits: dict[str, list[str]], summaries: dict[str, dict], facts: dict) -> None:
+    """Merge the patients' files to shards of about 400 MB, uncompressed."""
     shutil.rmtree(work / "data", ignore_errors=True)
     make_folder(work / "data")
     pixels = facts["size"] ** 2
     row_bytes = pixels * (facts["channels"] * np.dtype(facts["dtype"]).itemsize + facts["has_masks"])
-    counts = {}
     for split, patients in splits.items():
-        shards, labels, filled = [], [], 0
-        for patient in patients:
-            path = work / f"{patient}.parquet"
-            own = pyarrow.parquet.read_table(path, columns=["label"])["label"].to_pylist()
-            labels += own
-            if not shards or filled + len(own) * row_bytes > SHARD_BYTES:
+        shards, filled = [], 0
+        for patient in (patient for patient in patients if patient in summaries):
+            own = sum(summaries[patient]["slices"].values()) * row_bytes
+            if not shards or filled + own > SHARD_BYTES:
                 shards, filled = [*shards, []], 0
-            shards[-1].append(path)
-            filled += len(own) * row_bytes
+            shards[-1].append(work / f"{patient}.parquet")
+            filled += own
         for number, shard in enumerate(shards):
             tables = (pyarrow.parquet.read_table(path) for path in shard)
             name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
             write_tables(work / "data" / name, tables, facts["class_names"])
-        unhealthy = sum(label > 0 for label in labels)
-        counts[split] = {"patients": len(patients), "slices": len(labels), "unhealthy": unhealthy}
-    return counts
+
+
+def _summary(source: Source, slices: PatientSlices) -> dict:
+    counts = zip(*np.unique(slices.labels, return_counts=True), strict=True)
+    return {
+        "slices": {source.class_names[label]: int(count) for label, count in counts},
+        "value_range": slices.value_range,
+    }
+
+
+def _examine_patient(source: Source, patient: str) -> tuple[list[str], dict | None]:
+    """Return the problems of a patient and, if there is none, its summary."""
+    slices, problems = source.examine(patient)
+    return problems, None if problems else _summary(source, slices)
 
 
 def _write_patient(source: Source, work: Path, facts: dict, patient: str) -> str | None:
-    """Write one patient's file; return the problem if there is one."""
+    """Write one patient's file and summary; return the problem if there is one."""
     try:
         slices = source.read(patient)
+        table = slices_to_table(slices, facts["class_names"], facts["dtype"], facts["scale"])
     except InputError as error:
         return str(error)
-    table = slices_to_table(slices, facts["class_names"], facts["dtype"], facts["scale"])
     with new_file(work / f"{patient}.parquet") as temporary:
         write_tables(temporary, [table], facts["class_names"])
+    write_json(_summary(source, slices), work / f"{patient}.json")  # last: it says that the patient is done
     return None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.data.geometry import FIELD_MM, slices_from_volume
-from diffusers_cf.data.intensity import DEFAULT_NORMALIZE
+from diffusers_cf.data.intensity import DEFAULT_NORMALIZE, intensity_problem
 from diffusers_cf.data.nifti import (
     MODALITIES,
     Scan,
@@ -29,8 +29,7 @@ from diffusers_cf.files import read_json
 # A brain fills about half of its bounding box, and hardly any of the faces of one.
 MAX_FOREGROUND = 0.6
 MAX_FACE = 0.2
-# Resampling with splines rings a little below 0; z-scored scans are negative in about half of their voxels.
-MAX_NEGATIVE = 0.2
+WHOLE = 1e-3  # how far a label id may be from a whole number
 
 
 def check_patient_id(name: str) -> str:
@@ -55,13 +54,8 @@ def choose_modalities(path: Path, known: Sequence[str], wanted: Iterable[str]) -
 
 def scan_errors(modality: str, scan: Scan) -> list[str]:
     """Return why a modality can't be used: it is empty or its intensities are not raw."""
-    positive, negative = int((scan.data > 0).sum()), int((scan.data < 0).sum())
-    if not positive:
-        return [f"{scan.path}: {modality} is empty: no voxel above 0"]
-    if negative > MAX_NEGATIVE * (positive + negative):
-        share = round(100 * negative / (positive + negative))
-        return [f"{scan.path}: {share} % of the voxels of {modality} are negative, but raw intensities start at 0"]
-    return []
+    problem = intensity_problem(scan.data, DEFAULT_NORMALIZE)
+    return [f"{scan.path}: {modality}: {problem}"] if problem else []
 
 
 def skull_warnings(modality: str, scan: Scan) -> list[str]:
@@ -81,12 +75,15 @@ def skull_warnings(modality: str, scan: Scan) -> list[str]:
 
 
 def seg_problems(seg: Scan, known_ids: frozenset[int]) -> tuple[list[str], list[str]]:
-    """Return the errors (ids that are not whole numbers from 0 up) and warnings (unknown ids) of a segmentation."""
-    ids = np.unique(seg.data)
-    wrong = ids[(ids != np.rint(ids)) | (ids < 0)]
+    """Return the errors (ids that are not whole numbers from 0 up) and warnings (unknown ids) of a segmentation.
+
+    Ids within 1e-3 of a whole number are that number: header scaling and resampling leave 0.9999999.
+    """
+    values = np.unique(seg.data).astype(np.float64)
+    wrong = values[(np.abs(values - np.rint(values)) > WHOLE) | (np.rint(values) < 0)]
     if wrong.size:
-        return [f"{seg.path}: labels must be whole numbers from 0 up, found {wrong[0]:g}"], []
-    unknown = [int(i) for i in ids if int(i) not in known_ids]
+        return [f"{seg.path}: labels must be whole numbers from 0 up, found {wrong[0]:.6g}"], []
+    unknown = sorted({int(i) for i in np.rint(values)} - known_ids)
     found, known = (", ".join(map(str, some)) for some in (unknown[:5], sorted(known_ids)))
     return [], [f"{seg.path}: unknown label ids {found} (known: {known})"] if unknown else []
 
@@ -152,7 +149,7 @@ class VolumeSource(Source):
         if problems:
             return None
         volume = np.stack([scans[modality].data for modality in self.modalities])
-        spacing, mask = scans[self.modalities[0]].spacing_mm, None if seg is None else seg.data
+        spacing, mask = scans[self.modalities[0]].spacing_mm, None if seg is None else np.rint(seg.data)
         return slices_from_volume(patient, volume, mask, spacing, self.size, self.field_mm, self.normalize)
 
 

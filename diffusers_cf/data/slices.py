@@ -36,6 +36,8 @@ class PatientSlices:
         labels (`np.ndarray`): int64 `(S,)`, index into the class names.
         slices (`np.ndarray`): int64 `(S,)`, axial index in the scan, counted from its inferior end.
         masks (`np.ndarray`, *optional*): uint8 {0, 1} `(S, H, W)`, 1 = lesion; None where the source has no masks.
+        value_range (`list`, *optional*): least and greatest intensity of each channel before scaling.
+        depth (`int`, *optional*): number of axial slices of the scan, empty ones included; None if it is unknown.
     """
 
     patient: str
@@ -43,6 +45,8 @@ class PatientSlices:
     labels: np.ndarray
     slices: np.ndarray
     masks: np.ndarray | None = None
+    value_range: list[tuple[float, float]] | None = None
+    depth: int | None = None
 
 
 def slice_features(class_names: Iterable[str]) -> datasets.Features:
@@ -58,11 +62,18 @@ def slices_to_table(
     """Convert one patient to an Arrow table with the columns of `slice_features`.
 
     Intensities are stored as intensity x `scale`, rounded and clipped where `dtype` is an integer type.
+
+    Raises:
+        InputError: an intensity is too large for a float `dtype`, or a slice number for int32.
     """
     images = patient.images.astype(np.float32) * np.float32(scale)
     if np.issubdtype(np.dtype(dtype), np.integer):
         limits = np.iinfo(dtype)
         images = np.clip(np.rint(images), limits.min, limits.max)
+    elif (most := float(np.abs(images).max(initial=0))) > np.finfo(dtype).max:
+        raise InputError(f"{patient.patient}: an intensity of {most:g} can't be stored as {dtype}: choose --normalize")
+    if np.max(patient.slices, initial=0) > np.iinfo(np.int32).max:
+        raise InputError(f"{patient.patient}: slice number {np.max(patient.slices)} is too large")
     masks = [None] * len(images) if patient.masks is None else [m.astype(np.uint8).tobytes() for m in patient.masks]
     columns = {
         "image": [image.tobytes() for image in images.astype(dtype)],

@@ -28,6 +28,8 @@ class Source:
         class_names (`tuple[str, ...]`): names of the classes, in the order of the labels.
         has_masks (`bool`): whether every patient has lesion masks.
         left_out (`dict[str, str]`): patients that the source can't use, with the reason.
+        unused (`list[str]`): files and rows of the labels file that it does not use.
+        summary (`list[str]`): lines that say what it found.
 
     Raises:
         InputError: the geometry or the labels file can't be used.
@@ -41,8 +43,19 @@ class Source:
 
     def __init__(self, path: str | Path, size: int, field_mm: float, normalize: str, labels: str | Path | None = None):
         check_geometry(size, field_mm, normalize)
+        self.unused, self.summary = [], []
         self.path, self.size, self.field_mm, self.normalize = Path(path), size, field_mm, normalize
         self.labels: LabelTable | None = None if labels is None else read_labels(labels, self.class_names)
+
+    def check_labels(self) -> None:
+        """Note the rows of the labels file whose patient there is not; raise `InputError` if that is every row."""
+        if self.labels is None:
+            return
+        known, named = {*self.patients(), *self.left_out}, {patient for patient, _ in self.labels.classes}
+        if not named & known:
+            examples = f"{min(named, default='no row')}, and the patients are {', '.join(sorted(known)[:3])}, .."
+            raise InputError(f"{self.labels.path}: no row is about a patient of {self.path}: it names {examples}")
+        self.unused += [f"{self.labels.path.name}: rows of {patient}" for patient in sorted(named - known)]
 
     def patients(self) -> list[str]:
         """Return the sorted ids of all patients."""
