@@ -227,8 +227,8 @@ def test_scans_with_a_skull_give_warnings(open_explorer):
             scan = nib.load(path)
             nib.save(nib.Nifti1Image(np.asarray(scan.dataobj) + np.int16(1), scan.affine), path)
 
-    explorer = open_explorer(fill_the_frame)
-    assert len(explorer.warnings) == 2 and all("skull-stripped" in warning for warning in explorer.warnings)
+    warnings = open_explorer(fill_the_frame).volumes.warnings
+    assert len(warnings) == 2 and all("skull-stripped" in warning for warning in warnings)
 
 
 def test_decompressed_files_and_their_voxels_have_a_limit(open_explorer, explorer):

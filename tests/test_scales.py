@@ -10,8 +10,9 @@ from segmentation_files import SETTINGS, make_pipe
 
 from diffusers_cf.cli import main
 from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.segmentation.cohorts import patient_files
 from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
-from diffusers_cf.segmentation.volumes import network_slices, patient_files, read_volumes
+from diffusers_cf.segmentation.volumes import network_slices, read_volumes
 
 
 DATA = Path(os.environ.get("DIFFUSERS_CF_DATA", Path(__file__).parents[2] / "shared" / "data"))
