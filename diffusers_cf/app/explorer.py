@@ -109,9 +109,8 @@ class Explorer:
     def first_slice(self) -> int:
         """The slice to show first: the one with most of the expert's lesion, or else the middle one."""
         seg = self.volumes.seg
-        if seg is None or not seg.any():
-            return self.slices[len(self.slices) // 2]
-        return int(seg.sum(axis=(0, 1)).argmax())
+        has_lesion = seg is not None and seg.any()
+        return int(seg.sum(axis=(0, 1)).argmax()) if has_lesion else self.slices[len(self.slices) // 2]
 
     def view(self, index: int, settings: Mapping) -> SliceView:
         """Return one slice under the given settings; only what changed since an earlier call is computed.

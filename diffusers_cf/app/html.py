@@ -60,8 +60,9 @@ def verdict_html(view: SliceView, threshold: float | None) -> str:
     if not view.mask.any():
         return _verdict("healthy", "Slice: healthy", f"no lesion at the threshold of {threshold:.3g}; {score}")
     area = view.mask.sum() * np.prod(view.pixel_mm) / 100
-    text = f"{area:.1f} cm² at or above the threshold of {threshold:.3g}; {score}"
-    return _verdict("unhealthy", "Slice: unhealthy", text)
+    return _verdict(
+        "unhealthy", "Slice: unhealthy", f"{area:.1f} cm² at or above the threshold of {threshold:.3g}; {score}"
+    )
 
 
 def volume_html(files: VolumeFiles) -> str:

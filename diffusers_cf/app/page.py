@@ -112,13 +112,8 @@ class Page:
         """Load the files that were dropped, or else the chosen phantom, and show the first slice."""
         if explorer:
             explorer.close()
-        yield {
-            self.explorer: None,
-            self.files: None,
-            self.phantom: None if files else phantom,
-            self.work: gr.Column(visible=False),
-            self.start: gr.HTML(visible=True),
-        }
+        cleared = {self.explorer: None, self.files: None, self.phantom: None if files else phantom}
+        yield cleared | {self.work: gr.Column(visible=False), self.start: gr.HTML(visible=True)}
         with self._errors_shown():
             folder = TemporaryDirectory(dir=self.root, ignore_cleanup_errors=True)
             try:
