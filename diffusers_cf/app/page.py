@@ -57,11 +57,10 @@ class Page:
             self._add_events()
 
     def _add_components(self) -> None:
-        names = self.modalities
         self.explorer = gr.State(time_to_live=SECONDS_KEPT, delete_callback=lambda found: found and found.close())
         gr.Markdown(INTRODUCTION)
         with gr.Row(equal_height=True):
-            label = f"all files of one patient together: {', '.join(names)} (.nii.gz)"
+            label = f"all files of one patient together: {', '.join(self.modalities)} (.nii.gz)"
             self.files = gr.File(label=label, file_count="multiple", elem_id="cf-files", height=90, scale=3)
             self.phantom = gr.Radio(list(PHANTOMS), label="or a phantom", elem_id="cf-phantom", scale=3)
         self.start = gr.HTML(START)
@@ -71,7 +70,9 @@ class Page:
             with gr.Row():
                 # gradio checks a value against this range also after it has dropped the session: 0 to 9999 fits any scan
                 self.index = gr.Slider(0, 9999, step=1, label="slice (0 = lowest)", elem_id="cf-index", scale=3)
-                self.channel = gr.Radio(names, value=names[0], label="modality", elem_id="cf-channel", scale=2)
+                self.channel = gr.Radio(
+                    self.modalities, value=self.modalities[0], label="modality", elem_id="cf-channel", scale=2
+                )
             with gr.Row():
                 guidance_scale, strength, steps, threshold = self.start_values.values()
                 train_steps = self.pipe.scheduler.config.num_train_timesteps
@@ -167,9 +168,8 @@ class Page:
 
     def _settings(self, values: tuple[float, ...]) -> dict:
         """Return settings from the controls; a control that was not moved gives exactly the recommended value."""
-        given = dict(zip(SETTINGS, values, strict=True))
-        moved = {name: value for name, value in given.items() if value != self.start_values[name]}
-        return self.recommended | moved
+        given = zip(SETTINGS, values, strict=True)
+        return self.recommended | {name: value for name, value in given if value != self.start_values[name]}
 
     def _without_folder(self, text: str) -> str:
         """Remove the paths of the app's temporary folders from a message; the files' own names stay."""
