@@ -27,8 +27,9 @@ from diffusers_cf.data.slices import batches_of
 from diffusers_cf.images import network_images
 from diffusers_cf.inference import DTYPES, compile_network, compute_in, open_pipeline
 from diffusers_cf.loading import PRETRAINED
+from diffusers_cf.segmentation.cohorts import patient_files
 from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
-from diffusers_cf.segmentation.volumes import map_slices, patient_files, read_volumes
+from diffusers_cf.segmentation.volumes import map_slices, read_volumes
 from diffusers_cf.settings import PAPER_SETTINGS
 
 

@@ -77,7 +77,5 @@ def foreign_addresses(page):
     """Every address in a page, scripts and viewers included, that a browser would load from the network."""
     for _ in range(2):  # a viewer is a page in an attribute, and may itself hold pages in attributes
         page = html.unescape(page)
-    found = re.findall(r"""(?:\bsrc|\bhref|\baction|\bdata|\bposter)\s*=\s*["']?([^"'\s>]+)""", page)
-    found += re.findall(r"""url\(\s*["']?([^"')]+)|@import\s+["']?([^"';]+)""", page)
-    flat = [part for match in found for part in ([match] if isinstance(match, str) else match)]
-    return [address for address in flat if re.match(r"(?i)(?:https?:|ftp:|wss?:)?//", address)]
+    attributes = r"""(?:\b(?:src|href|action|data|poster)\s*=|\burl\(|@import)\s*["']?([^"'\s>);]+)"""
+    return [found for found in re.findall(attributes, page) if re.match(r"(?i)(?:https?:|ftp:|wss?:)?//", found)]

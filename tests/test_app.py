@@ -1,6 +1,5 @@
 """`diffusers-cf app` in headless Chromium: what a user sees, downloads and leaves behind."""
 
-import gzip
 import importlib
 import os
 import re
@@ -169,16 +168,9 @@ def test_from_files_to_files(open_page, patients, server, tmp_path):
     page.wait_for_selector("#cf-found .progress-text, #cf-found .progress-bar", timeout=30000)
     page.wait_for_selector("#cf-found .cf-verdict", timeout=200000)
     assert "guidance scale 4, strength 0.5, 10 steps, threshold 0.05" in page.inner_text("#cf-found")
-    segment = [
-        "segment",
-        str(patients / "0"),
-        "--model",
-        str(PRETRAINED / "phantom_small"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    segment = ["segment", patients / "0", "--model", PRETRAINED / "phantom_small", "--output", tmp_path / "out"]
     settings = "--guidance_scale 4 --strength 0.5 --num_inference_steps 10 --threshold 0.05 --dtype float32"
-    assert main([*segment, *settings.split()]) == 0
+    assert main([*map(str, segment), *settings.split()]) == 0
     for name in ("heatmap", "mask"):
         ours, theirs = download(page, name, tmp_path), nib.load(tmp_path / "out" / "0" / f"{name}.nii.gz")
         assert ours.header == theirs.header and np.asanyarray(theirs.dataobj).any()
@@ -211,22 +203,6 @@ def test_a_phantom_and_no_control_before_it(open_page):
     assert "expert" in page.inner_text("#cf-pictures") and page.locator("#cf-volume").is_visible()
 
 
-def test_bad_uploads_are_one_line_and_nothing_is_kept(open_page, patients, server, tmp_path):
-    page = open_page()
-    load(page, patients / "1")
-    missing, bomb = (shutil.copytree(patients / "1", tmp_path / name) for name in ("missing", "bomb"))
-    (missing / f"{NAME}_t1.nii.gz").unlink()
-    path = bomb / f"{NAME}_t1.nii.gz"
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(UPLOAD_MB << 20)))
-    for folder, message in ((missing, "modality missing: t1"), (bomb, "bytes after decompression")):
-        drop(page, folder)
-        page.wait_for_selector(f".toast-message-text >> text={message}", timeout=60000)
-        assert "/" not in page.inner_text(".toast-message-text") and not page.locator(HEAT).count()
-        assert not files_of(server[1])
-    load(page, patients / "1")
-    assert NAME not in server[2].read_text() and "Traceback" not in server[2].read_text()
-
-
 def test_a_file_above_the_limit_changes_nothing(open_page, patients, server, tmp_path):
     page = open_page()
     load(page, patients / "1")
@@ -236,23 +212,6 @@ def test_a_file_above_the_limit_changes_nothing(open_page, patients, server, tmp
     drop(page, folder)
     page.wait_for_selector(f".toast-message-text >> text={NAME}_t1.nii.gz", timeout=60000)
     assert set(files_of(server[1])) == before and overlay(page) == shown
-
-
-def test_a_chunked_upload_above_the_limit_is_cut_off(server):
-    host, port = re.search(r"//(.*):(\d+)", server[0]).groups()
-    start = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n"
-    part = b'--cut\r\nContent-Disposition: form-data; name="files"; filename="t1.nii"\r\n\r\n'
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(start.encode() + b"Content-Type: multipart/form-data; boundary=cut\r\n\r\n")
-        sizes = [0]
-        try:
-            for chunk in [part, *[bytes(1 << 20)] * (4 * UPLOAD_MB)]:
-                connection.sendall(b"%x\r\n%s\r\n" % (len(chunk), chunk))
-                sizes += [path.stat().st_size for path in files_of(server[1]) if path.exists()]
-            answer = connection.recv(100)
-        except ConnectionError:  # closed before everything was sent
-            answer = b"413"
-    assert b"413" in answer and max(sizes) <= UPLOAD_MB << 20 and not files_of(server[1])
 
 
 def test_only_this_machine_and_only_its_own_files(server, open_page, patients):

@@ -1,11 +1,11 @@
-"""Which folders of a cohort are patients, and how they are called."""
+"""Which folders of a cohort are patients, how they are called, and which files are their scans."""
 
 from pathlib import Path
 
 import pytest
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.segmentation.cohorts import find_patients
+from diffusers_cf.segmentation.cohorts import find_patients, patient_files
 
 
 NAMES = ["flair", "t1", "t1ce", "t2"]
@@ -94,3 +94,23 @@ def test_folders_without_patients(tmp_path, folder, reason):
     touch(tmp_path, "A/a_adc.nii.gz", "file.nii.gz")
     with pytest.raises(InputError, match=f"{folder}: .*{reason}"):
         find_patients(tmp_path / folder, NAMES)
+
+
+def test_each_modality_has_one_file(tmp_path):
+    touch(tmp_path, "P_T1n.nii.gz", "P-t2.nii", "P_FLAIR.nii.gz", "P_seg.nii.gz", "P_notes.txt", ".P_t1.nii")
+    files = patient_files(tmp_path, ["t1", "t2w", "FLAIR"])
+    assert list(files) == ["t1", "t2w", "FLAIR", "seg"]  # spelled and ordered as asked for
+    assert [path.name for path in files.values()] == ["P_T1n.nii.gz", "P-t2.nii", "P_FLAIR.nii.gz", "P_seg.nii.gz"]
+    with pytest.raises(
+        InputError, match=r"modality missing: adc, t1ce \(names end in adc: adc; t1ce: t1ce, t1gd, t1c\)"
+    ):
+        patient_files(tmp_path, ["t1", "adc", "t1ce"])
+    touch(tmp_path, "x-t1w.nii")
+    with pytest.raises(InputError, match="several files are t1: P_T1n.nii.gz, x-t1w.nii"):
+        patient_files(tmp_path, ["t1"])
+
+
+def test_bids_marks_a_contrast_agent_by_an_entity(tmp_path):
+    touch(tmp_path, "sub-01_T1w.nii.gz", "sub-01_ce-gadolinium_T1w.nii.gz", "sub-01_ce-gd_FLAIR.nii")
+    names = [path.name for path in patient_files(tmp_path, ["t1ce", "t1", "flair"]).values()]
+    assert names == ["sub-01_ce-gadolinium_T1w.nii.gz", "sub-01_T1w.nii.gz", "sub-01_ce-gd_FLAIR.nii"]

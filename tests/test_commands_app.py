@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import re
-import runpy
 import shutil
 import socket
 import subprocess
@@ -61,16 +60,6 @@ def test_an_address_or_a_model_that_cannot_be_used_is_one_line(tmp_path, what):
     assert last.startswith("error: ") and options[1] in last
 
 
-@pytest.mark.slow
-def test_a_missing_browser_fails_in_ci_and_is_skipped_elsewhere(tmp_path):
-    test = [str(Path(__file__).with_name("test_app.py")), "-k", "phantom", "-q", "-rs", "-p", "no:cacheprovider"]
-    for ci, outcome in (("true", "1 error"), ("", "1 skipped")):
-        environment = os.environ | {"CI": ci, "PATH": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-m", "pytest", *test], env=environment, capture_output=True, text=True)
-        assert outcome in done.stdout and "there is no Chromium" in done.stdout
-        assert (done.returncode == 0) == (outcome == "1 skipped")
-
-
 def dependencies(extra):
     """Names of the packages that diffusers_cf needs, always or with an extra."""
     for requirement in importlib.metadata.requires("diffusers_cf"):
@@ -81,22 +70,22 @@ def dependencies(extra):
 
 @pytest.mark.slow
 def test_the_space_runs_on_the_copy_of_the_package_beside_it(tmp_path):
-    shutil.copytree(SPACE, tmp_path / "space")
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "diffusers_cf", tmp_path / "space" / "diffusers_cf", ignore=ignored)
+    space = shutil.copytree(SPACE, tmp_path / "space")
+    shutil.copytree(ROOT / "diffusers_cf", space / "diffusers_cf", ignore=shutil.ignore_patterns("__pycache__"))
     code = (
         "import runpy, diffusers_cf, diffusers_cf.cli\n"
         "diffusers_cf.cli.main = lambda arguments: print(diffusers_cf.__file__, *arguments) or 0\n"
         "runpy.run_path('app.py', run_name='__main__')"
     )
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MODEL")}
-    space = {"cwd": tmp_path / "space", "env": environment}
-    done = subprocess.run([sys.executable, "-c", code], **space, capture_output=True, text=True, check=True)
-    package = f"{tmp_path}/space/diffusers_cf/__init__.py"
-    assert done.stdout.split() == [package, "app", "--host", "0.0.0.0", "--port", "7860"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"MODEL": "user/name"}
+    options = {"cwd": space, "env": environment, "capture_output": True, "text": True, "check": True}
+    package, *arguments = subprocess.run([sys.executable, "-c", code], **options).stdout.split()
+    args = build_parser("app").parse_args(arguments)
+    assert package == f"{space}/diffusers_cf/__init__.py"
+    assert (args.model, args.host, args.port) == ("user/name", "0.0.0.0", 7860)
 
 
-def test_the_space_is_what_the_tests_ran_with(monkeypatch):
+def test_the_space_is_what_the_tests_ran_with():
     text = (SPACE / "README.md").read_text(encoding="utf-8")
     facts = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL).group(1))
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
@@ -106,10 +95,3 @@ def test_the_space_is_what_the_tests_ran_with(monkeypatch):
     lines = (SPACE / "requirements.txt").read_text().splitlines()
     asked_for = {re.match(r"[\w.-]+", line).group().lower() for line in lines if line[0] not in "#-"}
     assert asked_for == set(dependencies("")) | set(dependencies("phantom"))
-    asked = []
-    monkeypatch.setattr("diffusers_cf.cli.main", lambda arguments: asked.append(arguments) or 0)
-    monkeypatch.setenv("MODEL", "user/name")
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(SPACE / facts["app_file"]), run_name="__main__")
-    args = build_parser("app").parse_args(asked[0])
-    assert (args.model, args.host, args.port) == ("user/name", "0.0.0.0", 7860)

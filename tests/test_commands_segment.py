@@ -1,6 +1,10 @@
 """`diffusers-cf segment` on one patient and on cohorts."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -147,3 +151,29 @@ def test_errors_of_the_machine_do_not_stop_the_others(cohort, tmp_path, capsys, 
     reason = "out of memory (Unable to allocate 9 GiB)" if isinstance(error, MemoryError) else error.strerror
     assert line == f"error: {tmp_path / 'out' / 'A'}: {reason}"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["B", "summary.json"]
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_whole_results_and_goes_on(model, tmp_path):
+    """The first run is killed while it writes its third patient; the second one meets a damaged scan after that."""
+    names, out = [f"P_{index}" for index in range(6)], tmp_path / "out"
+    folders = [write_brats(tmp_path / "scans", name, seed=seed) for seed, name in enumerate(names)]
+    damaged = folders[4] / "P_4_t1.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    options = ["segment", tmp_path / "scans", "--model", model, "--output", out]
+    command = [sys.executable, "-m", "diffusers_cf.cli", *map(str, options)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (len(list(out.glob("P_*"))) >= 2 and list(out.glob(".P_*.tmp-*"))):
+        assert process.poll() is None, "ended before it was killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    finished = len(list(out.glob("P_*")))
+    assert 2 <= finished < 5 and list(out.glob(".P_*.tmp-*"))
+    again = subprocess.run(command, capture_output=True, text=True)
+    (line,) = error_lines(again)
+    assert again.returncode == 2 and "P_4_t1.nii.gz: truncated" in line and "Traceback" not in again.stderr
+    assert f"{5 - finished} done, {finished} finished before, 1 failed" in again.stdout
+    names.remove("P_4")
+    assert sorted(path.name for path in out.iterdir()) == [*names, "summary.json"]
+    assert all(len(list((out / name).iterdir())) == 6 for name in names)

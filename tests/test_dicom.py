@@ -6,16 +6,14 @@ import pytest
 
 from diffusers_cf.data.nifti import to_canonical
 from diffusers_cf.errors import InputError
-from diffusers_cf.segmentation.cohorts import find_patients
+from diffusers_cf.segmentation.cohorts import find_patients, patient_files
 from diffusers_cf.segmentation.dicom import (
     is_series,
     read_series,
     series_sha256,
-    write_parametric_map,
-    write_segmentation,
+    write_dicom,
 )  # fmt: skip
 from diffusers_cf.segmentation.patient import segment_patient
-from diffusers_cf.segmentation.volumes import patient_files
 
 
 highdicom, pydicom = pytest.importorskip("highdicom"), pytest.importorskip("pydicom")
@@ -51,17 +49,16 @@ def test_every_voxel_is_where_the_files_say(series, voxels):
 def test_masks_and_heatmaps_come_back_voxel_by_voxel_and_refer_to_their_images(series, tmp_path):
     scan = to_canonical(read_series(series))
     mask, heat = scan.data > 700, (scan.data / 1000).astype(np.float32)
-    write_segmentation(tmp_path / "mask.dcm", mask, scan.affine, series, "lesion")
-    write_parametric_map(tmp_path / "heat.dcm", heat, scan.affine, series, "heat", "1 = 2 medians")
+    write_dicom(tmp_path, mask, heat, scan, "P_01", "1 = 2 medians")
     segmentation = highdicom.seg.segread(tmp_path / "mask.dcm").get_volume(combine_segments=True)
-    parametric = highdicom.imread(tmp_path / "heat.dcm").get_volume()
+    parametric = highdicom.imread(tmp_path / "heatmap.dcm").get_volume()
     grid = highdicom.Volume(np.zeros(scan.data.shape), scan.affine, "PATIENT", from_reference_convention="RAS")
     for volume, expected in ((segmentation, mask), (parametric, heat)):
         found = volume.match_geometry(grid, tol=1e-4).array
         assert np.array_equal(found.reshape(expected.shape), expected)
     images = [pydicom.dcmread(path, stop_before_pixels=True) for path in series.iterdir()]
     positions = {image.SOPInstanceUID: [float(value) for value in image.ImagePositionPatient] for image in images}
-    for name in ("mask.dcm", "heat.dcm"):
+    for name in ("mask.dcm", "heatmap.dcm"):
         made = pydicom.dcmread(tmp_path / name)
         assert made.StudyInstanceUID == images[0].StudyInstanceUID and made.PatientID == "P_01"
         assert len(made.PerFrameFunctionalGroupsSequence) == len(images)
@@ -69,8 +66,8 @@ def test_masks_and_heatmaps_come_back_voxel_by_voxel_and_refer_to_their_images(s
             source = frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
             position = [float(value) for value in frame.PlanePositionSequence[0].ImagePositionPatient]
             assert positions[source] == pytest.approx(position, abs=1e-4)
-    write_segmentation(tmp_path / "empty.dcm", 0 * mask, scan.affine, series, "lesion")
-    assert not highdicom.seg.segread(tmp_path / "empty.dcm").get_volume().array.any()
+    write_dicom(tmp_path, 0 * mask, 0 * heat, scan, "P_01", "1 = 2 medians")
+    assert not highdicom.seg.segread(tmp_path / "mask.dcm").get_volume().array.any()
 
 
 def test_a_series_is_found_by_the_name_of_its_folder(series, tmp_path):

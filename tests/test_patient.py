@@ -99,8 +99,7 @@ def test_report(segmented, patient):
 
 
 def test_no_scores_without_a_seg_file_and_none_if_it_is_empty(pipe, patient, tmp_path):
-    seg = nib.load(patient / "P_01_seg.nii.gz")
-    nib.save(nib.Nifti1Image(np.zeros(seg.shape, np.uint8), seg.affine), patient / "P_01_seg.nii.gz")
+    save(patient / "P_01_seg.nii.gz", np.zeros((26, 32, 12), np.uint8), "LPS")
     report = segment_patient(pipe, patient, tmp_path / "empty", progress=False)
     assert report["dice"] is None and report["auprc"] is None
     (patient / "P_01_seg.nii.gz").unlink()
@@ -130,26 +129,21 @@ def test_the_lesion_is_found_where_it_is_in_any_orientation(bright, tmp_path, fl
     assert not heat[:2].any() and not heat[..., 0].any()
 
 
-def test_counterfactuals_are_in_the_units_of_their_scan_and_never_negative(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("modality", "gain"), [("flair", 1), ("t1", 3)])
+@pytest.mark.parametrize("factor", [0.5, 3.0, -1.0])
+def test_counterfactuals_are_in_the_units_of_their_scan_and_never_negative(
+    tmp_path, monkeypatch, modality, gain, factor
+):
+    monkeypatch.setattr(BrightnessPipeline, "factor", factor)
     folder = write_cube(tmp_path / "P", "LAS", "LAS")
-    pipe = make_pipe(BrightnessPipeline, normalize="p50")
-
-    def counterfactual(modality, factor):
-        monkeypatch.setattr(BrightnessPipeline, "factor", factor)
-        segment_patient(pipe, folder, tmp_path / "out", overwrite=True, progress=False)
-        affine = nib.load(folder / "P_flair.nii.gz").affine
-        return to_ras(voxels(tmp_path / "out" / "P" / f"counterfactual_{modality}.nii.gz"), affine)
-
-    for modality, gain in (("flair", 1), ("t1", 3)):
-        written = counterfactual(modality, 0.5)
-        assert written[5, 25, 8] == pytest.approx(500 * gain, rel=1e-5)
-        assert written[15, 12, 5] == pytest.approx(50 * gain, rel=1e-5)
-        assert not written[:2].any() and not written[..., 0].any()
-    assert not counterfactual("flair", -1.0).any()
+    segment_patient(make_pipe(BrightnessPipeline, normalize="p50"), folder, tmp_path / "out", progress=False)
+    affine = nib.load(folder / "P_flair.nii.gz").affine
+    written = to_ras(voxels(tmp_path / "out" / "P" / f"counterfactual_{modality}.nii.gz"), affine)
+    for voxel, brightness in (((5, 25, 8), 1000), ((15, 12, 5), 100)):
+        assert written[voxel] == pytest.approx(max(0, factor) * brightness * gain, rel=1e-5)
     outside = np.ones((26, 32, 12), bool)
     outside[2:24, 3:30, 1:11] = False
-    written = counterfactual("t1", 3.0)
-    assert not written[outside].any() and (written[~outside] > 600).all()
+    assert not written[outside].any() and written.min() >= 0
 
 
 def test_postprocessing_if_the_model_asks_for_it(tmp_path):
@@ -203,19 +197,10 @@ def test_a_finished_patient_is_skipped_unless_overwrite_is_given(pipe, segmented
     assert json.loads((segmented[1] / "report.json").read_text())["settings"]["strength"] == 0.1
 
 
-def test_a_patient_that_another_process_is_writing(pipe, patient, tmp_path, monkeypatch):
+def test_a_patient_that_another_process_is_writing(pipe, patient, tmp_path):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".P_01.lock"), pytest.raises(BusyError, match="P_01"):
         segment_patient(pipe, patient, tmp_path / "out", progress=False)
-    read, first = patient_module.read_volumes, {}
-
-    def overtaken(*args):
-        monkeypatch.setattr(patient_module, "read_volumes", read)
-        first.update(segment_patient(pipe, patient, tmp_path / "out", progress=False))
-        return read(*args)
-
-    monkeypatch.setattr(patient_module, "read_volumes", overtaken)
-    assert segment_patient(pipe, patient, tmp_path / "out", progress=False) == first
 
 
 def test_files_that_segment_did_not_write_are_never_replaced(pipe, patient, tmp_path):
@@ -256,7 +241,7 @@ def test_scans_that_cannot_be_used(pipe, patient, tmp_path, modality, data, mess
     save(patient / f"P_01_{modality}.nii.gz", data.astype(np.float32), "LPS")
     with pytest.raises(InputError, match=message):
         segment_patient(pipe, patient, tmp_path / "out", progress=False)
-    assert not (tmp_path / "out" / "P_01").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_doubtful_scans_are_segmented_with_a_warning(pipe, patient, tmp_path, caplog):
@@ -274,9 +259,7 @@ def test_doubtful_scans_are_segmented_with_a_warning(pipe, patient, tmp_path, ca
         ({"settings": {}}, "MODEL recommends no threshold for the map counterfactual"),
         ({"modalities": None}, "MODEL: its preprocessing.json does not name the modalities"),
         ({"modalities": ["flair", "../../t1"]}, "MODEL: its modality '../../t1'"),
-        ({"modalities": ["flair"]}, "MODEL: takes 2 channels, but names the modalities flair$"),
         ({"normalize": "none"}, "MODEL: takes images as they are"),
-        ({"settings": SETTINGS | {"strength": "high"}}, "MODEL: preprocessing.json"),
     ],
 )
 def test_models_that_do_not_say_what_segmentation_needs(preprocessing, message):

@@ -1,7 +1,5 @@
 """A patient's scans, the mask that a threshold makes, and the preview."""
 
-from pathlib import Path
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ from segmentation_files import make_pipe, voxels
 
 from diffusers_cf.data.geometry import display, to_ras, undisplay
 from diffusers_cf.data.slices import PatientSlices
-from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.postprocessing import postprocess_maps, remove_small_components
 from diffusers_cf.plots import plot_slices
 from diffusers_cf.segmentation import volumes as volumes_module
@@ -22,36 +19,7 @@ from diffusers_cf.segmentation.volumes import (
     heat_volume,
     lesion_mask,
     most_suspicious,
-    patient_files,
 )  # fmt: skip
-
-
-def test_a_folder_is_listed_once_for_all_modalities(tmp_path, monkeypatch):
-    folder, listed, iterdir = write_brats(tmp_path, "P_01"), [], Path.iterdir
-    monkeypatch.setattr(Path, "iterdir", lambda path: listed.append(path) or iterdir(path))
-    files = patient_files(folder, ["t1", "t2w", "FLAIR"])
-    assert {name: path.name for name, path in files.items()} == {
-        "t1": "P_01_t1.nii.gz", "t2w": "P_01_t2.nii.gz", "FLAIR": "P_01_flair.nii.gz", "seg": "P_01_seg.nii.gz",
-    }  # fmt: skip
-    assert list(files) == ["t1", "t2w", "FLAIR", "seg"] and listed == [folder]
-
-
-def test_bids_marks_a_contrast_agent_by_an_entity(tmp_path):
-    for name in ("sub-01_T1w.nii.gz", "sub-01_ce-gadolinium_T1w.nii.gz", "sub-01_ce-gd_FLAIR.nii"):
-        (tmp_path / name).touch()
-    names = {name: path.name for name, path in patient_files(tmp_path, ["t1ce", "t1", "flair"]).items()}
-    assert names == {
-        "t1ce": "sub-01_ce-gadolinium_T1w.nii.gz", "t1": "sub-01_T1w.nii.gz", "flair": "sub-01_ce-gd_FLAIR.nii",
-    }  # fmt: skip
-
-
-def test_scans_that_are_missing_or_there_twice(tmp_path):
-    folder = write_brats(tmp_path, "P_01")
-    with pytest.raises(InputError, match=r"P_01: modality missing: adc, dwi \(names end in adc: adc; dwi: dwi\)"):
-        patient_files(folder, ["t1", "adc", "dwi"])
-    (folder / "x-t1n.nii").touch()
-    with pytest.raises(InputError, match="P_01: several files are t1: P_01_t1.nii.gz, x-t1n.nii"):
-        patient_files(folder, ["t1"])
 
 
 @pytest.mark.parametrize("voxels_per_pixel", [1, 2])

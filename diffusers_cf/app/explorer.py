@@ -4,30 +4,27 @@ import copy
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from diffusers_cf.data.geometry import display, volume_from_slices
 from diffusers_cf.data.intensity import unit_intensity
 from diffusers_cf.data.nifti import MAX_BYTES, read_nifti, to_canonical
-from diffusers_cf.data.scans import skull_warnings
+from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.trajectories import decode_images, decode_null, encode_images
 from diffusers_cf.images import resize_images
+from diffusers_cf.segmentation.cohorts import patient_files
 from diffusers_cf.segmentation.patient import segment_patient
-from diffusers_cf.segmentation.volumes import (
-    SliceMaps,
-    heat_volume,
-    lesion_mask,
-    network_slices,
-    patient_files,
-    read_volumes,
-)
+from diffusers_cf.segmentation.volumes import SliceMaps, heat_volume, lesion_mask, network_slices, read_volumes
+from diffusers_cf.settings import MAP_SETTINGS
 
 
 PATIENT = "patient"  # the page shows no patient's name
@@ -60,30 +57,26 @@ class VolumeFiles:
     lesion_slices: list[int]  # axial indices, in rising order
 
 
-class Recent(dict):
-    """A cache of the `RECENT` values that were used last."""
-
-    def get_or_make(self, key: Hashable, make: Callable, usable: Callable = lambda value: True):
-        """Return the value of a key; make it if it is missing or no longer usable."""
-        value = self.pop(key, None)
-        self[key] = value if value is not None and usable(value) else make()  # the key used last comes last
-        if len(self) > RECENT:
-            del self[next(iter(self))]
-        return self[key]
+def recent(cache: dict, key: tuple, make: Callable):
+    """Return the value of a key, made if it is missing. The cache keeps the `RECENT` values that were used last."""
+    cache[key] = cache.pop(key) if key in cache else make()
+    if len(cache) > RECENT:
+        del cache[next(iter(cache))]
+    return cache[key]
 
 
 class Explorer:
-    """One patient's scans, the encodings of the slices viewed last, and the files of the whole volume.
+    """One patient's scans, the encodings and maps of the slices viewed last, and the files of the whole volume.
 
-    `close` deletes its temporary folders; they also go when the explorer is garbage-collected.
+    `close` deletes its temporary folders, and so does garbage collection of the explorer.
 
     Args:
         pipe (`CounterfactualDDIMPipeline`): may be shared with other explorers.
         facts (`Mapping`): as from `segmentation_facts`.
         folder (`TemporaryDirectory`): this patient's own.
         scans (`Path`): the folder of the patient's scans, inside `folder`.
-        served (`Path`): a folder whose files the server sends to anyone who knows their path. It gets heatmap and mask of
-            the whole volume, nothing else, in a sub-folder with a name that can't be guessed.
+        served (`Path`): a folder whose files the server sends to anyone who knows their path. Only heatmap and mask of
+            the whole volume are put there, in a sub-folder whose name can't be guessed.
         batch_size (`int`, *optional*): slices at a time for the whole volume, as in `segment`.
         max_bytes (`int`): limit for the size of a file after decompression, and for its voxels as float32.
 
@@ -96,17 +89,14 @@ class Explorer:
         batch_size: int | None = None, max_bytes: int = MAX_BYTES,
     ) -> None:  # fmt: skip
         self.pipe, self.facts, self.scans, self.batch_size = with_own_schedulers(pipe), facts, scans, batch_size
-        self.modalities = facts["preprocessing"]["modalities"]
         self._folder, self._served, self._results = folder, served, None
         self._lock, self._closed = threading.Lock(), False
-        self._encodings, self._nulls, self._maps = Recent(), Recent(), Recent()
-        self._finished: tuple[dict, np.ndarray] | None = None
-        files = patient_files(scans, self.modalities)
+        self._encodings, self._nulls, self._maps = {}, {}, {}
+        self._finished = None, None  # settings and mask of the whole volume
+        files = patient_files(scans, facts["preprocessing"]["modalities"])
         self.volumes = read_volumes(PATIENT, files, max_bytes, max_bytes // np.dtype(np.float32).itemsize)
         self.found = network_slices(self.volumes, facts)
-        self.warnings, normalize = [], facts["preprocessing"]["normalize"]
-        for (name, scan), data in zip(self.volumes.files.items(), self.volumes.volume, strict=True):
-            self.warnings += skull_warnings(name, replace(scan, data=data))
+        normalize = facts["preprocessing"]["normalize"]
         self._scales = np.array([unit_intensity(scan, normalize) for scan in self.volumes.volume], np.float32)
         self._crop = _crop(self.volumes.foreground, self.volumes.spacing_mm)
 
@@ -119,9 +109,8 @@ class Explorer:
     def first_slice(self) -> int:
         """The slice to show first: the one with most of the expert's lesion, or else the middle one."""
         seg = self.volumes.seg
-        if seg is None or not seg.any():
-            return self.slices[len(self.slices) // 2]
-        return int(seg.sum(axis=(0, 1)).argmax())
+        has_lesion = seg is not None and seg.any()
+        return int(seg.sum(axis=(0, 1)).argmax()) if has_lesion else self.slices[len(self.slices) // 2]
 
     def view(self, index: int, settings: Mapping) -> SliceView:
         """Return one slice under the given settings; only what changed since an earlier call is computed.
@@ -133,9 +122,9 @@ class Explorer:
         Raises:
             InputError: the patient was closed, a setting is out of range, or the model yields NaN.
         """
-        key = (index, *(settings[name] for name in ("num_inference_steps", "strength", "guidance_scale", "map")))
         with self._lock:
-            maps = self._maps.get_or_make(key, lambda: self._compute_maps(index, settings))
+            key = (index, *(settings[name] for name in MAP_SETTINGS))
+            maps = recent(self._maps, key, lambda: self._compute_maps(index, settings))
         if self._closed:
             raise InputError(CLOSED)
         one = slice(index, index + 1)
@@ -143,7 +132,7 @@ class Explorer:
         volumes = replace(self.volumes, volume=self.volumes.volume[..., one], seg=seg)
         field_mm, spacing_mm = self.facts["preprocessing"]["field_mm"], volumes.spacing_mm
         heat = heat_volume(volumes, maps, maps.heatmaps, field_mm)
-        finished = self._finished is not None and self._finished[0] == settings
+        finished = self._finished[0] == settings
         if not settings["threshold"]:
             mask = None
         elif finished:
@@ -206,34 +195,27 @@ class Explorer:
         self._results and self._results.cleanup()
 
     def _compute_maps(self, index: int, settings: Mapping) -> SliceMaps:
-        row = index - self.slices[0]
-        images, labels = self.found.images[row : row + 1], self.found.labels[:1]
-        found = replace(self.found, images=images, slices=np.zeros(1, np.int64), labels=labels, masks=None)
+        """Compute a slice's maps, from an earlier encoding and null decoding where they are the same."""
+        row, steps, strength = index - self.slices[0], settings["num_inference_steps"], settings["strength"]
+        found = PatientSlices(PATIENT, self.found.images[row : row + 1], self.found.labels[:1], np.zeros(1, np.int64))
+        images, key, null = torch.from_numpy(found.images), (index, steps), None
         try:
-            changes, heat = self._changes_and_heat(index, torch.from_numpy(images), settings)
+            if settings["map"] == "forward":  # guidance is part of its only loop: nothing can be used again
+                out = self.pipe(images, **{name: settings[name] for name in MAP_SETTINGS})
+                changes, heat = out.counterfactuals.cpu() - images, out.heatmaps
+            else:
+                if key in self._encodings and self._encodings[key].steps < round(steps * strength):
+                    del self._encodings[key]
+                encoding = recent(self._encodings, key, partial(encode_images, self.pipe, images, strength, steps))
+                if settings["map"] != "counterfactual":  # the null decoding depends on no guidance scale
+                    null = recent(self._nulls, (*key, strength), partial(decode_null, self.pipe, encoding, settings))
+                changes, heat = decode_images(self.pipe, encoding, settings, null)
         except ValueError as error:  # a combination of settings that the pipeline refuses
             raise InputError(str(error)) from None
         if not (torch.isfinite(changes).all() and torch.isfinite(heat).all()):
             raise InputError(f"{self.facts['model']}: the model yields NaN or infinite values on slice {index}")
         heat, changes = (resize_images(x, images.shape[-2:]).float().cpu().numpy() for x in (heat[:, None], changes))
         return SliceMaps(found, heat[:, 0], changes)
-
-    def _changes_and_heat(self, index: int, images: torch.Tensor, settings: Mapping):
-        """Return changes `(1, C, h, w)` and heatmap `(1, h, w)` of a slice; earlier encodings are used again."""
-        if settings["map"] == "forward":  # guidance is part of its only loop: nothing can be used again
-            out = self.pipe(images, **{name: value for name, value in settings.items() if name != "threshold"})
-            return out.counterfactuals.cpu() - images, out.heatmaps
-        steps, strength = settings["num_inference_steps"], settings["strength"]
-        encoding = self._encodings.get_or_make(
-            (index, steps),
-            lambda: encode_images(self.pipe, images, strength, steps),
-            usable=lambda encoding: encoding.steps >= round(steps * strength),
-        )
-        if settings["map"] == "counterfactual":
-            return decode_images(self.pipe, encoding, settings)
-        # the null decoding depends on no guidance scale
-        null = self._nulls.get_or_make((index, steps, strength), lambda: decode_null(self.pipe, encoding, settings))
-        return decode_images(self.pipe, encoding, settings, null)
 
 
 def with_own_schedulers(pipe):
@@ -245,9 +227,6 @@ def with_own_schedulers(pipe):
 
 def _crop(foreground: np.ndarray, spacing_mm: np.ndarray) -> tuple[slice, slice]:
     """Return rows and columns of a displayed slice that hold the foreground (X, Y, Z) of all slices and a margin."""
-    shown = display(foreground).any(axis=0)
-    spans = []
-    for axis, voxel_mm in ((0, spacing_mm[1]), (1, spacing_mm[0])):
-        filled, margin = np.flatnonzero(shown.any(axis=1 - axis)), round(MARGIN_MM / float(voxel_mm))
-        spans.append(slice(max(0, int(filled[0]) - margin), int(filled[-1]) + 1 + margin))
-    return spans[0], spans[1]
+    (box,) = ndimage.find_objects(display(foreground).any(axis=0).astype(int))
+    margins = (round(MARGIN_MM / float(spacing_mm[axis])) for axis in (1, 0))
+    return tuple(slice(max(0, span.start - n), span.stop + n) for span, n in zip(box, margins, strict=True))

@@ -3,9 +3,9 @@
 import base64
 import io
 from collections.abc import Sequence
-from html import escape
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 from matplotlib import colormaps
 from PIL import Image
 from scipy import ndimage
@@ -20,25 +20,8 @@ FOUND, EXPERT = (230, 159, 0), (86, 180, 233)
 SEE_THROUGH = 0.4  # share of HEAT_MAXIMUM below which the heatmap fades, so that the anatomy shows
 OUTLINE_SCALE = 4  # pixels of an outline's picture per pixel of the slice
 
-CSS = """
-#cf-message, #cf-pictures, #cf-verdict, #cf-found,
-#cf-message > *, #cf-pictures > *, #cf-verdict > *, #cf-found > * {padding-top: 0; padding-bottom: 0}
-#cf-files .wrap {padding-top: 26px; line-height: 1.3}
-#cf-files .icon-wrap {display: none}
-.cf-slice {display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 10px; max-width: 138vh; margin: auto}
-.cf-slice figure {margin: 0}
-.cf-slice figcaption {font-size: 0.9rem; margin-bottom: 2px; white-space: nowrap; overflow: hidden}
-.cf-image {position: relative; background: #000; width: 100%; border-radius: 4px; overflow: hidden}
-.cf-image img {position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; object-fit: fill}
-.cf-image span {position: absolute; color: #fff; font-size: 0.75rem; text-shadow: 0 0 3px #000, 0 0 3px #000}
-.cf-l {left: 5px; top: 46%} .cf-r {right: 5px; top: 46%} .cf-a {top: 2px; left: 48%} .cf-p {bottom: 2px; left: 48%}
-.cf-legend {display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 0.85rem; margin-top: 6px; justify-content: center}
-.cf-bar {display: inline-block; width: 150px; height: 0.8em; vertical-align: middle; margin: 0 6px}
-.cf-key {display: inline-block; width: 0.9em; height: 0.9em; border: 3px solid; vertical-align: middle; margin-right: 5px}
-.cf-verdict {border-left: 6px solid; padding: 2px 12px} .cf-verdict b {font-size: 1.15rem}
-.cf-unhealthy {border-color: rgb(230, 159, 0)} .cf-healthy {border-color: rgb(86, 180, 233)} .cf-none {border-color: #888}
-@media (max-width: 800px) {.cf-slice {grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px}}
-"""
+TEMPLATES = Environment(loader=PackageLoader("diffusers_cf"), autoescape=True, trim_blocks=True)
+CSS = TEMPLATES.get_template("app.css").render()
 
 
 def slice_html(view: SliceView, channel: int, modalities: Sequence[str], unit: str) -> str:
@@ -50,31 +33,23 @@ def slice_html(view: SliceView, channel: int, modalities: Sequence[str], unit: s
         modalities (`Sequence[str]`): names of all modalities.
         unit (`str`): what a heat of 1 means, as from `unit_in_words`.
     """
-    scan, name = _grey(view.images[channel]), escape(modalities[channel])
-    mask_caption = "mask, whole volume" if view.of_volume else "mask, slice alone"
+    scan = _grey(view.images[channel])
     share = np.clip(view.heatmap / HEAT_MAXIMUM, 0, 1)
     heat = colormaps["inferno"](share, bytes=True)
     heat[..., 3] = np.rint(230 * np.clip(share / SEE_THROUGH, 0, 1))
+    mask_caption = "mask, whole volume" if view.of_volume else "mask, slice alone"
     panels = [
-        ("input", f"input ({name})", scan, None),
+        ("input", f"input ({modalities[channel]})", scan, None),
         ("counterfactual", "counterfactual", _grey(view.counterfactuals[channel]), None),
         ("heatmap", "heatmap", scan, _png(heat)),
         ("mask", mask_caption if view.mask is not None else "no mask: no threshold", scan, _outlines(view)),
     ]
-    height, width = (n * mm for n, mm in zip(view.heatmap.shape, view.pixel_mm, strict=True))
-    figures = "".join(_figure(*panel, aspect=width / height) for panel in panels)
-    legend = "".join(
-        f'<div><i class="cf-key" style="border-color: rgb{colour}"></i>{text}</div>'
-        for mask, colour, text in ((view.mask, FOUND, "found"), (view.reference, EXPERT, "expert"))
-        if mask is not None
-    )
-    colours = colormaps["inferno"](np.linspace(0, 1, 9), bytes=True)[:, :3].tolist()
-    stops = ", ".join(f"rgb({red}, {green}, {blue})" for red, green, blue in colours)
-    bar = f'<i class="cf-bar" style="background: linear-gradient(to right, {stops})"></i>'
-    return (
-        f'<div class="cf-slice">{figures}</div><div class="cf-legend"><div>heatmap: 0 {bar} {HEAT_MAXIMUM:g}'
-        f" (change, {escape(unit)})</div>{legend}<div>L: the patient’s left, A: anterior</div></div>"
-    )
+    height, width = np.multiply(view.heatmap.shape, view.pixel_mm)
+    keys = [(FOUND, "found")] * (view.mask is not None) + [(EXPERT, "expert")] * (view.reference is not None)
+    return TEMPLATES.get_template("slice.html").render(
+        panels=panels, aspect=width / height, maximum=HEAT_MAXIMUM, unit=unit, keys=keys,
+        colours=[tuple(rgb) for rgb in colormaps["inferno"](np.linspace(0, 1, 9), bytes=True)[:, :3].tolist()],
+    )  # fmt: skip
 
 
 def verdict_html(view: SliceView, threshold: float | None) -> str:
@@ -85,8 +60,9 @@ def verdict_html(view: SliceView, threshold: float | None) -> str:
     if not view.mask.any():
         return _verdict("healthy", "Slice: healthy", f"no lesion at the threshold of {threshold:.3g}; {score}")
     area = view.mask.sum() * np.prod(view.pixel_mm) / 100
-    text = f"{area:.1f} cm² at or above the threshold of {threshold:.3g}; {score}"
-    return _verdict("unhealthy", "Slice: unhealthy", text)
+    return _verdict(
+        "unhealthy", "Slice: unhealthy", f"{area:.1f} cm² at or above the threshold of {threshold:.3g}; {score}"
+    )
 
 
 def volume_html(files: VolumeFiles) -> str:
@@ -106,16 +82,6 @@ def volume_html(files: VolumeFiles) -> str:
 
 def _verdict(kind: str, title: str, text: str) -> str:
     return f'<div class="cf-verdict cf-{kind}" role="status"><b>{title}</b> · {text}</div>'
-
-
-def _figure(kind: str, caption: str, base: str, overlay: str | None, aspect: float) -> str:
-    over = "" if overlay is None else f'<img class="cf-overlay" src="{overlay}" alt="">'
-    sides = "".join(f'<span class="cf-{side.lower()}">{side}</span>' for side in "LRAP")
-    return (
-        f'<figure class="cf-{kind}"><figcaption>{caption}</figcaption>'
-        f'<div class="cf-image" style="aspect-ratio: {aspect:.4f}"><img src="{base}" alt="{caption}">{over}{sides}</div>'
-        "</figure>"
-    )
 
 
 def _grey(image: np.ndarray) -> str:

@@ -15,7 +15,6 @@ from accelerate.utils.memory import should_reduce_batch_size
 from diffusers_cf.app.explorer import Explorer
 from diffusers_cf.app.html import slice_html, verdict_html, volume_html
 from diffusers_cf.data.intensity import unit_in_words
-from diffusers_cf.data.nifti import canonical_modality, nifti_suffix
 from diffusers_cf.data.phantom import make_patient, write_patient
 from diffusers_cf.errors import InputError, in_one_line
 from diffusers_cf.plots import HEAT_MAXIMUM
@@ -58,11 +57,10 @@ class Page:
             self._add_events()
 
     def _add_components(self) -> None:
-        names = self.modalities
         self.explorer = gr.State(time_to_live=SECONDS_KEPT, delete_callback=lambda found: found and found.close())
         gr.Markdown(INTRODUCTION)
         with gr.Row(equal_height=True):
-            label = f"all files of one patient together: {', '.join(names)} (.nii.gz)"
+            label = f"all files of one patient together: {', '.join(self.modalities)} (.nii.gz)"
             self.files = gr.File(label=label, file_count="multiple", elem_id="cf-files", height=90, scale=3)
             self.phantom = gr.Radio(list(PHANTOMS), label="or a phantom", elem_id="cf-phantom", scale=3)
         self.start = gr.HTML(START)
@@ -72,7 +70,9 @@ class Page:
             with gr.Row():
                 # gradio checks a value against this range also after it has dropped the session: 0 to 9999 fits any scan
                 self.index = gr.Slider(0, 9999, step=1, label="slice (0 = lowest)", elem_id="cf-index", scale=3)
-                self.channel = gr.Radio(names, value=names[0], label="modality", elem_id="cf-channel", scale=2)
+                self.channel = gr.Radio(
+                    self.modalities, value=self.modalities[0], label="modality", elem_id="cf-channel", scale=2
+                )
             with gr.Row():
                 guidance_scale, strength, steps, threshold = self.start_values.values()
                 train_steps = self.pipe.scheduler.config.num_train_timesteps
@@ -91,71 +91,71 @@ class Page:
                 self.mask = gr.DownloadButton("Download mask (NIfTI)", elem_id="cf-mask")
 
     def _add_events(self) -> None:
-        controls = [self.index, self.channel, *self.settings]
+        controls, pictures = [self.index, self.channel, *self.settings], [self.pictures, self.verdict]
+        results = [*pictures, self.found, self.downloads, self.heatmap, self.mask]
+        given = [self.explorer, self.files, self.phantom, self.channel, *self.settings]
+        loaded = [self.explorer, self.files, self.phantom, self.start, self.work, self.message, self.index, *results]
         common = {"api_visibility": "private", "concurrency_id": "slice", "concurrency_limit": 2}
-        one_at_a_time = common | {"concurrency_id": "volume", "concurrency_limit": 1}
-        pictures, downloads = [self.pictures, self.verdict], [self.downloads, self.heatmap, self.mask]
-        inputs = [self.explorer, self.files, self.phantom, self.channel, *self.settings]
-        loaded = [self.explorer, self.files, self.phantom, self.start, self.work, self.message, self.index, self.found]
-        opening, moving = [self.files.upload, self.phantom.input], [control.input for control in controls]
-        gr.on(opening, self.load, inputs, [*loaded, *pictures, *downloads], show_progress_on=self.start, **common)
-        options = {"trigger_mode": "always_last", "show_progress": "hidden"}
-        gr.on(moving, self.show, [self.explorer, *controls], pictures, **options, **common)
-        found = [*pictures, self.found, *downloads]
+        gr.on([self.files.upload, self.phantom.input], self.load, given, loaded, show_progress_on=self.start, **common)
+        gr.on(
+            [control.input for control in controls], self.show, [self.explorer, *controls], pictures,
+            trigger_mode="always_last", show_progress="hidden", **common,
+        )  # fmt: skip
         self.segment_button.click(
-            self.segment, [self.explorer, *controls], found, show_progress_on=self.found, **one_at_a_time
-        )
+            self.segment, [self.explorer, *controls], results, show_progress_on=self.found,
+            **common | {"concurrency_id": "volume", "concurrency_limit": 1},
+        )  # fmt: skip
         self.blocks.unload(self.leave)
 
     def load(
-        self, explorer: Explorer | None, files: list[str] | None, phantom: str, channel: str, *values
-    ) -> Iterator:
+        self, explorer: Explorer | None, files: list[str] | None, phantom: str, channel: str, *values: float
+    ) -> Iterator[dict]:
         """Load the files that were dropped, or else the chosen phantom, and show the first slice."""
         if explorer:
             explorer.close()
-        hidden = {self.work: gr.Column(visible=False), self.start: gr.HTML(visible=True)}
-        yield {self.explorer: None, self.files: None, self.phantom: None if files else phantom} | hidden
+        cleared = {self.explorer: None, self.files: None, self.phantom: None if files else phantom}
+        yield cleared | {self.work: gr.Column(visible=False), self.start: gr.HTML(visible=True)}
         with self._errors_shown():
             folder = TemporaryDirectory(dir=self.root, ignore_cleanup_errors=True)
             try:
                 if files:
-                    scans = self._take_files(files, Path(folder.name, "patient"))
+                    scans = take_files(files, Path(folder.name, "patient"))
                 else:
                     scans = write_patient(make_patient(*PHANTOMS[phantom]), folder.name)
                 served = self.root / "uploads"
                 explorer = Explorer(self.pipe, self.facts, folder, scans, served, self.batch_size, self.max_bytes)
-                pictures, verdict = self._slice(explorer, explorer.first_slice, channel, values)
+                shown = self.show(explorer, explorer.first_slice, channel, *values)
             except BaseException:
                 folder.cleanup()
                 raise
-        slices, first = explorer.slices, explorer.first_slice
-        summary = f"{', '.join(self.modalities)}: {len(slices)} slices with content"
-        yield {
+        slices, names = explorer.slices, ", ".join(self.modalities)
+        message = ". ".join([f"{names}: {len(slices)} slices with content", *explorer.volumes.warnings])
+        yield shown | {
             self.explorer: explorer,
             self.start: gr.HTML(visible=False),
             self.work: gr.Column(visible=True),
-            self.message: escape(self._without_folder(". ".join([summary, *explorer.warnings]))),
-            self.index: gr.Slider(slices[0], slices[-1], first),
-            self.pictures: pictures,
-            self.verdict: verdict,
+            self.message: escape(self._without_folder(message)),
+            self.index: gr.Slider(slices[0], slices[-1], explorer.first_slice),
             self.found: "",
             self.downloads: gr.Row(visible=False),
         }
 
-    def show(self, explorer: Explorer | None, index: int, channel: str, *values: float) -> list[str]:
+    def show(self, explorer: Explorer | None, index: int, channel: str, *values: float) -> dict:
         """Show a slice: pictures and verdict."""
         with self._errors_shown():
-            return self._slice(explorer, index, channel, values)
+            if explorer is None:  # gradio has dropped the session's state
+                raise InputError("the session has ended: load the patient again")
+            settings, unit = self._settings(values), unit_in_words(self.facts["preprocessing"]["normalize"])
+            view = explorer.view(int(index), settings)
+            pictures = slice_html(view, self.modalities.index(channel), self.modalities, unit)
+            return {self.pictures: pictures, self.verdict: verdict_html(view, settings["threshold"])}
 
-    def segment(self, explorer: Explorer | None, index: int, channel: str, *values, progress=PROGRESS) -> dict:
+    def segment(self, explorer: Explorer | None, index: int, channel: str, *values: float, progress=PROGRESS) -> dict:
         """Segment the whole volume and offer heatmap and mask for download."""
+        self.show(explorer, index, channel, *values)  # fails at once if the session has ended
         with self._errors_shown():
-            self._slice(explorer, index, channel, values)  # fails at once if the session has ended
             found = explorer.segment(self._settings(values), lambda share: progress(share, desc="whole volume"))
-            pictures, verdict = self._slice(explorer, index, channel, values)
-        return {
-            self.pictures: pictures,
-            self.verdict: verdict,
+        return self.show(explorer, index, channel, *values) | {
             self.found: volume_html(found),
             self.downloads: gr.Row(visible=True),
             self.heatmap: str(found.heatmap),
@@ -168,33 +168,8 @@ class Page:
 
     def _settings(self, values: tuple[float, ...]) -> dict:
         """Return settings from the controls; a control that was not moved gives exactly the recommended value."""
-        given = dict(zip(SETTINGS, values, strict=True))
-        moved = {name: value for name, value in given.items() if value != self.start_values[name]}
-        return self.recommended | moved
-
-    def _slice(self, explorer: Explorer | None, index: int, channel: str, values: tuple[float, ...]) -> list[str]:
-        """Return pictures and verdict of a slice as HTML."""
-        if explorer is None:  # gradio has dropped the session's state
-            raise InputError("the session has ended: load the patient again")
-        settings, unit = self._settings(values), unit_in_words(self.facts["preprocessing"]["normalize"])
-        view = explorer.view(int(index), settings)
-        pictures = slice_html(view, self.modalities.index(channel), self.modalities, unit)
-        return [pictures, verdict_html(view, settings["threshold"])]
-
-    def _take_files(self, files: list[str], scans: Path) -> Path:
-        """Move uploaded files into a new folder and check their names."""
-        scans.mkdir()
-        for path in files:
-            if not Path(path).is_file():  # moved by another session that uploaded the same file, or a false claim
-                raise InputError("the upload is gone: drop the files again")
-            shutil.move(path, scans)  # an error if there are two files of one name
-        known = [*self.modalities, "seg"]
-        for path in scans.iterdir():
-            if canonical_modality(nifti_suffix(path.name)) not in map(canonical_modality, known):
-                raise InputError(
-                    f"{path.name}: not a NIfTI file (.nii, .nii.gz) whose name ends in {', '.join(known)}"
-                )
-        return scans
+        given = zip(SETTINGS, values, strict=True)
+        return self.recommended | {name: value for name, value in given if value != self.start_values[name]}
 
     def _without_folder(self, text: str) -> str:
         """Remove the paths of the app's temporary folders from a message; the files' own names stay."""
@@ -205,12 +180,23 @@ class Page:
         """Show an error on the page as one line; the log gets no message, because it could name a patient's file."""
         try:
             yield
+        except gr.Error:
+            raise
         except Exception as error:
+            line = in_one_line(error)
             if isinstance(error, MemoryError) or should_reduce_batch_size(error):
                 line = "out of memory: try a smaller scan, or try again when fewer patients are open here"
-            else:
-                line = in_one_line(error)
-            if line is None:
+            elif line is None:
                 line = f"a fault of this program ({type(error).__name__})"
                 traceback.print_tb(error.__traceback__)
             raise gr.Error(escape(self._without_folder(line)), duration=None, print_exception=False) from None
+
+
+def take_files(files: list[str], scans: Path) -> Path:
+    """Move uploaded files into a new folder, which is returned."""
+    scans.mkdir()
+    for path in files:
+        if not Path(path).is_file():  # moved by another session that uploaded the same file, or a false claim
+            raise InputError("the upload is gone: drop the files again")
+        shutil.move(path, scans)  # an error if there are two files of one name
+    return scans

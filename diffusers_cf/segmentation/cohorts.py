@@ -1,10 +1,10 @@
-"""Find the patients in a cohort's folder, in BraTS, BIDS or any other nesting."""
+"""Find the patients in a cohort's folder, in BraTS, BIDS or any other nesting, and the scans of each patient."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers_cf.data.nifti import canonical_modality, nifti_suffix
+from diffusers_cf.data.nifti import ALIASES, canonical_modality, nifti_suffix
 from diffusers_cf.errors import InputError, in_one_line
 from diffusers_cf.segmentation.dicom import is_series
 
@@ -15,29 +15,45 @@ UNNAMED = {"anat"}  # BIDS folders that are no part of a patient's name
 RESULT = {"report.json", "heatmap.nii.gz"}  # written by `segment`
 
 
-def scans_among(paths: Sequence[Path], modalities: Sequence[str]) -> dict[str, list[Path]]:
-    """Sort the content of a folder by modality.
+def _scans_among(paths: Sequence[Path], modalities: Sequence[str]) -> dict[str, list[Path]]:
+    """Return by modality the NIfTI files whose names end in it, or else the DICOM series in folders named after it.
 
-    Args:
-        paths (`Sequence[Path]`): the files and folders in it.
-        modalities (`Sequence[str]`): modalities to look for, or `seg`.
-
-    Returns:
-        `dict[str, list[Path]]`: by modality the NIfTI files whose names end in it, or else the folders of DICOM series
-        that are named after it. A modality without any is left out.
-
-    Raises:
-        InputError: a file in a folder of DICOM files can't be read.
+    Modalities without any are left out.
     """
-    files, folders = {}, {}
-    for path in paths:
-        files.setdefault(canonical_modality(nifti_suffix(path.name)), []).append(path)
-        folders.setdefault(canonical_modality(path.name), []).append(path)
     found = {}
     for modality in modalities:
         name = canonical_modality(modality)
-        found[modality] = files.get(name) or [path for path in folders.get(name, ()) if is_series(path)]
+        files = [path for path in paths if canonical_modality(nifti_suffix(path.name)) == name]
+        found[modality] = files or [p for p in paths if canonical_modality(p.name) == name and is_series(p)]
     return {modality: scans for modality, scans in found.items() if scans}
+
+
+def patient_files(folder: Path, modalities: Sequence[str]) -> dict[str, Path]:
+    """List a patient's folder and return the scan of each modality, and the expert's segmentation if there is one.
+
+    Args:
+        folder (`Path`): the patient's folder.
+        modalities (`Sequence[str]`): the modalities that a model takes.
+
+    Returns:
+        `dict[str, Path]`: by modality, in the given order, a NIfTI file or the folder of a DICOM series; then `seg`.
+
+    Raises:
+        InputError: a modality is missing, or there are several scans of one.
+    """
+    if folder.is_file():
+        raise InputError(f"{folder}: a file; give the folder that holds the patient's scans")
+    found = _scans_among(sorted(folder.iterdir()), [*modalities, "seg"])
+    if missing := [name for name in modalities if name not in found]:
+        accepted = "; ".join(
+            f"{name}: {', '.join(ALIASES.get(canonical_modality(name), (name,)))}" for name in missing
+        )
+        raise InputError(f"{folder}: modality missing: {', '.join(missing)} (names end in {accepted})")
+    for name, paths in found.items():
+        if len(paths) > 1:
+            kind, listed = "series" if paths[0].is_dir() else "files", ", ".join(path.name for path in paths)
+            raise InputError(f"{folder}: several {kind} are {name}: {listed}")
+    return {name: path for name, (path,) in found.items()}
 
 
 def find_patients(
@@ -54,8 +70,8 @@ def find_patients(
         output (`str` or `Path`, *optional*): a folder to leave out, where results are written.
 
     Returns:
-        `tuple`: the patients' names and folders, in the order of their paths; and by path one line for each folder that
-        can't be read and each link whose target is missing.
+        `tuple`: names and folders of the patients, sorted by path; and by path one line for each folder that can't be
+        read and each link whose target is missing.
 
     Raises:
         InputError: there is no such folder, or no patient in it.
@@ -77,7 +93,7 @@ def find_patients(
             paths = sorted(path.iterdir())
             if RESULT <= {below.name for below in paths}:
                 continue
-            if scans_among(paths, modalities):
+            if _scans_among(paths, modalities):
                 patients.append(path)
                 continue
         except (InputError, OSError) as error:
@@ -93,8 +109,7 @@ def find_patients(
     if not patients:
         nothing = f"{folder}: neither it nor a folder in it holds a scan (names end in {', '.join(modalities)})"
         raise InputError("; ".join(problems.values()) or nothing)
-    own_name = Path(os.path.abspath(folder)).name  # the folder may be given as `.` or by a path that ends in `..`
-    parts = {
-        path: [part for part in path.relative_to(folder).parts if part not in UNNAMED] for path in sorted(patients)
-    }
-    return [("_".join(names) or own_name, path) for path, names in parts.items()], problems
+    own_name = Path(os.path.abspath(folder)).name  # `folder` may be `.` or end in `..`
+    parts = [[part for part in path.relative_to(folder).parts if part not in UNNAMED] for path in sorted(patients)]
+    names = ["_".join(part) or own_name for part in parts]
+    return list(zip(names, sorted(patients), strict=True)), problems

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.data.geometry import from_ras
 from diffusers_cf.data.intensity import unit_in_words
-from diffusers_cf.data.nifti import Scan
 from diffusers_cf.data.scans import check_patient_id
 from diffusers_cf.errors import InputError, in_one_line
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.protocol import dice
-from diffusers_cf.files import alone_at, new_folder, tidy, write_json
+from diffusers_cf.files import alone_at, new_folder, write_json
 from diffusers_cf.inference import computing_dtype, usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.provenance import model_fingerprint
-from diffusers_cf.segmentation.dicom import write_parametric_map, write_segmentation
+from diffusers_cf.segmentation.cohorts import patient_files
+from diffusers_cf.segmentation.dicom import write_dicom
 from diffusers_cf.segmentation.results import REPORT, read_report
 from diffusers_cf.segmentation.volumes import (
     PatientVolumes,
@@ -28,7 +27,6 @@ from diffusers_cf.segmentation.volumes import (
     heat_volume,
     lesion_mask,
     map_slices,
-    patient_files,
     read_volumes,
     scan_sha256,
     write_preview,
@@ -58,31 +56,31 @@ def segment_patient(
 ) -> dict:
     """Segment one patient and write the folder `output/PATIENT`, as a whole or not at all.
 
-    The folder holds heatmap.nii.gz (float32, on the model's intensity scale, 0 outside the foreground, before any
-    post-processing), mask.nii.gz (uint8, 1 for lesion), counterfactual_<modality>.nii.gz (float32, in the scan's units),
-    preview.png and report.json. Heatmap and mask have the shape, axes and affine of the first modality's scan, each
-    counterfactual those of its own. A patient that was finished with the same model, settings, dtype and scans is
-    skipped.
+    The folder holds `heatmap.nii.gz` (float32, on the model's intensity scale, 0 outside the foreground, before any
+    post-processing), `mask.nii.gz` (uint8, 1 for lesion), `counterfactual_<modality>.nii.gz` (float32, in the scan's
+    units), `preview.png` and `report.json`. Heatmap and mask have the shape, axes and affine of the first modality's
+    scan, each counterfactual those of its own scan. A patient that was finished with the same model, settings, dtype and
+    scans is skipped.
 
     Args:
         pipe (`CounterfactualDDIMPipeline`): a pipeline whose `preprocessing` names its modalities.
-        folder (`str` or `Path`): folder with a NIfTI file for each modality, whose name ends in it, and a seg file if
-            there is one. Each file may instead be a DICOM series in a folder named after its modality. If the first
-            modality is a series, mask and heatmap are written as DICOM, too.
+        folder (`str` or `Path`): folder with a NIfTI file for each modality, whose name ends in it, and optionally a seg
+            file. Each file may instead be a DICOM series in a folder named after its modality. If the first modality is
+            a series, mask and heatmap are also written as DICOM.
         output (`str` or `Path`): folder that gets a sub-folder named after the patient.
         model (`str`): name of the model for the report; by default the folder that it was loaded from.
         patient (`str`): name of the patient; by default that of `folder`.
         batch_size (`int`, *optional*): slices in a batch; by default 64 on a CPU, and the largest that fits on a GPU.
         overwrite (`bool`): replace existing results, also those of another model, settings, dtype or scans.
-        progress (`bool` or `Callable`): whether to show a bar of slices, or a function that receives the finished share
-            of all steps, in (0, 1], after each step.
+        progress (`bool` or `Callable`): whether to show a bar of slices, or a function that is called after each step
+            with the finished share of all steps, in (0, 1].
         **settings: `guidance_scale`, `strength`, `num_inference_steps`, `map` and `threshold`, by default those that the
             model recommends; `settings="paper"` selects the paper's.
 
     Returns:
         `dict`: the content of report.json. With a seg file it has `dice` of the mask and `auprc` of the heatmap over all
-        voxels, None if that file is empty. `seconds` is the duration for the whole patient. `dicom_error` says why a
-        DICOM series got NIfTI files only.
+        voxels, None if that file is empty. `seconds` is the duration for the whole patient. If mask and heatmap could
+        not be written as DICOM, `dicom_error` is the reason.
 
     Raises:
         InputError: model, settings, scans or output can't be used, or a batch does not fit into the device's memory.
@@ -90,22 +88,19 @@ def segment_patient(
         OSError: the results can't be written.
     """
     start = time.perf_counter()
-    config = segmentation_facts(pipe, model=model, **settings)
+    facts = segmentation_facts(pipe, model=model, **settings)
     patient = check_patient_id(patient or Path(os.path.abspath(folder)).name)  # `folder` may be `.` or end in `..`
+    files = patient_files(Path(folder), facts["preprocessing"]["modalities"])
+    facts["inputs"] = {name: scan_sha256(path) for name, path in files.items()}
     target = Path(output) / patient
-    files = patient_files(Path(folder), config["preprocessing"]["modalities"])
-    config["inputs"] = {name: scan_sha256(path) for name, path in files.items()}
-    if finished := _finished_report(target, config, overwrite):
-        tidy(target)
-        return finished
-    volumes = read_volumes(patient, files)
-    with alone_at(target):
-        if finished := _finished_report(target, config, overwrite):  # by another process in the meantime
+    with alone_at(target, timeout=1):  # another process may hold it for a moment to see that the patient is finished
+        if finished := _finished_report(target, facts, overwrite):
             return finished
-        maps = map_slices(pipe, volumes, config, batch_size, progress)
+        volumes = read_volumes(patient, files)
+        maps = map_slices(pipe, volumes, facts, batch_size, progress)
         with new_folder(target) as temporary:
-            measured = _write_volumes(temporary, volumes, maps, config)
-            report = {"patient": patient, **config, **measured, "seconds": round(time.perf_counter() - start, 3)}
+            measured = _write_results(temporary, volumes, maps, facts)
+            report = {"patient": patient, **facts, **measured, "seconds": round(time.perf_counter() - start, 3)}
             write_json(report, temporary / REPORT)
     return report
 
@@ -141,8 +136,8 @@ def segmentation_facts(
     }
 
 
-def _finished_report(target: Path, config: dict, overwrite: bool) -> dict | None:
-    """Return the report of a patient that was finished with this configuration; None if there is work to do.
+def _finished_report(target: Path, facts: dict, overwrite: bool) -> dict | None:
+    """Return the report of a patient that was finished with the same facts; None if there is work to do.
 
     Raises:
         InputError: the target holds something else, which is not replaced, or not without `overwrite`.
@@ -156,56 +151,41 @@ def _finished_report(target: Path, config: dict, overwrite: bool) -> dict | None
         raise InputError(f"{target}: holds {foreign[0]}, which segment did not write; choose another output folder")
     if overwrite:
         return None
-    volumes = ("heatmap", "mask", *(f"counterfactual_{name}" for name in config["preprocessing"]["modalities"]))
-    if missing := [f"{name}.nii.gz" for name in volumes if f"{name}.nii.gz" not in names]:
-        raise InputError(f"{target}: {missing[0]} is missing; --overwrite replaces the folder")
     try:
         report = read_report(target)
     except InputError as error:
         raise InputError(f"{error}; --overwrite replaces the folder") from None
-    if differing := [text for key, text in _MUST_AGREE.items() if report.get(key) != config[key]]:
+    if differing := [text for key, text in _MUST_AGREE.items() if report.get(key) != facts[key]]:
         raise InputError(f"{target}: finished with {' and '.join(differing)}; --overwrite replaces it")
+    volumes = ("heatmap", "mask", *(f"counterfactual_{name}" for name in facts["preprocessing"]["modalities"]))
+    if missing := [f"{name}.nii.gz" for name in volumes if f"{name}.nii.gz" not in names]:
+        raise InputError(f"{target}: {missing[0]} is missing; --overwrite replaces the folder")
     return report
 
 
-def _write_volumes(folder: Path, volumes: PatientVolumes, maps: SliceMaps, config: dict) -> dict:
+def _write_results(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts: dict) -> dict:
     """Write volumes and preview, and return the entries of the report that are measured on them."""
-    field_mm, normalize = config["preprocessing"]["field_mm"], config["preprocessing"]["normalize"]
+    field_mm, normalize = facts["preprocessing"]["field_mm"], facts["preprocessing"]["normalize"]
     first = next(iter(volumes.files.values()))
     heat = heat_volume(volumes, maps, maps.heatmaps, field_mm)
+    mask = lesion_mask(volumes, maps, heat, facts)
     write_volume(folder / "heatmap.nii.gz", heat, first, np.float32)
-    mask = lesion_mask(volumes, maps, heat, config)
     write_volume(folder / "mask.nii.gz", mask, first, np.uint8)
     for channel, (modality, like) in enumerate(volumes.files.items()):
         counterfactual = counterfactual_volume(volumes, maps, channel, field_mm, normalize)
         write_volume(folder / f"counterfactual_{modality}.nii.gz", counterfactual, like, np.float32)
     millilitres = float(mask.sum() * abs(np.linalg.det(first.affine[:3, :3])) / 1000)
+    title = f"{volumes.patient}: {millilitres:.1f} ml above {facts['threshold']:.3g}"
     measured = {"lesion_volume_ml": millilitres, "n_slices": len(maps.found.slices)}
     if first.path.is_dir():
-        measured |= _write_dicom(folder, heat, mask, first, volumes.patient, unit_in_words(normalize))
-    title = f"{volumes.patient}: {millilitres:.1f} ml above {config['threshold']:.3g}"
+        try:
+            write_dicom(folder, mask, heat, first, volumes.patient, unit_in_words(normalize))
+        except InputError as error:  # the NIfTI files stay
+            measured["dicom_error"] = in_one_line(error)
     if volumes.seg is not None:
         counts = PixelCounts()
         counts.update(heat, volumes.seg)
         measured |= {"dice": dice(mask, volumes.seg), "auprc": counts.average_precision()}
         title += "" if measured["dice"] is None else f", Dice {measured['dice']:.2f}"
-    write_preview(folder / "preview.png", volumes, maps, mask, config, title)
+    write_preview(folder / "preview.png", volumes, maps, mask, facts, title)
     return measured
-
-
-def _write_dicom(folder: Path, heat: np.ndarray, mask: np.ndarray, like: Scan, patient: str, unit: str) -> dict:
-    """Write mask and heatmap on the grid of the DICOM series that the first modality came from.
-
-    Returns:
-        `dict`: empty, or `dicom_error`, the reason why the series can't carry them and only NIfTI files are written.
-    """
-    paths, words = [folder / f"{name}.dcm" for name in ("mask", "heatmap")], f"of {patient}, not for clinical use"
-    heat, mask = (from_ras(volume, like.affine) for volume in (heat, mask))
-    try:
-        write_segmentation(paths[0], mask, like.affine, like.path, f"mask {words}")
-        write_parametric_map(paths[1], heat, like.affine, like.path, f"heatmap {words}", unit)
-    except InputError as error:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        return {"dicom_error": in_one_line(error)}
-    return {}

@@ -15,17 +15,14 @@ from tqdm.auto import tqdm
 from diffusers_cf.data.nifti import Scan, read_nifti, to_canonical
 from diffusers_cf.errors import InputError, in_one_line, reading
 from diffusers_cf.files import new_file
-from diffusers_cf.segmentation.cohorts import find_patients
+from diffusers_cf.segmentation.cohorts import find_patients, patient_files
 from diffusers_cf.segmentation.results import read_report
-from diffusers_cf.segmentation.volumes import patient_files, read_scan, scan_sha256
-
-
-COLUMNS = ("Patient", "Lesion, ml", "Slices with lesion", "Largest, mm²", "Highest heat", "Threshold")
+from diffusers_cf.segmentation.volumes import read_scan, scan_sha256
 
 
 @dataclass
 class PatientSummary:
-    """The numbers of one patient on the page; volumes are read again when the patient's section is rendered.
+    """The numbers of one patient on the page.
 
     Attributes:
         folder (`Path`): OUT/PATIENT.
@@ -83,11 +80,9 @@ def write_report(
         failures += unread.values()
     # one colour scale, so that patients can be compared
     vmax = max(max(patient.bright_heat, 1.5 * patient.report["threshold"]) for patient in patients)
-    with_dice = any(patient.report.get("dice") is not None for patient in patients)
-    columns = [*COLUMNS, *(["Dice"] if with_dice else []), "Settings"]
     environment = Environment(loader=PackageLoader("diffusers_cf"), autoescape=True, trim_blocks=True)
     page = environment.get_template("report.html").stream(
-        columns=columns, patients=patients, failures=tuple(failures), unsegmented=unsegmented, ranges=ranges,
+        patients=patients, failures=tuple(failures), unsegmented=unsegmented, ranges=ranges,
         sections=_sections(patients, folders_of_scans, vmax, failures), vmax=vmax,
     )  # fmt: skip
     with new_file(output) as temporary:
@@ -115,28 +110,23 @@ def _sections(
 ) -> Iterator[dict]:
     """Yield the content of each patient's section when the template asks for it, and add its failure to `failures`."""
     for patient in tqdm(patients, desc="Viewers", unit="patient"):
-        section = {"patient": patient}
+        section, name = {"patient": patient}, patient.report["patient"]
+        modality = patient.report["preprocessing"]["modalities"][0]
         try:
             section["preview"] = base64.b64encode((patient.folder / "preview.png").read_bytes()).decode()
             heat = to_canonical(read_nifti(patient.folder / "heatmap.nii.gz"))
-            scan, section["background"] = _background(patient, scans.get(patient.report["patient"]))
-            section["viewer"] = volume_viewer(patient, heat, scan, vmax)
+            if name in scans:
+                path, section["background"] = patient_files(scans[name], [modality])[modality], modality
+                if scan_sha256(path) != patient.report["inputs"][modality]:
+                    raise InputError(f"{path}: not the {modality} that was segmented as {name}")
+            else:
+                path = patient.folder / f"counterfactual_{modality}.nii.gz"
+                section["background"] = f"the counterfactual of {modality} (--scans shows the scan itself)"
+            section["viewer"] = volume_viewer(patient, heat, to_canonical(read_scan(path)), vmax)
         except (InputError, OSError, MemoryError) as error:
             section["failure"] = in_one_line(error)
             failures.append(section["failure"])
         yield section
-
-
-def _background(patient: PatientSummary, scans: Path | None) -> tuple[Scan, str]:
-    """Return the scan of the first modality, or without scans its counterfactual; and what it is."""
-    modality = patient.report["preprocessing"]["modalities"][0]
-    if scans is None:
-        scan = read_nifti(patient.folder / f"counterfactual_{modality}.nii.gz")
-        return to_canonical(scan), f"the counterfactual of {modality} (--scans shows the scan itself)"
-    path = patient_files(scans, [modality])[modality]
-    if scan_sha256(path) != patient.report["inputs"][modality]:
-        raise InputError(f"{path}: not the {modality} that was segmented as {patient.report['patient']}")
-    return to_canonical(read_scan(path)), modality
 
 
 def volume_viewer(patient: PatientSummary, heat: Scan, scan: Scan, vmax: float) -> str:

@@ -1,8 +1,8 @@
 """The volumes of one patient: read scans, run the pipeline on all slices, and bring its maps back to the scans' grid."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import nibabel
@@ -12,15 +12,7 @@ from tqdm.auto import tqdm
 
 from diffusers_cf.data.geometry import display, from_ras, resample_slices, slices_from_volume, volume_from_slices
 from diffusers_cf.data.intensity import unit_in_words, unit_intensity
-from diffusers_cf.data.nifti import (
-    ALIASES,
-    MAX_BYTES,
-    Scan,
-    canonical_modality,
-    check_same_grid,
-    read_nifti,
-    to_canonical,
-)
+from diffusers_cf.data.nifti import MAX_BYTES, Scan, check_same_grid, read_nifti, to_canonical
 from diffusers_cf.data.scans import scan_errors, seg_problems, skull_warnings
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.errors import InputError
@@ -28,7 +20,6 @@ from diffusers_cf.evaluation.batching import map_in_batches
 from diffusers_cf.evaluation.postprocessing import MIN_COMPONENT_SIZE, postprocess_maps, remove_small_components
 from diffusers_cf.loading import sha256_of
 from diffusers_cf.plots import plot_slices
-from diffusers_cf.segmentation.cohorts import scans_among
 from diffusers_cf.segmentation.dicom import read_series, series_sha256
 
 
@@ -36,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 # Label ids of BraTS, up to 2021 and since 2023. Any other id above 0 counts as lesion, too, with a warning.
 KNOWN_IDS = frozenset(range(5))
-PREVIEW_ROWS = 6
 
 
 @dataclass
@@ -49,6 +39,7 @@ class PatientVolumes:
         seg (`np.ndarray` or `None`): bool `(X, Y, Z)`, RAS, the expert's lesion; None without a seg file.
         spacing_mm (`np.ndarray`): `(3,)`, voxel size along x, y and z.
         files (`dict[str, Scan]`): by modality the affine and header of its file, without voxels.
+        warnings (`list[str]`): what is doubtful about the scans, one line each.
     """
 
     patient: str
@@ -56,6 +47,7 @@ class PatientVolumes:
     seg: np.ndarray | None
     spacing_mm: np.ndarray
     files: dict[str, Scan]
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def foreground(self) -> np.ndarray:
@@ -76,34 +68,6 @@ class SliceMaps:
     found: PatientSlices
     heatmaps: np.ndarray
     changes: np.ndarray
-
-
-def patient_files(folder: Path, modalities: Sequence[str]) -> dict[str, Path]:
-    """List a patient's folder and return the scan of each modality, and the expert's segmentation if there is one.
-
-    Args:
-        folder (`Path`): the patient's folder.
-        modalities (`Sequence[str]`): the modalities that a model takes.
-
-    Returns:
-        `dict[str, Path]`: by modality, in the given order, a NIfTI file or the folder of a DICOM series; then `seg`.
-
-    Raises:
-        InputError: a modality is missing, or there are several scans of one.
-    """
-    if folder.is_file():
-        raise InputError(f"{folder}: a file; give the folder that holds the patient's scans")
-    found = scans_among(sorted(folder.iterdir()), [*modalities, "seg"])
-    if missing := [name for name in modalities if name not in found]:
-        accepted = "; ".join(
-            f"{name}: {', '.join(ALIASES.get(canonical_modality(name), (name,)))}" for name in missing
-        )
-        raise InputError(f"{folder}: modality missing: {', '.join(missing)} (names end in {accepted})")
-    for name, paths in found.items():
-        if len(paths) > 1:
-            kind, listed = "series" if paths[0].is_dir() else "files", ", ".join(path.name for path in paths)
-            raise InputError(f"{folder}: several {kind} are {name}: {listed}")
-    return {name: path for name, (path,) in found.items()}
 
 
 def scan_sha256(path: Path) -> str:
@@ -130,7 +94,7 @@ def read_volumes(
     Raises:
         InputError: a scan is damaged, empty, not on a raw intensity scale, no segmentation, or on another grid.
     """
-    originals, scans = {}, {}
+    originals, scans, doubts = {}, {}, []
     for name, path in files.items():
         scan = read_scan(path, max_bytes=max_bytes, max_voxels=max_voxels)
         originals[name], scans[name] = replace(scan, data=None), to_canonical(scan)
@@ -140,27 +104,26 @@ def read_volumes(
             errors, warnings = scan_errors(name, scan), skull_warnings(name, scans[name])
         if errors:
             raise InputError(errors[0])
-        for warning in warnings:
-            logger.warning(warning)
+        doubts += warnings
+    for doubt in doubts:
+        logger.warning(doubt)
     check_same_grid(list(scans.values()))
-    seg = scans.pop("seg").data > 0 if "seg" in scans else None
     originals.pop("seg", None)
-    spacing_mm = next(iter(scans.values())).spacing_mm
-    return PatientVolumes(
-        patient, np.stack([scan.data for scan in scans.values()], dtype=np.float32), seg, spacing_mm, originals
-    )
+    seg = scans.pop("seg").data > 0 if "seg" in scans else None
+    volume = np.stack([scan.data for scan in scans.values()], dtype=np.float32)
+    return PatientVolumes(patient, volume, seg, next(iter(scans.values())).spacing_mm, originals, doubts)
 
 
-def network_slices(volumes: PatientVolumes, config: dict) -> PatientSlices:
+def network_slices(volumes: PatientVolumes, facts: dict) -> PatientSlices:
     """Cut a patient into the pipeline's inputs: axial slices from the first to the last one with content."""
-    geometry = {name: config["preprocessing"][name] for name in ("size", "field_mm", "normalize")}
+    geometry = {name: value for name, value in facts["preprocessing"].items() if name != "modalities"}
     return slices_from_volume(volumes.patient, volumes.volume, volumes.seg, volumes.spacing_mm, **geometry)
 
 
 def map_slices(
     pipe,
     volumes: PatientVolumes,
-    config: dict,
+    facts: dict,
     batch_size: int | None,
     progress: bool | Callable[[float], None] = True,
 ) -> SliceMaps:
@@ -169,16 +132,15 @@ def map_slices(
     Args:
         pipe (`CounterfactualDDIMPipeline`): the pipeline.
         volumes (`PatientVolumes`): the patient.
-        config (`dict`): from [`segmentation_facts`].
+        facts (`dict`): from [`segmentation_facts`].
         batch_size (`int` or `None`): slices in a batch; None for as many as fit. The result does not depend on it.
-        progress (`bool` or `Callable`): whether to show a bar of slices, or a function that receives the finished share
-            of all steps, in (0, 1], after each step.
+        progress (`bool` or `Callable`): as in [`segment_patient`].
 
     Raises:
         InputError: the model yields NaN or infinite values, or a batch does not fit into the device's memory.
     """
-    found = network_slices(volumes, config)
-    settings = {name: value for name, value in config["settings"].items() if name != "threshold"}
+    found = network_slices(volumes, facts)
+    settings = {name: value for name, value in facts["settings"].items() if name != "threshold"}
     walks = {"forward": 1, "counterfactual": 2}.get(settings["map"], 3)
     total, done = len(found.images) * walks * round(settings["num_inference_steps"] * settings["strength"]), 0
 
@@ -199,7 +161,7 @@ def map_slices(
         ((_, (heatmaps, counterfactuals), _),) = map_in_batches(call, patient, batch_size, pipe.device, bar)
     maps = SliceMaps(found, heatmaps, counterfactuals - found.images)
     if not (np.isfinite(maps.heatmaps).all() and np.isfinite(maps.changes).all()):
-        raise InputError(f"{config['model']}: the model yields NaN or infinite values on {volumes.patient}")
+        raise InputError(f"{facts['model']}: the model yields NaN or infinite values on {volumes.patient}")
     return maps
 
 
@@ -210,24 +172,24 @@ def heat_volume(volumes: PatientVolumes, maps: SliceMaps, heatmaps: np.ndarray, 
     return heat
 
 
-def lesion_mask(volumes: PatientVolumes, maps: SliceMaps, heat: np.ndarray, config: dict) -> np.ndarray:
+def lesion_mask(volumes: PatientVolumes, maps: SliceMaps, heat: np.ndarray, facts: dict) -> np.ndarray:
     """Threshold the heat inside the foreground: bool `(X, Y, Z)`, RAS.
 
-    If the model's settings ask for post-processing, heatmaps are first post-processed as in evaluation, at the
-    resolution at which the threshold was chosen. Then components are removed that are smaller than evaluation's limit,
-    which is a number of evaluation's pixels, one slice thick.
+    If the model's settings ask for post-processing, the heatmaps are first post-processed at the resolution of
+    evaluation, and small components are removed. The smallest size, a number of evaluation's pixels, is converted to
+    voxels.
 
     Args:
         volumes (`PatientVolumes`): the patient.
         maps (`SliceMaps`): heatmaps of the patient's slices.
         heat (`np.ndarray`): float32 `(X, Y, Z)`, from [`heat_volume`].
-        config (`dict`): from [`segmentation_facts`].
+        facts (`dict`): from [`segmentation_facts`].
     """
-    size, field_mm = config["preprocessing"]["size"], config["preprocessing"]["field_mm"]
-    if not config["postprocessed"]:
-        return volumes.foreground & (heat >= config["threshold"])
-    processed = postprocess_maps(maps.heatmaps, maps.found.images)
-    mask = volumes.foreground & (heat_volume(volumes, maps, processed, field_mm) >= config["threshold"])
+    if not facts["postprocessed"]:
+        return volumes.foreground & (heat >= facts["threshold"])
+    size, field_mm = facts["preprocessing"]["size"], facts["preprocessing"]["field_mm"]
+    heat = heat_volume(volumes, maps, postprocess_maps(maps.heatmaps, maps.found.images), field_mm)
+    mask = volumes.foreground & (heat >= facts["threshold"])
     voxels_per_pixel = (field_mm / size) ** 2 / (volumes.spacing_mm[0] * volumes.spacing_mm[1])
     return remove_small_components(mask, min_size=max(1, round(MIN_COMPONENT_SIZE * voxels_per_pixel)))
 
@@ -263,10 +225,8 @@ def write_volume(path: Path, volume: np.ndarray, like: Scan, dtype: type) -> Non
     nibabel.save(image_class(data, like.affine, header), path)
 
 
-def most_suspicious(heatmaps: np.ndarray, masks: np.ndarray, count: int = PREVIEW_ROWS) -> list[int]:
-    """Return indices of slices, by area of the mask and then by heat, largest first.
-
-    Neighbouring slices look alike, so chosen slices keep a distance.
+def most_suspicious(heatmaps: np.ndarray, masks: np.ndarray, count: int = 6) -> list[int]:
+    """Return indices of slices, by area of the mask and then by heat, largest first, but no close neighbours.
 
     Args:
         heatmaps (`np.ndarray`): `(S, H, W)`, 0 outside the foreground.
@@ -282,10 +242,10 @@ def most_suspicious(heatmaps: np.ndarray, masks: np.ndarray, count: int = PREVIE
 
 
 def write_preview(
-    path: Path, volumes: PatientVolumes, maps: SliceMaps, mask: np.ndarray, config: dict, title: str
+    path: Path, volumes: PatientVolumes, maps: SliceMaps, mask: np.ndarray, facts: dict, title: str
 ) -> None:
     """Write a picture of the most suspicious slices: scan, counterfactual, heatmap, and mask with the expert's."""
-    images, slices, preprocessing = maps.found.images, maps.found.slices, config["preprocessing"]
+    images, slices, preprocessing = maps.found.images, maps.found.slices, facts["preprocessing"]
     inside = (images > 0).any(axis=1)
     heatmaps = np.where(inside, maps.heatmaps, 0)
     geometry = volumes.spacing_mm, images.shape[-1], preprocessing["field_mm"]
