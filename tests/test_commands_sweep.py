@@ -189,7 +189,7 @@ def test_signs_are_learned_from_the_most_exact_encoding(files, monkeypatch):
 
 def test_an_order_that_the_model_cannot_have_is_refused(files, no_sweep, capsys):
     assert sweep(files, *PAPER, "--store", "paper", "--solver_order", 2) == 2
-    assert "--store paper stores a threshold only" in capsys.readouterr().err
+    assert "--store paper needs a sweep of the paper's setting alone" in capsys.readouterr().err
     path = files / "model" / "inverse_scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_fixed_point_iterations": 1}))
     assert sweep(files, "--solver_order", 2) == 2
