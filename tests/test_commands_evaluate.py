@@ -1,6 +1,9 @@
 """`diffusers-cf evaluate` from its command line."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,3 +167,34 @@ def test_one_of_model_and_method_is_needed(options, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("--dataset", "folder", "--output", "RESULT.json", *options)
     assert "--model" in capsys.readouterr().err
+
+
+def peak_memory(folder: Path, output: Path) -> float:
+    """Peak of the memory that an evaluation in a process of its own holds, in MiB, without pages of files."""
+    code = (
+        "import sys, threading, time; from diffusers_cf.cli import main; peak = 0\n"
+        "def watch():\n"
+        "    global peak\n"
+        "    while True:\n"
+        "        status = open('/proc/self/status').read().split()\n"
+        "        peak = max(peak, int(status[status.index('RssAnon:') + 1]) / 1024)\n"
+        "        time.sleep(0.005)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        f"assert main(['evaluate', '--method', 'threshold-flair', '--dataset', {str(folder)!r},"
+        f" '--output', {str(output)!r}, '--batch_size', '8']) == 0\n"
+        "print('peak', peak)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.rpartition("peak")[2])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_number_of_patients(tmp_path):
+    """200 patients of 2 MB each in memory, against 40, which are enough to fill all batches on their way."""
+    peaks = []
+    for count in (40, 200):
+        folder = write_dataset(tmp_path / str(count), patients=count, size=256)
+        peaks.append(peak_memory(folder, tmp_path / f"{count}.json"))
+        assert json.loads((tmp_path / f"{count}.json").read_text())["n_patients"] == count
+    assert peaks[1] < 1.1 * peaks[0]
