@@ -7,7 +7,6 @@ import re
 import diffusers
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
 
 from diffusers_cf.data.geometry import FIELD_MM, check_geometry
 from diffusers_cf.data.intensity import check_same_scale, normalize_of
@@ -132,17 +131,10 @@ def compile_network(pipe: CounterfactualDDIMPipeline) -> None:
         raise InputError(f"--compile: the network can't be compiled on this machine ({reason})") from None
 
 
-def exact_modules(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """Return the modules that stay in float32: both ends, finest level, time embedding, shortcuts of residual blocks.
-
-    On a GPU, PyTorch computes float32 convolutions in TF32 by default.
-    """
-    chosen = [getattr(unet, name) for name in EXACT] + [unet.down_blocks[0], unet.up_blocks[-1]]
-    return chosen + [module for name, module in unet.named_modules() if name.endswith(EXACT_WITHIN)]
-
-
 def compute_in(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
-    """Make a float32 U-Net compute in `dtype`, except for [`exact_modules`]. Its input and output stay float32.
+    """Make a float32 U-Net compute in `dtype`, except for `EXACT`, `EXACT_WITHIN` and the finest level.
+
+    Its input and output stay float32. On a GPU, PyTorch computes float32 convolutions in TF32 by default.
 
     Args:
         unet (`UNet2DConditionModel`): the network, on the device where it will run.
@@ -152,7 +144,8 @@ def compute_in(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
         return
     device = unet.device.type
     unet._computing_dtype = dtype
-    for module in exact_modules(unet):
+    exact = [getattr(unet, name) for name in EXACT] + [unet.down_blocks[0], unet.up_blocks[-1]]
+    for module in exact + [module for name, module in unet.named_modules() if name.endswith(EXACT_WITHIN)]:
         module.forward = torch.autocast(device, enabled=False)(module.forward)
     unet.forward = torch.autocast(device, dtype)(unet.forward)
 

@@ -7,18 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from evaluation_data import MODALITIES, SIZE, write_dataset
+from evaluation_data import MODALITIES, write_dataset
+from model_files import write_model
 
 from diffusers_cf.baselines import make_baseline
 from diffusers_cf.cli import main
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.evaluation.protocol import evaluate
 from diffusers_cf.files import alone_at
-from diffusers_cf.models import class_token_encoder, counterfactual_unet
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.provenance import package_commit
-from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
+from diffusers_cf.settings import PAPER_SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +27,9 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model") / "model"
-    unet = counterfactual_unet("small", image_size=SIZE, num_channels=2)
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
-    scheduler = DynamicDDIMScheduler()
-    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
-    pipe = CounterfactualDDIMPipeline(unet, class_token_encoder("small"), scheduler, inverse)
     settings = {"guidance_scale": 2.0, "strength": 0.2, "num_inference_steps": 10, "threshold": 0.05}
-    pipe.preprocessing = {"modalities": MODALITIES, "settings": settings}
-    pipe.save_pretrained(folder)
-    return folder
+    facts = {"modalities": MODALITIES, "settings": settings}
+    return write_model(tmp_path_factory.mktemp("model") / "model", facts)
 
 
 def run(*options):
@@ -78,23 +69,21 @@ def test_a_model_with_its_recommended_settings(dataset, model, tmp_path):
     assert result["auprc"] == pytest.approx(expected["auprc"], abs=1e-4)
 
 
-GIVEN = ["--guidance_scale", 1, "--strength", 0.1, "--map", "reconstruction", "--threshold", 0.5]
-PAPER = ["--settings", "paper", "--num_inference_steps", 4]
-
-
 @pytest.mark.parametrize(
     ("options", "settings", "evaluations"),
     [
-        (GIVEN, (1.0, 0.1, 10, "reconstruction", 0.5), 3),
-        (PAPER, (3.0, 0.75, 4, "counterfactual", None), 9),
+        (
+            ["--guidance_scale", 1, "--strength", 0.1, "--map", "reconstruction", "--threshold", 0.5],
+            (1.0, 0.1, 10, "reconstruction", 0.5), 3,
+        ),
+        (["--settings", "paper", "--num_inference_steps", 4], (3.0, 0.75, 4, "counterfactual", None), 9),
     ],
-)
+)  # fmt: skip
 def test_settings_of_the_command_line_and_of_the_paper(dataset, model, tmp_path, options, settings, evaluations):
     output = tmp_path / "RESULT.json"
     assert run("--model", model, "--dataset", dataset, "--output", output, "--max_patients", 1, *options) == 0
     result = json.loads(output.read_text())
-    names = ("guidance_scale", "strength", "num_inference_steps", "map", "threshold")
-    assert result["settings"] == dict(zip(names, settings, strict=True))
+    assert result["settings"] == dict(zip(PAPER_SETTINGS, settings, strict=True))
     assert result["network_evaluations_per_slice"] == evaluations
 
 
@@ -144,10 +133,13 @@ def test_data_without_masks(tmp_path, capsys):
     assert "unlabelled has no lesion masks" in capsys.readouterr().err
 
 
-def test_an_output_folder_that_cannot_be_made(dataset, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert run("--method", "threshold", "--dataset", dataset, "--output", tmp_path / "file" / "RESULT.json") == 2
-    assert f"error: {tmp_path / 'file'}" in capsys.readouterr().err
+def test_a_command_that_fails_leaves_no_folder_for_its_output(dataset, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffusers_cf.evaluation.protocol.begin_parts", fail)
+    assert run("--method", "threshold", "--dataset", dataset, "--output", tmp_path / "new" / "RESULT.json") == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_has_one_writer(dataset, tmp_path, capsys):

@@ -28,7 +28,7 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     text = "side of every network's input in pixels, a power of two from 16; default: the preset's"
     add("--image_size", type=int, help=text)
     add("--train_seconds", type=float, help="training time of each network in seconds; default: the preset's")
-    text = "train each network on as many images as for this seed of RESULTS, at any speed; default: limit the time"
+    text = "train each network on as many images as for this seed of RESULTS; default: limit the training time"
     add("--images_of_seed", type=int, metavar="SEED", help=text)
     text = f"steps of the diffusion methods, a divisor of {TRAIN_TIMESTEPS}; default: the preset's"
     add("--num_inference_steps", type=int, help=text)

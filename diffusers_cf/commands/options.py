@@ -36,15 +36,17 @@ def _batch_size(text: str) -> int | None:
 def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the inference settings, except for the threshold."""
     add, default = parser.add_argument, "default: recommended by the model"
-    text = "where other settings come from: the model's recommendation or the paper; default: recommended"
+    text = "source of the settings that are not given: the model (recommended) or the paper; default: recommended"
     add("--settings", choices=NAMES, help=text)
     text = "weight w of the guidance towards healthy, 0 or more: 0 is unconditional, 1 is conditional"
     add("--guidance_scale", type=float, help=f"{text}; {default}")
     add("--strength", type=float, help=f"share L of the noise levels to which an image is encoded, 0 to 1; {default}")
     text = "number of steps over all noise levels, a divisor of the number of training timesteps"
     add("--num_inference_steps", type=int, help=f"{text}; {default}")
-    text = "kind of anomaly map: the counterfactual compared with the image, with the image's reconstruction, or only"
-    add("--map", choices=MAPS, help=f"{text} in the direction of disease (signed); or without it (forward); {default}")
+    text = (
+        "anomaly map: |image - counterfactual|, |reconstruction - counterfactual|, the change towards disease (signed)"
+    )
+    add("--map", choices=MAPS, help=f"{text}, or one that needs no counterfactual (forward); {default}")
 
 
 def add_shard_argument(parser: argparse.ArgumentParser, last: str) -> None:
