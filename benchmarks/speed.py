@@ -22,7 +22,7 @@ from diffusers_cf import (
     class_token_encoder,
     counterfactual_unet,
 )
-from diffusers_cf.commands.options import add_compile_argument, add_device_arguments
+from diffusers_cf.commands.options import add_device_arguments
 from diffusers_cf.data.slices import batches_of
 from diffusers_cf.images import network_images
 from diffusers_cf.inference import DTYPES, compile_network, compute_in, open_pipeline
@@ -211,6 +211,5 @@ if __name__ == "__main__":
     add("--unet_size", choices=("small", "paper"), help="use an untrained network of this size instead of the model's")
     add("--patient", type=Path, metavar="FOLDER", help="also segment a whole patient")
     add("--rounds", type=int, default=3)
-    add_device_arguments(parser, batch_size=16)
-    add_compile_argument(parser)
+    add_device_arguments(parser, batch_size=16, compile=True)
     raise SystemExit(run_script(main, parser.parse_args(), counts=("rounds", "max_slices")))

@@ -12,10 +12,10 @@ from diffusers_cf.provenance import package_commit
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` whose options, declared with `_`, may be written with `_` or `-`."""
+    """`argparse.ArgumentParser` whose options are declared with `_` and may be written with `_` or `-`."""
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parse as `argparse` does, after spelling every `--long-option[=value]` as `--long_option[=value]`."""
+        """Parse as `argparse` does, after turning every `--long-option[=value]` into `--long_option[=value]`."""
         args = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args([_with_underscores(arg) for arg in args], namespace)
 
@@ -28,7 +28,7 @@ def _with_underscores(argument: str) -> str:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, raised so that temporary files and locks are removed."""
+    """SIGTERM as an exception, so that temporary files and locks are removed."""
 
 
 def _terminate(*_) -> None:
@@ -38,12 +38,16 @@ def _terminate(*_) -> None:
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command and return its exit code.
 
-    0 done; 2 with one line on stderr for bad input, a file system error or lack of memory; 130 and 143 with one line
-    after Ctrl-C and SIGTERM. Output folders that stayed empty are removed. Any other exception is a fault of this package and keeps its traceback (exit code 1).
+    The code is 0 for success, 2 after bad input, a file system error or lack of memory, 130 after Ctrl-C and 143 after
+    SIGTERM, each of them with one line on stderr. Any other exception is a fault of this package and keeps its
+    traceback. Output folders that stayed empty are removed.
+
+    Args:
+        command (`Callable`): takes nothing; returns an exit code or None for 0.
     """
-    if sys.stderr is None:  # closed by the caller; progress bars and messages have nowhere else to go
+    if sys.stderr is None:  # the caller closed it, but progress bars and messages need a stream
         sys.stderr = open(os.devnull, "w")
-    package_commit()  # read now: a commit made while the command runs is not the code that runs
+    package_commit()  # cached now, because a commit that is made later is not the code that runs
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         return command() or 0

@@ -1,4 +1,4 @@
-"""Errors that are the user's or the machine's: one line and exit code 2 instead of a traceback."""
+"""Errors of the user or the machine, which end a command with one line and exit code 2 instead of a traceback."""
 
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -14,17 +14,13 @@ class BusyError(InputError):
     """Another process is writing the same output."""
 
 
-class OversizedError(InputError):
-    """A file is larger than any file of its kind needs to be."""
-
-
 def first_line(error: BaseException) -> str:
-    """First line of an error's message, or the name of its class if there is none."""
+    """Return the first line of an error's message, or the name of its class if there is none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def in_one_line(error: BaseException) -> str | None:
-    """One line about an error for the user; None for an error that is a fault of this package."""
+    """Return one line about an error for the user, or None for an error that is a fault of this package."""
     if isinstance(error, InputError):
         return " ".join(str(error).split())
     if isinstance(error, OSError):

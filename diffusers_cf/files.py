@@ -1,4 +1,4 @@
-"""Files and folders that are written as a whole or not at all, by one process at a time."""
+"""Write files and folders as a whole or not at all, one process at a time."""
 
 import glob
 import json
@@ -16,14 +16,14 @@ from diffusers_cf.errors import BusyError, InputError, reading
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
-_made: list[Path] = []  # by make_folder, an outer folder before its inner ones
+_made: list[Path] = []  # by make_folder; an outer folder comes before its inner ones
 
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file in the same folder, which replaces `path` if the block ends without an error.
 
-    Its name is random, so no link planted there is followed, and its mode is that of any new file.
+    Its name is random, so that nobody can plant a link there. Its mode is that of any new file.
     """
     path = Path(path)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -33,7 +33,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
         os.chmod(name, 0o666 & ~_UMASK)
         _sync(Path(name))
         os.replace(name, path)
-    except OSError as error:  # a write names no file, and the temporary name tells a user nothing
+    except OSError as error:  # a failed write names no file, or the temporary one
         error.filename = str(path)
         raise
     finally:
@@ -68,7 +68,7 @@ def read_json(path: str | Path, max_bytes: int = 16 << 20) -> dict:
 
 
 def make_folder(path: str | Path) -> None:
-    """Make an output folder at a command's start, so that a wrong path fails before any work is done."""
+    """Make an output folder, at a command's start so that a wrong path fails before any work is done."""
     path = Path(path)
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def make_folder(path: str | Path) -> None:
 
 
 def remove_empty_folders() -> None:
-    """Remove the folders that [`make_folder`] made and that nothing was written to, at a command's end."""
+    """Remove the folders of [`make_folder`] that are still empty, at a command's end."""
     while _made:
         with suppress(OSError):
             _made.pop().rmdir()
@@ -84,19 +84,19 @@ def remove_empty_folders() -> None:
 
 @contextmanager
 def alone_at(target: Path, timeout: float = 0) -> Iterator[None]:
-    """Hold the lock of an output file or folder; its parent folder is made if it is missing.
+    """Hold the lock of an output file or folder. Its parent folder is made if it is missing.
 
-    The lock file beside the target is removed at the end. A lock left by a killed process does not count.
+    The lock is a file beside the target, which is removed at the end. A lock that a killed process left is ignored.
 
     Args:
-        target (`Path`): what is written.
+        target (`Path`): the output file or folder.
         timeout (`float`): seconds to wait for another process.
 
     Raises:
         BusyError: another process holds the lock.
     """
     path = target.with_name(f".{target.name}.lock")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     lock = FileLock(path, timeout=timeout)
     try:
         lock.acquire()
@@ -106,7 +106,7 @@ def alone_at(target: Path, timeout: float = 0) -> Iterator[None]:
         _recover(target)
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the release: afterwards it could be another process's lock
+        path.unlink(missing_ok=True)  # after the release it could be another process's lock
         lock.release()
 
 
@@ -124,7 +124,7 @@ def tidy(target: Path) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `target` if the block ends without an error.
 
-    Only for a process that is `alone_at` the target.
+    Hold the lock [`alone_at`] the target meanwhile.
     """
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
     os.chmod(temporary, 0o777 & ~_UMASK)
@@ -132,7 +132,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
-        if target.exists():  # it steps aside first: no rename replaces a folder that is not empty
+        if target.exists():  # no rename replaces a folder that is not empty
             os.replace(target, target.with_name(f".{target.name}.old"))
         os.replace(temporary, target)
         _sync(target.parent)
@@ -141,14 +141,14 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _leftovers(target: Path) -> list[Path]:
-    """Temporary folders of a target and the old version that stepped aside."""
+    """Return the temporary folders of a target, and its old version if that was moved away."""
     names = glob.glob(f".{glob.escape(target.name)}.tmp-*", root_dir=target.parent, include_hidden=True)
     old = target.with_name(f".{target.name}.old")
     return [target.parent / name for name in names] + ([old] if os.path.lexists(old) else [])
 
 
 def _recover(target: Path) -> None:
-    """Leave the target, new or old, and nothing beside it."""
+    """Move the old version back if there is no new one, and remove what is left beside the target."""
     old = target.with_name(f".{target.name}.old")
     if old.is_dir() and not os.path.lexists(target):
         os.replace(old, target)

@@ -1,4 +1,4 @@
-"""Opening a model for use: device, dtype, compilation, and its preprocessing.json checked against its network."""
+"""Open a model for use: device, dtype, compilation, and its preprocessing.json checked against its network."""
 
 import argparse
 import logging
@@ -7,7 +7,6 @@ import re
 import diffusers
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
 
 from diffusers_cf.data.geometry import FIELD_MM, check_geometry
 from diffusers_cf.data.intensity import check_same_scale, normalize_of
@@ -21,50 +20,49 @@ from diffusers_cf.settings import NAMES
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Guidance multiplies the difference of two predictions that are nearly equal, and with it what each was rounded by. Most
-# of that comes from the sum of all residual blocks and from the finest level, where the image itself passes.
+# Guidance multiplies the difference of two nearly equal predictions, and so their rounding errors. Most of the rounding
+# happens in the sum of the residual blocks and at the finest level, so these stay in float32.
 EXACT = ("conv_in", "conv_out", "time_embedding")
 EXACT_WITHIN = ("conv_shortcut", "samplers.0.conv")
-# Pixels along a side of the slices on which thresholds are chosen, as `prepare` cuts them unless told otherwise.
+# Default side in pixels of the slices on which thresholds are chosen, the default size of `prepare`.
 EVALUATION_SIZE = 128
-# `segment` writes a file for each modality, and a model folder is foreign.
+# A modality names a file that `segment` writes, and a model folder is foreign input.
 _FILE_NAME = re.compile(r"\w[\w.+-]*")
-# Entries that are tables of facts, where they are there.
+# Optional entries of preprocessing.json that hold JSON objects.
 _TABLES = ("training", "settings_chosen_by", "threshold_chosen_by", "paper_threshold_chosen_by")
 
 
-def default_device() -> str:
-    """Return the device that computes unless another one is asked for."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def take_device(args: argparse.Namespace, share) -> None:
-    """Give each process that a launcher started a GPU of its own, unless `--device` names one."""
-    args.device = args.device or default_device()
-    if share.launched and args.device == "cuda" and torch.cuda.is_available():
-        args.device = f"cuda:{share.local_index % torch.cuda.device_count()}"
-
-
 def computes_in_bfloat16(device: str | torch.device) -> bool:
-    """Return whether a device has bfloat16 arithmetic: AMX, AVX512-BF16, or a GPU's."""
+    """Return whether a device computes in bfloat16: a GPU that does, or a CPU with AMX or AVX512-BF16."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # private names: if they vanish we are slower, not wrong
+    # private functions of torch: without them the default is float32
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
-def check_device_arguments(args: argparse.Namespace) -> None:
-    """Settle `--device` and `--dtype auto`; raise `InputError` for a device that can't be used or a batch size below 1."""
-    args.device = args.device or default_device()
+def check_device_arguments(args: argparse.Namespace, share=None) -> None:
+    """Replace `--device` and `--dtype` by those in use, after checking them and the batch size.
+
+    Args:
+        args (`argparse.Namespace`): with `device`, `dtype` and `batch_size`, as from `add_device_arguments`.
+        share (`Share`, *optional*): this process's part of the work. Each process of a launcher gets a GPU of its own,
+            unless `--device` names one by its number.
+
+    Raises:
+        InputError: the device can't be used, or the batch size is below 1.
+    """
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if share is not None and share.launched and args.device == "cuda" and torch.cuda.is_available():
+        args.device = f"cuda:{share.local_index % torch.cuda.device_count()}"
     if args.batch_size is not None and args.batch_size < 1:
         raise InputError(f"--batch_size must be at least 1, not {args.batch_size}")
     try:
         torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA says so by an AssertionError
-        raise InputError(f"--device {args.device} can't be used ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA raises AssertionError
+        raise InputError(f"--device {args.device} can't be used ({first_line(error)})") from None
     device = torch.device(args.device)
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # Accelerate trains on the current one
+        torch.cuda.set_device(device)  # Accelerate trains on the current device
     if args.dtype == "auto":
         args.dtype = "bfloat16" if computes_in_bfloat16(args.device) else "float32"
     elif args.dtype == "bfloat16" and not computes_in_bfloat16(args.device):
@@ -75,20 +73,20 @@ def open_pipeline(
     model: str, device: str = "cpu", dtype: str = "float32", compile: bool = False, variant: str | None = None,
     dataset: SliceDataset | None = None,
 ):  # fmt: skip
-    """Open a model for a command: on its device, in its dtype, without progress bars, and checked against a data set.
+    """Open a model on its device and in its dtype, without progress bars, and check that it takes a data set's images.
 
     Args:
         model (`str`): folder, Hub id or name of a shipped model.
         device (`str`): where the network computes.
         dtype (`str`): a key of `DTYPES`; see [`compute_in`] for what stays in float32.
         compile (`bool`): compile the network now.
-        variant (`str`, *optional*): of the weights.
-        dataset (`SliceDataset`, *optional*): the images that the model will get.
+        variant (`str`, *optional*): variant of the weights, such as `fp16`.
+        dataset (`SliceDataset`, *optional*): images that the model will get.
 
     Raises:
         InputError: the model can't be loaded or compiled, or takes other images than those of the data set.
     """
-    # several progress bars would hide the one that counts slices
+    # its progress bars would hide the one that counts slices
     diffusers.utils.logging.disable_progress_bar()
     try:
         pipe = CounterfactualDDIMPipeline.from_pretrained(model, dtype=torch.float32, variant=variant)
@@ -97,7 +95,7 @@ def open_pipeline(
     if dataset is not None:
         _check_takes(pipe, model, dataset)
     pipe.set_progress_bar_config(disable=True)
-    pipe.unet.to(memory_format=torch.channels_last)  # how convolutions are fastest on CPUs and GPUs alike
+    pipe.unet.to(memory_format=torch.channels_last)  # the fastest layout on CPUs and GPUs
     pipe.to(device)
     compute_in(pipe.unet, DTYPES[dtype])
     if compile:
@@ -107,13 +105,11 @@ def open_pipeline(
 
 def _check_takes(pipe: CounterfactualDDIMPipeline, model: str, dataset: SliceDataset) -> None:
     known, given = pipe.preprocessing, dataset.preprocessing
-    modalities, channels = known.get("modalities", given["modalities"]), pipe.unet.config.in_channels
-    if list(modalities) != list(given["modalities"]):
-        raise InputError(
-            f"{model} takes {', '.join(modalities)}, but {dataset.folder} holds {', '.join(given['modalities'])}"
-        )
-    if channels != given["channels"]:
-        raise InputError(f"{model} takes {channels} channels, not the {given['channels']} given")
+    takes, holds = known.get("modalities", given["modalities"]), given["modalities"]
+    if list(takes) != list(holds):
+        raise InputError(f"{model} takes {', '.join(takes)}, but {dataset.folder} holds {', '.join(holds)}")
+    if pipe.unet.config.in_channels != given["channels"]:
+        raise InputError(f"{model} takes {pipe.unet.config.in_channels} channels, not the {given['channels']} given")
     check_same_scale(model, known, dataset.folder, given)
 
 
@@ -124,7 +120,7 @@ def compile_network(pipe: CounterfactualDDIMPipeline) -> None:
     Raises:
         InputError: it can't be compiled on this machine, for example because there is no compiler.
     """
-    # A CPU's convolutions choose their layout by the size of an image, and each choice is a graph of its own.
+    # a CPU's convolutions choose their layout by the image size, and each layout needs a graph of its own
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     pipe.unet.compile(fullgraph=True, dynamic=True)
     sample = torch.zeros(2, pipe.unet.config.in_channels, *pipe.image_size, device=pipe.device)
@@ -135,57 +131,49 @@ def compile_network(pipe: CounterfactualDDIMPipeline) -> None:
         raise InputError(f"--compile: the network can't be compiled on this machine ({reason})") from None
 
 
-def exact_modules(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """Return what stays in float32: both ends, the finest level, the time embedding, and shortcuts of residual blocks.
-
-    On a GPU, convolutions in float32 are TF32 unless PyTorch is told otherwise.
-    """
-    chosen = [getattr(unet, name) for name in EXACT] + [unet.down_blocks[0], unet.up_blocks[-1]]
-    return chosen + [module for name, module in unet.named_modules() if name.endswith(EXACT_WITHIN)]
-
-
 def compute_in(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
-    """Make a float32 U-Net compute in `dtype`, all but [`exact_modules`]; what it takes and gives stays float32.
+    """Make a float32 U-Net compute in `dtype`, except for `EXACT`, `EXACT_WITHIN` and the finest level.
+
+    Its input and output stay float32. On a GPU, PyTorch computes float32 convolutions in TF32 by default.
 
     Args:
-        unet (`UNet2DConditionModel`): on the device where it will run.
+        unet (`UNet2DConditionModel`): the network, on the device where it will run.
         dtype (`torch.dtype`): `torch.bfloat16` or `torch.float16`; float32 changes nothing.
     """
     if dtype == torch.float32:
         return
     device = unet.device.type
     unet._computing_dtype = dtype
-    for module in exact_modules(unet):
+    exact = [getattr(unet, name) for name in EXACT] + [unet.down_blocks[0], unet.up_blocks[-1]]
+    for module in exact + [module for name, module in unet.named_modules() if name.endswith(EXACT_WITHIN)]:
         module.forward = torch.autocast(device, enabled=False)(module.forward)
     unet.forward = torch.autocast(device, dtype)(unet.forward)
 
 
 def computing_dtype(unet: UNet2DConditionModel) -> str:
-    """Return the name of the dtype that a U-Net computes in: `compute_in`'s, else that of its weights."""
+    """Return the name of the dtype that a U-Net computes in: that of [`compute_in`], else that of its weights."""
     return str(getattr(unet, "_computing_dtype", unet.dtype)).removeprefix("torch.")
 
 
 def usable_facts(pipe: CounterfactualDDIMPipeline, model: str, **settings) -> dict:
-    """Return what a model takes, `preprocessing` (modalities and geometry), and its `settings`, both checked.
+    """Return a model's checked `preprocessing` (modalities and geometry of its input) and `settings`.
 
     Args:
-        pipe: The pipeline.
-        model: Its name, for messages.
-        **settings: As in `pipe.resolve_settings`.
+        pipe ([`CounterfactualDDIMPipeline`]): the pipeline.
+        model (`str`): its name, for messages.
+        **settings: as in `pipe.resolve_settings`.
 
     Raises:
-        InputError: The model does not say what it takes, or says what its network contradicts; or a setting is out of
-            range.
+        InputError: preprocessing.json lacks its input or contradicts the network, or a setting is out of range.
     """
     known, modalities = pipe.preprocessing, modalities_of(pipe, model)
     try:
         settings = pipe.resolve_settings(**settings)
         pipe.timesteps(settings["strength"], settings["num_inference_steps"])
         size = known.get("evaluation_size", max(EVALUATION_SIZE, known.get("size", 0)))
-        geometry = {"size": size, "field_mm": known.get("field_mm", FIELD_MM)}
-        geometry["normalize"] = normalize_of(known)
+        geometry = {"size": size, "field_mm": known.get("field_mm", FIELD_MM), "normalize": normalize_of(known)}
         if geometry["normalize"] == "none":
-            raise ValueError(f"{model}: takes images as they are, so that no scan can be brought to its scale")
+            raise ValueError(f"{model}: takes images as they are, without a scale for scans")
         check_geometry(**geometry)
         threshold = settings["threshold"]
         if threshold is not None and not 0 < threshold < float("inf"):
@@ -200,10 +188,10 @@ def usable_facts(pipe: CounterfactualDDIMPipeline, model: str, **settings) -> di
 
 
 def check_publishable(pipe: CounterfactualDDIMPipeline, model: str) -> None:
-    """Refuses a model that nobody could use: what it recommends is checked as for use, and what its card is made of.
+    """Check what a model recommends, as before its use, and the entries of preprocessing.json that its card shows.
 
     Raises:
-        InputError: as [`usable_facts`], or an entry is not what it must be.
+        InputError: as in [`usable_facts`], or an entry has a wrong type.
     """
     facts = pipe.preprocessing
     for name in NAMES:
@@ -216,10 +204,10 @@ def check_publishable(pipe: CounterfactualDDIMPipeline, model: str) -> None:
 
 
 def modalities_of(pipe: CounterfactualDDIMPipeline, model: str) -> list[str]:
-    """The modalities that a model takes, a name for each of its channels.
+    """Return the modalities that a model takes, one for each channel.
 
     Raises:
-        InputError: they are not named, or not as its network and its class encoder are.
+        InputError: preprocessing.json names no modalities, or contradicts the network or the class encoder.
     """
     known, channels = pipe.preprocessing, pipe.unet.config.in_channels
     modalities, classes = known.get("modalities"), known.get("class_names")

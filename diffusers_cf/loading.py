@@ -1,7 +1,7 @@
-"""Model folders: found or downloaded, checked before anything in them is loaded, and saved with facts and checksums.
+"""Find or download model folders, check them before anything in them is loaded, and save them with checksums.
 
 A model folder is foreign input. Only components of known classes are loaded, from JSON and safetensors files. Code and
-pickles are never read: diffusers is shown a folder with the checked files alone.
+pickles are never read: diffusers loads from a temporary folder that holds only the checked files.
 """
 
 import hashlib
@@ -28,9 +28,10 @@ PRETRAINED = Path(__file__).parent / "pretrained"  # holds a folder for each shi
 PIPELINE_CLASS = "CounterfactualDDIMPipeline"
 PIPELINE_CLASS_WITH_CODE = ["pipeline_counterfactual_ddim", PIPELINE_CLASS]  # in repositories published --with-code
 MODEL_INDEX, PREPROCESSING = "model_index.json", "preprocessing.json"
-# Entries of model_index.json that are no components, with their defaults.
+SHIPPED = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob(f"*/{MODEL_INDEX}")))
+# Entries of model_index.json besides components, with their defaults.
 SWITCHES = {"clip_input": True, "crop_background": False}
-# The [library, class] pairs that model_index.json may name for each component.
+# The pairs [library, class] that model_index.json may name for each component.
 COMPONENTS = {
     "unet": (["diffusers", "UNet2DConditionModel"],),
     "class_encoder": (["diffusers_cf.models", "ClassTokenEncoder"], [None, None]),
@@ -39,20 +40,20 @@ COMPONENTS = {
         ["diffusers_cf.schedulers", "DynamicDDIMInverseScheduler"], ["diffusers", "DDIMInverseScheduler"],
     ),
 }  # fmt: skip
-# The names that diffusers gives to weights: plain or of a variant, whole or in shards with an index.
+# Names of weights in diffusers: with or without a variant, whole or in shards with an index.
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
 SHARD_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
 CHECKSUMS = re.compile(r"checksums(?:\.\w+)?\.json")
 CONFIGS = ("config.json", "scheduler_config.json")
-_MAX_BYTES = (16 << 20, 8 << 30)  # of JSON; of weights (the authors' network has 0.4 GiB) and shards of data sets
-_OF_DATASET = ("splits", "input", "skipped")  # facts of a data set that its models don't need; some name patients
+_MAX_BYTES = (16 << 20, 8 << 30)  # of JSON; of weights and of data set shards
+_OF_DATASET = ("splits", "input", "skipped")  # entries of a data set that may name patients; models do not need them
 _PUSH_OPTIONS = ("repo_id", "token", "private", "commit_message", "create_pr")
 
 logger = logging.getLogger(__name__)
 
 
 class ModelFolderMixin:
-    """Loading and saving of a `DiffusionPipeline` whose folder has preprocessing.json and checksums.json."""
+    """Load and save a `DiffusionPipeline` with preprocessing.json and checksums.json."""
 
     _preprocessing = None
 
@@ -60,7 +61,7 @@ class ModelFolderMixin:
     def preprocessing(self) -> dict:
         """The model's preprocessing.json: modalities, image size, intensity scale, recommended settings.
 
-        The U-Net carries it too, so that `Pipeline(**pipe.components)` and `from_pipe` keep it.
+        The U-Net holds it too, so that `Pipeline(**pipe.components)` and `from_pipe` keep it.
         """
         return getattr(self.unet, "_preprocessing", {}) if self._preprocessing is None else self._preprocessing
 
@@ -69,11 +70,11 @@ class ModelFolderMixin:
         self._preprocessing = self.unet._preprocessing = dict(facts)
 
     def resolve_settings(self, settings: str | None = None, **given) -> dict:
-        """Return settings with each None replaced by what the model recommends, else by the paper's.
+        """Return settings; each None is replaced by the model's recommendation, else by the paper's value.
 
         Args:
-            settings (`str`, *optional*): `paper` for the paper's values instead of what the model recommends.
-            **given: any of `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`; checked.
+            settings (`str`, *optional*): `paper` for the paper's values instead of the recommended ones.
+            **given: any of `guidance_scale`, `strength`, `num_inference_steps`, `map`, `threshold`.
 
         Raises:
             ValueError: one is out of range, or the pipeline can't make the map.
@@ -84,7 +85,7 @@ class ModelFolderMixin:
         return found
 
     def register_switches(self, **given: bool | None) -> None:
-        """Register `SWITCHES` in the config: what is given, else what the U-Net carries, else the default."""
+        """Register `SWITCHES` in the config: the given value, else that of the U-Net, else the default."""
         carried = SWITCHES | getattr(self.unet, "_switches", {}) | {k: v for k, v in given.items() if v is not None}
         self.unet._switches = carried
         self.register_to_config(**carried)
@@ -111,9 +112,11 @@ class ModelFolderMixin:
                 target = Path(view, name)
                 target.parent.mkdir(exist_ok=True)
                 _link(Path(folder, name).resolve(), target, os.symlink)
-            write_json(index, Path(view, MODEL_INDEX))  # replaces the link: a folder with code names another class
+            write_json(
+                index, Path(view, MODEL_INDEX)
+            )  # replaces the link, because a folder with code names another class
             for library, _ in filter(all, (index.get(name, (None, None)) for name in COMPONENTS)):
-                importlib.import_module(library)  # one of COMPONENTS; diffusers finds classes of imported modules only
+                importlib.import_module(library)  # in COMPONENTS; diffusers needs it imported
             pipe = super().from_pretrained(view, **(kwargs | safe))
             pipe.register_to_config(_name_or_path=folder)
             if missing := [name for name, value in pipe.unet.named_parameters() if value.is_meta]:
@@ -139,23 +142,22 @@ class ModelFolderMixin:
 
 
 def find_model(name: str | os.PathLike, **options) -> str:
-    """Return the folder of a model: `name` itself, a shipped model's, or that of a download of `user/name`."""
+    """Return the folder of a model: `name` itself, that of a shipped model, or the download of `user/name`."""
     name = os.fspath(name)
     if not os.path.isdir(name):
-        tidy(Path(os.path.abspath(name)))  # a process killed in `replace_json` leaves the folder under another name
+        tidy(Path(os.path.abspath(name)))  # a process killed in `replace_json` left it under another name
     if os.path.isdir(name):
         return name
     if Path(name).name == name and (PRETRAINED / name / MODEL_INDEX).is_file():
         return str(PRETRAINED / name)
     if "/" not in name:
-        shipped = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob(f"*/{MODEL_INDEX}")))
-        raise InputError(f"{name}: no such folder, and no shipped model ({shipped}); on the Hub a model is user/name")
+        raise InputError(f"{name}: no such folder, and no shipped model ({SHIPPED}); on the Hub a model is user/name")
     known = ("variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
     return download_model(name, **{key: options[key] for key in known if key in options})
 
 
 def download_model(repo_id: str, variant: str | None = None, **options) -> str:
-    """[`download`] what loading needs of a model; a foreign one is refused before its weights are downloaded."""
+    """[`download`] the files of a model that loading needs; refuse a foreign model before its weights are downloaded."""
 
     def choose(names: list[str], options: dict) -> list[str]:
         if MODEL_INDEX not in names:
@@ -169,14 +171,14 @@ def download_model(repo_id: str, variant: str | None = None, **options) -> str:
 def download(
     repo_id: str, choose: Callable, revision: str | None = None, local_files_only: bool = False, **options
 ) -> str:
-    """Download files of a Hub repository and return their folder in the cache, which is used without a network.
+    """Download files of a Hub repository and return their folder in the cache. Without a network, use the cache.
 
     Args:
         repo_id (`str`): `user/name`.
-        choose (`Callable`): takes the names of all files and the options of a download, returns the names to download.
+        choose (`Callable`): takes the names of all files and the options of a download; returns the files to get.
         revision (`str`, *optional*): branch, tag or commit.
         local_files_only (`bool`): use the cache alone.
-        **options: others of `huggingface_hub.snapshot_download`.
+        **options: other options of `huggingface_hub.snapshot_download`.
 
     Raises:
         InputError: the repository or revision is missing, a file is too large, or the download fails.
@@ -184,9 +186,9 @@ def download(
     asked = {name: options[name] for name in ("repo_type", "token") if name in options}
     info = None
     try:
-        if local_files_only:  # whatever is there: what is missing is said by those who need it
+        if local_files_only:  # whatever the cache holds; later checks name missing files
             return snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[], **options)
-        # Asked first: without a network the client's other calls try for half a minute.
+        # this call comes first, because without a network the others try for half a minute
         info = HfApi().repo_info(repo_id, revision=revision, files_metadata=True, **asked)
         for file in info.siblings:
             if (file.size or 0) > (limit := _MAX_BYTES[file.rfilename.endswith((".safetensors", ".parquet"))]):
@@ -196,8 +198,7 @@ def download(
     except InputError:
         raise
     except (HFValidationError, RepositoryNotFoundError):
-        shipped = ", ".join(path.parent.name for path in PRETRAINED.glob(f"*/{MODEL_INDEX}"))
-        reason = f"neither a folder, nor a shipped model ({shipped}), nor a repository that your token may read"
+        reason = f"neither a folder, nor a shipped model ({SHIPPED}), nor a repository that your token may read"
     except RevisionNotFoundError:
         reason = f"the repository has no revision {revision!r}"
     except (HTTPError, OSError, ValueError) as error:
@@ -209,7 +210,7 @@ def download(
 
 
 def read_components(index_file: Path) -> dict[str, list[str]]:
-    """Return library and class of each component; raise `InputError` unless model_index.json is that of our pipeline."""
+    """Return library and class of each component; raise `InputError` for a model_index.json of another pipeline."""
     index = read_json(index_file)
     if not isinstance(name := index.get("_class_name"), str) and name != PIPELINE_CLASS_WITH_CODE:
         raise InputError(f"{index_file}: _class_name is {str(name)[:100]}, not {PIPELINE_CLASS}")
@@ -223,7 +224,7 @@ def read_components(index_file: Path) -> dict[str, list[str]]:
 
 
 def _model_files(where: str | Path, names: Iterable[str], components: Mapping, variant: str | None) -> list[str]:
-    """Of all files in a folder or repository, the names of those that diffusers and we read."""
+    """Return the names of the files that loading reads, of all files in a folder or repository."""
     files = [name for name in names if name in (MODEL_INDEX, PREPROCESSING) or CHECKSUMS.fullmatch(name)]
     for component, (_, class_name) in components.items():
         is_scheduler, found = class_name.endswith("Scheduler"), {}
@@ -242,8 +243,8 @@ def check_model_folder(folder: str | os.PathLike, variant: str | None = None) ->
     """Check a model folder before anything that it names is imported, and return the names of the files to load.
 
     Raises:
-        InputError: a component has an unknown class, a file leads out of the folder, or the weights of `variant` are no
-            whole safetensors files or differ from the folder's checksums. One line with the file and the reason.
+        InputError: a component has an unknown class, a file leads out of the folder, or the weights of `variant` are
+            no whole safetensors files or differ from the checksums. The message is one line with file and reason.
     """
     folder = Path(folder)
     components = read_components(inside(folder, MODEL_INDEX))
@@ -276,11 +277,11 @@ def _check_weights(folder: Path, name: str) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file in a model folder; raise `InputError` if it is missing or a link leads outside."""
+    """Return the path of a file in a model folder; raise `InputError` if it is missing or a link out of the folder."""
     path, home = folder / name, folder.resolve()
     if not path.is_file():
         raise InputError(f"{path}: no such file, so this is not a whole model folder")
-    # The Hub's cache keeps the content of a snapshot's files beside it.
+    # the files of a snapshot in the Hub's cache are links to a folder beside it
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(path.resolve().is_relative_to(place) for place in homes):
         raise InputError(f"{path}: leads out of the model folder")
@@ -299,7 +300,7 @@ def read_preprocessing(folder: str | os.PathLike) -> dict:
 
 
 def replace_json(folder: str | os.PathLike, files: Mapping[str, Mapping]) -> None:
-    """Replace JSON files of a model folder in one step: a killed process leaves all old ones or all new ones.
+    """Replace JSON files of a model folder together: a killed process leaves all old ones or all new ones.
 
     Args:
         folder (`str` or `os.PathLike`): a model folder.
@@ -311,7 +312,7 @@ def replace_json(folder: str | os.PathLike, files: Mapping[str, Mapping]) -> Non
             return write_json(*files.values(), folder.joinpath(*files))
         with new_folder(folder) as copy:
             shutil.copytree(folder, copy, symlinks=True, copy_function=_link, dirs_exist_ok=True)
-            for name, value in files.items():  # a new file each: nothing is written through a link
+            for name, value in files.items():  # new files, so that nothing is written through a link
                 write_json({key: entry for key, entry in value.items() if key != "_name_or_path"}, copy / name)
 
 
@@ -323,9 +324,9 @@ def _link(source: str | Path, target: str | Path, link: Callable = os.link) -> N
 
 
 def write_checksums(folder: str | os.PathLike) -> None:
-    """Write the SHA-256 of every weight file to checksums.json, for a variant to a list of its own.
+    """Write the SHA-256 of every weight file to checksums.json, or to a file of its own for each variant.
 
-    Weights get the mode of model_index.json: safetensors makes them readable by the user alone.
+    Weights get the file mode of model_index.json, because safetensors lets only the user read them.
     """
     folder, lists = Path(folder), {}
     for path in sorted(folder.glob("*/*.safetensors")):
@@ -337,7 +338,7 @@ def write_checksums(folder: str | os.PathLike) -> None:
 
 
 def checksums_name(weights_name: str) -> str:
-    """Return the name of the list of checksums that a weight file stands in."""
+    """Return the name of the file of checksums for a weight file."""
     variant = WEIGHTS.fullmatch(weights_name)["variant"]
     return f"checksums.{variant}.json" if variant else "checksums.json"
 

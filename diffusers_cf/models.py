@@ -1,4 +1,4 @@
-"""The class-token encoder tau(c) (Sec. 3.3) and the noise predictors: stock U-Nets given by configuration literals."""
+"""The noise predictors, which are U-Nets of diffusers, and the class-token encoder tau(c) of Sec. 3.3."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ from torch import nn
 
 CONDITIONINGS = ("attention", "adagn", "unconditional")
 
-# What a U-Net's size decides. `attention_levels` counts from the finest level; `class_encoder` are arguments of
-# ClassTokenEncoder. `small` keeps its finest level thin: at 64 x 64 that level costs most of the time on a CPU.
+# `attention_levels` counts from the finest level; `class_encoder` holds arguments of ClassTokenEncoder. The finest level
+# of `small` has few channels, because at 64 x 64 pixels it takes most of the time on a CPU.
 UNET_SIZES = {
     "small": {
         "block_out_channels": (16, 48, 80, 112),
@@ -47,21 +47,21 @@ def _check_preset(size: str) -> None:
 def unet_config(
     size: str = "small", conditioning: str = "attention", image_size: int = 64, num_channels: int = 4
 ) -> dict[str, object]:
-    """The arguments of `UNet2DConditionModel` for a preset.
+    """Return the arguments of `UNet2DConditionModel` for a preset.
 
     `attention` concatenates the class tokens to keys and values of every attention layer (diffusers' added-KV blocks)
-    and adds the class vector to the time embedding (AdaGN); `adagn` has the class vector and plain self-attention (the
-    baseline of Sec. 3.3); `unconditional` has neither. `paper` is the authors' network except for its attention heads:
-    they are 64 channels wide, since the authors' single head of full width can't be written in a stock configuration.
+    and adds the class vector to the time embedding (AdaGN). `adagn` has the class vector and plain self-attention (the
+    baseline of Sec. 3.3). `unconditional` has neither. `paper` is the authors' network except for the attention heads,
+    which are 64 channels wide: diffusers has no option for the authors' single head of full width.
 
     Args:
         size (`str`): a key of `UNET_SIZES`.
         conditioning (`str`): one of `CONDITIONINGS`.
         image_size (`int`): side of the square image in pixels, a multiple of 8.
-        num_channels (`int`): channels in and out.
+        num_channels (`int`): input and output channels.
 
     Raises:
-        ValueError: for an unknown name or a side that the three halvings don't divide.
+        ValueError: a name is unknown, or 8 does not divide the side.
     """
     _check_preset(size)
     if conditioning not in CONDITIONINGS:
@@ -90,10 +90,10 @@ def unet_config(
 def counterfactual_unet(
     size: str = "small", conditioning: str = "attention", image_size: int = 64, num_channels: int = 4
 ) -> UNet2DConditionModel:
-    """A freshly initialised noise predictor; arguments and errors as in [`unet_config`].
+    """Return an untrained noise predictor; arguments and errors as in [`unet_config`].
 
-    Each residual block's last convolution, each attention output and the last convolution begin at zero, as in the
-    authors' code: every block starts as the identity.
+    The last convolution of each residual block, each attention output and the network's last convolution start at zero,
+    as in the authors' code, so that every block starts as the identity.
     """
     unet = UNet2DConditionModel(**unet_config(size, conditioning, image_size, num_channels))
     for name, parameter in unet.named_parameters():
@@ -103,19 +103,21 @@ def counterfactual_unet(
 
 
 class ClassTokenEncoder(ModelMixin, ConfigMixin):
-    """tau(c) of Sec. 3.3: a class becomes tokens for the attention layers and a vector for the time embedding.
+    """tau(c) of Sec. 3.3: turns a class into tokens for the attention layers and a vector for the time embedding.
 
-    The null symbol of implicit guidance (Sec. 3.2) is the class after the last one: a row of its own, not the absence
-    of tokens.
+    The null symbol of implicit guidance (Sec. 3.2) has a row of its own in the tables, after the last class.
 
     Args:
         class_names (`Sequence[str]`): names of the classes; the first one is the default target of a counterfactual.
-        num_tokens (`int`, *optional*): number of learned tokens a class. None is the authors' way: with e the class
-            vector, the outer product e e^T read as `token_dim` tokens (rank 1; the null row of the table is a frozen
-            zero, so that its vector comes from the biases of the MLP).
+        num_tokens (`int`, *optional*): number of learned tokens per class. None is the authors' way: the outer product
+            e e^T of the class vector e, read as `token_dim` tokens. The null row of the table is then a frozen zero, and
+            its vector comes from the biases of the MLP.
         token_dim (`int`): width of a token, the U-Net's `cross_attention_dim`.
-        vector_dim (`int`): width of the vector, the U-Net's time embedding; equal to `token_dim` for the outer product.
-        embedding_dim (`int`): width of the table of classes.
+        vector_dim (`int`): width of the vector and of the U-Net's time embedding; `token_dim` for the outer product.
+        embedding_dim (`int`): width of the class embedding.
+
+    Raises:
+        ValueError: names are too few or not different, or the sizes contradict each other.
     """
 
     @register_to_config
@@ -143,15 +145,11 @@ class ClassTokenEncoder(ModelMixin, ConfigMixin):
 
     @property
     def null_id(self) -> int:
-        """Row of the null symbol."""
+        """The row of the null symbol."""
         return len(self.config.class_names)
 
     def class_id(self, name: str | None) -> int:
-        """Row of a class given by name; None is the null symbol.
-
-        Raises:
-            ValueError: for a name that the encoder doesn't know.
-        """
+        """Return the row of a class, or of the null symbol for None; raise ValueError for an unknown name."""
         if name is None:
             return self.null_id
         if name not in self.config.class_names:
@@ -159,7 +157,7 @@ class ClassTokenEncoder(ModelMixin, ConfigMixin):
         return list(self.config.class_names).index(name)
 
     def forward(self, class_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `(N, num_tokens, token_dim)` and vector `(N, vector_dim)` of class rows `(N,)`."""
+        """Return tokens `(N, num_tokens, token_dim)` and vector `(N, vector_dim)` of class rows `(N,)`."""
         vector = self.to_vector(self.embedding(class_ids))
         if self.tokens is None:
             return vector[:, :, None] * vector[:, None, :], vector
@@ -167,11 +165,7 @@ class ClassTokenEncoder(ModelMixin, ConfigMixin):
 
 
 def class_token_encoder(size: str = "small", class_names: Sequence[str] = ("healthy", "unhealthy")):
-    """A freshly initialised [`ClassTokenEncoder`] that fits [`counterfactual_unet`] of the same `size`.
-
-    Raises:
-        ValueError: for an unknown size, or names that are too few or not different.
-    """
+    """Return an untrained [`ClassTokenEncoder`] for [`counterfactual_unet`] of the same `size`."""
     _check_preset(size)
     preset = UNET_SIZES[size]
     return ClassTokenEncoder(
@@ -182,10 +176,10 @@ def class_token_encoder(size: str = "small", class_names: Sequence[str] = ("heal
 def predict_noise(
     unet: UNet2DConditionModel, sample: torch.Tensor, timestep: torch.Tensor, condition: tuple | None
 ) -> torch.Tensor:
-    """epsilon_theta(x_t, c, t): the U-Net's output for a condition made by [`ClassTokenEncoder`].
+    """Return epsilon_theta(x_t, c, t), the U-Net's output for a condition of [`ClassTokenEncoder`].
 
     Args:
-        unet (`UNet2DConditionModel`): any of the three conditionings.
+        unet (`UNet2DConditionModel`): of any of the three conditionings.
         sample (`torch.Tensor`): x_t, `(N, C, H, W)`.
         timestep (`torch.Tensor`): t, scalar or `(N,)`.
         condition (`tuple`, *optional*): tokens and vector; None for an unconditional U-Net.
@@ -203,7 +197,7 @@ def implicit_guidance(noise_null: torch.Tensor, noise_target: torch.Tensor, guid
 
 
 class ConditionalNoisePredictor(nn.Module):
-    """U-Net and class encoder as one module, so that training prepares, averages and stores them together.
+    """U-Net and class encoder as one module for training.
 
     Args:
         unet (`UNet2DConditionModel`): the noise predictor.
@@ -216,15 +210,14 @@ class ConditionalNoisePredictor(nn.Module):
         self.class_encoder = class_encoder
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_ids: torch.Tensor) -> torch.Tensor:
-        """epsilon_theta `(N, C, H, W)` of x_t `(N, C, H, W)`, t `(N,)` and class rows `(N,)`."""
+        """Return epsilon_theta `(N, C, H, W)` of x_t `(N, C, H, W)`, t `(N,)` and class rows `(N,)`."""
         condition = self.class_encoder(class_ids) if self.class_encoder is not None else None
         return predict_noise(self.unet, sample, timestep, condition)
 
 
 def fastest_layout(device: torch.device, compiled: bool) -> torch.memory_format:
-    """Of weights in training: channels_last where the network is compiled for a GPU.
+    """Return the memory format of weights in training: channels_last only if compiled for a GPU.
 
-    Group normalisation is slow in it otherwise, on a CPU backwards, on an H200 as well: 0.135 s instead of 0.119 for
-    a step of 512 images through the small network.
+    Otherwise its group normalisation is slow: 0.135 s instead of 0.119 for a step of 512 images on an H200.
     """
     return torch.channels_last if compiled and device.type != "cpu" else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Where a result comes from: the command that made it, the commit of the package, the model."""
+"""Where a result comes from: its command, the commit of the package, the fingerprint of the model."""
 
 import functools
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 import diffusers_cf
 
 
-# What a recorded command shows instead of an option's value.
+# Values that recorded commands show instead of those of these options.
 _PLACEHOLDERS = {
     "model": "MODEL", "models": "MODELS", "pretrained_model": "MODEL", "dataset": "DATASET", "input": "INPUT",
     "output": "OUTPUT", "output_dir": "MODEL", "split_file": "SPLITS", "labels": "LABELS", "token": "TOKEN",
@@ -25,8 +25,8 @@ _PLACEHOLDERS = {
 def package_commit() -> str:
     """Return `git describe` of the checkout that the package runs from, else the package's version.
 
-    A copy without a history of its own takes its commit from the variable DIFFUSERS_CF_COMMIT. Read once a process: a
-    commit made later is not the code that runs.
+    A copy without git history takes it from the environment variable DIFFUSERS_CF_COMMIT. The result is cached, because
+    a commit that is made later is not the code that runs.
     """
     if told := os.environ.get("DIFFUSERS_CF_COMMIT"):
         return told
@@ -42,13 +42,13 @@ def package_commit() -> str:
 
 
 def command_line() -> str:
-    """Return the command that runs, as one would type it again, with placeholders for what only this machine has."""
-    program = Path(sys.argv[0])
-    return public_command(shlex.join([{"cli.py": "diffusers-cf"}.get(program.name, program.name), *sys.argv[1:]]))
+    """Return the command that runs, with placeholders for paths and tokens."""
+    program = Path(sys.argv[0]).name
+    return public_command(shlex.join(["diffusers-cf" if program == "cli.py" else program, *sys.argv[1:]]))
 
 
 def public_command(command: str) -> str:
-    """Return a command with placeholders such as DATASET for files, folders and tokens, and without other folders."""
+    """Return a command with placeholders such as DATASET for paths and tokens; other paths lose their folders."""
     words, placeholder = [], None
     for word in shlex.split(command):
         if not word.startswith("-"):
@@ -61,13 +61,13 @@ def public_command(command: str) -> str:
 
 
 def _base_name(word: str) -> str:
-    """A word without the folders before it; a fraction, such as that of `--shard`, is no path."""
+    """Return the last part of a path; a word like the `1/4` of `--shard` is no path."""
     return word if re.fullmatch(r"\d+/\d+", word) else re.split(r"[/\\]", word.rstrip("/\\"))[-1]
 
 
 def model_fingerprint(pipe) -> str:
     """Return the SHA-256 of class, configuration and weights of every component, as they are in memory."""
-    import torch  # here, so that `diffusers-cf --help` doesn't wait for it
+    import torch  # here, so that `diffusers-cf --help` is quick
 
     digest = hashlib.sha256()
     for name, component in sorted(pipe.components.items()):

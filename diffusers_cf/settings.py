@@ -1,4 +1,4 @@
-"""Settings of inference: what is given comes before what a model recommends, and that before the paper's."""
+"""Settings of inference: given by the caller, else recommended by the model, else those of the paper."""
 
 from collections.abc import Mapping
 from numbers import Integral
@@ -6,10 +6,10 @@ from numbers import Integral
 import numpy as np
 
 
-# Maps of a decoded counterfactual; `forward` decodes nothing (maps.py).
+# Maps of a decoded counterfactual. `forward` decodes nothing, see maps.py.
 DECODED_MAPS = ("counterfactual", "reconstruction", "signed")
 MAPS = (*DECODED_MAPS, "forward")
-# Sec. 4 and the authors' code; a model folder that recommends others has them in preprocessing.json.
+# Sec. 4 and the authors' code. A model folder recommends others in its preprocessing.json.
 PAPER_SETTINGS = {
     "guidance_scale": 3.0,
     "strength": 0.75,
@@ -17,34 +17,31 @@ PAPER_SETTINGS = {
     "map": "counterfactual",
     "threshold": None,
 }
-
-
 NAMES = ("recommended", "paper")
-# What a sweep varies, and what a threshold depends on.
+# The settings that a sweep varies and a threshold depends on.
 MAP_SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "map")
 
 
 def settings_in_use(facts: Mapping, given: Mapping, name: str | None = None) -> dict:
-    """Every setting of [`PAPER_SETTINGS`], checked; None stands for "not set" everywhere.
+    """Return every setting of [`PAPER_SETTINGS`], checked. None means "not set" everywhere.
 
     Args:
-        facts: a model's preprocessing.json: its `settings` are recommended (those unknown here are left out), its
-            `paper_threshold` belongs to the paper's. A threshold goes with its map: another map has none.
-        given: by the caller; comes first.
-        name: where the others come from: `recommended`, the default, or `paper`.
+        facts (`Mapping`): a model's preprocessing.json. Its `settings` are the recommended ones, without unknown names;
+            its `paper_threshold` belongs to the paper's settings. A threshold holds for its own map only.
+        given (`Mapping`): settings of the caller, which come first.
+        name (`str`, *optional*): source of the other settings, `recommended` or `paper`; None means `recommended`.
 
     Raises:
-        ValueError: a setting or the name is unknown, or a setting out of its range.
+        ValueError: a setting or the name is unknown, or a setting is out of range.
     """
-    unknown = set(given) - set(PAPER_SETTINGS)
-    if unknown:
+    if unknown := set(given) - set(PAPER_SETTINGS):
         raise ValueError(f"setting {unknown.pop()!r} is unknown: it must be one of {', '.join(PAPER_SETTINGS)}")
     if name not in (None, *NAMES):
         raise ValueError(f"settings is {name!r}: it must be one of {', '.join(NAMES)}")
     chosen = {"threshold": facts.get("paper_threshold")} if name == "paper" else facts.get("settings", {})
     settings = dict(PAPER_SETTINGS)
     if given.get("map") not in (None, chosen.get("map") or settings["map"]):
-        chosen = {**chosen, "threshold": None}  # each map has a scale of its own
+        chosen = {**chosen, "threshold": None}  # each map has its own range of values
     for source in (chosen, given):
         settings |= {k: v for k, v in source.items() if k in PAPER_SETTINGS and v is not None}
     steps = settings["num_inference_steps"]

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from data_files import write_brats
 from training_data import write_training_set
 
+from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.cli import main
+from diffusers_cf.data.slices import SliceDataset
 
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +92,25 @@ def test_round_trip_measures_healthy_slices(files):
     found = json.loads((files / "out.json").read_text())
     assert found["n_slices"] == 10 and [row["num_inference_steps"] for row in found["rows"]] == [4, 8]
     assert all(0 < row["mean_error"] <= row["worst_slice"] for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_round_trip_error_is_that_of_both_passes_of_the_pipeline(files):
+    options = ["--strengths", "0.5", "--num_inference_steps", "10", "--split", "validation", "--dtype", "float32"]
+    paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "round_trip.json"]
+    done = run("round_trip", *paths, *options)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((files / "round_trip.json").read_text())["rows"][0]
+    pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
+    pipe.set_progress_bar_config(disable=True)
+    dataset = SliceDataset(files / "slices", "validation")
+    images = dataset.collate(dataset.__getitems__([0, 1, 2, 3, 4]))["images"]
+    small = torch.nn.functional.interpolate(images, (8, 8), mode="area").clamp(max=1)
+    decoded = pipe.denoise(pipe.invert(images, 0.5, 10), None, 0, 0.5, 10)
+    inside = (small > 0).any(dim=1)
+    errors = [(d - s).abs().mean(dim=0)[i].mean() for d, s, i in zip(decoded, small, inside, strict=True)]
+    assert row["mean_error"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-3)
+    assert row["num_inference_steps"] == 10 and row["strength"] == 0.5
 
 
 @pytest.mark.slow

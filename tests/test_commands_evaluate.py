@@ -1,21 +1,23 @@
 """`diffusers-cf evaluate` from its command line."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from evaluation_data import MODALITIES, SIZE, write_dataset
+from evaluation_data import MODALITIES, write_dataset
+from model_files import write_model
 
 from diffusers_cf.baselines import make_baseline
 from diffusers_cf.cli import main
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.evaluation.protocol import evaluate
 from diffusers_cf.files import alone_at
-from diffusers_cf.models import class_token_encoder, counterfactual_unet
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.provenance import package_commit
-from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
+from diffusers_cf.settings import PAPER_SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +27,9 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model") / "model"
-    unet = counterfactual_unet("small", image_size=SIZE, num_channels=2)
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
-    scheduler = DynamicDDIMScheduler()
-    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
-    pipe = CounterfactualDDIMPipeline(unet, class_token_encoder("small"), scheduler, inverse)
     settings = {"guidance_scale": 2.0, "strength": 0.2, "num_inference_steps": 10, "threshold": 0.05}
-    pipe.preprocessing = {"modalities": MODALITIES, "settings": settings}
-    pipe.save_pretrained(folder)
-    return folder
+    facts = {"modalities": MODALITIES, "settings": settings}
+    return write_model(tmp_path_factory.mktemp("model") / "model", facts)
 
 
 def run(*options):
@@ -75,23 +69,21 @@ def test_a_model_with_its_recommended_settings(dataset, model, tmp_path):
     assert result["auprc"] == pytest.approx(expected["auprc"], abs=1e-4)
 
 
-GIVEN = ["--guidance_scale", 1, "--strength", 0.1, "--map", "reconstruction", "--threshold", 0.5]
-PAPER = ["--settings", "paper", "--num_inference_steps", 4]
-
-
 @pytest.mark.parametrize(
     ("options", "settings", "evaluations"),
     [
-        (GIVEN, (1.0, 0.1, 10, "reconstruction", 0.5), 3),
-        (PAPER, (3.0, 0.75, 4, "counterfactual", None), 9),
+        (
+            ["--guidance_scale", 1, "--strength", 0.1, "--map", "reconstruction", "--threshold", 0.5],
+            (1.0, 0.1, 10, "reconstruction", 0.5), 3,
+        ),
+        (["--settings", "paper", "--num_inference_steps", 4], (3.0, 0.75, 4, "counterfactual", None), 9),
     ],
-)
+)  # fmt: skip
 def test_settings_of_the_command_line_and_of_the_paper(dataset, model, tmp_path, options, settings, evaluations):
     output = tmp_path / "RESULT.json"
     assert run("--model", model, "--dataset", dataset, "--output", output, "--max_patients", 1, *options) == 0
     result = json.loads(output.read_text())
-    names = ("guidance_scale", "strength", "num_inference_steps", "map", "threshold")
-    assert result["settings"] == dict(zip(names, settings, strict=True))
+    assert result["settings"] == dict(zip(PAPER_SETTINGS, settings, strict=True))
     assert result["network_evaluations_per_slice"] == evaluations
 
 
@@ -141,10 +133,13 @@ def test_data_without_masks(tmp_path, capsys):
     assert "unlabelled has no lesion masks" in capsys.readouterr().err
 
 
-def test_an_output_folder_that_cannot_be_made(dataset, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert run("--method", "threshold", "--dataset", dataset, "--output", tmp_path / "file" / "RESULT.json") == 2
-    assert f"error: {tmp_path / 'file'}" in capsys.readouterr().err
+def test_a_command_that_fails_leaves_no_folder_for_its_output(dataset, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffusers_cf.evaluation.protocol.begin_parts", fail)
+    assert run("--method", "threshold", "--dataset", dataset, "--output", tmp_path / "new" / "RESULT.json") == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_has_one_writer(dataset, tmp_path, capsys):
@@ -164,3 +159,34 @@ def test_one_of_model_and_method_is_needed(options, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("--dataset", "folder", "--output", "RESULT.json", *options)
     assert "--model" in capsys.readouterr().err
+
+
+def peak_memory(folder: Path, output: Path) -> float:
+    """Peak of the memory that an evaluation in a process of its own holds, in MiB, without pages of files."""
+    code = (
+        "import sys, threading, time; from diffusers_cf.cli import main; peak = 0\n"
+        "def watch():\n"
+        "    global peak\n"
+        "    while True:\n"
+        "        status = open('/proc/self/status').read().split()\n"
+        "        peak = max(peak, int(status[status.index('RssAnon:') + 1]) / 1024)\n"
+        "        time.sleep(0.005)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        f"assert main(['evaluate', '--method', 'threshold-flair', '--dataset', {str(folder)!r},"
+        f" '--output', {str(output)!r}, '--batch_size', '8']) == 0\n"
+        "print('peak', peak)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.rpartition("peak")[2])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_number_of_patients(tmp_path):
+    """200 patients of 2 MB each in memory, against 40, which are enough to fill all batches on their way."""
+    peaks = []
+    for count in (40, 200):
+        folder = write_dataset(tmp_path / str(count), patients=count, size=256)
+        peaks.append(peak_memory(folder, tmp_path / f"{count}.json"))
+        assert json.loads((tmp_path / f"{count}.json").read_text())["n_patients"] == count
+    assert peaks[1] < 1.1 * peaks[0]

@@ -1,4 +1,4 @@
-"""The U-Net presets and the class-token encoder: the attention of Sec. 3.3 written out, sizes, conditions, gradients."""
+"""The U-Net presets and the class-token encoder: attention of Sec. 3.3, sizes, conditions, gradients."""
 
 import math
 
@@ -24,7 +24,7 @@ def noise(*shape, seed=0):
 
 
 def moved_off_zero(module, seed=0):
-    """The module with what begins at zero replaced by small random values, as if training had moved it."""
+    """Replace parameters that start at zero by small random values, as if training had moved them."""
     torch.manual_seed(seed)
     for parameter in module.parameters():
         if not parameter.any():
@@ -34,7 +34,6 @@ def moved_off_zero(module, seed=0):
 
 @pytest.fixture(scope="module")
 def small():
-    """The small attention U-Net for 16 x 16 pixels, as if trained a little, with its encoder."""
     torch.manual_seed(0)
     return moved_off_zero(counterfactual_unet("small", image_size=16)), class_token_encoder("small").eval()
 
@@ -178,9 +177,9 @@ def test_a_new_network_predicts_zero():
 
 @pytest.mark.parametrize("call", [unet_config, counterfactual_unet])
 def test_unknown_presets_are_refused(call):
-    with pytest.raises(ValueError, match="size is 'big': it must be one of small, paper"):
+    with pytest.raises(ValueError, match="size is 'big'"):
         call("big")
-    with pytest.raises(ValueError, match="conditioning is 'text': it must be one of attention, adagn, unconditional"):
+    with pytest.raises(ValueError, match="conditioning is 'text'"):
         call("small", "text")
     for side in (0, -8, 12, 65):
         with pytest.raises(ValueError, match=f"image_size is {side}"):
@@ -245,16 +244,16 @@ def test_classes_have_names():
     encoder = ClassTokenEncoder(class_names=("healthy", "oedema", "core"))
     assert [encoder.class_id(name) for name in ("healthy", "oedema", "core", None)] == [0, 1, 2, 3]
     assert encoder.null_id == 3 and encoder.embedding.num_embeddings == 4
-    with pytest.raises(ValueError, match="class 'sick' is unknown: this model knows healthy, oedema, core"):
+    with pytest.raises(ValueError, match="class 'sick' is unknown"):
         encoder.class_id("sick")
     for names in (("healthy",), ("healthy", "healthy"), ()):
         with pytest.raises(ValueError, match="two or more different names"):
             ClassTokenEncoder(class_names=names)
     with pytest.raises(ValueError, match="token_dim 64 must equal vector_dim 192"):
         ClassTokenEncoder(num_tokens=None)
-    with pytest.raises(ValueError, match="num_tokens is 0: it must be 1 or more"):
+    with pytest.raises(ValueError, match="num_tokens is 0"):
         ClassTokenEncoder(num_tokens=0)
-    with pytest.raises(ValueError, match="size is 'medium': it must be one of small, paper"):
+    with pytest.raises(ValueError, match="size is 'medium'"):
         class_token_encoder("medium")
 
 

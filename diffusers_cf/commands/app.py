@@ -7,20 +7,21 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from diffusers_cf.commands.options import add_device_arguments
+from diffusers_cf.commands.options import MODEL, add_device_arguments
 from diffusers_cf.errors import InputError
 
 
-SESSIONS = 8  # browser sessions that keep a patient; the one that was used least recently makes room
+SESSIONS = 8  # browser sessions that keep a patient; a further one replaces the least recently used
 
 
 def add_app_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf app`."""
-    add, megabytes = parser.add_argument, "limit for a file in MB, as uploaded and decompressed (default: %(default)s)"
-    add("--model", help="model folder or Hub id (default: the shipped model phantom_small)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
-    add("--port", type=int, help="port to listen on (default: the first free port from 7860)")
-    add("--max_upload_mb", type=int, default=256, help=megabytes)
+    add = parser.add_argument
+    add("--model", help=f"{MODEL}; default: phantom_small")
+    add("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, for this machine only")
+    add("--port", type=int, help="port to listen on, 1 to 65535; default: the first free port from 7860")
+    text = "largest size of a file in MB, both as uploaded and decompressed; default: %(default)s"
+    add("--max_upload_mb", type=int, default=256, help=text)
     add_device_arguments(parser)
 
 

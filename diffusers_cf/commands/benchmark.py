@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from diffusers_cf.commands.options import DATASET, add_device_arguments, add_shard_argument
 from diffusers_cf.errors import InputError
 
 
@@ -14,31 +15,27 @@ TRAIN_TIMESTEPS = 1000  # of every diffusion model of the benchmark
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf benchmark`."""
-    from diffusers_cf.commands.options import add_device_arguments, add_shard_argument
-
     add = parser.add_argument
-    add(
-        "--dataset", required=True, nargs="+",
-        help="slice data set with masks: a folder or user/name[@revision]; several data sets are splits of the same"
-        " data, one per seed",
-    )  # fmt: skip
+    text = f"{DATASET}; it needs masks; several are splits of the same data, one per seed"
+    add("--dataset", required=True, nargs="+", help=text)
     add("--output", required=True, metavar="RESULTS", help="folder for tables, figures and a JSON per method and seed")
-    add("--models", metavar="FOLDER", help="folder for trained networks, default: RESULTS/models")
-    add("--methods", nargs="+", metavar="ID", help="ids such as ours, vae or threshold-t1, default: every method")
-    add("--seeds", type=int, help="number of seeds, default: 3, or one per data set")
-    add("--first_seed", type=int, default=1, help="number of the first seed, default: %(default)s")
-    add("--preset", choices=PRESET_NAMES, default="cpu", help="sizes and budgets, default: %(default)s")
-    add("--image_size", type=int, help="side of every network's input in pixels, default: the preset's")
-    add("--train_seconds", type=float, help="training time of each network in seconds, default: the preset's")
-    add(
-        "--images_of_seed", type=int, metavar="SEED",
-        help="train each network on as many images as for this seed of RESULTS, however long it takes: for further"
-        " seeds on a machine of another speed",
-    )  # fmt: skip
-    add("--num_inference_steps", type=int, help="steps of the diffusion methods, default: the preset's")
-    add("--strengths", type=float, nargs="+", help="strengths L in (0, 1] to choose from, default: the preset's")
-    add("--augment", action="store_true", help="train with small rotations, scales, shifts and gains")
-    add("--no_pictures", action="store_true", help="do not write Fig. 1 and Fig. 2, which show slices")
+    add("--models", metavar="FOLDER", help="folder for trained networks; default: RESULTS/models")
+    add("--methods", nargs="+", metavar="ID", help="methods such as ours, vae or threshold-t1; default: all")
+    add("--seeds", type=int, help="number of seeds; default: 3, or one per data set")
+    add("--first_seed", type=int, default=1, help="number of the first seed, 0 or more; default: %(default)s")
+    text = "sizes and budgets: smoke takes minutes, cpu takes hours, paper needs a GPU; default: %(default)s"
+    add("--preset", choices=PRESET_NAMES, default="cpu", help=text)
+    text = "side of every network's input in pixels, a power of two from 16; default: the preset's"
+    add("--image_size", type=int, help=text)
+    add("--train_seconds", type=float, help="training time of each network in seconds; default: the preset's")
+    text = "train each network on as many images as for this seed of RESULTS; default: limit the training time"
+    add("--images_of_seed", type=int, metavar="SEED", help=text)
+    text = f"steps of the diffusion methods, a divisor of {TRAIN_TIMESTEPS}; default: the preset's"
+    add("--num_inference_steps", type=int, help=text)
+    add("--strengths", type=float, nargs="+", help="strengths L in (0, 1] to choose from; default: the preset's")
+    text = "train with small rotations, scales, shifts and gains; default: the preset's"
+    add("--augment", action="store_true", help=text)
+    add("--no_pictures", action="store_true", help="leave out Fig. 1 and Fig. 2, which show slices; default: off")
     add_device_arguments(parser, batch_size=32, dtype="float32")
     add_shard_argument(parser, "writes tables and figures")
 
@@ -53,11 +50,10 @@ def run_benchmark(args: argparse.Namespace) -> int:
     from diffusers_cf.benchmark.protocol import KIND, BenchmarkData
     from diffusers_cf.benchmark.run import Benchmark, images_of_seed
     from diffusers_cf.evaluation.processes import share_of_work
-    from diffusers_cf.inference import DTYPES, check_device_arguments, take_device
+    from diffusers_cf.inference import DTYPES, check_device_arguments
 
     share = share_of_work(args.shard)
-    take_device(args, share)
-    check_device_arguments(args)
+    check_device_arguments(args, share)
     preset, datasets = _preset(args), _datasets(args)
     opened = {folder: BenchmarkData(folder, preset, args.batch_size) for folder in dict.fromkeys(datasets.values())}
     first, *others = opened.values()
@@ -83,38 +79,33 @@ def _preset(args: argparse.Namespace):
     """Return the preset with the changes of the command line."""
     from diffusers_cf.benchmark.presets import PRESETS
 
-    preset = PRESETS[args.preset]
-    budget, grid = preset.budget, preset.grid
-    side = preset.image_size if args.image_size is None else args.image_size
+    preset, given = PRESETS[args.preset], {name: value for name, value in vars(args).items() if value is not None}
+    side = given.get("image_size", preset.image_size)
+    seconds = given.get("train_seconds", preset.budget.seconds)
+    steps = given.get("num_inference_steps", preset.grid.num_inference_steps)
+    strengths = tuple(sorted(set(given.get("strengths", preset.grid.strengths))))
     if side < 16 or side & (side - 1):
         raise InputError(f"--image_size is {side}: it must be a power of two, 16 or more")
-    if args.train_seconds is not None:
-        if not 0 < args.train_seconds < math.inf:
-            raise InputError(f"--train_seconds is {args.train_seconds}: it must be above 0 and finite")
-        budget = replace(budget, seconds=args.train_seconds)
-    if args.num_inference_steps is not None:
-        grid = replace(grid, num_inference_steps=args.num_inference_steps)
-    if args.strengths is not None:
-        grid = replace(grid, strengths=tuple(sorted(set(args.strengths))))
-    steps = grid.num_inference_steps
+    if not 0 < seconds < math.inf:
+        raise InputError(f"--train_seconds is {seconds}: it must be above 0 and finite")
     if steps < 1 or TRAIN_TIMESTEPS % steps:
         raise InputError(f"--num_inference_steps is {steps}: it must divide {TRAIN_TIMESTEPS}")
-    for strength in (*grid.strengths, *preset.figure_strengths):
+    for strength in (*strengths, *preset.figure_strengths):
         if not 0 < strength <= 1 or round(strength * steps) < 1:
             raise InputError(f"the strength {strength} must lie in (0, 1] and be at least one of {steps} steps")
-    budget = replace(budget, augment=budget.augment or args.augment)
+    budget = replace(preset.budget, seconds=seconds, augment=preset.budget.augment or args.augment)
+    grid = replace(preset.grid, num_inference_steps=steps, strengths=strengths)
     return replace(preset, image_size=side, budget=budget, grid=grid)
 
 
 def _datasets(args: argparse.Namespace) -> dict[int, str]:
     """Return the data set of each seed."""
-    several = len(args.dataset) > 1
-    count = args.seeds if args.seeds is not None else len(args.dataset) if several else 3
+    count = args.seeds if args.seeds is not None else len(args.dataset) if len(args.dataset) > 1 else 3
     if args.first_seed < 0:
         raise InputError(f"--first_seed is {args.first_seed}: it must be 0 or more")
     if count < 1:
         raise InputError(f"--seeds is {count}: it must be 1 or more")
-    if several and count != len(args.dataset):
+    if len(args.dataset) not in (1, count):
         raise InputError(f"--seeds is {count}, but there are {len(args.dataset)} data sets: one per seed")
     seeds = range(args.first_seed, args.first_seed + count)
-    return dict(zip(seeds, args.dataset if several else args.dataset * count, strict=True))
+    return dict(zip(seeds, args.dataset * (count // len(args.dataset)), strict=True))

@@ -1,4 +1,4 @@
-"""`diffusers-cf calibrate`: choose a threshold from labels of slices alone; measure its Dice where masks exist."""
+"""`diffusers-cf calibrate`: choose a threshold from labels of slices alone, and measure its Dice if masks exist."""
 
 import argparse
 from collections.abc import Iterator
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.commands.options import add_device_arguments, add_settings_arguments
-from diffusers_cf.data.splits import SPLITS
+from diffusers_cf.commands.options import DATASET, MODEL, SPLITS, add_device_arguments, add_settings_arguments
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.calibration import HEALTHY_QUANTILE, dice_of_thresholds, thresholds_of_labels
 from diffusers_cf.files import make_folder, write_json
@@ -15,25 +14,25 @@ from diffusers_cf.provenance import command_line, model_fingerprint, package_com
 from diffusers_cf.settings import MAP_SETTINGS
 
 
-# The first is the default of --store.
 RULES = ("slice-labels", "healthy-quantile")
 
 
 def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf calibrate`."""
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="folder, Hub id or name of a model")
-    add("--dataset", required=True, help="slice data set, or user/name[@revision]; the choice does not use its masks")
-    add("--output", required=True, metavar="RESULT.json", help="file to write")
-    add("--split", default="validation", choices=SPLITS, help="split to choose on, default: %(default)s")
-    add("--max_slices", type=int, default=256, help="slices to choose on, evenly spread, default: %(default)s")
-    add("--quantile", type=float, default=HEALTHY_QUANTILE, help="share of healthy pixels below the threshold of the "
-        "rule healthy-quantile, between 0 and 1, default: %(default)s")  # fmt: skip
-    add("--measure", choices=SPLITS, help="split with masks on which to measure Dice of each rule; default: none")
+    add("--model", required=True, help=MODEL)
+    add("--dataset", required=True, help=f"{DATASET}; thresholds are chosen without its masks")
+    add("--output", required=True, metavar="RESULT.json", help="file for thresholds and Dice")
+    add("--split", default="validation", choices=SPLITS, help="split to choose on; default: %(default)s")
+    text = "number of slices to choose on, evenly spread; default: %(default)s"
+    add("--max_slices", type=int, default=256, help=text)
+    text = "share of healthy pixels below the threshold by the rule healthy-quantile, in (0, 1); default: %(default)s"
+    add("--quantile", type=float, default=HEALTHY_QUANTILE, help=text)
+    add("--measure", choices=SPLITS, help="split with masks on which Dice of each rule is measured; default: none")
     add_settings_arguments(parser)
     add_device_arguments(parser, batch_size=32)
-    add("--store", nargs="?", const=RULES[0], choices=RULES, help="write the threshold of this rule, with its settings, "
-        "into the model folder as recommended; rule if none is named: %(const)s; default: write nothing")  # fmt: skip
+    text = "write settings and threshold of this rule into the model folder as recommended; if no rule is named: "
+    add("--store", nargs="?", const=RULES[0], choices=RULES, help=f"{text}%(const)s; default: write nothing")
 
 
 def run_calibrate(args: argparse.Namespace) -> int:
@@ -63,11 +62,11 @@ def run_calibrate(args: argparse.Namespace) -> int:
     if measured_on:
         maps = _maps(pipe, measured_on, range(len(measured_on)), settings, args.batch_size)
         scores = dice_of_thresholds(maps, thresholds)
-    made_by = {"command": command_line(), "commit": package_commit(), "split": args.split, "n_slices": len(rows)}
+    chosen_by = {"command": command_line(), "commit": package_commit(), "split": args.split, "n_slices": len(rows)}
     result = {
         "thresholds": thresholds, "dice": scores, "model": args.model, "model_sha256": model_fingerprint(pipe),
         "settings": settings, "dtype": args.dtype, "data": chosen_on.preprocessing, "quantile": args.quantile,
-        "measured_on": args.measure, **made_by,
+        "measured_on": args.measure, **chosen_by,
     }  # fmt: skip
     write_json(result, output)
     for name, threshold in thresholds.items():
@@ -76,7 +75,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
         print(f"ideal, chosen with masks: Dice {scores['ideal']:.3f}")
     if args.store:
         settings["threshold"] = thresholds[args.store]
-        _store(args.model, settings, made_by | {"rule": args.store}, chosen_on.preprocessing["size"])
+        _store(args.model, settings, chosen_by | {"rule": args.store}, chosen_on.preprocessing["size"])
     return 0
 
 

@@ -1,25 +1,21 @@
 """`diffusers-cf demo`: the shipped model finds the lesion of a phantom patient that it has never seen."""
 
 import argparse
-import json
 from pathlib import Path
 
-from diffusers_cf.commands.options import add_device_arguments
+from diffusers_cf.commands.options import MODEL, add_device_arguments
 from diffusers_cf.errors import InputError
+from diffusers_cf.files import write_json
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf demo`."""
     add = parser.add_argument
     add("--output", default="demo_output", help="folder for scan, segmentation and scores; default: %(default)s")
-    add("--model", default="phantom_small", help="name, folder or Hub id of a model; default: %(default)s")
-    add(
-        "--seed",
-        type=int,
-        default=1,
-        help="cohort of the phantom, not 0, which the model has seen; default: %(default)s",
-    )
-    add("--index", type=int, default=0, help="number of the patient in its cohort; default: %(default)s")
+    add("--model", default="phantom_small", help=f"{MODEL}; default: %(default)s")
+    text = "number of the phantom's cohort, 1 or more (the model was trained on cohort 0); default: %(default)s"
+    add("--seed", type=int, default=1, help=text)
+    add("--index", type=int, default=0, help="number of the patient in the cohort, 0 or more; default: %(default)s")
     add_device_arguments(parser)
 
 
@@ -57,7 +53,7 @@ def run_demo(args: argparse.Namespace) -> int:
         counts.update(values, patient.mask)
         scores[name] = {"auprc": counts.average_precision(), "ideal_dice": counts.ideal_dice()[0]}
     millilitres = float(patient.mask.sum() * abs(np.linalg.det(patient.affine[:3, :3])) / 1000)
-    (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    write_json(scores, output / "scores.json")
     print(f"patient {report['patient']}: {report['n_slices']} slices, {report['seconds']:.0f} s,")
     print(f"lesion {report['lesion_volume_ml']:.0f} ml by the model, {millilitres:.0f} ml in truth")
     print(f"{'':18}AUPRC  ideal Dice")

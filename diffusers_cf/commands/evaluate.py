@@ -7,41 +7,33 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.commands.options import (
-    add_compile_argument,
-    add_device_arguments,
-    add_settings_arguments,
-    add_shard_argument,
-)
-from diffusers_cf.data.splits import SPLITS
+from diffusers_cf.commands import options
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.processes import share_of_work
 from diffusers_cf.files import alone_at, write_json
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
 
 
+SETTINGS = ("settings", "guidance_scale", "strength", "num_inference_steps", "map")
+
+
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf evaluate`."""
     add = parser.add_argument
     method = parser.add_mutually_exclusive_group(required=True)
-    method.add_argument("--model", metavar="FOLDER", help="folder, Hub id or name of a model")
+    method.add_argument("--model", help=options.MODEL)
     method.add_argument("--method", metavar="ID", help="a baseline without training, such as threshold-flair")
-    add("--dataset", required=True, help="folder written by diffusers-cf prepare, or user/name[@revision] on the Hub")
-    add("--split", default="test", choices=SPLITS, help="default: %(default)s")
-    add(
-        "--output",
-        required=True,
-        metavar="RESULT.json",
-        help="file to write; counts go to RESULT.counts.npz beside it",
-    )
-    add_device_arguments(parser)
-    add_compile_argument(parser)
-    add_settings_arguments(parser)
-    add("--threshold", type=float, help="threshold of the heatmap for Dice per patient, in heatmap units; default: the "
-        "model's recommended one, else the ideal one of this split")  # fmt: skip
-    add("--max_patients", type=int, help="use only the first patients in alphabetical order; default: all")
-    add("--seed", type=int, default=0, help="seed of the bootstrap, default: %(default)s")
-    add_shard_argument(parser, "puts the result together")
+    add("--dataset", required=True, help=f"{options.DATASET}; it needs masks")
+    add("--split", default="test", choices=options.SPLITS, help="split to measure on; default: %(default)s")
+    text = "file for the scores; RESULT.counts.npz beside it gets the pixel counts of each patient"
+    add("--output", required=True, metavar="RESULT.json", help=text)
+    options.add_device_arguments(parser, compile=True)
+    options.add_settings_arguments(parser)
+    text = "map value from which a pixel counts as lesion, for Dice per patient, in map units"
+    add("--threshold", type=float, help=f"{text}; default: recommended by the model, else the ideal one of this split")
+    add("--max_patients", type=int, help="number of patients, the first in alphabetical order; default: all")
+    add("--seed", type=int, default=0, help="seed of the bootstrap intervals; default: %(default)s")
+    options.add_shard_argument(parser, "combines them into the result")
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -50,56 +42,30 @@ def run_evaluate(args: argparse.Namespace) -> int:
     Raises:
         InputError: model, data set, options or output can't be used.
     """
-    import torch
-
     from diffusers_cf.evaluation.inputs import open_split
     from diffusers_cf.evaluation.protocol import begin_parts, evaluate
-    from diffusers_cf.inference import check_device_arguments, take_device
+    from diffusers_cf.inference import check_device_arguments
 
     share = share_of_work(args.shard)
-    take_device(args, share)
-    check_device_arguments(args)
+    check_device_arguments(args, share)
     if args.max_patients is not None and args.max_patients < 1:
         raise InputError(f"--max_patients must be at least 1, not {args.max_patients}")
     output = Path(args.output)
     if output.is_dir() or output.suffix != ".json":
         raise InputError(f"{output}: the output must be a file RESULT.json")
     dataset = open_split(args.dataset, args.split)
-    load = _load_model if args.model else _load_baseline
-    method, settings, fingerprint = load(args, dataset)
-    chosen = np.isin(dataset.patients, np.unique(dataset.patients)[: args.max_patients])
-    facts = {
-        "model" if args.model else "method": args.model or args.method,
-        "settings": settings,
-        "dataset": {
-            "folder": args.dataset,
-            **({"commit": dataset.commit} if dataset.commit else {}),
-            "split": args.split,
-            **dataset.preprocessing,
-        },
-        "max_patients": args.max_patients,
-        "seed": args.seed,
-        "device": args.device,
-        "dtype": args.dtype,
-    }
+    method, settings, fingerprint = (_open_model if args.model else _make_baseline)(args, dataset)
+    facts = _facts(args, dataset, settings)
     parts = output.with_suffix(".parts")
-    # shards of one output run at the same time, each with a lock of its own; a launcher's processes share one
-    locked = output.with_name(f"{output.stem}.shard-{share.index + 1}-of-{share.count}") if share.is_shard else output
-    with alone_at(locked) if share.is_main or share.is_shard else nullcontext():
-        # parts depend on the kind of device, but not on its number
-        begin_parts(parts, facts | {"device": torch.device(args.device).type, "fingerprint": fingerprint})
+    with _lock(output, share):
+        # patients may be measured on different devices of one kind
+        begin_parts(parts, facts | {"device": args.device.partition(":")[0], "fingerprint": fingerprint})
+        patients = np.unique(dataset.patients)[: args.max_patients]
         result = evaluate(
-            dataset=dataset,
-            threshold=settings["threshold"],
-            batch_size=args.batch_size,
-            device=args.device,
-            indices=np.flatnonzero(chosen),
-            counts_path=output.with_suffix(".counts.npz"),
-            seed=args.seed,
-            parts=parts,
-            share=share,
-            **method,
-        )
+            dataset=dataset, threshold=settings["threshold"], batch_size=args.batch_size, device=args.device,
+            indices=np.flatnonzero(np.isin(dataset.patients, patients)), counts_path=output.with_suffix(".counts.npz"),
+            seed=args.seed, parts=parts, share=share, **method,
+        )  # fmt: skip
         if result is not None:
             made_by = {"model_sha256": fingerprint, "command": command_line(), "commit": package_commit()}
             write_json({**result, **facts, **made_by}, output)
@@ -107,18 +73,17 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if result is not None:
         print(_summary(result, output))
     elif share.is_shard:
-        print(f"shard {args.shard} is measured; the same command without --shard puts all together -> {output}")
+        print(f"shard {args.shard} is measured; the same command without --shard combines all shards -> {output}")
     return 0
 
 
-def _load_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
+def _open_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
     """Return a model's keyword arguments for `evaluate`, its settings, and its fingerprint."""
     from diffusers_cf.evaluation.inputs import checked_settings
     from diffusers_cf.inference import open_pipeline
 
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile, dataset=dataset)
-    names = ("settings", "guidance_scale", "strength", "num_inference_steps", "map", "threshold")
-    settings = checked_settings(pipe, **{name: getattr(args, name) for name in names})
+    settings = checked_settings(pipe, **{name: getattr(args, name) for name in (*SETTINGS, "threshold")})
     call = {name: value for name, value in settings.items() if name != "threshold"}
     method = {
         "anomaly_map": lambda images: pipe(images, **call).heatmaps,
@@ -127,11 +92,11 @@ def _load_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
     return method, settings, model_fingerprint(pipe)
 
 
-def _load_baseline(args: argparse.Namespace, dataset) -> tuple[dict, dict, None]:
+def _make_baseline(args: argparse.Namespace, dataset) -> tuple[dict, dict, None]:
     """Return a baseline's keyword arguments for `evaluate`, and its settings."""
     from diffusers_cf.baselines import make_baseline
 
-    for name in ("settings", "guidance_scale", "strength", "num_inference_steps", "map"):
+    for name in SETTINGS:
         if getattr(args, name) is not None:
             raise InputError(f"--{name} is a setting of models, not of --method {args.method}")
     baseline = make_baseline(args.method, dataset.preprocessing["modalities"])
@@ -143,6 +108,24 @@ def _load_baseline(args: argparse.Namespace, dataset) -> tuple[dict, dict, None]
     return method, {"threshold": args.threshold}, None
 
 
+def _facts(args: argparse.Namespace, dataset, settings: dict) -> dict:
+    """Return what a result depends on, as RESULT.json names it."""
+    commit = {"commit": dataset.commit} if dataset.commit else {}
+    return {
+        "model" if args.model else "method": args.model or args.method,
+        "settings": settings,
+        "dataset": {"folder": args.dataset, **commit, "split": args.split, **dataset.preprocessing},
+        **{name: getattr(args, name) for name in ("max_patients", "seed", "device", "dtype")},
+    }
+
+
+def _lock(output: Path, share):
+    """Lock the output: each shard has a lock of its own, all processes of a launcher share one."""
+    if share.is_shard:
+        return alone_at(output.with_name(f"{output.stem}.shard-{share.index + 1}-of-{share.count}"))
+    return alone_at(output) if share.is_main else nullcontext()
+
+
 def _summary(result: dict, output: Path) -> str:
     """Return the main numbers as a small table."""
     rows = [f"{'':16}AUPRC  ideal Dice  foreground AUPRC  foreground ideal Dice  slice AUROC  AUPRC, Dice per patient"]
@@ -152,5 +135,4 @@ def _summary(result: dict, output: Path) -> str:
         cells = ["-" if value is None else f"{value:.3f}" for value in values]
         widths = (5, 12, 18, 23, 13, 15, 8)
         rows.append(f"{name:16}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
-    rows.append(f"{result['n_slices']} slices of {result['n_patients']} patients -> {output}")
-    return "\n".join(rows)
+    return "\n".join([*rows, f"{result['n_slices']} slices of {result['n_patients']} patients -> {output}"])

@@ -1,24 +1,31 @@
-"""Options that several commands share; nothing here imports torch, so that `--help` is quick."""
+"""Options that several commands share. Nothing here imports torch, so that `--help` is quick."""
 
 import argparse
 
 from diffusers_cf.settings import MAPS, NAMES
 
 
-def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int | str = "auto", dtype: str = "auto") -> None:
-    """Add where and how the network computes: `--device`, `--dtype` and `--batch_size`."""
-    parser.add_argument("--device", help="torch device that computes; default: cuda if there is one, else cpu")
-    text = "arithmetic of the network; auto is bfloat16 where the device computes in it; default: %(default)s"
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default=dtype, help=text)
-    text, kind = "slices computed at a time; default: %(default)s", int
-    if batch_size == "auto":
-        text, kind = text + ", which is 64 on a CPU and the largest that fits on a GPU", _batch_size
-    parser.add_argument("--batch_size", type=kind, default=batch_size, help=text)
+MODEL = "model: a folder, user/name on the Hub, or the name of a shipped model"  # help text
+DATASET = "slice data set: a folder written by diffusers-cf prepare, or user/name[@revision] on the Hub"  # help text
 
 
-def add_compile_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--compile`, which pays off where a network computes for longer than it takes to compile."""
-    parser.add_argument("--compile", action="store_true", help="compile the network first, which takes minutes")
+def add_device_arguments(
+    parser: argparse.ArgumentParser, batch_size: int | None = None, dtype: str = "auto", compile: bool = False
+) -> None:
+    """Add `--device`, `--dtype`, `--batch_size` and, if `compile`, `--compile`; a batch size of None is `auto`."""
+    add = parser.add_argument
+    add("--device", help="torch device that computes, such as cpu or cuda:1; default: cuda if there is one, else cpu")
+    text = "number type of the network; auto is bfloat16 if the device computes in it, else float32"
+    choices = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", choices=choices, default=dtype, help=f"{text}; default: %(default)s")
+    if batch_size:
+        add("--batch_size", type=int, default=batch_size, help="slices computed at a time; default: %(default)s")
+    else:
+        text = "slices computed at a time, or auto: 64 on a CPU and the largest number that fits on a GPU"
+        add("--batch_size", type=_batch_size, help=f"{text}; default: auto")
+    if compile:
+        text = "compile the network first, which takes minutes and makes each slice faster; default: off"
+        add("--compile", action="store_true", help=text)
 
 
 def _batch_size(text: str) -> int | None:
@@ -26,16 +33,22 @@ def _batch_size(text: str) -> int | None:
 
 
 def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the settings that a model recommends and a command may replace, all but the threshold."""
-    add, default = parser.add_argument, "default: what the model recommends"
-    add("--settings", choices=NAMES, help="source of all settings that are not given: the model or the paper")
-    add("--guidance_scale", type=float, help=f"w, guidance towards healthy: 0 none, 1 conditional; {default}")
-    add("--strength", type=float, help=f"L, share of the noise levels that is walked, 0 to 1; {default}")
-    add("--num_inference_steps", type=int, help=f"steps of the whole grid, a divisor of the training steps; {default}")
-    add("--map", choices=MAPS, help=f"how the anomaly map is computed; {default}")
+    """Add the inference settings, except for the threshold."""
+    add, default = parser.add_argument, "default: recommended by the model"
+    text = "source of the settings that are not given: the model (recommended) or the paper; default: recommended"
+    add("--settings", choices=NAMES, help=text)
+    text = "weight w of the guidance towards healthy, 0 or more: 0 is unconditional, 1 is conditional"
+    add("--guidance_scale", type=float, help=f"{text}; {default}")
+    add("--strength", type=float, help=f"share L of the noise levels to which an image is encoded, 0 to 1; {default}")
+    text = "number of steps over all noise levels, a divisor of the number of training timesteps"
+    add("--num_inference_steps", type=int, help=f"{text}; {default}")
+    text = (
+        "anomaly map: |image - counterfactual|, |reconstruction - counterfactual|, the change towards disease (signed)"
+    )
+    add("--map", choices=MAPS, help=f"{text}, or one that needs no counterfactual (forward); {default}")
 
 
 def add_shard_argument(parser: argparse.ArgumentParser, last: str) -> None:
-    """Add `--shard`; `last` is what the command does without it, once all shards are done."""
-    text = f"do the i-th of n equal parts of the work, on machines without a launcher; then, without it, the command {last}"
-    parser.add_argument("--shard", metavar="i/n", help=text)
+    """Add `--shard`; `last` says what the command does without it after all shards are done."""
+    text = f"compute only part i of n equal parts; when all are done, the command without --shard {last}"
+    parser.add_argument("--shard", metavar="i/n", help=f"{text}; default: the whole work")

@@ -6,58 +6,51 @@ import sys
 from diffusers_cf.errors import InputError
 
 
-# The options that each source takes. --seed and --patients choose the split of other sources, and what the phantom makes.
+# The options that each source takes. For the phantom, --seed and --patients choose the patients instead of the split.
+_SCAN_OPTIONS = ("size", "field_mm", "normalize", "modalities", "labels")
 SOURCE_OPTIONS = {
     "phantom": ("seed", "patients", "size", "field_mm", "normalize"),
-    "brats": ("size", "field_mm", "normalize", "modalities", "labels", "lenient"),
-    "decathlon": ("size", "field_mm", "normalize", "modalities", "labels", "lenient"),
-    "arrays": ("size", "field_mm", "normalize", "modalities", "labels"),
-    "folder": (
-        "size",
-        "field_mm",
-        "normalize",
-        "modalities",
-        "labels",
-        "class_names",
-        "patient_pattern",
-        "one_image_per_patient",
-    ),
+    "brats": (*_SCAN_OPTIONS, "lenient"),
+    "decathlon": (*_SCAN_OPTIONS, "lenient"),
+    "arrays": _SCAN_OPTIONS,
+    "folder": (*_SCAN_OPTIONS, "class_names", "patient_pattern", "one_image_per_patient"),
 }
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf prepare`."""
     add = parser.add_argument
-    add("--source", choices=list(SOURCE_OPTIONS), required=True, help="kind of data")
-    add("--input", help="the data: a folder, or the .npz file of --source arrays; the phantom has none")
-    add("--output", help="folder for the slice data set; not needed with --check")
-    add("--size", type=int, help="pixels along each side of a slice (default: 128; arrays: as in the file)")
-    add("--field_mm", type=float, help="side of the square in-plane field in mm (default: 240)")
-    add(
-        "--normalize", metavar="SCALE",
-        help="intensity scale, by each patient's foreground. median: 2.5 medians become 1 (default). p99: the 99th"
-        " percentile becomes 1, as in the paper (default of the phantom). none: values as they are, for --source arrays"
-        " and folder (default of folder)",
-    )  # fmt: skip
-    add("--modalities", nargs="+", metavar="NAME", help="channels to use, in this order (default: all)")
-    add("--class_names", nargs="+", metavar="NAME", help="classes of --source folder in order, the healthy one first"
-        " (default: the sub-folders, if one is called healthy, normal, control or no_tumor)")  # fmt: skip
-    add("--patient_pattern", metavar="REGEX", help="regular expression for the names of --source folder without suffix, with"
-        " the groups (?P<patient>..) and (?P<slice>..) (default: PATIENT_NUMBER, or PATIENT alone)")  # fmt: skip
-    add("--one_image_per_patient", action="store_true", help="each file of --source folder is a patient of its own")
-    add(
-        "--labels",
-        metavar="FILE.csv",
-        help="labels for images without masks: columns patient, slice (or empty), label",
+    text = "the phantom, scans as in BraTS or the Decathlon, arrays in an .npz file, or pictures in a folder per class"
+    add("--source", choices=list(SOURCE_OPTIONS), required=True, help=f"kind of data: {text}")
+    add("--input", help="folder of the data, or the .npz file of arrays; required except for the phantom")
+    add("--output", metavar="DATASET", help="folder for the slice data set; required except with --check")
+    add("--size", type=int, help="side of a slice in pixels; default: 128, or as in the file of arrays")
+    add("--field_mm", type=float, help="side of the square field of view in mm; default: 240")
+    text = "intensity scale. median: 2.5 medians of a patient's foreground become 1. p99: its 99th percentile becomes "
+    text += "1, as in the paper. none: values stay. Default: median; p99 for the phantom; none for pictures"
+    add("--normalize", metavar="SCALE", help=text)
+    add("--modalities", nargs="+", metavar="NAME", help="channels to use, in this order; default: all")
+    text = "classes of pictures, the names of their folders, the healthy one first; default: the folders, if one is called"
+    add("--class_names", nargs="+", metavar="NAME", help=f"{text} healthy, normal, control or no_tumor")
+    text = (
+        "regular expression for names of pictures without suffix, with the groups (?P<patient>..) and (?P<slice>..);"
     )
-    add("--seed", type=int, default=0, help="seed of the split by patient, or of the phantom (default: 0)")
-    add("--patients", type=int, help="number of patients to use, or of phantoms to make (default: all; 340 phantoms)")
-    add("--split_file", metavar="FILE.json[:NAME]", help="JSON file with the ids of train, validation and test")
-    add("--check", action="store_true", help="list every problem of the data and write nothing")
-    add("--allow_missing_classes", action="store_true", help="accept splits without any slice of one of the classes")
-    add("--skip_bad", action="store_true", help="leave out patients with a problem")
-    add("--lenient", action="store_true", help="accept scans that are not skull-stripped and unknown label ids")
-    add("--num_workers", type=int, default=0, help="number of worker processes (default: 0, only this process)")
+    add("--patient_pattern", metavar="REGEX", help=f"{text} default: PATIENT_NUMBER, or PATIENT alone")
+    text = "take each picture as a patient of its own; default: the patient is in the name"
+    add("--one_image_per_patient", action="store_true", help=text)
+    text = "labels in the columns patient, slice (empty for a whole patient), label; default: from masks or folders"
+    add("--labels", metavar="FILE.csv", help=text)
+    add("--seed", type=int, default=0, help="seed of the split by patient, or of the phantom, 0 or more; default: 0")
+    add("--patients", type=int, help="number of patients to use or phantoms to make; default: all, or 340 phantoms")
+    text = "patients of train, validation and test, as lists in JSON (under NAME); default: split by --seed"
+    add("--split_file", metavar="FILE.json[:NAME]", help=text)
+    add("--check", action="store_true", help="list every problem of the data and write nothing; default: off")
+    text = "accept splits without any slice of one of the classes; default: refuse them"
+    add("--allow_missing_classes", action="store_true", help=text)
+    add("--skip_bad", action="store_true", help="leave out patients with a problem; default: refuse the data")
+    text = "accept scans that are not skull-stripped and unknown label ids; default: refuse them"
+    add("--lenient", action="store_true", help=text)
+    add("--num_workers", type=int, default=0, help="number of worker processes; default: 0, no other process")
 
 
 def run_prepare(args: argparse.Namespace) -> int:
@@ -76,8 +69,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in sorted(names)}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     path = given.pop("input", None) if not is_phantom else None
-    foreign = [f"--{name}" for name in given if name not in taken]
-    if foreign:
+    if foreign := [f"--{name}" for name in given if name not in taken]:
         raise InputError(f"--source {args.source} takes no {', '.join(foreign)}")
     if is_phantom:
         given |= {"seed": args.seed} | ({} if args.patients is None else {"patients": args.patients})

@@ -9,50 +9,35 @@ from diffusers_cf.files import read_json
 from diffusers_cf.provenance import model_fingerprint
 
 
-# What imports torch is imported in functions, so that --help doesn't wait for it.
-
-
 def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf publish`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a model folder")
-    add(
-        "--scores",
-        nargs="+",
-        default=[],
-        metavar="RESULT.json",
-        help="results of evaluate with this model, for the card",
-    )
-    add(
-        "--with_code",
-        action="store_true",
-        help="publish the code too, for users without this package: they load the model by DiffusionPipeline with"
-        " trust_remote_code=True",
-    )
-    add("--data_license", help="license of the training data, if their source does not have one (the Decathlon does)")
-    _add_repository_arguments(add, "license of the weights")
+    text = "results of `diffusers-cf evaluate` with this model, for the card; default: none"
+    add("--scores", nargs="+", default=[], metavar="RESULT.json", help=text)
+    text = "publish the code too, for DiffusionPipeline.from_pretrained(.., trust_remote_code=True); default: off"
+    add("--with_code", action="store_true", help=text)
+    text = "license of the training data, such as cc-by-4.0; default: that of their source, if it has one"
+    add("--data_license", help=text)
+    _add_repository_arguments(add, "license of the weights, by its id on the Hub such as apache-2.0; default: none")
 
 
 def add_publish_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf publish-dataset`."""
     parser.add_argument("dataset", metavar="DATASET", help="a folder written by diffusers-cf prepare")
-    text = "license of the data set; required unless its source is phantom, decathlon or brats"
+    text = "license of the data set, by its id on the Hub such as apache-2.0; required unless the source is phantom, "
+    text += "decathlon or brats"
     _add_repository_arguments(parser.add_argument, text)
 
 
 def _add_repository_arguments(add, license_text: str) -> None:
-    add("--repo_id", required=True, metavar="USER/NAME", help="the repository; created if it doesn't exist")
-    add(
-        "--pictures",
-        nargs="+",
-        default=[],
-        metavar="FILE.png",
-        help="pictures for the card, of data that may be shown",
-    )
-    add("--license", help=f"{license_text}, by its id on the Hub, such as apache-2.0")
-    add("--private", action="store_true", default=None, help="make a new repository private")
-    add("--token", help="access token, instead of the one that `hf auth login` stored")
-    add("--commit_message", default="Upload with diffusers-cf", help="message of the commit (%(default)s)")
+    add("--repo_id", required=True, metavar="USER/NAME", help="repository on the Hub; created if it does not exist")
+    text = "pictures for the card, of data that may be shown; default: none"
+    add("--pictures", nargs="+", default=[], metavar="FILE.png", help=text)
+    add("--license", help=license_text)
+    add("--private", action="store_true", default=None, help="make a new repository private; default: public")
+    add("--token", help="access token of the Hub; default: the one that `hf auth login` stored")
+    add("--commit_message", default="Upload with diffusers-cf", help="message of the commit; default: %(default)s")
 
 
 def run_publish(args: argparse.Namespace) -> int:
@@ -65,14 +50,11 @@ def run_publish(args: argparse.Namespace) -> int:
 
     if not Path(args.model).is_dir():
         raise InputError(f"{args.model}: no such folder")
+    results = [_read_result(Path(path), args.model) for path in args.scores]
     address = push_model(
-        args.model,
-        args.repo_id,
-        results=[_read_result(Path(path), args.model) for path in args.scores],
-        data_license=args.data_license,
-        with_code=args.with_code,
+        args.model, args.repo_id, results=results, data_license=args.data_license, with_code=args.with_code,
         **_repository_options(args),
-    )
+    )  # fmt: skip
     print(f"{args.model} -> {address}")
     return 0
 

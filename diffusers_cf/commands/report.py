@@ -12,9 +12,9 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf report`."""
     add = parser.add_argument
     add("folders", nargs="+", metavar="OUT", help="output folder of segment, or the folder of one patient in it")
-    add("--output", required=True, metavar="REPORT.html", help="the page")
-    add("--scans", nargs="+", metavar="FOLDER", default=[], help="folders of the segmented patients or cohorts: the "
-        "page shows heat over the scans in them instead of over counterfactuals")  # fmt: skip
+    add("--output", required=True, metavar="REPORT.html", help="file for the page")
+    text = "folders of the segmented patients, whose scans the heatmaps are shown over; default: over counterfactuals"
+    add("--scans", nargs="+", metavar="FOLDER", default=[], help=text)
 
 
 def run_report(args: argparse.Namespace) -> int:

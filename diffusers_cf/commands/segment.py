@@ -6,12 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from diffusers_cf.commands.options import (
-    add_compile_argument,
-    add_device_arguments,
-    add_settings_arguments,
-    add_shard_argument,
-)
+from diffusers_cf.commands.options import MODEL, add_device_arguments, add_settings_arguments, add_shard_argument
 from diffusers_cf.errors import BusyError, InputError, in_one_line
 from diffusers_cf.files import make_folder
 
@@ -22,18 +17,17 @@ SETTINGS = ("settings", "guidance_scale", "strength", "num_inference_steps", "ma
 def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf segment`."""
     add = parser.add_argument
-    add("folders", nargs="+", metavar="FOLDER", help="folder of a patient, with a NIfTI file for each modality, or of "
-        "a cohort of patients")  # fmt: skip
-    add("--model", required=True, help="folder or Hub id of a model")
-    add("--output", required=True, metavar="OUT", help="folder that gets a sub-folder for each patient")
+    text = "folder of a patient, with a NIfTI file or DICOM series for each modality, or folder of a cohort"
+    add("folders", nargs="+", metavar="FOLDER", help=text)
+    add("--model", required=True, help=MODEL)
+    add("--output", required=True, metavar="OUT", help="folder for the results; each patient gets a folder in it")
     add_settings_arguments(parser)
-    add("--threshold", type=float, help="heat at or above which a voxel is lesion, on the model's intensity scale; "
-        "default: the model's recommendation")  # fmt: skip
-    add_device_arguments(parser)
-    add_compile_argument(parser)
-    add("--overwrite", action="store_true", help="segment finished patients again and replace their results; needed "
-        "after a change of model, settings, dtype or scans")  # fmt: skip
-    add_shard_argument(parser, "does what shards have left")
+    text = "map value from which a voxel counts as lesion, in map units; default: recommended by the model"
+    add("--threshold", type=float, help=text)
+    add_device_arguments(parser, compile=True)
+    text = "segment finished patients again; default: skip them, or fail if model, settings, dtype or scans changed"
+    add("--overwrite", action="store_true", help=text)
+    add_shard_argument(parser, "segments what is missing")
 
 
 def run_segment(args: argparse.Namespace) -> int:
@@ -46,13 +40,12 @@ def run_segment(args: argparse.Namespace) -> int:
         InputError: model, options or output can't be used.
     """
     from diffusers_cf.evaluation.processes import share_of_work
-    from diffusers_cf.inference import check_device_arguments, open_pipeline, take_device
+    from diffusers_cf.inference import check_device_arguments, open_pipeline
     from diffusers_cf.segmentation.patient import segmentation_facts
     from diffusers_cf.segmentation.results import add_to_summary
 
     share = share_of_work(args.shard)
-    take_device(args, share)
-    check_device_arguments(args)
+    check_device_arguments(args, share)
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile)
     settings = {name: getattr(args, name) for name in SETTINGS}
     modalities = segmentation_facts(pipe, args.model, **settings)["preprocessing"]["modalities"]
@@ -106,17 +99,17 @@ def _segment_all(pipe, patients: list, args: argparse.Namespace, settings: dict,
     bar = tqdm(patients, desc="Patients", unit="patient", disable=not talks or len(patients) < 2)
     for name, folder in bar:
         target = Path(args.output) / name
-        skip = target.exists() and not args.overwrite
+        state = "skipped" if target.exists() and not args.overwrite else "done"
         try:
             report = segment_patient(pipe, folder, args.output, patient=name, **options, **settings)
         except (InputError, OSError, MemoryError) as error:
             line, state = in_one_line(error), "busy" if isinstance(error, BusyError) else "failed"
             outcomes[name] = {"state": state, "reason": line if name in line else f"{target}: {line}"}
             continue
-        outcomes[name] = {"state": "skipped" if skip else "done"}
+        outcomes[name] = {"state": state}
         if "dicom_error" in report:
             outcomes[name] = {"state": "failed", "reason": f"{target}: only NIfTI files: {report['dicom_error']}"}
-        state = "finished before, skipped" if skip else f"{report['seconds']:.1f} s"
+        spent = "finished before, skipped" if state == "skipped" else f"{report['seconds']:.1f} s"
         with bar.external_write_mode():
-            print(f"{name}: {report['lesion_volume_ml']:.1f} ml above the threshold, {state} -> {target}", flush=True)
+            print(f"{name}: {report['lesion_volume_ml']:.1f} ml above the threshold, {spent} -> {target}", flush=True)
     return outcomes

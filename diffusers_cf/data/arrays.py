@@ -120,6 +120,8 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
         arrays = {name: file[name] for name in file.files if name not in ("labels", "gt")}
     if absent := [name for name in ("images", "patient", "modalities") if name not in arrays]:
         raise InputError(f"{path}: array missing: {', '.join(absent)}")
+    if bad := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
+        raise InputError(f"{path}: {bad[0]} is no array of numpy")
     images, has = arrays["images"], [f"has_{name}" for name in np.atleast_1d(arrays["modalities"])]
     if images.ndim != 4 or images.shape[2] != images.shape[3] or not images.size:
         raise InputError(f"{path}: images must be (N, C, H, W) with H = W, not {images.shape}")
