@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.commands.options import DATASET, MODEL, SPLITS, add_device_arguments, add_settings_arguments
+from diffusers_cf.commands.options import DATASET, MODEL, add_device_arguments, add_settings_arguments
+from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.calibration import HEALTHY_QUANTILE, dice_of_thresholds, thresholds_of_labels
 from diffusers_cf.files import make_folder, write_json

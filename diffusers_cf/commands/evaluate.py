@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.commands import options
+from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.processes import share_of_work
 from diffusers_cf.files import alone_at, write_json
@@ -24,7 +25,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--model", help=options.MODEL)
     method.add_argument("--method", metavar="ID", help="a baseline without training, such as threshold-flair")
     add("--dataset", required=True, help=f"{options.DATASET}; it needs masks")
-    add("--split", default="test", choices=options.SPLITS, help="split to measure on; default: %(default)s")
+    add("--split", default="test", choices=SPLITS, help="split to measure on; default: %(default)s")
     text = "file for the scores; RESULT.counts.npz beside it gets the pixel counts of each patient"
     add("--output", required=True, metavar="RESULT.json", help=text)
     options.add_device_arguments(parser, compile=True)

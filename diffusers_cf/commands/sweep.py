@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from diffusers_cf.commands.options import DATASET, MODEL, SPLITS, add_device_arguments
+from diffusers_cf.commands.options import DATASET, MODEL, add_device_arguments
+from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import make_folder, read_json, write_json
 from diffusers_cf.provenance import command_line, package_commit
