@@ -12,7 +12,7 @@ def noise_prediction_loss(
     model, scheduler, images: torch.Tensor, class_ids: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
     snr_gamma: float | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return Eq. 1: the mean of `|| eps_theta(x_t, c, t) - eps ||^2` over samples, channels and pixels.
+    """Return Eq. 1, a float32 scalar: the mean of `(eps_theta(x_t, c, t) - eps)^2` over samples, channels and pixels.
 
     If the scheduler's `prediction_type` is not `epsilon`, the target is that of [`training_target`] instead of eps.
 
@@ -24,9 +24,6 @@ def noise_prediction_loss(
         noise (`torch.Tensor`): eps ~ N(0, I), `(N, C, H, W)`.
         timesteps (`torch.Tensor`): t, integers `(N,)` in [0, T).
         snr_gamma (`float`, *optional*): gamma of the min-SNR weights (Hang et al. 2023); None for equal weights.
-
-    Returns:
-        `torch.Tensor`: the loss, a float32 scalar.
     """
     noisy = scheduler.add_noise(images, noise, timesteps)
     prediction = model(noisy, timesteps, class_ids).float()
@@ -89,7 +86,7 @@ def rising_timesteps(timesteps: torch.Tensor, progress: float, first: float) -> 
         first (`float`): share of the range at the beginning, in [0, 1]; 1 changes nothing.
 
     Returns:
-        `torch.Tensor`: the timesteps times a factor between `first` and 1, rounded down, integers `(N,)`.
+        `torch.Tensor`: the timesteps times a factor from `first` to 1, rounded down, integers `(N,)`.
     """
     risen = min(max(2 * (progress - ALL_TIMESTEPS_FROM) + 1, 0.0), 1.0)
     return (timesteps * (first + (1 - first) * risen)).long()

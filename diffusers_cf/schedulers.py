@@ -37,21 +37,15 @@ def dynamic_normalize(sample: torch.Tensor, ratio: float = 0.99, per_channel: bo
     """
     (working,) = _at_least_float32(sample)
     start = 2 if per_channel else 1
-    threshold = absolute_quantile(working.flatten(start), ratio).clamp(min=1)
+    magnitudes = working.flatten(start).abs()
+    # torch.quantile, but several times faster: the few largest values are selected instead of sorting all of them
+    position = ratio * (magnitudes.shape[-1] - 1)
+    lower = int(position)
+    largest = magnitudes.topk(magnitudes.shape[-1] - lower, dim=-1).values
+    low, high = largest[..., -1], largest[..., max(largest.shape[-1] - 2, 0)]
+    threshold = torch.lerp(low, high, position - lower).clamp(min=1)
     threshold = threshold.reshape(threshold.shape + (1,) * (sample.ndim - start))
     return (working.clamp(-threshold, threshold) / threshold).to(sample.dtype)
-
-
-def absolute_quantile(values: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Return the `ratio`-quantile of |values| over the last axis, interpolated linearly as `torch.quantile` does.
-
-    Selecting the few largest values is several times faster than the sort in `torch.quantile`, and has no size limit.
-    """
-    position = ratio * (values.shape[-1] - 1)
-    lower = int(position)
-    largest = values.abs().topk(values.shape[-1] - lower, dim=-1).values
-    low, high = largest[..., -1], largest[..., max(largest.shape[-1] - 2, 0)]
-    return torch.lerp(low, high, position - lower)
 
 
 def _at_least_float32(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -61,8 +55,8 @@ def _at_least_float32(*tensors: torch.Tensor) -> list[torch.Tensor]:
 class _DynamicDDIM:
     """The common part of both directions: Eq. 2 between two noise levels, and the normalisation of its clean image.
 
-    Symbols of the paper and names in the code: x_t `sample`, epsilon_theta(x_t, t) `model_output`, the cumulative product
-    abar_t `alpha`, its value one step nearer to the image `alpha_nearer`, dn(x0_hat) `x0`.
+    Symbols of the paper and names in the code: x_t `sample`, epsilon_theta(x_t, t) `model_output`, the cumulative
+    product abar_t `alpha`, its value one step nearer to the image `alpha_nearer`, dn(x0_hat) `x0`.
     """
 
     @register_to_config
@@ -99,35 +93,57 @@ class _DynamicDDIM:
         if solver_order not in (1, 2):
             raise ValueError(f"solver_order is {solver_order}: it must be 1 or 2")
         if solver_order == 2 and rescale_betas_zero_snr:
-            raise ValueError(
-                "solver_order is 2: it measures steps by sqrt(1 / abar - 1), infinite at zero terminal SNR"
-            )
+            raise ValueError("solver_order is 2: steps in sqrt(1 / abar - 1) are infinite at zero terminal SNR")
         if num_fixed_point_iterations < 0:
             raise ValueError(f"num_fixed_point_iterations is {num_fixed_point_iterations}: it must be 0 or more")
         if num_fixed_point_iterations and solver_order != 1:
             raise ValueError("num_fixed_point_iterations refine steps of solver_order=1, not of another order")
 
-    def _set_grid(self, num_inference_steps: int) -> None:
-        """Set `grid`, the ascending timesteps of encoding, which decoding takes backwards, and forget earlier steps."""
-        train_steps, spacing, offset = (
-            self.config.num_train_timesteps,
-            self.config.timestep_spacing,
-            self.config.steps_offset,
-        )
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set `timesteps`, what the network is given in each step, and `grid`, the same levels ascending.
+
+        The grid is 0, T/n, .. plus `steps_offset` for `leading`, and T/n - 1, 2 T/n - 1, .. for `trailing`.
+
+        Args:
+            num_inference_steps (`int`): number of steps n of the full grid, a divisor of T.
+            device (`str` or `torch.device`, *optional*): where to put the timesteps.
+
+        Raises:
+            ValueError: encoding and decoding can't take the same steps.
+        """
+        config, train_steps = self.config, self.config.num_train_timesteps
         if num_inference_steps < 1 or train_steps % num_inference_steps:
             raise ValueError(
-                f"num_inference_steps is {num_inference_steps}: encoding and decoding mirror each other only if it is a"
-                f" divisor of num_train_timesteps ({train_steps})"
+                f"num_inference_steps is {num_inference_steps}: it must divide num_train_timesteps ({train_steps})"
             )
         stride = train_steps // num_inference_steps
-        if spacing == "trailing":
-            offset = stride - 1
-        elif spacing != "leading":
+        if config.timestep_spacing not in ("leading", "trailing"):
+            spacing = config.timestep_spacing
             raise ValueError(f"timestep_spacing is {spacing!r}: only 'leading' and 'trailing' have a mirror image")
+        offset = config.steps_offset if config.timestep_spacing == "leading" else stride - 1
         if not 0 <= offset < stride:
             raise ValueError(f"steps_offset is {offset}: it must lie in [0, {stride}) for {num_inference_steps} steps")
         self.grid, self.num_inference_steps = torch.arange(num_inference_steps) * stride + offset, num_inference_steps
         self._last, self._evaluations = None, 0
+        self.timesteps = self._timesteps().to(device)
+
+    def step(
+        self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, return_dict: bool = True
+    ) -> DDIMSchedulerOutput | tuple:
+        """Take the step of a timestep by Eq. 2.
+
+        Args:
+            model_output (`torch.Tensor`): (guided) prediction of the network for `(sample, timestep)`, `(N, C, H, W)`.
+            timestep (`int`): the next entry of `timesteps`.
+            sample (`torch.Tensor`): x where the step begins, `(N, C, H, W)`; the x that was reached, where encoding
+                repeats a timestep to refine the step before.
+            return_dict (`bool`): return an output with `prev_sample` and `pred_original_sample`, or a tuple of both.
+        """
+        working = _at_least_float32(model_output, sample)
+        reached, x0 = (tensor.to(sample.dtype) for tensor in self._take_step(*working, timestep))
+        if self._last:
+            self._last.reached = reached
+        return DDIMSchedulerOutput(prev_sample=reached, pred_original_sample=x0) if return_dict else (reached, x0)
 
     def _second_order(self, sample: torch.Tensor, epsilon: torch.Tensor, start: torch.Tensor, end: torch.Tensor):
         """Return the sample at `start`, and the epsilon of the step to `end` extrapolated from the step before.
@@ -144,7 +160,7 @@ class _DynamicDDIM:
         if last and last.is_first:
             again, _ = self._move((last.epsilon + epsilon) / 2, last.sample, last.start, start)
             sample = again + (sample - last.reached)
-        # `_step` adds `reached`, the sample at the end of the step
+        # `step` adds `reached`, the sample at the end of the step
         self._last = SimpleNamespace(sample=sample, epsilon=epsilon, start=start, length=length, is_first=last is None)
         if last is None or end == 1:
             return sample, epsilon
@@ -192,23 +208,20 @@ class _DynamicDDIM:
         x0, epsilon = self._normalized(x0, epsilon, sample, start, torch.maximum(start, end))
         return end.sqrt() * x0 + (1 - end).sqrt() * epsilon, x0
 
-    def _step(self, model_output: torch.Tensor, sample: torch.Tensor, start, end, return_dict: bool, model_alpha=None):
-        output, working = _at_least_float32(model_output, sample)
-        x0, epsilon = self._predict(output, working, start, model_alpha)
+    def _solve(self, model_output: torch.Tensor, sample: torch.Tensor, start, end, model_alpha=None):
+        """Return `(x at level end, dn(x0_hat))` from x at level `start` and what the network says of it."""
+        x0, epsilon = self._predict(model_output, sample, start, model_alpha)
         if self.config.solver_order == 2:
-            x0, (working, epsilon) = None, self._second_order(working, epsilon, start, end)
-        reached, x0 = (tensor.to(sample.dtype) for tensor in self._move(epsilon, working, start, end, x0))
-        if self._last:
-            self._last.reached = reached
-        return DDIMSchedulerOutput(prev_sample=reached, pred_original_sample=x0) if return_dict else (reached, x0)
+            x0, (sample, epsilon) = None, self._second_order(sample, epsilon, start, end)
+        return self._move(epsilon, sample, start, end, x0)
 
 
 class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
     """Decoding: deterministic DDIM (Eq. 2) with dynamic normalisation of the predicted clean image (Sec. 3.4).
 
-    It computes in at least float32, whatever the dtype of the sample. The defaults follow the authors' code, except for
-    the step that ends at the image (`threshold_clean_sample`) and for the levels between which encoding steps. Make the
-    scheduler for encoding with `DynamicDDIMInverseScheduler.from_config(scheduler.config)`.
+    It computes in at least float32, whatever the dtype of the sample. The defaults follow the authors' code, except
+    for `threshold_clean_sample` and for the levels between which encoding steps. Make the scheduler for encoding with
+    `DynamicDDIMInverseScheduler.from_config(scheduler.config)`.
 
     Args:
         num_train_timesteps (`int`): T.
@@ -232,44 +245,22 @@ class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
 
     _stock = DDIMScheduler
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Set the descending timesteps: 0, T/n, .. backwards for `leading`, T/n - 1, 2 T/n - 1, .. for `trailing`.
+    def _timesteps(self) -> torch.Tensor:
+        return self.grid.flip(0)
 
-        Args:
-            num_inference_steps (`int`): number of steps n of the full grid, a divisor of T.
-            device (`str` or `torch.device`, *optional*): where to put the timesteps.
-
-        Raises:
-            ValueError: encoding and decoding can't take the same timesteps.
-        """
-        self._set_grid(num_inference_steps)
-        self.timesteps = self.grid.flip(0).to(device)
-
-    def step(
-        self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, return_dict: bool = True
-    ) -> DDIMSchedulerOutput | tuple:
-        """Step from `timestep` to the next one nearer to the image.
-
-        Args:
-            model_output (`torch.Tensor`): (guided) prediction of the network at `timestep`, `(N, C, H, W)`.
-            timestep (`int`): current timestep.
-            sample (`torch.Tensor`): x at `timestep`, `(N, C, H, W)`.
-            return_dict (`bool`): return an output with `prev_sample` and `pred_original_sample`, or a tuple of the two.
-        """
-        alpha, alpha_nearer = self._levels(timestep, self.final_alpha_cumprod)
-        return self._step(model_output, sample, alpha, alpha_nearer, return_dict)
+    def _take_step(self, model_output: torch.Tensor, sample: torch.Tensor, timestep: int) -> tuple:
+        return self._solve(model_output, sample, *self._levels(timestep, self.final_alpha_cumprod))
 
 
 class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerMixin):
     """Encoding: takes the steps of [`DynamicDDIMScheduler`] upwards, with the same normalisation.
 
-    `grid` holds the levels, `timesteps` what the network is given, so the loop is always `step(predict(x, t), t, x)`.
-    With `solver_order=1` a step ends at `timestep`: the network is given the noisier end, as in decoding and in diffusers.
-    With 2 a step begins at `timestep`, since a method of second order needs the sample's own level; the clean image
-    counts as the first level.
+    With `solver_order=1` a step ends at its timestep: the network is given the noisier end, as in decoding and in
+    diffusers. With 2 it begins there, since a method of second order needs the sample's own level; the clean image
+    counts as the first level. The loop is `step(predict(x, t), t, x)` in all cases.
 
-    The arguments are those of [`DynamicDDIMScheduler`]. The stock inverse scheduler has no thresholding, clips by default
-    and ignores unknown arguments.
+    The arguments are those of [`DynamicDDIMScheduler`]. The stock inverse scheduler has no thresholding, clips by
+    default and ignores unknown arguments.
 
     Args:
         num_fixed_point_iterations (`int`): further network calls in each step, for `solver_order=1` only. Each repeats
@@ -284,11 +275,9 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
         """Number of function evaluations (NFE) of a step; each is an entry of `timesteps`."""
         return 1 + self.config.num_fixed_point_iterations
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Set the ascending timesteps; arguments and errors as in [`DynamicDDIMScheduler.set_timesteps`]."""
-        self._set_grid(num_inference_steps)
+    def _timesteps(self) -> torch.Tensor:
         shifted = torch.cat([self.grid[:1], self.grid[:-1]]) if self.config.solver_order == 2 else self.grid
-        self.timesteps = shifted.repeat_interleave(self.order).to(device)
+        return shifted.repeat_interleave(self.order)
 
     def _levels_of_step(self, timestep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return abar at the end of the step, at its start, and of the level that the network was given."""
@@ -298,29 +287,17 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
         alpha, alpha_nearer = self._levels(int(timestep) + ahead, self.initial_alpha_cumprod)
         return alpha, alpha_nearer, self.alphas_cumprod[int(timestep)]
 
-    def step(
-        self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, return_dict: bool = True
-    ) -> DDIMSchedulerOutput | tuple:
-        """Step up, or refine the step before where `timesteps` repeats a timestep.
-
-        Args:
-            model_output (`torch.Tensor`): prediction of the network for `(sample, timestep)`, `(N, C, H, W)`.
-            timestep (`int`): the next entry of `timesteps`.
-            sample (`torch.Tensor`): x where the step begins; in a repetition the x that was reached, `(N, C, H, W)`.
-            return_dict (`bool`): return an output with `prev_sample` and `pred_original_sample`, or a tuple of the two.
-        """
+    def _take_step(self, model_output: torch.Tensor, sample: torch.Tensor, timestep: int) -> tuple:
         alpha, alpha_nearer, model_alpha = self._levels_of_step(timestep)
-        is_first, self._evaluations = self._evaluations % self.order == 0, self._evaluations + 1
-        if is_first:
+        begins, self._evaluations = self._evaluations % self.order == 0, self._evaluations + 1
+        if begins:
             self._origin = sample
-            return self._step(model_output, sample, alpha_nearer, alpha, return_dict, model_alpha)
+            return self._solve(model_output, sample, alpha_nearer, alpha, model_alpha)
         # Decoding from the current x has this epsilon. The x that it takes to the origin is a better one.
-        output, origin, current = _at_least_float32(model_output, self._origin, sample)
-        _, epsilon = self._normalized(*self._predict(output, current, alpha), current, alpha, alpha_nearer)
-        x0 = (origin - (1 - alpha_nearer).sqrt() * epsilon) / alpha_nearer.sqrt()
-        refined = (alpha.sqrt() * x0 + (1 - alpha).sqrt() * epsilon).to(sample.dtype)
-        x0 = x0.to(sample.dtype)
-        return DDIMSchedulerOutput(prev_sample=refined, pred_original_sample=x0) if return_dict else (refined, x0)
+        predicted = self._predict(model_output, sample, alpha)
+        _, epsilon = self._normalized(*predicted, sample, alpha, alpha_nearer)
+        x0 = (self._origin - (1 - alpha_nearer).sqrt() * epsilon) / alpha_nearer.sqrt()
+        return alpha.sqrt() * x0 + (1 - alpha).sqrt() * epsilon, x0
 
     def predict_original(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor) -> torch.Tensor:
         """Return `dn(x0_hat)` for the arguments of the next [`step`], without taking it."""
@@ -339,9 +316,7 @@ def check_mirrored(scheduler: SchedulerMixin, inverse_scheduler: SchedulerMixin)
     """
     if not isinstance(inverse_scheduler, DDIMInverseScheduler):
         name = type(inverse_scheduler).__name__
-        raise ValueError(
-            f"inverse_scheduler is a {name}: only a DDIMInverseScheduler's step reaches the timestep it is given"
-        )
+        raise ValueError(f"inverse_scheduler is a {name}: only steps of a DDIMInverseScheduler end at their timestep")
     down, up = scheduler.config, inverse_scheduler.config
     shared = (*NOISE_LEVELS, "set_alpha_to_one")
     differing = [name for name in shared if name in down and name in up and down[name] != up[name]]
@@ -351,9 +326,8 @@ def check_mirrored(scheduler: SchedulerMixin, inverse_scheduler: SchedulerMixin)
     down, up = _normalization(scheduler), _normalization(inverse_scheduler)
     differing += [name for name in {**down, **up} if down.get(name) != up.get(name)]
     if differing:
-        raise ValueError(
-            f"scheduler and inverse_scheduler differ in {', '.join(differing)}: make one from_config of the other"
-        )
+        names = ", ".join(differing)
+        raise ValueError(f"scheduler and inverse_scheduler differ in {names}: make one from_config of the other")
 
 
 def _normalization(scheduler: SchedulerMixin) -> dict[str, object]:
