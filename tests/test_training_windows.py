@@ -1,4 +1,4 @@
-"""Training on windows: the images are those of whole batches, and each weighs the same wherever it is cut."""
+"""Training on windows: they hold the images and draws of whole batches, and each image has the same weight."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,6 @@ from training_data import write_training_set
 import train_counterfactual
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
-from diffusers_cf.images import MARGIN
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import class_token_encoder, counterfactual_unet
 from diffusers_cf.training.loop import PositionBatches, TrainingSlices
@@ -36,48 +35,32 @@ class MadeSlices:
         return {"images": images[rows], "labels": torch.tensor(rows)}
 
 
-def made(share):
-    return TrainingSlices(MadeSlices(), 0, (SIDE, SIDE), crop_background=share, window_side=24)
-
-
 def parts_of(share, positions=range(COUNT)):
-    slices = made(share)
+    slices = TrainingSlices(MadeSlices(), 0, (SIDE, SIDE), crop_background=share, window_side=24)
     return slices.collate_parts(slices.__getitems__(list(positions)))
 
 
 def test_parts_hold_every_image_once_with_its_draws():
-    slices = made(0.5)
-    batch = slices.collate(slices.__getitems__(list(range(COUNT))))
-    (whole,) = parts_of(0)
+    (whole,), parts = parts_of(0), parts_of(0.5)
     assert set(whole) == {"images", "labels", "noise", "timesteps", "uniform"}
-    assert all(torch.equal(value, batch[key]) for key, value in whole.items())
-
-    parts = parts_of(0.5)
-    drawn = torch.cat([part["uniform"] for part in parts])
-    assert sorted(drawn.tolist()) == sorted(whole["uniform"].tolist())
+    assert sorted(torch.cat([part["uniform"] for part in parts]).tolist()) == sorted(whole["uniform"].tolist())
     for part in parts:
         rows = [int((whole["uniform"] == uniform).nonzero()) for uniform in part["uniform"]]
         assert torch.equal(part["labels"], whole["labels"][rows])
         assert torch.equal(part["timesteps"], whole["timesteps"][rows])
-        top, left = (SIDE - part["images"].shape[2]) // 2 - 1, (SIDE - part["images"].shape[3]) // 2
-        if part["images"].shape[2] == SIDE:
-            top, left = 0, 0
-        window = (slice(None), slice(top, top + part["images"].shape[2]), slice(left, left + part["images"].shape[3]))
+        side = part["images"].shape[-1]
+        top, left = (0, 0) if side == SIDE else ((SIDE - side) // 2 - 1, (SIDE - side) // 2)
         for key in ("images", "noise"):
-            expected = torch.stack([whole[key][row][window] for row in rows])
-            assert torch.equal(part[key], expected), (key, part["images"].shape)
+            assert torch.equal(part[key], whole[key][rows, :, top : top + side, left : left + side]), key
 
 
 def test_a_share_of_the_images_is_cut_to_windows():
     sizes = {tuple(part["images"].shape[2:]): part for part in parts_of(0.5)}
-    assert set(sizes) == {(24, 24), (SIDE, SIDE)} and MARGIN < 4
+    assert set(sizes) == {(24, 24), (SIDE, SIDE)}
     small = sizes[(24, 24)]
-    assert not small["labels"].any()  # the filled image has no smaller window
-    of_it = len(small["labels"]) / int((torch.cat([p["labels"] for p in parts_of(0)]) == 0).sum())
-    assert 0.35 < of_it < 0.65
+    assert not small["labels"].any()  # the filled image does not fit into a window
+    assert 0.35 < len(small["labels"]) / int((parts_of(0)[0]["labels"] == 0).sum()) < 0.65
     assert not (small["images"][:, :, 0] > -1).any() and (small["images"][:, :, 2:-2, 8:-8] > -1).all()
-
-    # of the filled image the window is the whole
     everything = parts_of(1)
     assert sorted(tuple(part["images"].shape[2:]) for part in everything) == [(24, 24), (SIDE, SIDE)]
     assert sum(len(part["labels"]) for part in everything) == COUNT
@@ -96,25 +79,18 @@ class Network(torch.nn.Module):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_each_image_weighs_the_same_in_the_loss(share):
-    network, accelerator = Network(), Accelerator(cpu=True)
-    args = SimpleNamespace(first_timesteps=1.0, guidance_dropout_prob=0.35, snr_gamma=5.0, max_grad_norm=1e9)
-    encoder = SimpleNamespace(null_id=2)
-    optimizer = torch.optim.SGD(network.parameters(), 0.5)
+def test_each_image_has_the_same_weight_in_the_loss(share):
+    network, scheduler, parts = Network(), DDPMScheduler(), parts_of(share, range(10))
     run = SimpleNamespace(
-        args=args, accelerator=accelerator, optimizer=optimizer, model=network,
-        network=SimpleNamespace(class_encoder=encoder),
+        args=SimpleNamespace(first_timesteps=1.0, guidance_dropout_prob=0.35, snr_gamma=5.0, max_grad_norm=1e9),
+        accelerator=Accelerator(cpu=True), optimizer=torch.optim.SGD(network.parameters(), 0.5), model=network,
+        network=SimpleNamespace(class_encoder=SimpleNamespace(null_id=2)),
     )  # fmt: skip
-    scheduler, parts = DDPMScheduler(), parts_of(share, range(10))
     assert len(parts) == (2 if share else 1)
-
     singles = [{k: v[i : i + 1] for k, v in part.items()} for part in parts for i in range(len(part["labels"]))]
-    expected = torch.stack(
-        [
-            noise_prediction_loss(network, scheduler, s["images"], s["labels"], s["noise"], s["timesteps"], 5.0)
-            for s in singles
-        ]
-    ).mean()
+    keys = ("images", "labels", "noise", "timesteps")
+    losses = [noise_prediction_loss(network, scheduler, *(s[key] for key in keys), 5.0) for s in singles]
+    expected = torch.stack(losses).mean()
     (gradient,) = torch.autograd.grad(expected, network.weight)
     network.calls = 0
     loss = train_on_batch(run, scheduler, parts, 1.0)
@@ -134,7 +110,7 @@ def test_batches_are_cut_to_windows(tmp_path):
 @pytest.mark.parametrize(
     "given, of_base, expected", [("", None, 0), ("0.5", None, 0.5), ("", True, 0.7), ("0", True, 0)]
 )
-def test_a_pipeline_computes_in_windows_where_it_was_trained_on_them(pipe, tmp_path, given, of_base, expected):
+def test_a_pipeline_trained_on_windows_computes_windows(pipe, tmp_path, given, of_base, expected):
     data = write_training_set(tmp_path / "data", size=32)
     options = ["--dataset", str(data), "--output_dir", str(tmp_path / "out"), "--resolution", "32"]
     options += ["--crop_background", given] if given else []
@@ -155,7 +131,7 @@ def test_a_pipeline_computes_in_windows_where_it_was_trained_on_them(pipe, tmp_p
     assert ("--crop_background 0.7" in run.facts["training"]["command"]) == (expected == 0.7)
 
 
-def test_windows_are_those_of_the_network(pipe, tmp_path):
+def test_training_and_pipeline_have_the_same_windows(pipe, tmp_path):
     data = write_training_set(tmp_path / "data")
     args = parse_args(["--dataset", str(data), "--output_dir", "out", "--crop_background", "0.5"])
     pipe.unet.register_to_config(sample_size=16)
@@ -172,5 +148,5 @@ def test_images_that_are_too_small_for_windows_are_refused(pipe, tmp_path):
     data = write_training_set(tmp_path / "data")
     args = parse_args(["--dataset", str(data), "--output_dir", "out", "--crop_background", "0.5"])
     pipe.unet.register_to_config(sample_size=8, block_out_channels=(8, 8, 8, 8))
-    with pytest.raises(InputError, match="^--crop_background: images of 8 pixels are too small to be cut to windows$"):
+    with pytest.raises(InputError, match="^--crop_background: images of 8 pixels"):
         training_slices(args, SliceDataset(data, "train"), pipe)
