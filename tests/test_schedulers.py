@@ -75,12 +75,10 @@ def test_round_trip_error_halves_with_the_step_size(name, strength):
 @pytest.mark.parametrize("strength", STRENGTHS)
 @pytest.mark.parametrize("name", OURS)
 def test_fixed_point_iterations_make_the_round_trip_exact(name, strength):
-    assert round_trip_error(name, 50, strength, fixed_point=3) < 1e-4
-
-
-def test_each_fixed_point_iteration_gains_a_factor():
-    errors = [round_trip_error("dynamic-leading", 50, 1.0, fixed_point=k) for k in (0, 1, 3)]
-    assert errors[1] < errors[0] / 5 and errors[2] < errors[1] / 25
+    errors = [round_trip_error(name, 50, strength, fixed_point=k) for k in (0, 1, 3)]
+    assert errors[2] < 1e-4
+    if strength == 1:
+        assert errors[1] < errors[0] / 5 and errors[2] < errors[1] / 25
 
 
 @pytest.mark.parametrize("steps", [100, 200])
@@ -163,13 +161,10 @@ def test_dynamic_normalisation_is_the_formula(shape, ratio):
         torch.testing.assert_close(dynamic_normalize(x, ratio, per_channel), expected, atol=1e-12, rtol=0)
 
 
-def test_dynamic_normalisation_has_range_one_and_changes_nothing_below():
-    within = noise(2, 3, 16, 16).clamp(-1, 1)
-    assert torch.equal(dynamic_normalize(within), within)
-    for scale in (0.1, 1, 3, 100):
-        once = dynamic_normalize(scale * noise(2, 3, 16, 16))
-        assert once.abs().max() <= 1
-        assert torch.equal(dynamic_normalize(once), once)
+@pytest.mark.parametrize("scale", [0.1, 1, 3, 100])
+def test_dynamic_normalisation_is_idempotent(scale):
+    once = dynamic_normalize(scale * noise(2, 3, 16, 16))
+    assert once.abs().max() <= 1 and torch.equal(dynamic_normalize(once), once)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -328,42 +323,36 @@ def test_made_from_a_stock_configuration():
 # as saved: from_config keeps what is in a configuration, but not defaults
 SAVED = {name: value for name, value in DynamicDDIMScheduler().config.items() if not name.startswith("_")}
 STATIC = {"thresholding": False, "clip_sample": True}
+OURS_DIFFER = {
+    "steps_offset": 1, "beta_end": 0.01, "prediction_type": "v_prediction", "threshold_per_channel": False,
+    "dynamic_thresholding_ratio": 0.9, "use_clipped_model_output": False, "threshold_clean_sample": True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "forward, inverse",
     [
-        (DynamicDDIMScheduler(), DynamicDDIMInverseScheduler(steps_offset=1)),
+        *((DynamicDDIMScheduler(), DynamicDDIMInverseScheduler(**{k: v})) for k, v in OURS_DIFFER.items()),
         (DynamicDDIMScheduler(timestep_spacing="trailing"), DynamicDDIMInverseScheduler()),
+        (DynamicDDIMScheduler(thresholding=False), DynamicDDIMInverseScheduler()),
         (DDIMScheduler(timestep_spacing="trailing"), DDIMInverseScheduler()),
         (DDIMScheduler(timestep_spacing="linspace"), DDIMInverseScheduler()),
         (DDIMScheduler(num_train_timesteps=500), DDIMInverseScheduler()),
-        (DynamicDDIMScheduler(), DDIMInverseScheduler()),
-        (DynamicDDIMScheduler(), DynamicDDIMInverseScheduler(beta_end=0.01)),
-        (DynamicDDIMScheduler(), DynamicDDIMInverseScheduler(prediction_type="v_prediction")),
-        (DDIMScheduler(clip_sample=False), DynamicDDIMInverseScheduler()),
-        (DynamicDDIMScheduler(thresholding=False), DynamicDDIMInverseScheduler()),
-        (DynamicDDIMScheduler(), DynamicDDIMInverseScheduler(threshold_per_channel=False)),
-        (DynamicDDIMScheduler(), DynamicDDIMInverseScheduler(dynamic_thresholding_ratio=0.9)),
-        (DynamicDDIMScheduler(), DynamicDDIMInverseScheduler(use_clipped_model_output=False)),
-        (DynamicDDIMScheduler(), DynamicDDIMInverseScheduler(threshold_clean_sample=True)),
-        (DDIMScheduler.from_config(SAVED), DynamicDDIMInverseScheduler()),
-        (DDIMScheduler.from_config(SAVED), DDIMInverseScheduler.from_config(SAVED)),
-        (DDIMScheduler(clip_sample=True), DynamicDDIMInverseScheduler(thresholding=False, clip_sample=True)),
         (DDIMScheduler(clip_sample_range=2.0), DDIMInverseScheduler()),
+        (DDIMScheduler.from_config(SAVED), DDIMInverseScheduler.from_config(SAVED)),
+        (DynamicDDIMScheduler(), DDIMInverseScheduler()),
         (DynamicDDIMScheduler.from_config(SAVED), DDIMInverseScheduler.from_config(SAVED)),
+        (DDIMScheduler(clip_sample=False), DynamicDDIMInverseScheduler()),
+        (DDIMScheduler.from_config(SAVED), DynamicDDIMInverseScheduler()),
+        (DDIMScheduler(clip_sample=True), DynamicDDIMInverseScheduler(**STATIC)),
         (DDIMScheduler(), DynamicDDIMInverseScheduler(**STATIC, use_clipped_model_output=False)),
+        (DPMSolverMultistepScheduler(**TRAILING), DPMSolverMultistepInverseScheduler(**TRAILING)),
     ],
 )
 def test_schedulers_that_do_not_mirror_each_other_are_refused(make_pipeline, images, forward, inverse):
-    with pytest.raises(ValueError, match="scheduler and inverse_scheduler differ in"):
+    reason = "inverse_scheduler is a DPMSolver|scheduler and inverse_scheduler differ in"
+    with pytest.raises(ValueError, match=reason):
         make_pipeline((forward, inverse))(images, **SHORT)
-
-
-def test_an_inverse_scheduler_whose_steps_begin_at_their_timestep_is_refused(make_pipeline, images):
-    schedulers = DPMSolverMultistepScheduler(**TRAILING), DPMSolverMultistepInverseScheduler(**TRAILING)
-    with pytest.raises(ValueError, match="inverse_scheduler is a DPMSolverMultistepInverseScheduler"):
-        make_pipeline(schedulers)(images, **SHORT)
 
 
 @pytest.mark.parametrize(

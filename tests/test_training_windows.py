@@ -14,7 +14,7 @@ from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import class_token_encoder, counterfactual_unet
-from diffusers_cf.training.loop import PositionBatches, TrainingSlices
+from diffusers_cf.training.loop import TrainingSlices
 from train_counterfactual import parse_args, train_on_batch, training_slices
 
 
@@ -97,14 +97,6 @@ def test_each_image_has_the_same_weight_in_the_loss(share):
     assert network.calls == len(parts)
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(network.weight.detach(), 1 - 0.5 * gradient)
-
-
-def test_batches_are_cut_to_windows(tmp_path):
-    data = write_training_set(tmp_path / "data", size=32, area=0.3)
-    slices = TrainingSlices(SliceDataset(data, "train"), 0, (64, 64), crop_background=1.0, window_side=48)
-    for parts in slices.batches(PositionBatches(0, 2, 8, 1, 0, 1), 0, False):
-        assert sum(len(part["images"]) for part in parts) == 8
-        assert [part["images"].shape[2:] for part in parts] == [(48, 48)]
 
 
 @pytest.mark.parametrize(
