@@ -1,6 +1,5 @@
-"""Slices at another size, and the windows of them that hold what is worth computing."""
+"""Images at the network's size, and windows around their foreground."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,54 +10,44 @@ MARGIN = 2  # pixels of background that a window keeps around the foreground
 
 
 def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Images `(N, C, H, W)` at another size: mean over the area where it shrinks, bilinear where it grows."""
+    """Resize images `(N, C, H, W)` by area averaging where they shrink, else by bilinear interpolation.
+
+    Args:
+        images (`torch.Tensor`): `(N, C, H, W)`.
+        size (`tuple[int, int]`): new height and width in pixels.
+    """
     if tuple(images.shape[-2:]) == tuple(size):
         return images
-    if size[0] < images.shape[-2]:
-        return functional.interpolate(images, size, mode="area")
-    return functional.interpolate(images, size, mode="bilinear", align_corners=False)
+    return functional.interpolate(images, size, mode="area" if size[0] < images.shape[-2] else "bilinear")
 
 
 def network_images(images: torch.Tensor, size: tuple[int, int], clip: bool) -> torch.Tensor:
-    """Images `(N, C, H, W)` in input units as a network takes them: float32 `(N, C, *size)` in [-1, 1].
+    """Return images in the network's range and size, float32 `(N, C, h, w)` in [-1, 1].
 
     Args:
-        images: on the data set's intensity scale.
-        size: height and width at which the network works.
-        clip: cut what is above 1.
+        images (`torch.Tensor`): `(N, C, H, W)` in input units, background 0.
+        size (`tuple[int, int]`): height h and width w of the network's input in pixels.
+        clip (`bool`): clip intensities at 1. Otherwise the result exceeds 1 where they do.
     """
     images = images.float()
     return resize_images(images.clamp(max=1) if clip else images, size) * 2 - 1
 
 
 def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """A tensor on a device; on its way to a GPU nobody waits for it."""
+    """Return the tensor on a device; a copy from the CPU to a GPU is asynchronous."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-def check_images(images: torch.Tensor, channels: int, size: tuple[int, int]) -> None:
-    """Raises ValueError unless images are finite floats `(N, channels, H, W)` of the aspect of `size`, none negative."""
-    height, width = size
-    if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(f"images has shape {tuple(images.shape)}: it must be (N, {channels}, H, W)")
-    if not images.is_floating_point():
-        raise ValueError(f"images is {images.dtype}: it must be floating, on the model's intensity scale")
-    if images.shape[2] * width != images.shape[3] * height:
-        raise ValueError(f"images has shape {tuple(images.shape)}: its sides must be as {height} to {width}")
-    if images.numel() and not (torch.isfinite(images).all() and images.min() >= 0):
-        raise ValueError("images holds NaN, infinite or negative values: it must be 0 outside, positive inside")
-
-
 @dataclass(frozen=True)
 class Windows:
-    """Images of a batch whose foreground fits into windows of one size.
+    """Windows of equal size, each in one image of a batch.
 
-    Attributes:
-        index: which images, by position in the batch.
-        corners: upper left pixel of each one's window.
-        size: height and width of all the windows.
+    Args:
+        index (`list[int]`): position in the batch of each window's image.
+        corners (`list[tuple[int, int]]`): row and column of each window's upper left pixel.
+        size (`tuple[int, int]`): height h and width w of all windows in pixels.
     """
 
     index: list[int]
@@ -66,37 +55,43 @@ class Windows:
     size: tuple[int, int]
 
     def cut(self, images: torch.Tensor) -> torch.Tensor:
-        """The windows `(n, .., *size)` of these images of a batch `(N, .., H, W)`."""
-        return torch.stack(list(self._views(images)))
+        """Return the windows `(n, .., h, w)` of a batch of images `(N, .., H, W)`."""
+        return torch.stack([images[place] for place in self._places()])
 
     def paste(self, images: torch.Tensor, windows: torch.Tensor) -> None:
-        """Puts windows `(n, .., *size)` into their places in a batch `(N, .., H, W)`."""
-        for view, window in zip(self._views(images), windows, strict=True):
-            view.copy_(window)
+        """Write windows `(n, .., h, w)` into a batch of images `(N, .., H, W)`."""
+        for place, window in zip(self._places(), windows, strict=True):
+            images[place] = window
 
-    def _views(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _places(self) -> list[tuple]:
+        """Return the index of each window in a batch of images."""
         height, width = self.size
-        for number, (top, left) in zip(self.index, self.corners, strict=True):
-            yield images[number, ..., top : top + height, left : left + width]
+        corners = zip(self.index, self.corners, strict=True)
+        return [(i, ..., slice(top, top + height), slice(left, left + width)) for i, (top, left) in corners]
 
 
 def window_side(image_size: tuple[int, int], halvings: int) -> int:
-    """The side of a window where the foreground fits into it: three quarters of the image, as the network can halve it.
+    """Return the side of square windows: three quarters of the image, rounded up to what the network can halve.
 
-    A single one, since each size is a call of its own, with fewer images, and rarer in a training.
+    There is only one such size, because each size needs a network call of its own and is seen less often in training.
+
+    Args:
+        image_size (`tuple[int, int]`): height and width of the network's input in pixels.
+        halvings (`int`): how often the network halves its input.
     """
     multiple = 2**halvings
     return -(-3 * max(image_size) // (4 * multiple)) * multiple
 
 
 def foreground_windows(inside: torch.Tensor, side: int | None) -> list[Windows]:
-    """Windows around the foreground of each image, one group for each size; empty images are in none.
+    """Return a window around the foreground of each image, in one group for each size; empty images have none.
 
-    A window depends on its own image alone, so the batch that an image comes in changes nothing.
+    A window depends on its own image only, so the composition of a batch does not change it.
 
     Args:
-        inside: bool `(N, H, W)`, the foreground.
-        side: of windows, where the foreground fits into it; else it is the image's own. None = always the image's own.
+        inside (`torch.Tensor`): the foreground, bool `(N, H, W)`.
+        side (`int`, *optional*): side of a window in pixels. Where the foreground does not fit into it, and if it is
+            None, the window is as long as the image.
     """
     rows, columns = (inside.any(dim=axis).cpu() for axis in (2, 1))
     groups: dict[tuple[int, int], tuple[list, list]] = {}
@@ -110,15 +105,9 @@ def foreground_windows(inside: torch.Tensor, side: int | None) -> list[Windows]:
 
 
 def _span(filled: torch.Tensor, side: int | None) -> tuple[int, int]:
-    """First pixel and length of a window around the pixels that are filled, `(whole,)`."""
+    """Return first pixel and length of a window along one axis, given which rows or columns hold foreground."""
     whole, found = len(filled), filled.nonzero()[:, 0]
     first, last = int(found[0]) - MARGIN, int(found[-1]) + MARGIN
     if side is None or side >= whole or last - first + 1 > side:
         return 0, whole
     return max(0, min(whole - side, (first + last + 1 - side) // 2)), side
-
-
-def network_windows(prepared: torch.Tensor, image_size: tuple[int, int], halvings: int | None) -> list[Windows]:
-    """Return windows around the content of x_0 `(N, C, h, w)`; whole images where `halvings` is None."""
-    side = None if halvings is None else window_side(image_size, halvings)
-    return foreground_windows((prepared > -1).any(dim=1), side)

@@ -1,4 +1,4 @@
-"""What had to change, as a map: the last line of Algorithm 1, its variants, and the forward map, which decodes nothing."""
+"""Heatmaps: the last line of Algorithm 1, its variants, and the forward map, which needs no decoding."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,37 +8,40 @@ from diffusers_cf.models import implicit_guidance
 
 
 def anomaly_heatmap(reference: torch.Tensor, counterfactual: torch.Tensor) -> torch.Tensor:
-    """Return the last line of Algorithm 1: mean over channels of |x - x_cf|, `(N, C, H, W)` to `(N, H, W)`."""
+    """Return the last line of Algorithm 1: the mean over channels of |x - x_cf|, `(N, C, H, W)` to `(N, H, W)`."""
     return (reference - counterfactual).abs().mean(dim=1)
 
 
 def signed_heatmap(reference: torch.Tensor, counterfactual: torch.Tensor, signs: Sequence[float]) -> torch.Tensor:
-    """Return the mean over channels of `sign (x - x_cf)`, 0 where negative; beyond the paper.
+    """Return the mean over channels of `sign (x - x_cf)`, 0 where it is negative: `(N, C, H, W)` to `(N, H, W)`.
 
-    `signs` say for each channel whether disease is brighter (1) or darker (-1): noise of either sign cancels out.
+    This map is not in the paper. Noise of either sign cancels out in the mean.
+
+    Args:
+        reference (`torch.Tensor`): x, or x_null, `(N, C, H, W)`.
+        counterfactual (`torch.Tensor`): x_cf, `(N, C, H, W)`.
+        signs (`Sequence[float]`): for each channel 1 if lesions are brighter than tissue, -1 if they are darker.
     """
     weights = torch.tensor(signs, dtype=reference.dtype, device=reference.device).reshape(1, -1, 1, 1)
     return (weights * (reference - counterfactual)).mean(dim=1).clamp(min=0)
 
 
+def heatmap(kind: str, reference: torch.Tensor, counterfactual: torch.Tensor, signs: Sequence[float] | None = None):
+    """Return [`signed_heatmap`] if the map is `signed`, else [`anomaly_heatmap`], `(N, H, W)`."""
+    if kind == "signed":
+        return signed_heatmap(reference, counterfactual, signs)
+    return anomaly_heatmap(reference, counterfactual)
+
+
 def check_signs(signs: object, channels: int) -> None:
-    """Raise ValueError unless `signs` has a number for each channel, as the map `signed` needs them."""
+    """Raise ValueError unless `signs` holds a number for each channel, which the map `signed` needs."""
     numbers = isinstance(signs, Sequence) and all(isinstance(sign, (int, float)) for sign in signs)
     if not numbers or len(signs) != channels:
         raise ValueError("map is 'signed': preprocessing holds no `signs`, one for each channel (sweep --store)")
 
 
-def heatmap(kind: str, reference: torch.Tensor, counterfactual: torch.Tensor, signs: Sequence[float] | None = None):
-    """Return heatmaps `(N, H, W)` of a kind: `signed`, else the last line of Algorithm 1, whatever the reference is."""
-    return (
-        signed_heatmap(reference, counterfactual, signs)
-        if kind == "signed"
-        else anomaly_heatmap(reference, counterfactual)
-    )
-
-
 def check_forward(pipe) -> None:
-    """Raise ValueError unless a pipeline can make the map `forward`: it knows classes and has our inverse scheduler."""
+    """Raise ValueError unless a pipeline has what the map `forward` needs: classes and our inverse scheduler."""
     if pipe.class_encoder is None:
         raise ValueError("map is 'forward': it compares conditions, and this model has no class_encoder")
     if not hasattr(pipe.inverse_scheduler, "predict_original"):
@@ -46,15 +49,6 @@ def check_forward(pipe) -> None:
         raise ValueError(f"map is 'forward': it needs a DynamicDDIMInverseScheduler, and inverse_scheduler is {name}")
     if pipe.inverse_scheduler.order > 1:
         raise ValueError("map is 'forward': its steps are not refined, set num_fixed_point_iterations=0")
-
-
-def forward_map(pipe, latents, strength, num_inference_steps, guidance_scale, target=None, callback=None) -> tuple:
-    """Return x_L, mean change and heatmaps of one guidance scale: the last that [`forward_maps`] yields."""
-    for walked, found in forward_maps(
-        pipe, latents, strength, num_inference_steps, [guidance_scale], target, callback
-    ):
-        x_L, (change, heat) = walked, found[guidance_scale]
-    return x_L, change, heat
 
 
 @torch.no_grad()
@@ -67,23 +61,25 @@ def forward_maps(
     target: str | Sequence[str] | None = None,
     callback: Callable | None = None,
 ) -> Iterator[tuple[torch.Tensor, dict[float, tuple[torch.Tensor, torch.Tensor]]]]:
-    """Encode with the null condition and compare the clean images that both conditions predict on the way.
+    """Encode with the null condition and compare the clean images that null and target predict on the way.
 
-    After AnoFPDM (Che et al. 2025), which compares with the image itself and chooses weights and end by itself. Each step predicts the noise under null and target in one batch; the null prediction alone goes on. A step from the
-    clean image adds nothing, since there is no noise to predict. AnoFPDM compares with the image itself instead.
+    This follows AnoFPDM (Che et al. 2025), which compares with the image itself and chooses weights and end by itself.
+    Each step predicts the noise under both conditions in one batch and continues with the null prediction. A step from
+    the clean image adds nothing, since there is no noise to predict.
 
     Args:
-        pipe: a `CounterfactualDDIMPipeline` that passes [`check_forward`].
+        pipe ([`CounterfactualDDIMPipeline`]): passes [`check_forward`].
         latents (`torch.Tensor`): x_0 at the network's size, `(N, C, h, w)` in [-1, 1].
         strength (`float`): L, as in `pipe.encode`.
         num_inference_steps (`int`): n, as in `pipe.encode`.
-        guidance_scales (`Sequence[float]`): values of w, all from the same walk.
+        guidance_scales (`Sequence[float]`): values of w. All are computed from the same network calls.
         target (`str` or list of `str`, *optional*): as in `pipe.decode`.
         callback (`Callable`, *optional*): as in `pipe.decode`.
 
     Yields:
-        Before the first and after each step the latents and, by guidance scale, the mean over the steps so far of x0_target - x0_null
-        `(N, C, h, w)` and of its absolute value over channels `(N, h, w)`, in input units, 0 outside the foreground.
+        The latents and a dict from guidance scale to `(change, heatmap)`, before the first and after each step. The
+        change `(N, C, h, w)` is the mean over the steps so far of x0_target - x0_null, and the heatmap `(N, h, w)` is
+        that of its absolute value, averaged over channels; in input units, 0 outside the foreground.
     """
     timesteps, _ = pipe.timesteps(strength, num_inference_steps)
     null, wanted = pipe.encode_classes(None, len(latents)), pipe.encode_target(target, len(latents))

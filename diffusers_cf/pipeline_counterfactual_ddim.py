@@ -1,6 +1,7 @@
 """CounterfactualDDIMPipeline: Algorithm 1 of "What is Healthy?" (Sanchez et al. 2022), from image to heatmap."""
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,9 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 
-from diffusers_cf.images import Windows, check_images, network_images, network_windows, resize_images, to_device
+from diffusers_cf.images import Windows, foreground_windows, network_images, resize_images, to_device, window_side
 from diffusers_cf.loading import ModelFolderMixin
-from diffusers_cf.maps import check_signs, forward_map, heatmap
+from diffusers_cf.maps import check_signs, forward_maps, heatmap
 from diffusers_cf.models import ClassTokenEncoder, implicit_guidance, predict_noise
 from diffusers_cf.schedulers import check_mirrored
 
@@ -21,12 +22,11 @@ class CounterfactualOutput(BaseOutput):
     """Output of [`CounterfactualDDIMPipeline`].
 
     Args:
-        heatmaps (`torch.Tensor` or `np.ndarray`): `(N, H, W)`, at least 0, in input units: 1 is the unit of the model's
-            intensity scale, the same for all images.
-        counterfactuals (`torch.Tensor` or `np.ndarray`): `(N, C, H, W)`, the image as it would look in the target class,
-            in the input's range; for the map `forward` the image plus the mean change along the encoding.
-        latents (`torch.Tensor` or `np.ndarray`): `(N, C, h, w)`, where encoding ended, at the network's size; 0 for
-            empty images and outside the windows of `crop_background`, so `denoise` can't decode those.
+        heatmaps (`torch.Tensor` or `np.ndarray`): `(N, H, W)`, 0 or more, in input units (never scaled per image).
+        counterfactuals (`torch.Tensor` or `np.ndarray`): `(N, C, H, W)`, the image as it would look in the target
+            class, in input units. For the map `forward` it is the image plus the mean change along the encoding.
+        latents (`torch.Tensor` or `np.ndarray`): `(N, C, h, w)`, the result of encoding at the network's size. They
+            are 0, and can't be decoded, for empty images and outside the windows of `crop_background`.
     """
 
     heatmaps: torch.Tensor | np.ndarray
@@ -35,25 +35,24 @@ class CounterfactualOutput(BaseOutput):
 
 
 class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
-    r"""Encodes an image with the null condition, decodes it towards a class, and maps what had to change.
+    r"""Encode an image with the null condition, decode it towards a class, and map what had to change.
 
-    Images are `(N, C, H, W)`, on the intensity scale that the model's preprocessing.json names (`normalize`), background
-    0; inside the pipeline they are [-1, 1] at the network's size. Schedulers compute in float32 whatever the dtype of the
-    network. `encode` and `decode` are the two loops of Algorithm 1 in the network's range; `invert` and `denoise` are the
-    same from and to images.
+    Images are `(N, C, H, W)` in input units: the intensity scale that the model's preprocessing.json names
+    (`normalize`), background 0. The network's range is [-1, 1]. [`encode`] and [`decode`] are the two loops of
+    Algorithm 1 in the network's range; [`invert`] and [`denoise`] do the same from and to input units. Loops and
+    schedulers compute in float32, whatever the dtype of the network.
 
     Args:
-        unet ([`UNet2DConditionModel`]): epsilon_theta, such as [`counterfactual_unet`] makes.
+        unet ([`UNet2DConditionModel`]): epsilon_theta, such as [`counterfactual_unet`] returns.
         class_encoder ([`ClassTokenEncoder`], *optional*): tau; None for an unconditional U-Net.
-        scheduler ([`SchedulerMixin`]): for decoding, [`DynamicDDIMScheduler`] or a stock `DDIMScheduler` (Table 2's row
-            without dynamic normalisation).
-        inverse_scheduler ([`SchedulerMixin`]): for encoding, its mirror image.
-        clip_input (`bool`, *optional*, defaults to True): cut the input at 1 before encoding, and compare with that. The authors don't; then dynamic
-            normalisation holds x0 at 1 while the remaining noise takes up the peaks, divided by almost nothing, and
-            latents leave the network's range just where lesions are bright.
-        crop_background (`bool`, *optional*, defaults to False): compute each image in a window around its foreground,
-            about two thirds of a brain slice; the quantile of dynamic normalisation is then that of the window. For networks that were trained on windows
-            (`train_counterfactual.py --crop_background`); others lose accuracy. False computes whole images, as the paper.
+        scheduler ([`SchedulerMixin`]): decodes: [`DynamicDDIMScheduler`], or a stock `DDIMScheduler` (the row of Table
+            2 without dynamic normalisation).
+        inverse_scheduler ([`SchedulerMixin`]): encodes: the inverse of `scheduler` with the same options.
+        clip_input (`bool`, *optional*, defaults to True): clip intensities at 1 before encoding, unlike the authors.
+            Dynamic normalisation limits x0 to 1, so brighter pixels would take the latents out of the network's range.
+        crop_background (`bool`, *optional*, defaults to False): compute each image, and the quantile of dynamic
+            normalisation, in a window around its foreground (about two thirds of a brain slice). Meant for networks
+            trained on windows (`train_counterfactual.py --crop_background`); others lose accuracy.
     """
 
     model_cpu_offload_seq = "class_encoder->unet"
@@ -83,14 +82,11 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has set `pipe._interrupt = True`: the loops then do nothing more."""
+        """Whether a callback has set `pipe._interrupt = True`; the loops then skip all further steps."""
         return self._interrupt
 
     def network_evaluations(self, **settings) -> int:
-        """Return the NFE for one image: K to encode, K or 2K to decode, K more for a reconstruction; `forward` 2K in all.
-
-        Each fixed-point iteration of the inverse scheduler adds K.
-        """
+        """Return the number of function evaluations (NFE) for one image; settings are arguments of `__call__`."""
         settings = self.resolve_settings(**settings)
         steps = round(settings["num_inference_steps"] * settings["strength"])
         if settings["map"] == "forward":
@@ -99,14 +95,22 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         return steps * (self.inverse_scheduler.order + decoding + (settings["map"] != "counterfactual"))
 
     def check_inputs(self, images: torch.Tensor) -> None:
-        """Raise ValueError unless images are finite floats `(N, C, H, W)` of the network's channels and aspect."""
-        check_images(images, self.unet.config.in_channels, self.image_size)
+        """Raise ValueError unless images are float `(N, C, H, W)`, finite, not negative, with the network's aspect."""
+        channels, (height, width) = self.unet.config.in_channels, self.image_size
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"images has shape {tuple(images.shape)}: it must be (N, {channels}, H, W)")
+        if not images.is_floating_point():
+            raise ValueError(f"images is {images.dtype}: it must be floating, on the model's intensity scale")
+        if images.shape[2] * width != images.shape[3] * height:
+            raise ValueError(f"images has shape {tuple(images.shape)}: its sides must be as {height} to {width}")
+        if images.numel() and not (torch.isfinite(images).all() and images.min() >= 0):
+            raise ValueError("images holds NaN, infinite or negative values: it must be 0 outside, positive inside")
 
     def encode_classes(self, names: str | None | Sequence[str], batch_size: int) -> tuple | None:
-        """Return the condition `(tokens, vector)` of class names, one for all or one a sample; None is the null symbol.
+        """Return the condition `(tokens, vector)` of class names, one for all samples or one each; None is null.
 
         Raises:
-            ValueError: a class is unknown, or there are more or fewer names than samples.
+            ValueError: a class is unknown, or the number of names is not `batch_size`.
         """
         if self.class_encoder is None:
             return None
@@ -117,10 +121,10 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         return self.class_encoder(to_device(ids, self._execution_device))
 
     def encode_target(self, target: str | Sequence[str] | None, batch_size: int) -> tuple | None:
-        """Return the condition of the target classes; None stands for the first class."""
-        if self.class_encoder is None and target is not None:
-            raise ValueError(f"target is {target!r}: this model is unconditional and knows no classes")
+        """Return the condition of the target classes; a target of None is the first class."""
         if self.class_encoder is None:
+            if target is not None:
+                raise ValueError(f"target is {target!r}: this model is unconditional and knows no classes")
             return None
         return self.encode_classes(target or self.class_encoder.config.class_names[0], batch_size)
 
@@ -129,14 +133,15 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         return to_device(network_images(images, self.image_size, self.config.clip_input), self._execution_device)
 
     def windows(self, prepared: torch.Tensor) -> list[Windows]:
-        """Return where x_0 `(N, C, h, w)` has content: windows around it with `crop_background`, else whole images."""
+        """Return the windows of x_0 `(N, C, h, w)` to compute; without `crop_background` they are whole images."""
         halvings = len(self.unet.config.get("block_out_channels", (1,))) - 1
-        return network_windows(prepared, self.image_size, halvings if self.config.crop_background else None)
+        side = window_side(self.image_size, halvings) if self.config.crop_background else None
+        return foreground_windows((prepared > -1).any(dim=1), side)
 
     def timesteps(self, strength: float, num_inference_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the timesteps of encoding, ascending, and of decoding, descending: K = round(n L) steps each.
 
-        They stay on the CPU, where schedulers read them: on an accelerator each step would wait for the one before.
+        They stay on the CPU, where schedulers read them. Reading from an accelerator would wait for its queue.
         """
         self.scheduler.set_timesteps(num_inference_steps)
         self.inverse_scheduler.set_timesteps(num_inference_steps)
@@ -146,14 +151,14 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         return up[: steps * self.inverse_scheduler.order], down[len(down) - steps :]
 
     def predict_noise(self, sample: torch.Tensor, timestep: int, condition: tuple | None) -> torch.Tensor:
-        """Return epsilon_theta(x_t, c, t), float32 `(N, C, h, w)`; never waits for an accelerator."""
+        """Return epsilon_theta(x_t, c, t), float32 `(N, C, h, w)`, without waiting for an accelerator."""
         dtype = self.unet.dtype
         timestep = torch.full((1,), int(timestep), device=sample.device)
         condition = condition and tuple(part.to(dtype) for part in condition)
         return predict_noise(self.unet, sample.to(dtype), timestep, condition).float()
 
     def predict_guided(self, sample: torch.Tensor, timestep: int, null, target, guidance_scale: float) -> torch.Tensor:
-        """Return the guided noise of Sec. 3.2: both branches in one call, only one where w is 0 or 1."""
+        """Return the guided noise of Sec. 3.2, both branches in one call; for w = 0 or 1 only one branch is needed."""
         if null is None or guidance_scale in (0, 1):
             return self.predict_noise(sample, timestep, target if guidance_scale == 1 else null)
         both = tuple(torch.cat(pair) for pair in zip(null, target, strict=True))
@@ -162,7 +167,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
 
     @torch.no_grad()
     def encode(self, latents: torch.Tensor, strength: float, num_inference_steps: int, callback=None) -> torch.Tensor:
-        """First loop of Algorithm 1: x_0 `(N, C, h, w)` in [-1, 1] to x_L, by DDIM upwards with the null condition."""
+        """Encode x_0 `(N, C, h, w)` in [-1, 1] to x_L by DDIM upwards, the first loop of Algorithm 1."""
         timesteps, _ = self.timesteps(strength, num_inference_steps)
         null = self.encode_classes(None, len(latents))  # tokens (N, T, D), vector (N, V)
         for i, t in enumerate(self.progress_bar(timesteps)):
@@ -175,14 +180,13 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
 
     @torch.no_grad()
     def decode(
-        self, latents: torch.Tensor, strength: float, num_inference_steps: int, target=None, guidance_scale: float = 0.0,
-        callback=None, generator=None,
+        self, latents: torch.Tensor, strength: float, num_inference_steps: int, target=None,
+        guidance_scale: float = 0.0, callback=None, generator=None,
     ) -> torch.Tensor:  # fmt: skip
-        """Second loop of Algorithm 1: x_L to x_0 of the target class, `(N, C, h, w)` in [-1, 1], by guided DDIM downwards."""
+        """Decode x_L to x_0 `(N, C, h, w)` of the target class by guided DDIM downwards, the second loop."""
         _, timesteps = self.timesteps(strength, num_inference_steps)
         null, wanted = self.encode_classes(None, len(latents)), self.encode_target(target, len(latents))
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
+        extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         for i, t in enumerate(self.progress_bar(timesteps)):
             if self.interrupt:
                 continue
@@ -192,7 +196,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         return latents
 
     def end_of_step(self, callback: Callable | None, step: int, timestep: torch.Tensor, latents: torch.Tensor):
-        """Return the latents that a callback leaves."""
+        """Call the callback of a step and return the latents, or those that it replaces them by."""
         return callback(self, step, timestep, {"latents": latents}).pop("latents", latents) if callback else latents
 
     @torch.no_grad()
@@ -203,10 +207,9 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         num_inference_steps: int | None = None,
         callback_on_step_end: Callable | None = None,
     ) -> torch.Tensor:
-        """Encode images `(N, C, H, W)` in input units to latents x_L, float32 `(N, C, h, w)`; arguments as in `__call__`."""
-        settings = self.resolve_settings(
-            strength=strength, num_inference_steps=num_inference_steps, map="counterfactual"
-        )
+        """Encode images `(N, C, H, W)` to latents x_L, float32 `(N, C, h, w)`; arguments as in `__call__`."""
+        given = {"strength": strength, "num_inference_steps": num_inference_steps, "map": "counterfactual"}
+        settings = self.resolve_settings(**given)
         self.check_inputs(images)
         walk = (settings["strength"], settings["num_inference_steps"])
         return self.encode(self.prepare_images(images), *walk, callback_on_step_end)
@@ -222,10 +225,10 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         generator: torch.Generator | None = None,
         callback_on_step_end: Callable | None = None,
     ) -> torch.Tensor:
-        """Decode latents of `invert` to counterfactuals at the network's size, float32 `(N, C, h, w)` in input units.
+        """Decode latents of [`invert`] to counterfactuals, float32 `(N, C, h, w)` in input units.
 
-        The arguments and errors are those of `__call__`; strength and steps must be those of `invert`. With a guidance scale
-        of 0, the null condition alone, it is a reconstruction.
+        Arguments are those of `__call__`. Strength and steps must be those of [`invert`]. A guidance scale of 0 uses
+        the null condition only and returns a reconstruction.
         """
         given = {"guidance_scale": guidance_scale, "strength": strength, "num_inference_steps": num_inference_steps}
         settings = self.resolve_settings(**given, map="counterfactual")
@@ -248,29 +251,29 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         settings: str | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> CounterfactualOutput | tuple:
-        r"""Algorithm 1: encode with the null condition, decode towards the target, compare.
+        r"""Run Algorithm 1: encode with the null condition, decode towards the target, compare.
 
         Args:
-            images (`torch.Tensor` or `np.ndarray`): `(N, C, H, W)`, on the model's intensity scale, background 0.
-            target (`str` or list of `str`, *optional*): class by name, one for all or one a sample; the first class.
-            guidance_scale (`float`, *optional*): w of Sec. 3.2. This and the next three default to what the model
-                recommends, else to the paper's (3.0, 0.75, 100, counterfactual).
-            strength (`float`, *optional*): L in [0, 1], the share of the grid that is walked.
-            num_inference_steps (`int`, *optional*): n, steps of the full grid, a divisor of the training steps.
-            map (`str`, *optional*): `counterfactual`, |x - x_cf|; `reconstruction`, |x_null - x_cf| with x_null decoded
-                by the null condition, which removes what the inversion itself changed, for K more NFE; `signed`, the
+            images (`torch.Tensor` or `np.ndarray`): `(N, C, H, W)` on the model's intensity scale, background 0.
+            target (`str` or list of `str`, *optional*): class name, one for all or for each sample; the first class.
+            guidance_scale (`float`, *optional*): w of Sec. 3.2, 0 or more. This and the next three default to what the
+                model recommends, else to the paper's (3.0, 0.75, 100, counterfactual).
+            strength (`float`, *optional*): L in [0, 1], the share of the steps that are taken.
+            num_inference_steps (`int`, *optional*): n, number of steps for L = 1; a divisor of the training steps.
+            map (`str`, *optional*): `counterfactual`, |x - x_cf|; `reconstruction`, |x_null - x_cf|, where x_null is
+                decoded with the null condition, takes K more NFE and has the same error of inversion; `signed`, the
                 same with a sign for each modality instead of the absolute value; or `forward`, the mean of
-                |x0_null - x0_target| along the encoding, 2K NFE in all: nothing is decoded.
+                |x0_null - x0_target| along the encoding, 2K NFE without any decoding.
             generator (`torch.Generator`, *optional*): for a stochastic scheduler instead of DDIM.
             output_type (`str`): `pt` or `np`.
-            return_dict (`bool`): [`CounterfactualOutput`], or the tuple of its fields.
-            callback_on_step_end (`Callable`, *optional*): `(pipe, step, timestep, {"latents"}) -> dict`, called after each
-                step of encoding and of decoding; with `crop_background` for the images of each window size.
+            return_dict (`bool`): return a [`CounterfactualOutput`], or the tuple of its fields.
+            callback_on_step_end (`Callable`, *optional*): `(pipe, step, timestep, {"latents"}) -> dict`, called after
+                each step of encoding and decoding, for each window size separately; may return other latents.
             settings (`str`, *optional*): `paper` for the paper's values instead of what the model recommends.
-            callback_on_step_end_tensor_inputs (`Sequence[str]`): names of the tensors that the callback gets.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`): tensors for the callback; only `latents` exists.
 
         Raises:
-            ValueError: an argument is out of range, or the schedulers don't mirror each other.
+            ValueError: an argument is out of range, or the schedulers' timesteps or options differ.
 
         Examples:
 
@@ -291,20 +294,17 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         self.encode_target(target, len(images))
         self._interrupt = False
 
-        # 2. Settings that are not given are the model's, else the paper's.
+        # 2. Omitted settings are those that the model recommends, else the paper's.
         given = {"guidance_scale": guidance_scale, "strength": strength, "num_inference_steps": num_inference_steps}
         settings = self.resolve_settings(settings, **given, map=map)
-        if settings["map"] == "signed":
-            check_signs(self.preprocessing.get("signs"), images.shape[1])
-        w, kind, walk = (
-            settings["guidance_scale"],
-            settings["map"],
-            (settings["strength"], settings["num_inference_steps"]),
-        )
+        w, kind, signs = settings["guidance_scale"], settings["map"], self.preprocessing.get("signs")
+        walk = (settings["strength"], settings["num_inference_steps"])
+        if kind == "signed":
+            check_signs(signs, images.shape[1])
 
-        # 3. The network's size and range. Empty images are in no window, so they never reach the network.
+        # 3. Bring images to the network's size and range. Empty images have no window and never reach the network.
         x_0 = network_images(images, self.image_size, self.config.clip_input)  # (N, C, h, w) in [-1, 1]
-        windows = self.windows(x_0)  # before the images travel: reading them back would wait for earlier ones
+        windows = self.windows(x_0)  # on the CPU: reading images back from an accelerator would wait for its queue
         images, x_0 = (to_device(part.float(), self._execution_device) for part in (images, x_0))
         latents, change, heat = torch.zeros_like(x_0), torch.zeros_like(x_0), torch.zeros_like(x_0[:, 0])
 
@@ -313,18 +313,19 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
             x = group.cut(x_0)  # (n, C, h', w')
             names = target if target is None or isinstance(target, str) else [target[i] for i in group.index]
             if kind == "forward":
-                x_L, x_change, x_heat = forward_map(self, x, *walk, w, names, callback_on_step_end)
+                walked = forward_maps(self, x, *walk, [w], names, callback_on_step_end)
+                x_L, maps = deque(walked, maxlen=1).pop()  # after the last step
+                x_change, x_heat = maps[w]
             else:
                 x_L = self.encode(x, *walk, callback_on_step_end)
-                x_cf = self.decode(x_L, *walk, names, w, callback_on_step_end, generator)
-                x_ref = x
+                x_cf, x_ref = self.decode(x_L, *walk, names, w, callback_on_step_end, generator), x
                 if kind != "counterfactual":
                     x_ref = self.decode(x_L, *walk, callback=callback_on_step_end, generator=generator)  # x_null
-                x_change, x_heat = (x_cf - x) / 2, heatmap(kind, x_ref, x_cf, self.preprocessing.get("signs")) / 2
+                x_change, x_heat = (x_cf - x) / 2, heatmap(kind, x_ref, x_cf, signs) / 2  # in input units
             for whole, part in ((latents, x_L), (change, x_change), (heat, x_heat)):
                 group.paste(whole, part)
 
-        # 5. Back to the input's size: the change is resampled, never the image.
+        # 5. Return to the input's size. Only the change is resampled, so the image keeps its detail.
         heatmaps = resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0]  # (N, H, W)
         counterfactuals = images + resize_images(change, tuple(images.shape[-2:]))  # (N, C, H, W)
         self.maybe_free_model_hooks()
@@ -335,5 +336,5 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         return CounterfactualOutput(*fields) if return_dict else fields
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
-        """Return heatmaps `(N, H, W)` of images `(N, C, H, W)` with the recommended settings: every method's contract."""
+        """Return heatmaps `(N, H, W)` of images `(N, C, H, W)` with the recommended settings, as every method does."""
         return self(images).heatmaps

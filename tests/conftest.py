@@ -1,5 +1,4 @@
-"""Pipelines at their smallest, seeded: an untrained U-Net, and a noise predictor whose answers are known exactly;
-and the Hub on loopback."""
+"""Small seeded pipelines with an untrained U-Net or an exact noise predictor, and a Hub on loopback."""
 
 import os
 from types import SimpleNamespace
@@ -20,14 +19,14 @@ from diffusers_cf import (
 )
 
 
-# With several threads, rounding depends on where in memory the weights lie, and parallel test runs starve each other;
-# so do the processes that tests start.
+# With several threads, rounding depends on the memory addresses of the weights, and parallel test runs and the processes
+# that tests start compete for the processors.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class GaussianNoisePredictor(ModelMixin, ConfigMixin):
-    """The exact noise predictor of pixels drawn independently from N(0, std^2), instead of a U-Net."""
+    """The exact noise predictor of independent pixels from N(mean, std^2); the mean is in the class tokens, else 0."""
 
     @register_to_config
     def __init__(self, sample_size: int = 8, in_channels: int = 2, std: float = 0.2):
@@ -37,34 +36,38 @@ class GaussianNoisePredictor(ModelMixin, ConfigMixin):
 
     def forward(self, sample, timestep, encoder_hidden_states=None, class_labels=None):
         alpha = self.alphas_cumprod[int(timestep)]
+        if encoder_hidden_states is not None:
+            sample = sample - alpha.sqrt() * encoder_hidden_states[:, 0, 0].reshape(-1, 1, 1, 1)
         return SimpleNamespace(sample=(1 - alpha).sqrt() * sample / (alpha * self.config.std**2 + 1 - alpha))
 
 
-def tiny_unet() -> UNet2DConditionModel:
-    """2 channels, 8 x 8 pixels, tokens of width 8, a class vector of width 32; small outputs, so that nothing overflows."""
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        resnet_time_scale_shift="scale_shift",
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=8,
-        class_embed_type="identity",
-    )
-    unet.conv_out.weight.data *= 0.3
+def tiny_unet(**changes) -> UNet2DConditionModel:
+    """Return a network of 2 channels, 8 x 8 pixels, tokens of width 8 and a class vector of width 32."""
+    config = {
+        "sample_size": 8, "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "resnet_time_scale_shift": "scale_shift", "norm_num_groups": 4, "cross_attention_dim": 8,
+        "attention_head_dim": 8, "class_embed_type": "identity",
+    }  # fmt: skip
+    unet = UNet2DConditionModel(**config | changes)
+    unet.conv_out.weight.data *= 0.3  # small outputs, so that nothing overflows
     return unet
+
+
+UNCONDITIONAL = {
+    "class_embed_type": None, "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "mid_block_type": "UNetMidBlock2D", "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+}  # fmt: skip
 
 
 @pytest.fixture
 def make_pipeline():
-    """Factory of quiet pipelines: schedulers may be given, else options for both of ours; `gaussian` and
-    `unconditional` leave the class encoder out."""
+    """Return a function that makes a pipeline without progress bar, from two schedulers or from options for ours.
+
+    Its network is a U-Net with class encoder, or without one if `unconditional`, or exact if `gaussian`.
+    """
 
     def make(schedulers=None, gaussian=False, unconditional=False, fixed_point=0, **options):
         torch.manual_seed(0)
@@ -72,17 +75,14 @@ def make_pipeline():
             DynamicDDIMScheduler(**options),
             DynamicDDIMInverseScheduler(num_fixed_point_iterations=fixed_point, **options),
         )
-        unet, encoder = (GaussianNoisePredictor(), None) if gaussian else (tiny_unet(), None)
+        encoder = None
+        if gaussian:
+            unet = GaussianNoisePredictor()
+        else:
+            unet = tiny_unet(**UNCONDITIONAL if unconditional else {})
         if not (gaussian or unconditional):
             encoder = ClassTokenEncoder(num_tokens=2, token_dim=8, vector_dim=32, embedding_dim=8)
             encoder.to_vector[2].weight.data *= 5  # classes that matter, without training
-        elif unconditional:
-            config = dict(unet.config) | {"class_embed_type": None, "cross_attention_dim": 8}
-            config["down_block_types"] = ("ResnetDownsampleBlock2D", "AttnDownBlock2D")
-            config["mid_block_type"] = "UNetMidBlock2D"
-            config["up_block_types"] = ("AttnUpBlock2D", "ResnetUpsampleBlock2D")
-            unet = UNet2DConditionModel.from_config(config)
-            unet.conv_out.weight.data *= 0.3
         pipe = CounterfactualDDIMPipeline(unet.eval(), encoder, scheduler, inverse)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -108,7 +108,7 @@ def files(make_pipeline, tmp_path):
 
 @pytest.fixture
 def record_calls():
-    """Function that makes a pipeline's U-Net write down `(sample, timestep, tokens, vector)` of each call."""
+    """Return a function that makes a pipeline's U-Net record `(sample, timestep, tokens, vector)` of each call."""
 
     def record(pipe):
         calls = []

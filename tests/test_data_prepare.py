@@ -24,8 +24,9 @@ from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.data.splits import SPLITS, seeded_splits
 from diffusers_cf.errors import BusyError, InputError
 from diffusers_cf.files import alone_at, remove_empty_folders
+from diffusers_cf.segmentation.cohorts import patient_files
 from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
-from diffusers_cf.segmentation.volumes import network_slices, patient_files, read_volumes
+from diffusers_cf.segmentation.volumes import network_slices, read_volumes
 
 
 def content(folder: Path) -> dict[str, bytes]:

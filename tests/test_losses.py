@@ -1,4 +1,4 @@
-"""Eq. 1 and the dropping of the condition, against values worked out by hand."""
+"""Eq. 1 and the dropout of the condition, compared with values computed by hand."""
 
 import math
 
@@ -16,15 +16,11 @@ T0 = torch.tensor([0])
 SNR = 0.64 / 0.36
 
 # Mean squared error of a network that returns x_t itself, against (0.5, 2), (-0.2, 2.2) and (1, -1).
-BY_HAND = {
-    "epsilon": (0.6**2 + 1.6**2) / 2,
-    "v_prediction": (1.3**2 + 1.8**2) / 2,
-    "sample": (0.1**2 + 1.4**2) / 2,
-}
+BY_HAND = {"epsilon": (0.6**2 + 1.6**2) / 2, "v_prediction": (1.3**2 + 1.8**2) / 2, "sample": (0.1**2 + 1.4**2) / 2}
 
 
 def scheduler(prediction_type="epsilon", alphas=(0.64,)):
-    """A scheduler whose cumulative alphas are those given."""
+    """Return a scheduler with these cumulative alphas."""
     betas = [1 - alpha / before for before, alpha in zip((1.0, *alphas), alphas, strict=False)]
     return DynamicDDIMScheduler(len(alphas), trained_betas=betas, prediction_type=prediction_type)
 
@@ -33,24 +29,19 @@ def identity(noisy, timesteps, class_ids):
     return noisy
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("kind", BY_HAND)
-def test_loss_by_hand(kind):
-    loss = noise_prediction_loss(identity, scheduler(kind), IMAGE, torch.tensor([0]), NOISE, T0)
-    assert loss.item() == pytest.approx(BY_HAND[kind], rel=1e-5)
+def test_loss_by_hand(kind, dtype, tolerance):
+    images, noise = IMAGE.to(dtype).repeat(3, 1, 1, 1), NOISE.to(dtype).repeat(3, 1, 1, 1)
+    loss = noise_prediction_loss(identity, scheduler(kind), images, torch.zeros(3).long(), noise, T0.repeat(3))
+    assert loss.item() == pytest.approx(BY_HAND[kind], rel=tolerance)
+    assert loss.dtype == torch.float32 and loss.ndim == 0
 
 
-@pytest.mark.parametrize(
-    "kind, gamma, weight",
-    [
-        ("epsilon", 1.0, 1.0 / SNR),
-        ("epsilon", 5.0, 1.0),
-        ("v_prediction", 1.0, 1.0 / (SNR + 1)),
-        ("v_prediction", 5.0, SNR / (SNR + 1)),
-        ("sample", 1.0, 1.0),
-        ("sample", 5.0, SNR),
-    ],
-)
-def test_min_snr_weight_by_hand(kind, gamma, weight):
+@pytest.mark.parametrize("gamma, capped", [(1.0, 1.0), (5.0, SNR)])
+@pytest.mark.parametrize("kind, divisor", [("epsilon", SNR), ("v_prediction", SNR + 1), ("sample", 1)])
+def test_min_snr_weight_by_hand(kind, divisor, gamma, capped):
+    weight = capped / divisor
     assert min_snr_weight(scheduler(kind), T0, gamma).tolist() == pytest.approx([weight], rel=1e-5)
     loss = noise_prediction_loss(identity, scheduler(kind), IMAGE, torch.tensor([0]), NOISE, T0, snr_gamma=gamma)
     assert loss.item() == pytest.approx(weight * BY_HAND[kind], rel=1e-5)
@@ -70,27 +61,8 @@ def test_each_sample_has_its_own_timestep_weight_and_condition():
     assert torch.equal(given_timesteps, timesteps) and torch.equal(given_ids, class_ids)
     # snr 1.78 and 0.5625: only the first is above gamma; the noise has the mean square 2.125
     assert loss.item() == pytest.approx(2.125 * (1 / SNR + 1) / 2, rel=1e-5)
-
-
-def test_each_sample_has_its_own_velocity():
-    levels = scheduler("v_prediction", alphas=(0.64, 0.36))
-    target = training_target(levels, IMAGE.repeat(2, 1, 1, 1), NOISE.repeat(2, 1, 1, 1), torch.tensor([0, 1]))
-    torch.testing.assert_close(target.flatten(), torch.tensor([-0.2, 2.2, -0.5, 2.0]))
-
-
-def test_loss_is_a_mean_over_samples_channels_and_pixels():
-    images, noise = torch.zeros(3, 2, 4, 4), torch.ones(3, 2, 4, 4)
-    loss = noise_prediction_loss(
-        lambda noisy, t, c: torch.zeros_like(noisy), scheduler(), images, torch.zeros(3, dtype=torch.int64), noise,
-        torch.zeros(3, dtype=torch.int64),
-    )  # fmt: skip
-    assert loss.item() == pytest.approx(1.0)
-
-
-def test_loss_is_float32_also_for_a_network_in_half_precision():
-    loss = noise_prediction_loss(identity, scheduler(), IMAGE.bfloat16(), torch.tensor([0]), NOISE.bfloat16(), T0)
-    assert loss.dtype == torch.float32 and loss.ndim == 0
-    assert loss.item() == pytest.approx(BY_HAND["epsilon"], rel=1e-2)
+    velocities = training_target(scheduler("v_prediction", alphas=(0.64, 0.36)), images, noise, timesteps)
+    torch.testing.assert_close(velocities.flatten(), torch.tensor([-0.2, 2.2, -0.5, 2.0]))
 
 
 def test_unknown_prediction_type_is_refused():
@@ -100,7 +72,7 @@ def test_unknown_prediction_type_is_refused():
         training_target(unknown, IMAGE, NOISE, T0)
 
 
-def test_dropping_has_the_asked_frequency_and_is_independent():
+def test_dropout_has_the_given_probability_and_is_independent():
     generator, batches, size, p = torch.Generator().manual_seed(0), 2000, 32, 0.35
     classes = torch.arange(size) % 2
     dropped = torch.stack(
@@ -115,18 +87,12 @@ def test_dropping_has_the_asked_frequency_and_is_independent():
     assert correlation.abs().max() < 5 / math.sqrt(batches)
 
 
-def test_dropping_decides_for_each_sample_by_its_own_draw():
-    classes = torch.tensor([0, 1, 0, 1])
-    uniform = torch.tensor([0.0, 0.34, 0.35, 0.99])
-    assert drop_condition(classes, 2, 0.35, uniform).tolist() == [2, 2, 0, 1]
+@pytest.mark.parametrize("probability, expected", [(0.0, [0, 1, 0, 1]), (0.35, [2, 2, 0, 1]), (1.0, [2, 2, 2, 2])])
+def test_each_sample_is_dropped_by_its_own_draw(probability, expected):
+    classes, uniform = torch.tensor([0, 1, 0, 1]), torch.tensor([0.0, 0.34, 0.35, 1 - 2**-24])
+    dropped = drop_condition(classes, 2, probability, uniform)
+    assert dropped.tolist() == expected and dropped.dtype == torch.int64
     assert classes.tolist() == [0, 1, 0, 1]
-
-
-def test_dropping_never_and_always():
-    classes, uniform = torch.tensor([0, 1, 1]), torch.tensor([0.0, 0.5, 1 - 2**-24])
-    assert drop_condition(classes, 2, 0.0, uniform).tolist() == [0, 1, 1]
-    assert drop_condition(classes, 2, 1.0, uniform).tolist() == [2, 2, 2]
-    assert drop_condition(classes, 2, 0.5, uniform).dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -141,6 +107,6 @@ def test_dropping_never_and_always():
         (0.0, 1.0, [0, 10, 400, 999]),
     ],
 )
-def test_timesteps_begin_low_and_rise_to_all(progress, first, expected):
+def test_the_range_of_timesteps_grows_during_training(progress, first, expected):
     risen = rising_timesteps(torch.tensor([0, 10, 400, 999]), progress, first)
     assert risen.dtype == torch.int64 and risen.tolist() == expected

@@ -1,4 +1,4 @@
-"""What others rely on: public names, module paths inside published models, and that a model comes back bit-equal."""
+"""Public names, module paths in published models, and saved models that come back bit-equal."""
 
 import inspect
 import json
@@ -16,24 +16,16 @@ SHORT = {"num_inference_steps": 10, "strength": 0.4}
 
 
 def test_public_names():
-    assert set(diffusers_cf.__all__) <= set(dir(diffusers_cf))
     assert set(diffusers_cf.__all__) == {
-        "ClassTokenEncoder",
-        "CounterfactualDDIMPipeline",
-        "CounterfactualOutput",
-        "DynamicDDIMInverseScheduler",
-        "DynamicDDIMScheduler",
-        "InputError",
-        "anomaly_heatmap",
-        "class_token_encoder",
-        "counterfactual_unet",
-        "drop_condition",
-        "dynamic_normalize",
-        "implicit_guidance",
-        "noise_prediction_loss",
-        "signed_heatmap",
+        "ClassTokenEncoder", "CounterfactualDDIMPipeline", "CounterfactualOutput", "DynamicDDIMInverseScheduler",
+        "DynamicDDIMScheduler", "InputError", "anomaly_heatmap", "class_token_encoder", "counterfactual_unet",
+        "drop_condition", "dynamic_normalize", "implicit_guidance", "noise_prediction_loss", "signed_heatmap",
         "unet_config",
-    }
+    }  # fmt: skip
+    assert set(diffusers_cf.__all__) <= set(dir(diffusers_cf))
+    assert all(getattr(diffusers_cf, name).__doc__ for name in diffusers_cf.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        diffusers_cf.nothing  # noqa: B018
 
 
 def test_arguments_of_the_pipeline():
@@ -53,20 +45,14 @@ def test_arguments_of_the_pipeline():
     ]  # fmt: skip
 
 
-def test_public_names_are_documented():
-    for name in diffusers_cf.__all__:
-        assert getattr(diffusers_cf, name).__doc__, name
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        diffusers_cf.nothing  # noqa: B018
-
-
-# Published models name these module paths: they never move.
-
-
-def test_module_paths_in_model_index(pipe, tmp_path):
+def test_module_paths_and_configuration_in_published_models(pipe, tmp_path):
+    """Published models name these module paths, so they never move."""
     pipe.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
-    del index["_diffusers_version"]
+    index, config = (
+        json.loads((tmp_path / name).read_text(encoding="utf-8"))
+        for name in ("model_index.json", "class_encoder/config.json")
+    )
+    del index["_diffusers_version"], config["_diffusers_version"]
     assert index == {
         "_class_name": "CounterfactualDDIMPipeline",
         "clip_input": True,
@@ -76,20 +62,10 @@ def test_module_paths_in_model_index(pipe, tmp_path):
         "scheduler": ["diffusers_cf.schedulers", "DynamicDDIMScheduler"],
         "inverse_scheduler": ["diffusers_cf.schedulers", "DynamicDDIMInverseScheduler"],
     }
-
-
-def test_configuration_of_the_class_encoder_in_a_published_model(pipe, tmp_path):
-    pipe.class_encoder.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    del config["_diffusers_version"]
     assert config == {
-        "_class_name": "ClassTokenEncoder",
-        "class_names": ["healthy", "unhealthy"],
-        "num_tokens": 2,
-        "token_dim": 8,
-        "vector_dim": 32,
-        "embedding_dim": 8,
-    }
+        "_class_name": "ClassTokenEncoder", "class_names": ["healthy", "unhealthy"], "num_tokens": 2, "token_dim": 8,
+        "vector_dim": 32, "embedding_dim": 8,
+    }  # fmt: skip
     assert set(pipe.class_encoder.state_dict()) == {
         "embedding.weight", "to_vector.0.weight", "to_vector.0.bias", "to_vector.2.weight", "to_vector.2.bias",
         "tokens.weight",
@@ -110,8 +86,8 @@ def test_a_saved_model_comes_back_bit_equal(make_pipeline, images, tmp_path, unc
         assert torch.equal(loaded(images, **SHORT)[field], value)
 
 
-def test_classes_named_in_model_folders_are_found_without_an_import_of_their_modules(tmp_path, pipe):
-    """diffusers looks for them only in modules that are imported already."""
+def test_loading_imports_the_modules_of_components(tmp_path, pipe):
+    """diffusers finds classes only in modules that are already imported."""
     pipe.save_pretrained(tmp_path)
     code = f"from diffusers_cf import CounterfactualDDIMPipeline as P; P.from_pretrained({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

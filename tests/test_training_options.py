@@ -1,4 +1,4 @@
-"""What train_counterfactual.py says of options that it can't use."""
+"""Options of train_counterfactual.py that are refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Validation during training: scores where there are masks, means of each class where there are none, pictures."""
+"""Validation during training: scores with masks, mean heatmaps of each class without, and pictures."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Windows around the foreground: what they hold, and that computing in them is Algorithm 1 of each window."""
+"""Windows around the foreground, and that the pipeline computes Algorithm 1 in each of them."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from diffusers_cf.images import MARGIN, foreground_windows, window_side
 
 SIDE = 48
 SHORT = {"guidance_scale": 3.0, "strength": 0.3, "num_inference_steps": 10}
-# rows and columns of the foreground of each image; the third has none, the last two differ in place alone
+# top, bottom, left, right of the foreground of each image; the third is empty, the last two only differ in place
 BOXES = [(0, 48, 0, 48), (10, 30, 5, 33), None, (20, 21, 46, 48), (30, 40, 30, 38), (3, 13, 2, 10)]
 
 
@@ -29,10 +29,9 @@ def images():
 
 @pytest.fixture
 def large(pipe):
-    """A pipeline whose network works at 48 x 48, in windows."""
+    """A pipeline whose network computes windows of 48 x 48 images."""
     pipe.register_to_config(crop_background=True)
     pipe.unet.register_to_config(sample_size=SIDE)
-    pipe.inverse_scheduler.set_timesteps(10)
     return pipe
 
 
@@ -50,29 +49,26 @@ def test_a_window_holds_the_foreground_and_a_margin(images, short):
 
 
 def test_windows_are_as_small_as_their_foreground_allows(images):
-    sizes = {n: g.size for g in foreground_windows((images > 0).any(dim=1), 24) for n in g.index}
+    inside = (images > 0).any(dim=1)
+    sizes = {n: g.size for g in foreground_windows(inside, 24) for n in g.index}
     assert sizes == {0: (48, 48), 1: (24, 48), 3: (24, 24), 4: (24, 24), 5: (24, 24)}
+    (group,) = foreground_windows(inside, None)
+    assert group.index == [0, 1, 3, 4, 5] and group.size == (SIDE, SIDE)
+    assert foreground_windows(torch.zeros(2, 4, 4, dtype=torch.bool), None) == []
 
 
-def test_a_window_has_three_quarters_of_a_side_as_the_network_can_halve_it():
+def test_a_window_has_three_quarters_of_a_side_rounded_up_for_the_network():
     found = {side: window_side((side, side), 3) for side in (16, 40, 48, 56, 64, 80, 128, 240)}
     assert found == {16: 16, 40: 32, 48: 40, 56: 48, 64: 48, 80: 64, 128: 96, 240: 184}
     assert window_side((32, 64), 3) == 48 and window_side((48, 48), 2) == 36
 
 
-def test_what_is_cut_comes_back_to_its_place(images):
+def test_paste_puts_back_what_cut_returns(images):
     numbered, copy = torch.rand(6, 2, SIDE, SIDE) + 1, torch.zeros(6, 2, SIDE, SIDE)
     for group in foreground_windows((images > 0).any(dim=1), 24):
         group.paste(copy, group.cut(numbered))
     assert torch.equal(copy[images > 0], numbered[images > 0])
     assert ((copy == numbered) | (copy == 0)).all() and not copy[2].any()
-
-
-def test_without_cropping_one_group_holds_what_is_not_empty(images):
-    (group,) = foreground_windows((images > 0).any(dim=1), None)
-    assert group.index == [0, 1, 3, 4, 5] and group.size == (SIDE, SIDE)
-    assert torch.equal(group.cut(images), images[group.index])
-    assert foreground_windows(torch.zeros(2, 4, 4, dtype=torch.bool), None) == []
 
 
 def test_the_network_computes_windows_alone(large, images, record_calls):
@@ -90,7 +86,7 @@ def test_the_network_computes_windows_alone(large, images, record_calls):
     assert {tuple(call.sample.shape) for call in calls} == {(5, 2, 48, 48), (10, 2, 48, 48)}
 
 
-def test_a_window_is_what_the_whole_would_be_of_a_picture_so_small(large, images):
+def test_a_window_equals_an_image_of_its_size(large, images):
     cropped = large(images[1:2], **SHORT)
     (group,) = large.windows(2 * images[1:2] - 1)
     (top, left), (height, width) = group.corners[0], group.size
@@ -103,30 +99,24 @@ def test_a_window_is_what_the_whole_would_be_of_a_picture_so_small(large, images
     torch.testing.assert_close(group.cut(cropped.latents), alone.latents, rtol=0, atol=1e-4)
 
 
-def test_the_batch_that_an_image_comes_in_changes_nothing(large, images):
+def test_the_other_images_of_a_batch_change_nothing(large, images):
     together = large(images, target=["healthy", "unhealthy"] * 3, **SHORT)
     for number, target in enumerate(["healthy", "unhealthy"] * 3):
         alone = large(images[number : number + 1], target=target, **SHORT)
         torch.testing.assert_close(together.heatmaps[number], alone.heatmaps[0], rtol=0, atol=1e-5)
 
 
-def test_a_sweep_crops_as_a_call_does(large, images):
-    kinds = ["counterfactual", "reconstruction", "forward"]
-    settings = itertools.product([0.1, 0.3], [1.0, 3.0], kinds)
-    for (strength, scale, kind), heat in heatmaps_of_settings(large, images, settings, 10):
-        single = large(images, None, scale, strength, 10, kind).heatmaps
-        torch.testing.assert_close(torch.from_numpy(heat), single, rtol=0, atol=1e-5)
-
-
-def test_settings_need_not_be_a_grid(large, images):
-    settings = [(0.3, 3.0, "reconstruction"), (0.1, 1.0, "forward"), (0.3, 2.0, "counterfactual")]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        list(itertools.product([0.1, 0.3], [1.0, 3.0], ["counterfactual", "reconstruction", "forward"])),
+        [(0.3, 3.0, "reconstruction"), (0.1, 1.0, "forward"), (0.3, 2.0, "counterfactual")],
+    ],
+    ids=["grid", "no grid"],
+)
+def test_a_sweep_computes_the_same_windows_as_a_call(large, images, settings):
     found = dict(heatmaps_of_settings(large, images, settings, 10))
     assert set(found) == set(settings)
     for (strength, scale, kind), heat in found.items():
         single = large(images, None, scale, strength, 10, kind).heatmaps
         torch.testing.assert_close(torch.from_numpy(heat), single, rtol=0, atol=1e-5)
-
-
-def test_cropping_is_kept_in_the_model_folder(large, tmp_path):
-    large.save_pretrained(tmp_path)
-    assert type(large).from_pretrained(tmp_path).config.crop_background

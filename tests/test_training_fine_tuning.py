@@ -1,4 +1,4 @@
-"""What a fine-tuned model keeps of the one it began with, and in which precision a training runs."""
+"""What fine-tuning keeps of its base model, and the precision of training."""
 
 import pytest
 import torch
@@ -16,25 +16,31 @@ from train_counterfactual import main, parse_args, start_accelerator
 SETTINGS = {"guidance_scale": 6.0, "strength": 0.5, "num_inference_steps": 10, "threshold": 0.07}
 
 
-def forget_accelerator():
+@pytest.fixture(autouse=True)
+def _new_accelerator():
+    """Forget the accelerator of earlier tests, which had a precision of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
-@pytest.fixture(autouse=True)
-def _own_accelerator():
-    """Of this test alone: another precision can't be asked for while one stands."""
-    forget_accelerator()
-    yield
-    forget_accelerator()
+def save_base(folder, **facts):
+    """Save a pipeline to fine-tune, with these entries in its preprocessing.json, and return it."""
+    pipe = tiny_pipeline()
+    pipe.preprocessing = facts
+    pipe.save_pretrained(folder / "base")
+    return pipe
 
 
-def fine_tuned(folder, model, modalities=("flair", "t1"), **changes):
-    """The pipeline after a step."""
-    write_training_set(folder / "data", channels=len(modalities), modalities=list(modalities))
-    options = {"dataset": folder / "data", "output_dir": folder / "tuned", "pretrained_model": model}
+def fine_tuned(folder, modalities=("flair", "t1"), data=None, **changes):
+    """Fine-tune `base` for one step and return the pipeline."""
+    if not (folder / "data").exists():
+        write_training_set(folder / "data", channels=len(modalities), modalities=list(modalities), **data or {})
+    options = {"dataset": folder / "data", "output_dir": folder / "tuned", "pretrained_model": folder / "base"}
     options |= {"max_train_steps": 1, "train_batch_size": 2, "validation_steps": 0, "mixed_precision": "no"} | changes
-    main(parse_args([f"--{name}={value}" for name, value in options.items()]))
+    main(parse_args([f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]))
     return CounterfactualDDIMPipeline.from_pretrained(folder / "tuned")
 
 
@@ -44,15 +50,15 @@ def test_schedulers_and_settings_are_kept_but_no_threshold(tmp_path):
     base = CounterfactualDDIMPipeline(pipe.unet, pipe.class_encoder, pipe.scheduler, inverse, clip_input=False)
     base.preprocessing = {"settings": SETTINGS, "signs": [1, -1], "paper_threshold": 0.1}
     base.save_pretrained(tmp_path / "base")
-    tuned = fine_tuned(tmp_path, tmp_path / "base")
+    tuned = fine_tuned(tmp_path)
     assert tuned.inverse_scheduler.config.solver_order == 2 and tuned.config.clip_input is False
     facts = tuned.preprocessing
     assert facts["settings"] == {k: v for k, v in SETTINGS.items() if k != "threshold"} and facts["signs"] == [1, -1]
     assert "paper_threshold" not in facts and facts["training"]["base_model"] == "base"
-    assert "--no_clip_input" in facts["training"]["command"]  # it has seen peaks, and goes on with them
+    assert "--no_clip_input" in facts["training"]["command"]
 
 
-def test_noise_is_that_of_the_levels_which_the_pipeline_walks(tmp_path, monkeypatch):
+def test_training_uses_the_noise_levels_of_the_pipeline(tmp_path, monkeypatch):
     pipe, used = tiny_pipeline(), []
     scheduler = DynamicDDIMScheduler(beta_end=0.04, trained_betas=None)
     inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
@@ -63,27 +69,20 @@ def test_noise_is_that_of_the_levels_which_the_pipeline_walks(tmp_path, monkeypa
         return noise_prediction_loss(model, noise_scheduler, *args)
 
     monkeypatch.setattr(train_counterfactual, "noise_prediction_loss", loss)
-    tuned = fine_tuned(tmp_path, tmp_path / "base")
+    tuned = fine_tuned(tmp_path)
     assert torch.equal(used[0].alphas_cumprod, scheduler.alphas_cumprod)
     assert torch.equal(used[0].alphas_cumprod, tuned.scheduler.alphas_cumprod)
 
 
-def test_a_model_of_some_samples_says_how_many(tmp_path):
-    tiny_pipeline().save_pretrained(tmp_path / "base")
-    training = fine_tuned(tmp_path, tmp_path / "base", max_train_samples=7).preprocessing["training"]
-    assert (training["slices"], training["patients"]) == (7, 1)
-
-
-def test_a_model_that_recommends_nothing_hands_on_nothing(tmp_path):
-    pipe = tiny_pipeline()
-    pipe.preprocessing = {}
-    pipe.save_pretrained(tmp_path / "base")
-    facts = fine_tuned(tmp_path, tmp_path / "base").preprocessing
+def test_max_train_samples_is_recorded_and_what_the_base_does_not_recommend_is_not(tmp_path):
+    save_base(tmp_path)
+    facts = fine_tuned(tmp_path, max_train_samples=7).preprocessing
+    assert (facts["training"]["slices"], facts["training"]["patients"]) == (7, 1)
     assert "settings" not in facts and "signs" not in facts and facts["modalities"] == ["flair", "t1"]
 
 
 @pytest.mark.parametrize("channels", [[2], [3, 0], [2, 1, 0, 3]])
-def test_a_network_of_some_channels_is_the_whole_one_where_the_others_tell_it_nothing(channels):
+def test_keeping_channels_equals_the_whole_network_with_zero_weights_for_the_others(channels):
     unet, encoder = tiny_pipeline(channels=4).unet, tiny_pipeline().class_encoder
     with torch.no_grad():
         unet.conv_in.weight[:, [c for c in range(4) if c not in channels]] = 0
@@ -99,10 +98,8 @@ def test_a_network_of_some_channels_is_the_whole_one_where_the_others_tell_it_no
 
 @pytest.mark.parametrize("modalities", [["t1"], ["t1", "flair"]])
 def test_fine_tuning_takes_the_modalities_of_the_data_set(modalities, tmp_path):
-    pipe = tiny_pipeline()
-    pipe.preprocessing = pipe.preprocessing | {"modalities": ["flair", "t1"], "signs": [1, -1]}
-    pipe.save_pretrained(tmp_path / "base")
-    tuned = fine_tuned(tmp_path, tmp_path / "base", modalities, learning_rate=0)
+    pipe = save_base(tmp_path, modalities=["flair", "t1"], signs=[1, -1])
+    tuned = fine_tuned(tmp_path, modalities, learning_rate=0)
     channels = [["flair", "t1"].index(name) for name in modalities]
     assert tuned.preprocessing["modalities"] == modalities
     assert tuned.preprocessing["signs"] == [[1, -1][channel] for channel in channels]
@@ -119,13 +116,10 @@ def test_fine_tuning_takes_the_modalities_of_the_data_set(modalities, tmp_path):
         ({"modalities": ["t1", "flair"], "signs": [1]}, "no `signs`, one for each channel"),
     ],
 )
-def test_a_base_whose_modalities_cannot_be_taken(facts, words, tmp_path):
-    pipe = tiny_pipeline()
-    pipe.preprocessing = pipe.preprocessing | facts
-    pipe.save_pretrained(tmp_path / "base")
-    modalities = ("flair", "t1") if facts["modalities"] else ("flair", "t1", "t2")
+def test_a_base_whose_modalities_do_not_fit_is_refused(facts, words, tmp_path):
+    save_base(tmp_path, **facts)
     with pytest.raises(InputError) as caught:
-        fine_tuned(tmp_path, tmp_path / "base", modalities)
+        fine_tuned(tmp_path, ("flair", "t1") if facts["modalities"] else ("flair", "t1", "t2"))
     assert words.format(data=tmp_path / "data") in str(caught.value)
 
 
@@ -142,23 +136,11 @@ def test_auto_precision_is_bf16_where_the_processor_computes_in_it(
     assert ("bf16 is emulated" in caplog.text) == (wanted == "bf16" and not computes)
 
 
-def test_another_intensity_scale_is_taken_only_on_purpose(tmp_path):
-    pipe = tiny_pipeline()
-    pipe.preprocessing = {"normalize": "p99", "settings": SETTINGS}
-    pipe.save_pretrained(tmp_path / "base")
-    write_training_set(tmp_path / "slices", percentile=None, normalize="median")
-    options = [
-        "--dataset",
-        tmp_path / "slices",
-        "--output_dir",
-        tmp_path / "out",
-        "--pretrained_model",
-        tmp_path / "base",
-    ]
-    options += ["--max_train_steps", 1, "--train_batch_size", 2, "--validation_steps", 0, "--mixed_precision", "no"]
+def test_another_intensity_scale_needs_renormalize(tmp_path):
+    save_base(tmp_path, normalize="p99", settings=SETTINGS)
+    data = {"percentile": None, "normalize": "median"}
     with pytest.raises(
-        InputError, match="base: takes images of the intensity scale p99, .*slices has median: .*--renorm"
+        InputError, match="base: takes images of the intensity scale p99, .*data has median: .*--renorm"
     ):
-        main(parse_args([str(option) for option in options]))
-    main(parse_args([str(option) for option in [*options, "--renormalize"]]))
-    assert CounterfactualDDIMPipeline.from_pretrained(tmp_path / "out").preprocessing["normalize"] == "median"
+        fine_tuned(tmp_path, data=data)
+    assert fine_tuned(tmp_path, renormalize=True).preprocessing["normalize"] == "median"

@@ -1,4 +1,4 @@
-"""Steps of second order: their order on a flow that is known exactly, and their arithmetic; what networks predict."""
+"""Steps of second order: their error on a flow that is known exactly, their arithmetic, and prediction types."""
 
 from itertools import pairwise
 
@@ -13,14 +13,14 @@ BOTH = (DynamicDDIMScheduler, DynamicDDIMInverseScheduler)
 
 
 def flow_error(scheduler_class, order, steps, strength=0.5):
-    """Mean |x - exact| at the end of a walk between levels 0.1 and L, on the flow x_t ~ sqrt(variance of x_t)."""
+    """Return the mean of |x - exact| after the steps between 0.1 and L, on the flow x_t ~ sqrt(variance of x_t)."""
     scheduler = scheduler_class(solver_order=order, thresholding=False)
     scheduler.set_timesteps(steps)
     grid = scheduler.grid[steps // 10 : round(steps * strength)].tolist()
     exact = {t: (ALPHAS[t] * STD**2 + 1 - ALPHAS[t]).sqrt() * noise(2, 2, 16, 16, dtype=torch.float64) for t in grid}
     rises = scheduler_class is DynamicDDIMInverseScheduler
     x = exact[grid[0] if rises else grid[-1]]
-    # encoding of second order names the level where a step begins, of first order the one that it reaches
+    # a step of encoding begins at its timestep for order 2 and ends there for order 1
     rising = grid[:-1] if order == 2 else grid[1:]
     for t in rising if rises else grid[:0:-1]:
         x = scheduler.step(exact_epsilon(x, t), t, x).prev_sample
@@ -29,19 +29,15 @@ def flow_error(scheduler_class, order, steps, strength=0.5):
 
 @pytest.mark.parametrize("scheduler_class", BOTH)
 @pytest.mark.parametrize("order", [1, 2])
-def test_error_falls_with_the_power_of_the_step_size_that_is_the_order(scheduler_class, order):
+def test_error_is_proportional_to_the_step_size_to_the_power_of_the_order(scheduler_class, order):
     coarse, fine, finest = (flow_error(scheduler_class, order, steps) for steps in (100, 200, 500))
     assert 0.8 * 2**order < coarse / fine < 1.25 * 2**order
     assert 0.8 * 2.5**order < fine / finest < 1.25 * 2.5**order
-
-
-@pytest.mark.parametrize("scheduler_class", BOTH)
-def test_second_order_is_nearer_to_the_flow_at_the_same_cost(scheduler_class):
-    assert flow_error(scheduler_class, 2, 50) < flow_error(scheduler_class, 1, 50) / 3
+    assert order == 1 or flow_error(scheduler_class, 2, 50) < flow_error(scheduler_class, 1, 50) / 3
 
 
 def test_steps_of_second_order_written_out():
-    """From the clean image one of first order, then one that is walked again by the trapezoidal rule, then two more."""
+    """From the clean image one of first order, then one that is repeated by the trapezoidal rule, then two more."""
     inverse = DynamicDDIMInverseScheduler(solver_order=2, thresholding=False)
     inverse.set_timesteps(20)
     timesteps, slopes = (0, 50, 100, 150), [noise(1, 1, 4, 4, seed=i) for i in range(4)]
@@ -66,30 +62,22 @@ def test_the_step_to_the_clean_image_is_of_first_order():
     torch.testing.assert_close(reached, expected.float(), atol=1e-5, rtol=1e-4)
 
 
-def test_a_new_walk_of_second_order_forgets_the_last_one():
-    inverse = DynamicDDIMInverseScheduler(solver_order=2)
-    walks = []
-    for _ in range(2):
-        inverse.set_timesteps(20)
-        walks.append(inverse.step(noise(1, 1, 4, 4), 50, noise(1, 1, 4, 4, seed=1)).prev_sample)
-    assert torch.equal(*walks)
-
-
-def test_the_network_gets_the_level_of_its_sample_where_the_order_is_two():
-    for order, timesteps in ((1, [0, 50, 100]), (2, [0, 0, 50])):
-        inverse = DynamicDDIMInverseScheduler(solver_order=order)
-        inverse.set_timesteps(20)
-        assert inverse.timesteps[:3].tolist() == timesteps and len(inverse.timesteps) == 20
-        assert inverse.grid[:3].tolist() == [0, 50, 100]
-
-
-def test_refined_steps_repeat_their_timestep():
-    inverse = DynamicDDIMInverseScheduler(num_fixed_point_iterations=2)
+@pytest.mark.parametrize(
+    "options, timesteps",
+    [
+        ({}, [0, 50, 100, 150]),
+        ({"solver_order": 2}, [0, 0, 50, 100]),
+        ({"num_fixed_point_iterations": 1}, [0, 0, 50, 50]),
+    ],
+)
+def test_timesteps_and_grid_of_encoding(options, timesteps):
+    inverse = DynamicDDIMInverseScheduler(**options)
     inverse.set_timesteps(20)
-    assert inverse.timesteps[:7].tolist() == [0, 0, 0, 50, 50, 50, 100] and inverse.order == 3
+    assert inverse.timesteps[:4].tolist() == timesteps and len(inverse.timesteps) == 20 * inverse.order
+    assert inverse.grid[:3].tolist() == [0, 50, 100]
 
 
-def test_a_look_at_the_clean_image_leaves_a_walk_as_it_is():
+def test_predict_original_does_not_change_the_next_step():
     inverse, x, output = DynamicDDIMInverseScheduler(solver_order=2), noise(1, 2, 8, 8), noise(1, 2, 8, 8, seed=1)
     inverse.set_timesteps(20)
     inverse.step(output, 0, x)
@@ -103,30 +91,11 @@ def test_a_look_at_the_clean_image_leaves_a_walk_as_it_is():
     torch.testing.assert_close(seen, expected.float(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("scheduler_class", BOTH)
-def test_orders_that_do_not_exist_are_refused(scheduler_class):
-    with pytest.raises(ValueError, match="solver_order is 3"):
-        scheduler_class(solver_order=3)
-    with pytest.raises(ValueError, match="infinite at zero terminal SNR"):
-        scheduler_class(solver_order=2, rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    with pytest.raises(ValueError, match="num_fixed_point_iterations"):
-        DynamicDDIMInverseScheduler(solver_order=2, num_fixed_point_iterations=1)
-
-
-@pytest.mark.parametrize("scheduler_class", BOTH)
-def test_the_order_survives_saving(scheduler_class, tmp_path):
-    scheduler_class(solver_order=2).save_pretrained(tmp_path)
-    assert scheduler_class.from_pretrained(tmp_path).config.solver_order == 2
-    assert (
-        DynamicDDIMInverseScheduler.from_config(DynamicDDIMScheduler(solver_order=2).config).config.solver_order == 2
-    )
-
-
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("edited", [0, 1, 2])
 @pytest.mark.parametrize("scheduler_class", BOTH)
-def test_what_a_caller_makes_of_a_step_moves_the_end_as_much_with_either_order(scheduler_class, edited, order):
-    """The walk is linear in x without normalisation: an edit is scaled by the signal that is left of it, and no more."""
+def test_an_edit_between_steps_moves_the_result_as_much_with_either_order(scheduler_class, edited, order):
+    """Without normalisation steps are linear in x, so an edit is only scaled by the change of the signal's level."""
     scheduler = scheduler_class(solver_order=order, thresholding=False)
     ends = []
     for edit in (0.0, 1.0):
@@ -144,7 +113,7 @@ def test_what_a_caller_makes_of_a_step_moves_the_end_as_much_with_either_order(s
 
 
 def exact_output(kind, sample, timestep):
-    """What a perfect network of this prediction type says of Gaussian data at the timestep that it is told."""
+    """Return the exact prediction of this type for Gaussian data."""
     alpha, epsilon = ALPHAS[int(timestep)], exact_epsilon(sample, timestep)
     x0 = (sample - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
     return {"epsilon": epsilon, "sample": x0, "v_prediction": alpha.sqrt() * epsilon - (1 - alpha).sqrt() * x0}[kind]
