@@ -104,9 +104,6 @@ class DenoisingAutoencoder(TrainableMethod):
         learning_rate (`float`): the highest one.
         num_half_cycles (`int`): half periods of the cosine learning rate in a training; odd numbers end at 0. The
             published schedule has 21.
-
-    Raises:
-        ValueError: the levels do not divide `image_size`.
     """
 
     max_grad_norm = 0.5
@@ -117,9 +114,6 @@ class DenoisingAutoencoder(TrainableMethod):
         learning_rate: float = 1e-3, num_half_cycles: int = 1,
     ):  # fmt: skip
         super().__init__()
-        coarsest = 2 ** (len(block_out_channels) - 1)
-        if image_size % coarsest or image_size < 2 * coarsest:
-            raise ValueError(f"image_size is {image_size}: it must be a multiple of {coarsest}, two or more")
         self.network = DenoisingUNet(num_channels, block_out_channels)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:

@@ -84,8 +84,8 @@ class VariationalAutoencoder(TrainableMethod):
         learning_rate: float = 1e-3,
     ):  # fmt: skip
         super().__init__()
-        num_levels = int(math.log2(max(image_size // bottleneck_side, 1)))
-        if num_levels < 1 or bottleneck_side * 2**num_levels != image_size:
+        num_levels = (image_size // bottleneck_side).bit_length() - 1
+        if num_levels < 1 or bottleneck_side << num_levels != image_size:
             raise ValueError(f"image_size is {image_size}: it must be {bottleneck_side} times a power of two above 1")
         if latent_dim > num_channels * image_size**2:
             raise ValueError(f"latent_dim is {latent_dim}: an image has only {num_channels * image_size**2} values")
@@ -140,9 +140,8 @@ def restoration_objective(
 ) -> torch.Tensor:
     """Return what restoration minimises for each image: C*h*w * negative ELBO(x_r) + `tv_weight` * TV(x_r - x).
 
-    Every term is a sum over the pixels of one image, so the gradient does not depend on the batch, and hardly on the
-    image's size. Published step sizes belong to other reductions: 1e3 in UPD_study, for means over batch and pixels,
-    is about 1e-3 here (64 images of one channel and 128 x 128 pixels). Baur et al. use 1e-3 for sums of |errors|.
+    Every term is a sum over the pixels of one image, so that the gradient does not depend on the batch. The step size
+    1e3 of UPD_study, which takes means over 64 images of 128 x 128 pixels, is about 1e-3 here.
 
     Args:
         vae (`VariationalAutoencoder`): in evaluation mode; the code is its mean.
@@ -165,8 +164,8 @@ class VAERestoration(AnomalyMethod):
     of the gradient to [-50, 50] is left out: with images in [0, 1] no gradient comes near it.
 
     The gradient of |.| does not vanish near 0, so with a fixed step the change oscillates by up to
-    4 * `step_size` * `tv_weight` a pixel. A large weight therefore changes healthy slices more again, which gives
-    [`choose`] its minimum. Steps that decay to 0 would let it choose weights that preserve lesions.
+    4 * `step_size` * `tv_weight` a pixel. A weight that is too large therefore changes healthy slices more, and
+    [`choose`] finds a minimum. With decaying steps it would choose weights that preserve lesions.
 
     Args:
         vae (`VariationalAutoencoder`): the trained network.
@@ -190,20 +189,20 @@ class VAERestoration(AnomalyMethod):
         """One NFE a step: forward and backward pass count as one, though they cost about three."""
         return self.settings["num_steps"]
 
-    def restore(self, images: torch.Tensor) -> torch.Tensor:
+    def restore(self, images: torch.Tensor, num_steps: int, step_size: float, tv_weight: float) -> torch.Tensor:
         """Return x_r `(N, C, h, w)` of images x `(N, C, h, w)` in [0, 1] at the network's size."""
         restored = images.detach()
         with torch.enable_grad(), frozen(self.vae):
-            for _ in range(self.settings["num_steps"]):
+            for _ in range(num_steps):
                 restored.requires_grad_()
-                objective = restoration_objective(self.vae, restored, images, self.settings["tv_weight"]).sum()
+                objective = restoration_objective(self.vae, restored, images, tv_weight).sum()
                 (gradient,) = torch.autograd.grad(objective, restored)
-                restored = (restored - self.settings["step_size"] * gradient).detach()
+                restored = (restored - step_size * gradient).detach()
         return restored
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         images = self.vae.network_input(images)
-        return residual_map(images, self.restore(images))
+        return residual_map(images, self.restore(images, **self.settings))
 
     def choose(self, images_batches: Iterable[torch.Tensor]) -> dict:
         """Return the candidate that changes healthy slices least, by the mean |x - x_r| over pixels and channels.
@@ -214,13 +213,11 @@ class VAERestoration(AnomalyMethod):
         Returns:
             `dict`: `settings`, the first of the best candidates; `scores`, those of all candidates in their order.
         """
-        kept, sums, count = self.settings, [0.0] * len(self.candidates), 0
+        sums, count = [0.0] * len(self.candidates), 0
         for batch in images_batches:
             images = self.vae.network_input(batch)
             count += images.numel()
             for index, candidate in enumerate(self.candidates):
-                self.settings = candidate
-                sums[index] += (images - self.restore(images)).abs().sum().item()
-        self.settings = kept
+                sums[index] += (images - self.restore(images, **candidate)).abs().sum().item()
         scores = [total / count for total in sums]
         return {"settings": dict(self.candidates[scores.index(min(scores))]), "scores": scores}
