@@ -26,67 +26,68 @@ def plot_slices(
     sides: bool = False,
     unit: str = "",
 ) -> None:
-    """Writes a PNG with one row a slice: input, counterfactual, heatmap over the input and, if given, the mask.
+    """Write a PNG with one row a slice: input, counterfactual, heatmap over the input and, if given, the mask.
 
     Args:
-        path: the PNG; a folder that is missing is an error.
-        images: `(N, C, H, W)` in input units.
-        counterfactuals: `(N, C, H, W)` in input units.
-        heatmaps: `(N, H, W)` in input units.
-        masks: `(N, H, W)`, above 0 = lesion, drawn as a contour in the last column.
-        channel_names: names of the C channels.
-        channel: index of the channel that is shown.
-        heat_maximum: the change that has the brightest colour.
-        title: above the picture.
-        row_names: one a slice.
-        mask_name: title of the last column.
-        references: `(N, H, W)`, above 0 = lesion, drawn in green below `masks` to compare with.
-        sides: write L and R beside each picture, where column 0 is the patient's left.
-        unit: what a heat of 1 means, as from `unit_in_words`.
+        path (`str` or `Path`): the PNG.
+        images (`np.ndarray`): `(N, C, H, W)` in input units.
+        counterfactuals (`np.ndarray`): `(N, C, H, W)` in input units.
+        heatmaps (`np.ndarray`): `(N, H, W)` in input units.
+        masks (`np.ndarray`, *optional*): `(N, H, W)`, above 0 = lesion, drawn as a red outline in the last column.
+        channel_names (`Sequence[str]`): names of the C channels.
+        channel (`int`): index of the channel that is shown.
+        heat_maximum (`float`): the change that has the brightest colour.
+        title (`str`): above the picture.
+        row_names (`Sequence[str]`): one a slice.
+        mask_name (`str`): title of the last column.
+        references (`np.ndarray`, *optional*): `(N, H, W)`, above 0 = lesion, drawn in green below `masks` to compare.
+        sides (`bool`): write L and R beside each picture, where column 0 is the patient's left.
+        unit (`str`): what a heat of 1 means, as from `unit_in_words`.
     """
     from matplotlib.figure import Figure
 
     name = channel_names[channel] if len(channel_names) else f"channel {channel}"
-    columns = [f"input ({name})", "counterfactual", "heatmap"] + ([mask_name] if masks is not None else [])
-    figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(images) + 0.5), layout="constrained")
-    axes = figure.subplots(len(images), len(columns), squeeze=False)
-    for i, row in enumerate(axes):
-        for axis in row:
+    titles = [f"input ({name})", "counterfactual", "heatmap"] + ([mask_name] if masks is not None else [])
+    count = len(images)
+    figure = Figure(figsize=(2.2 * len(titles) + 0.6, 2.2 * count + 0.5), layout="constrained")
+    axes = figure.subplots(count, len(titles), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for axis, column_title in zip(axes[0], titles, strict=True):
+        axis.set_title(column_title, fontsize=9)
+    for i, (given, healthy, heat, *outlined) in enumerate(axes):
+        for axis in (given, heat, *outlined):
             axis.imshow(images[i, channel], **GREY)
-            axis.set(xticks=[], yticks=[])
-            for side, x in (("L", 0.03), ("R", 0.97)) if sides else ():
-                align = "left" if side == "L" else "right"
-                axis.text(x, 0.5, side, color="white", fontsize=9, ha=align, va="center", transform=axis.transAxes)
-        row[1].imshow(counterfactuals[i, channel], **GREY)
-        heat = row[2].imshow(heatmaps[i], cmap="inferno", vmin=0, vmax=heat_maximum, alpha=0.8)
-        if masks is not None:
+        healthy.imshow(counterfactuals[i, channel], **GREY)
+        colors = heat.imshow(heatmaps[i], cmap="inferno", vmin=0, vmax=heat_maximum, alpha=0.8)
+        for axis in outlined:
             if references is not None:
-                draw_contour(row[3], references[i], "lime")
-            draw_contour(row[3], masks[i], "red")
+                draw_contour(axis, references[i], "lime")
+            draw_contour(axis, masks[i], "red")
         if row_names:
-            row[0].set_ylabel(row_names[i], fontsize=8)
-    for axis, column in zip(axes[0], columns, strict=True):
-        axis.set_title(column, fontsize=9)
+            given.set_ylabel(row_names[i], fontsize=8)
+    for axis in axes.flat if sides else ():
+        look = {"color": "white", "fontsize": 9, "va": "center", "transform": axis.transAxes}
+        axis.text(0.03, 0.5, "L", ha="left", **look)
+        axis.text(0.97, 0.5, "R", ha="right", **look)
     label = f"heatmap: change, {unit}" if unit else "heatmap: change"
-    figure.colorbar(heat, ax=axes, shrink=min(1, 2 / len(images)), extend="max", label=label)
+    figure.colorbar(colors, ax=axes, shrink=min(1, 2 / count), extend="max", label=label)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=100)
 
 
 def draw_contour(axes, mask: np.ndarray, color: str, linewidth: float = 1) -> None:
-    """Draws the outline of a mask `(H, W)`, above 0 = inside; nothing for an empty one."""
+    """Draw the outline of a mask `(H, W)`, above 0 = inside; nothing for an empty one."""
     if (mask > 0).any():
         axes.contour(mask > 0, [0.5], colors=color, linewidths=linewidth)
 
 
 def plot_sweep(path: str | Path, points: Sequence) -> None:
-    """Writes Fig. 3: ideal Dice and AUPRC in the foreground over strength, a curve for each guidance scale and map.
+    """Write Fig. 3: ideal Dice and AUPRC in the foreground over strength, a curve for each guidance scale and map.
 
     Each number of steps and each order of the solver is a row of its own.
 
     Args:
-        path: the PNG.
-        points: `SweepPoint`s.
+        path (`str` or `Path`): the PNG.
+        points (`Sequence[SweepPoint]`): the results of a sweep.
     """
     from matplotlib.figure import Figure
 
@@ -105,7 +106,7 @@ def plot_sweep(path: str | Path, points: Sequence) -> None:
 
 
 def _looks_of_curves(points: Sequence) -> dict[tuple[str, float], dict]:
-    """For each map and guidance scale of a sweep how its curve is drawn."""
+    """Return how the curve of each map and guidance scale of a sweep is drawn."""
     from matplotlib import colormaps
 
     scales = sorted({p.guidance_scale for p in points})
@@ -118,7 +119,7 @@ def _looks_of_curves(points: Sequence) -> dict[tuple[str, float], dict]:
 
 
 def _plot_curves(axes, points: Sequence, looks: dict) -> None:
-    """One row of Fig. 3: ideal Dice into the first of two axes, AUPRC into the second."""
+    """Draw a row of Fig. 3: ideal Dice in the first of two axes, AUPRC in the second."""
     for (kind, scale), look in looks.items():
         curve = sorted((p for p in points if (p.map, p.guidance_scale) == (kind, scale)), key=lambda p: p.strength)
         strengths = [p.strength for p in curve]
