@@ -23,9 +23,9 @@ NOISE_POINTS = 16  # along a side of the image
 def coarse_noise(noise: torch.Tensor, uniform: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return noise of std 0.2 on 16 x 16 points, upsampled bilinearly, rolled by a random shift, and masked.
 
-    The published noise has 16 x 16 points for 128 x 128 pixels, so that it is about as coarse as a lesion. Other image
-    sizes keep the number of points, but have at most one point for two pixels along a side. Interpolation lowers the
-    standard deviation between the points: at 128 x 128 to 0.664 * 0.2, a root mean square away from the border.
+    The published noise has 16 x 16 points for 128 x 128 pixels, about as coarse as a lesion. Other image sizes have as
+    many points, but at most one for two pixels along a side. Interpolation lowers the standard deviation between the
+    points: at 128 x 128 to 0.664 * 0.2, as a root mean square away from the border.
 
     Args:
         noise (`torch.Tensor`): draws from N(0, 1), `(N, C, h, w)`; only a corner of it is used.
