@@ -132,7 +132,9 @@ def test_scale_1_with_exact_parts_is_the_conditional_noise(gaussian_pipe, label,
 def test_guidance_is_linear_in_the_scale(gaussian_pipe):
     sample, target = noise(3, 2, 8, 8, scale=0.7), gaussian_pipe.encode_target(None, 3)
     with torch.no_grad():
-        plain, once, more = (gaussian_pipe.predict_guided(sample, torch.tensor(700), None, target, s) for s in (0, 1, 2.5))
+        plain, once, more = (
+            gaussian_pipe.predict_guided(sample, torch.tensor(700), None, target, s) for s in (0, 1, 2.5)
+        )
     assert (once - plain).abs().mean() > 0.01
     torch.testing.assert_close(more - plain, 2.5 * (once - plain), rtol=1e-4, atol=1e-5)
 

@@ -89,5 +89,3 @@ def test_a_score_depends_on_seed_and_slice_alone(pipe, images):
     torch.testing.assert_close(torch.cat(parts), scores, rtol=1e-4, atol=1e-4)
     assert scores[1] == 0 and (scores[[0, 2, 3]] != 0).all()
     assert (diffusion_classifier_scores(pipe, images, (100, 500), seed=1) - scores).abs().max() > 1e-3
-
-
