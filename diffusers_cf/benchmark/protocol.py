@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -60,24 +60,20 @@ class BenchmarkData:
             raise InputError(f"{folder} has slices of {known['size']} px, less than the networks' {preset.image_size}")
         self.validation_rows = evenly_spread(len(self.validation), preset.validation_slices)
         self.test_rows = evenly_spread(len(self.test), preset.test_slices or len(self.test))
-        self._check_labels(self.train, range(len(self.train)))
-        for dataset, rows in ((self.validation, self.validation_rows), (self.test, self.test_rows)):
-            self._check_labels(dataset, rows)
-            unhealthy = [row for row in rows if dataset.labels[row] != 0]
-            if not has_lesion(dataset, unhealthy, batch_size):
-                raise InputError(f"{folder}: the split {dataset.split} has unhealthy labels but no lesion pixels")
         self.metadata = as_json({name: known.get(name) for name in (*KIND, "seed")})
+        rows_of = {"train": range(len(self.train)), "validation": self.validation_rows, "test": self.test_rows}
         for dataset in (self.train, self.validation, self.test):
+            rows = rows_of[dataset.split]
+            unhealthy = [row for row in rows if dataset.labels[row] != 0]
+            if not 0 < len(unhealthy) < len(rows):
+                raise InputError(f"{folder}: the split {dataset.split} needs healthy and unhealthy slices")
+            if dataset is not self.train and not has_lesion(dataset, unhealthy, batch_size):
+                raise InputError(f"{folder}: the split {dataset.split} has unhealthy labels but no lesion pixels")
             digest = hashlib.sha256()
             for values in (dataset.patients, dataset.slices, dataset.labels):
                 digest.update("\n".join(map(str, values)).encode() + b"\n\n")
             self.metadata[dataset.split] = digest.hexdigest()
         self.modalities, self.channels = known["modalities"], known["channels"]
-
-    def _check_labels(self, dataset: SliceDataset, rows: Sequence[int]) -> None:
-        unhealthy = dataset.labels[list(rows)] != 0
-        if unhealthy.all() or not unhealthy.any():
-            raise InputError(f"{self.folder}: the split {dataset.split} needs healthy and unhealthy slices")
 
     def validation_batches(self, healthy_only: bool = False) -> Iterator[dict[str, torch.Tensor]]:
         """Return batches of the validation slices, or of the healthy ones among them."""
@@ -141,7 +137,7 @@ def measure(method: AnomalyMethod, data: BenchmarkData, counts_path: str | Path 
     return result | {"validation": {chain: {name: part[name] for name in kept} for chain, part in parts.items()}}
 
 
-def slice_scores(data: BenchmarkData, pipe=None, seed: int = 0) -> dict[str, float]:
+def slice_aurocs(data: BenchmarkData, pipe=None, seed: int = 0) -> dict[str, float]:
     """Return the AUROC of telling healthy from unhealthy test slices without a map.
 
     Args:

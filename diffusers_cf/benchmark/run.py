@@ -16,7 +16,7 @@ from diffusers_cf.benchmark.protocol import (
     choose_settings,
     measure,
     saturated_share,
-    slice_scores,
+    slice_aurocs,
 )
 from diffusers_cf.benchmark.tables import collect_cells, write_tables
 from diffusers_cf.data.intensity import with_named_scale
@@ -98,7 +98,7 @@ class Benchmark:
             bootstrap = bootstraps_of_file(counts)
         cell |= {"method": method.id, "row": method.row.title, "tables": list(method.row.tables), "seed": seed}
         cell |= {"settings": made.settings, "choice": choice, "bootstrap": bootstrap} | training
-        cell["slice_scores"] = slice_scores(data, made.pipe if method.id == "ours" else None, seed)
+        cell["slice_scores"] = slice_aurocs(data, made.pipe if method.id == "ours" else None, seed)
         if method.id in ("ours", "ours-clipped", "ours-unclipped"):
             grid = self.preset.grid
             cell["saturated_share"] = saturated_share(made.pipe, data, max(grid.strengths), grid.num_inference_steps)
