@@ -100,7 +100,7 @@ def test_the_validation_loss_is_the_first_of_the_last_step_in_evaluation_mode(na
     torch.testing.assert_close(loss, next(method.eval().losses(batch, 1.0))[1].detach())
 
 
-@pytest.mark.parametrize(("channels", "size"), [(1, 16), (4, 32), (3, 64), (2, 128)])
+@pytest.mark.parametrize(("channels", "size"), [(1, 16), (3, 64), (2, 128)])
 @pytest.mark.parametrize("name", TINY)
 def test_a_network_fits_images_of_any_size(name, channels, size):
     method = NETWORKS[name].cls(num_channels=channels, image_size=size)
@@ -176,7 +176,7 @@ def test_restoration_goes_as_far_in_any_number_of_steps(steps):
     ways = [row_of("vae-restoration").make(tiny("vae"), replace(GRID, restoration_steps=n)) for n in (None, steps)]
     lengths = [[c["num_steps"] * c["step_size"] for c in way.candidates] for way in ways]
     assert lengths[0] == pytest.approx(lengths[1])
-    assert {c["num_steps"] for c in ways[1].candidates} == {steps}
+    assert {c["num_steps"] for c in ways[1].candidates} == {steps} == {ways[1].network_evaluations_per_slice}
 
 
 def test_the_class_activation_map_of_every_preset_has_locations():

@@ -85,19 +85,6 @@ def test_a_step_goes_down_the_gradient_by_its_size(trained):
     assert change.item() == pytest.approx(-0.05 * slope, rel=0.05)
 
 
-def test_total_variation_makes_the_change_smoother(trained):
-    images, _ = trivial_slices(4, 3, True)
-    plain, smooth = (total_variation(restored(trained, images, tv_weight=w) - images) for w in (0.0, 0.1))
-    assert (smooth < 0.7 * plain).all()
-
-
-def test_a_step_costs_one_evaluation(trained):
-    method = VAERestoration(trained)
-    assert method.network_evaluations_per_slice == 100
-    method.settings["num_steps"] = 7
-    assert method.network_evaluations_per_slice == 7
-
-
 def test_choose_takes_the_candidate_that_changes_healthy_slices_least(trained):
     images, _ = trivial_slices(12, 11, False)
     method = VAERestoration(trained)
