@@ -183,24 +183,16 @@ def plot_process(
     bottom[0].set_title(f"heatmap\n(0 to {unit:.2g})", **FONT, pad=3)
     for axis in axes.values():
         axis.set(xticks=[], yticks=[])
-    for left, right in pairwise([*top[1:], end]):
-        _arrow(left, right, BLUE)
-    for left, right in pairwise([*bottom, end]):
-        _arrow(right, left, BLACK if left is bottom[0] else VERMILLION)
+    arrows = [(*pair, "-|>", BLUE) for pair in pairwise([*top[1:], end])]  # the head at the right
+    arrows += [(*pair, "<|-", VERMILLION) for pair in pairwise([*bottom[1:], end])]
+    arrows.append((*bottom[:2], "<|-", BLACK))
+    for left, right, style, color in arrows:
+        look = {"arrowstyle": style, "color": color, "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0}
+        ends = {"xy": (0, 0.5), "xycoords": right.transAxes, "xytext": (1, 0.5), "textcoords": left.transAxes}
+        right.annotate("", **ends, arrowprops=look, annotation_clip=False).set_in_layout(False)
     figure.suptitle("blue: encoding without a condition; red: decoding guided to healthy", **FONT)
     figure.savefig(path)
     return figure
-
-
-def _arrow(start, end, color: str) -> None:
-    """Draw an arrow from one axes to another over the gap between them."""
-    rightwards = start.get_subplotspec().colspan.start < end.get_subplotspec().colspan.start
-    arrow = end.annotate(
-        "", xy=(1 - rightwards, 0.5), xycoords=end.transAxes, xytext=(rightwards, 0.5), textcoords=start.transAxes,
-        arrowprops={"arrowstyle": "-|>", "color": color, "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0},
-        annotation_clip=False,
-    )  # fmt: skip
-    arrow.set_in_layout(False)
 
 
 def scale_of_maps(maps: np.ndarray) -> float:
