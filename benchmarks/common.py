@@ -1,5 +1,6 @@
-"""What the scripts of this folder share: options, slices to measure on, and results that say where they come from."""
+"""What the scripts of this folder share: options, slices to measure on, and results with their command and commit."""
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,11 @@ def run_script(main: Callable, args, counts: tuple[str, ...] = ()) -> int:
             write_result(result, args.output)
 
     return run_command(command)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return median, minimum and maximum."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def write_result(result: dict, output: str) -> None:

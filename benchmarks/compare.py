@@ -52,10 +52,8 @@ def main(args) -> dict:
         scores = {name: [mean(p[name] for p in side) for side in parts] for name in ("auprc", "ideal_dice")}
         found[chain] = scores | bootstrap(args.first, chain).minus(bootstrap(args.second, chain))
         values = " against ".join(f"{100 * value:.1f}" for value in scores["auprc"])
-        low, high = found[chain]["interval"] or (float("nan"),) * 2
-        print(
-            f"{chain:14} AUPRC {values}: {100 * found[chain]['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
-        )
+        interval = [f"{100 * limit:+.2f}" for limit in found[chain]["interval"] or ()]
+        print(f"{chain:14} AUPRC {values}: {100 * found[chain]['difference']:+.2f} [{', '.join(interval)}]")
     return found
 
 

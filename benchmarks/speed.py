@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import make_parser, open_slices, run_script, write_result
+from common import make_parser, open_slices, run_script, spread, write_result
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from diffusers_cf import (
@@ -38,14 +38,12 @@ AUTHORS_BATCH = 32
 
 
 class AuthorsPipeline(CounterfactualDDIMPipeline):
-    """The authors' way: whole images in float32, and a network call of its own for each branch of the guidance."""
+    """The authors' way: whole images in float32, and one network call for each branch of the guidance."""
 
     def predict_noise(self, sample: torch.Tensor, timestep: int, condition: tuple) -> torch.Tensor:
-        """Return the prediction for at most `AUTHORS_BATCH` images a call; two branches hold twice as many."""
-        predict, groups = (
-            super().predict_noise,
-            zip(*(t.split(AUTHORS_BATCH) for t in (sample, *condition)), strict=True),
-        )
+        """Return the prediction, computed for at most `AUTHORS_BATCH` images a call."""
+        groups = zip(*(part.split(AUTHORS_BATCH) for part in (sample, *condition)), strict=True)
+        predict = super().predict_noise
         return torch.cat([predict(images, timestep, tuple(parts)) for images, *parts in groups])
 
 
@@ -127,11 +125,18 @@ def batch_size(args: argparse.Namespace, way: str) -> int:
 
 
 def in_turn(args: argparse.Namespace, images: torch.Tensor) -> dict[str, dict]:
-    """Run every way once per round, after a warm-up; return seconds of each round, NFE and, on a GPU, peak memory."""
+    """Run every way once per round, after a warm-up.
+
+    Returns:
+        `dict`: for each way NFE and seconds per slice, the time relative to ours and, on a GPU, the peak memory.
+    """
     on_gpu = torch.device(args.device).type == "cuda"
     loaded = {way: load(args, way) for way in WAYS}
-    rows = {way: {"passes_per_slice": passes(way, pipe), "seconds_per_slice": []} for way, (pipe, _) in loaded.items()}
-    for way, (_, function) in loaded.items():
+    rows = {}
+    for way, (pipe, function) in loaded.items():
+        # the plain loop takes the same steps as the authors
+        evaluations = pipe.network_evaluations(settings=None if way == "ours" else "paper")
+        rows[way] = {"passes_per_slice": evaluations, "seconds_per_slice": []}
         # every size of window is compiled separately
         run_all(function, images if way == "ours" else images[:2], batch_size(args, way))
     for _ in range(args.rounds):
@@ -142,20 +147,10 @@ def in_turn(args: argparse.Namespace, images: torch.Tensor) -> dict[str, dict]:
             rows[way]["seconds_per_slice"].append(seconds / len(images))
             if on_gpu:  # includes the weights of all three ways
                 rows[way]["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    ours = rows["ours"]["seconds_per_slice"]
     for row in rows.values():
-        row["times_ours"] = ratio(row["seconds_per_slice"], rows["ours"]["seconds_per_slice"])
+        row["times_ours"] = spread([one / other for one, other in zip(row["seconds_per_slice"], ours, strict=True)])
     return rows
-
-
-def passes(way: str, pipe: CounterfactualDDIMPipeline) -> int:
-    """Return the NFE of one slice with content; the plain loop takes the same steps as the authors."""
-    return pipe.network_evaluations(settings=None if way == "ours" else "paper")
-
-
-def ratio(seconds: list[float], ours: list[float]) -> dict[str, float]:
-    """Return median, minimum and maximum over rounds of the time relative to ours."""
-    found = [one / other for one, other in zip(seconds, ours, strict=True)]
-    return {"median": statistics.median(found), "least": min(found), "most": max(found)}
 
 
 def whole_patient(args: argparse.Namespace, way: str) -> dict[str, float]:

@@ -3,6 +3,7 @@
 python benchmarks/training_speed.py --dataset DATASET --output results/training_speed.json
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -10,13 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import run_script
+from common import run_script, spread
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch.autograd import DeviceType
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +31,7 @@ from diffusers_cf.training.options import parse_args
 
 WAYS = ("ours", "plain")
 TOP = 5  # number of operations in a profile
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices for measuring the machine
 
 
@@ -50,13 +52,12 @@ def ours(args) -> Iterator[None]:
 
 def plain(args) -> Iterator[None]:
     """Yield after each step of a loop as a user of diffusers would write it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = SliceDataset(args.dataset, "train")
     unet = counterfactual_unet(args.unet_size, "attention", args.resolution, dataset.preprocessing["channels"])
-    model = ConditionalNoisePredictor(unet, class_token_encoder(args.unet_size)).train().to(device)
+    model = ConditionalNoisePredictor(unet, class_token_encoder(args.unet_size)).train().to(DEVICE)
     optimizer, scheduler = torch.optim.AdamW(model.parameters(), 1e-4), DDPMScheduler()
     ema = EMAModel(model.parameters(), 0.9999, use_ema_warmup=True)
-    ema.to(device)
+    ema.to(DEVICE)
 
     def collate(rows):
         batch = dataset.collate(rows)
@@ -67,9 +68,9 @@ def plain(args) -> Iterator[None]:
     loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=collate, num_workers=workers)
     while True:
         for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
-            noise, timesteps = torch.randn_like(images), torch.randint(0, 1000, labels.shape, device=device)
-            labels[torch.rand(labels.shape, device=device) < 0.35] = model.class_encoder.null_id
+            images, labels = images.to(DEVICE), labels.to(DEVICE)
+            noise, timesteps = torch.randn_like(images), torch.randint(0, 1000, labels.shape, device=DEVICE)
+            labels[torch.rand(labels.shape, device=DEVICE) < 0.35] = model.class_encoder.null_id
             noisy = scheduler.add_noise(images, noise, timesteps)
             functional.mse_loss(model(noisy, timesteps, labels), noise).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -84,18 +85,17 @@ def seconds_of(steps: Iterator[None], count: int) -> float:
     start = time.perf_counter()
     for _ in range(count):
         next(steps)
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def largest_costs(steps: Iterator[None]) -> list[dict]:
     """Return the operations that take most of the time of two steps, with their shares."""
-    on_gpu = torch.cuda.is_available()
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+    with profile() as profiler:
         seconds_of(steps, 2)
     spent, events = "self_cpu_time_total", profiler.key_averages()
-    if on_gpu:  # kernels only: their time is counted again in the operations that called them
+    if DEVICE == "cuda":  # kernels only: their time is counted again in the operations that called them
         spent = "self_device_time_total"
         events = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     events = sorted(events, key=lambda event: -getattr(event, spent))
@@ -117,16 +117,10 @@ def flops_an_image(args) -> float:
 
 def matrix_rate() -> float:
     """Return the floating point operations per second of bfloat16 matrix products on this machine, the best of ten."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    side = MATRIX[device]
-    one = torch.randn(side, side, device=device, dtype=torch.bfloat16)
-
-    def products():
-        while True:
-            yield one @ one
-
-    work = products()
-    return 5 * 2 * side**3 / min(seconds_of(work, 5) for _ in range(10))
+    side = MATRIX[DEVICE]
+    one = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
+    products = (one @ one for _ in itertools.count())
+    return 5 * 2 * side**3 / min(seconds_of(products, 5) for _ in range(10))
 
 
 def main(args) -> dict:
@@ -146,9 +140,9 @@ def main(args) -> dict:
     flops, rate = flops_an_image(args), matrix_rate()
     result = {
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "ways": rows,
-        "times_plain": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+        "times_plain": spread(ratios),
         "flops_an_image": flops, "matrix_flops_per_second": rate,
         "share_of_matrix_rate": flops * statistics.median(rates["ours"]) / rate,
     }  # fmt: skip

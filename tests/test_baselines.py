@@ -1,9 +1,6 @@
-"""What every method of the tables keeps to, and the registry of the tables."""
-
-import json
+import itertools
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from trivial_phantom import train_briefly, trivial_auprc, trivial_batch, trivial_slices
@@ -16,13 +13,13 @@ from diffusers_cf.errors import InputError
 
 CLASSES = ("healthy", "unhealthy")
 GRID = Grid(num_inference_steps=20, guidance_scales=(3.0,), strengths=(0.4,), classifier_scales=(30.0,))
+RATES = {"learning_rate": 1e-3, "encoder_learning_rate": 1e-3}
 TINY = {
-    "fanogan": {"block_out_channels": (8, 16, 16), "latent_dim": 32, "learning_rate": 1e-3,
-                "encoder_learning_rate": 1e-3},
+    "fanogan": {"block_out_channels": (8, 16, 16), "latent_dim": 32} | RATES,
     "vae": {"base_channels": 16},
     "dae": {"block_out_channels": (8, 16, 32)},
     "cam": {"embedding_size": 16, "hidden_sizes": (32,), "depths": (2,)},
-}  # fmt: skip
+}
 
 
 def tiny(name):
@@ -67,9 +64,8 @@ def test_healthy_slices_are_reproduced(trained, name):
     (images, _), method = trivial_slices(16, 99, False), trained(name)
     assert method.anomaly_map(images)[foreground(images)[:, 0] > 0].mean() < 0.045
     if name != "dae":
-        rebuilt = (
-            method.generator(method.encoder(images)) if name == "fanogan" else method.decode(method.encode(images)[0])
-        )
+        is_gan = name == "fanogan"
+        rebuilt = method.generator(method.encoder(images)) if is_gan else method.decode(method.encode(images)[0])
         assert rebuilt.detach()[..., :2, :].mean() < 0.1
 
 
@@ -104,7 +100,7 @@ def test_the_validation_loss_is_the_first_of_the_last_step_in_evaluation_mode(na
     torch.testing.assert_close(loss, next(method.eval().losses(batch, 1.0))[1].detach())
 
 
-@pytest.mark.parametrize(("channels", "size"), [(1, 16), (4, 32), (3, 64), (2, 128)])
+@pytest.mark.parametrize(("channels", "size"), [(1, 16), (3, 64), (2, 128)])
 @pytest.mark.parametrize("name", TINY)
 def test_a_network_fits_images_of_any_size(name, channels, size):
     method = NETWORKS[name].cls(num_channels=channels, image_size=size)
@@ -120,9 +116,6 @@ def test_a_network_fits_images_of_any_size(name, channels, size):
         ("vae", {"image_size": 48}, "image_size is 48: it must be 4 times a power of two"),
         ("vae", {"image_size": 4}, "image_size is 4"),
         ("vae", {"num_channels": 1, "image_size": 8, "latent_dim": 65}, "latent_dim is 65"),
-        ("dae", {"image_size": 8}, "image_size is 8: it must be a multiple of 8, two or more"),
-        ("dae", {"image_size": 40, "block_out_channels": (8,) * 5}, "image_size is 40: it must be a multiple of 16"),
-        ("cam", {"image_size": 20, "hidden_sizes": (8, 8), "depths": (1, 1)}, "image_size is 20: .* multiple of 8"),
     ],
 )
 def test_a_size_that_does_not_fit_is_named(name, arguments, message):
@@ -146,33 +139,35 @@ def test_frozen_modules_are_given_back_as_they_were():
 
 
 CLIPPED = {"thresholding": False, "clip_sample": True}
+UNCLIPPED = {"thresholding": False, "clip_sample": False}
 DYNAMIC = {"thresholding": True, "use_clipped_model_output": True}
+RAW = {"thresholding": True, "use_clipped_model_output": False}
 
 
 @pytest.mark.parametrize(
-    ("row", "scales", "kind", "both", "encoding"),
+    ("row", "scale", "kind", "both", "encoding"),
     [
-        ("cdpm-healthy", {0.0}, "counterfactual", CLIPPED, {}),
-        ("cdpm-classifier", {30.0}, "counterfactual", CLIPPED, {}),
-        ("cdpm-adagn", {1.0}, "counterfactual", CLIPPED, {}),
-        ("cdpm-adagn-guided", {3.0}, "counterfactual", CLIPPED, {}),
-        ("ours-clipped", {3.0}, "counterfactual", CLIPPED, {}),
-        ("ours-unclipped", {3.0}, "counterfactual", {"thresholding": False, "clip_sample": False}, {}),
-        ("ours", {3.0}, "counterfactual", DYNAMIC, {}),
-        ("ours-reconstruction", {3.0}, "reconstruction", DYNAMIC, {}),
-        ("forward-map", {3.0}, "forward", DYNAMIC, {}),
-        ("ours-raw-epsilon", {3.0}, "counterfactual", {"thresholding": True, "use_clipped_model_output": False}, {}),
-        ("ours-fixed-point", {3.0}, "counterfactual", DYNAMIC, {"num_fixed_point_iterations": 3}),
+        ("cdpm-healthy", 0.0, "counterfactual", CLIPPED, {}),
+        ("cdpm-classifier", 30.0, "counterfactual", CLIPPED, {}),
+        ("cdpm-adagn", 1.0, "counterfactual", CLIPPED, {}),
+        ("cdpm-adagn-guided", 3.0, "counterfactual", CLIPPED, {}),
+        ("ours-clipped", 3.0, "counterfactual", CLIPPED, {}),
+        ("ours-unclipped", 3.0, "counterfactual", UNCLIPPED, {}),
+        ("ours", 3.0, "counterfactual", DYNAMIC, {}),
+        ("ours-reconstruction", 3.0, "reconstruction", DYNAMIC, {}),
+        ("forward-map", 3.0, "forward", DYNAMIC, {}),
+        ("ours-raw-epsilon", 3.0, "counterfactual", RAW, {}),
+        ("ours-fixed-point", 3.0, "counterfactual", DYNAMIC, {"num_fixed_point_iterations": 3}),
     ],
 )
-def test_a_diffusion_row_is_what_its_title_says(row, scales, kind, both, encoding):
+def test_a_diffusion_row_is_what_its_title_says(row, scale, kind, both, encoding):
     method = row_of(row).make(tiny(ROWS[row].network), GRID)
     for scheduler in (method.pipe.scheduler, method.pipe.inverse_scheduler):
         assert both.items() <= dict(scheduler.config).items()
     expected = {"num_fixed_point_iterations": 0, "solver_order": 1} | encoding
     assert expected.items() <= dict(method.pipe.inverse_scheduler.config).items()
     assert method.pipe.scheduler.config.solver_order == 1 and not method.pipe.config.crop_background
-    assert {c["guidance_scale"] for c in method.candidates} == scales
+    assert {c["guidance_scale"] for c in method.candidates} == {scale}
     assert {c["map"] for c in method.candidates} == {kind} and method.settings == method.candidates[0]
 
 
@@ -181,7 +176,7 @@ def test_restoration_goes_as_far_in_any_number_of_steps(steps):
     ways = [row_of("vae-restoration").make(tiny("vae"), replace(GRID, restoration_steps=n)) for n in (None, steps)]
     lengths = [[c["num_steps"] * c["step_size"] for c in way.candidates] for way in ways]
     assert lengths[0] == pytest.approx(lengths[1])
-    assert {c["num_steps"] for c in ways[1].candidates} == {steps}
+    assert {c["num_steps"] for c in ways[1].candidates} == {steps} == {ways[1].network_evaluations_per_slice}
 
 
 def test_the_class_activation_map_of_every_preset_has_locations():
@@ -194,10 +189,8 @@ def test_the_class_activation_map_of_every_preset_has_locations():
 
 def test_settings_of_the_grid_are_every_combination():
     grid = PRESETS["cpu"].grid
-    settings = grid.settings((1.5, 3.0))
-    assert len(settings) == 2 * len(grid.strengths) == len({json.dumps(s) for s in settings})
-    assert {s["num_inference_steps"] for s in settings} == {20}
-    assert np.isin([s["strength"] for s in settings], grid.strengths).all()
+    found = [(s["strength"], s["guidance_scale"], s["num_inference_steps"]) for s in grid.settings((1.5, 3.0))]
+    assert found == list(itertools.product(grid.strengths, (1.5, 3.0), [20]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-"""What the figures of a benchmark draw, read back from their axes."""
-
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +10,6 @@ from diffusers_cf.benchmark.figures import (
     plot_process,
     plot_quality,
     plot_strengths,
-    robustness,
     scale_of_maps,
     write_figures,
 )
@@ -72,9 +69,10 @@ def test_every_map_is_shown_in_one_unit_per_method(tmp_path):
 
 
 def test_the_unit_of_maps_is_positive():
-    maps = np.stack([np.zeros((10, 10)), np.arange(100.0).reshape(10, 10)])
-    assert scale_of_maps(maps, 75) == pytest.approx(np.percentile(maps, 75))
-    assert scale_of_maps(maps, 10) == 99 and scale_of_maps(0 * maps) == 1
+    maps, single = np.arange(100.0).reshape(10, 10), np.zeros((100, 100))
+    single[0, 0] = 5
+    assert scale_of_maps(maps) == pytest.approx(np.percentile(maps, 99.9))
+    assert scale_of_maps(single) == 5 and scale_of_maps(0 * single) == 1
 
 
 def points(guidance, scales, dice):
@@ -89,15 +87,6 @@ IMPLICIT = points("implicit", (1.5, 3.0), (0.5, 0.6, 0.7, 0.5, 0.6, 0.7))
 CLASSIFIER = points("classifier", (10.0,), (0.2, 0.2, 0.8))
 
 
-def test_robustness_is_the_spread_over_the_settings():
-    spread = robustness(IMPLICIT + CLASSIFIER)
-    assert list(spread) == ["implicit", "classifier"]
-    std = np.sqrt(0.02 / 3)
-    assert spread["implicit"] == pytest.approx({"std": std, "best": 0.7, "mean": 0.6})
-    std = np.sqrt(0.08)
-    assert spread["classifier"] == pytest.approx({"std": std, "best": 0.8, "mean": 0.4})
-
-
 def test_strengths_has_a_curve_for_each_guidance_and_scale(tmp_path):
     figure = plot_strengths(tmp_path / "f.png", IMPLICIT + CLASSIFIER)
     assert is_png(tmp_path / "f.png")
@@ -107,7 +96,6 @@ def test_strengths_has_a_curve_for_each_guidance_and_scale(tmp_path):
     # guidance differs in colour and line style, scales in marker
     assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == 2
     assert curves[0].get_marker() != curves[1].get_marker()
-    assert [len(legend.get_texts()) for legend in figure.legends] == [2, 1]
 
 
 def cell(method, evaluations, auprc, seed=0, tables=(1,)):
@@ -126,19 +114,10 @@ def test_quality_is_the_mean_over_seeds_at_its_cost(tmp_path):
     assert found == {"The row of threshold": [[0, 0.4]], "The row of ours": [[45, pytest.approx(0.65)]]}
     deviation = axis.containers[1].lines[2][0].get_segments()[0]
     assert np.ptp(deviation[:, 1]) == pytest.approx(2 * np.std([0.6, 0.7], ddof=1))
-    assert [line.get_xydata().tolist() for line in axis.lines if line.get_marker() == "."] == [
-        [[60, 0.5]],
-        [[60, 0.2]],
-    ]
-    assert len(figure.legends[0].get_texts()) == 3  # methods of Table 2 alone have one name together
-
-
-def test_methods_without_a_network_stand_at_zero_left_of_one(tmp_path):
-    figure = plot_quality(tmp_path / "f.png", [cell("threshold", 0, 0.4), cell("dae", 1, 0.5), cell("vae", 500, 0.5)])
-    axis = figure.axes[0]
+    dots = [line.get_xydata().tolist() for line in axis.lines if line.get_marker() == "."]
+    assert dots == [[[60, 0.5]], [[60, 0.2]]]  # methods of Table 2 alone
     zero, one, ten, hundred = (axis.transData.transform((x, 0.5))[0] for x in (0, 1, 10, 100))
     assert axis.get_window_extent().x0 < zero < one and ten - one == pytest.approx(hundred - ten)
-    assert 0.2 * (ten - one) < one - zero < ten - one
 
 
 def test_a_result_older_than_a_setting_keeps_the_method_s_own(tmp_path, monkeypatch):

@@ -1,5 +1,3 @@
-"""`diffusers-cf benchmark` at the preset smoke, on phantoms: what it trains, measures, keeps and refuses."""
-
 import json
 import os
 import shutil
@@ -11,13 +9,13 @@ import pytest
 from training_data import write_training_set
 
 from diffusers_cf.baselines import NETWORKS, training
+from diffusers_cf.benchmark import protocol
 from diffusers_cf.benchmark.networks import Method, methods_for
 from diffusers_cf.benchmark.presets import PRESETS
 from diffusers_cf.benchmark.protocol import BenchmarkData, choose_settings
 from diffusers_cf.cli import main
 from diffusers_cf.commands.benchmark import PRESET_NAMES
 from diffusers_cf.data.phantom import make_patient, write_patient
-from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
 from diffusers_cf.training.loop import Training
 
@@ -46,14 +44,13 @@ def other_dataset(tmp_path_factory):
 
 
 def run(dataset, output, *more):
-    return main(
-        ["benchmark", "--dataset", str(dataset), "--preset", "smoke", "--output", str(output), *map(str, more)]
-    )
+    options = ["--dataset", dataset, "--preset", "smoke", "--output", output, *more]
+    return main(["benchmark", *map(str, options)])
 
 
 @pytest.fixture(scope="module")
 def results(dataset, tmp_path_factory):
-    """The folder of a run of some methods."""
+    """Return the folder of a run of some methods."""
     folder = tmp_path_factory.mktemp("benchmark") / "results"
     assert run(dataset, folder, "--seeds", 1, "--methods", *SOME) == 0
     return folder
@@ -76,12 +73,9 @@ def test_every_method_has_a_cell_and_a_row(results):
     table = json.loads((results / "table1.json").read_text())
     assert {row["method"] for row in table["rows"]} == set(SOME) and "ours (no cell)" in table["missing"]
     assert figures(results) == {"figure2.png", "figure4.png"}  # the others show diffusion models
-
-
-def test_networks_are_saved_as_safetensors_and_no_checkpoint_stays(results):
     assert names(results / "models") == {"cam-seed1", "vae-seed1"}
     files = {path.name for path in (results / "models").rglob("*") if path.is_file()}
-    assert files == {"config.json", "diffusion_pytorch_model.safetensors", "training.json"}
+    assert files == {"config.json", "diffusion_pytorch_model.safetensors", "training.json"}  # no checkpoint
 
 
 def test_all_methods_share_slices_networks_and_protocol(results):
@@ -92,12 +86,9 @@ def test_all_methods_share_slices_networks_and_protocol(results):
     assert len({cell["slice_scores"]["position"] for cell in measured.values()}) == 1
     for cell in measured.values():  # the threshold comes from validation slices, not from these
         assert cell["per_patient_dice"]["threshold"] != cell["ideal_threshold"]
-
-
-def test_a_cell_says_where_it_comes_from(results):
-    cell = cells(results)["vae-seed1"]
-    assert cell["commit"] == cell["trained_commit"] and cell["benchmark"]["preset"] == "smoke"
-    assert cell["trained_on"] == "healthy" and cell["images_seen"] == 8 * PRESETS["smoke"].budget.steps
+    vae = measured["vae-seed1"]
+    assert vae["commit"] == vae["trained_commit"] and vae["benchmark"]["preset"] == "smoke"
+    assert vae["trained_on"] == "healthy" and vae["images_seen"] == 8 * PRESETS["smoke"].budget.steps
 
 
 def test_what_is_finished_is_not_done_again(results, dataset):
@@ -168,10 +159,8 @@ def test_seeds_train_anew_and_may_have_a_data_set_each(dataset, other_dataset, t
         (["--train_seconds", "0"], "--train_seconds is 0.0"),
         (["--train_seconds", "nan"], "--train_seconds is nan"),
         (["--num_inference_steps", "30"], "--num_inference_steps is 30"),
-        (["--num_inference_steps", "0"], "--num_inference_steps is 0"),
         (["--strengths", "0.5", "0"], "the strength 0.0"),
         (["--num_inference_steps", "1"], "the strength 0.5"),
-        (["--strengths", "1.5"], "the strength 1.5"),
         (["--strengths", "0.1"], "the strength 0.1"),
         (["--first_seed", "-1"], "--first_seed is -1"),
         (["--seeds", "0"], "--seeds is 0"),
@@ -216,13 +205,15 @@ def test_a_checkpoint_of_other_patients_is_not_continued(dataset, other_dataset,
     assert "checkpoint-1: made with" in capsys.readouterr().err
 
 
-def test_checkpoints_of_a_killed_training_are_removed(results, dataset, tmp_path):
+def test_a_finished_network_is_used_again_and_figures_train_nothing(results, dataset, tmp_path):
     model = shutil.copytree(results / "models" / "cam-seed1", tmp_path / "models" / "cam-seed1")
-    for name in ("checkpoint-5", ".checkpoint-5.old", ".checkpoint-6.tmp"):
+    shutil.copytree(results / "cells", tmp_path / "results" / "cells")
+    (tmp_path / "results" / "cells" / "cam-seed1.json").unlink()
+    for name in ("checkpoint-5", ".checkpoint-5.old", ".checkpoint-6.tmp"):  # of a training that was killed
         (model / name).mkdir()
-    options = ["--methods", "cam", "--seeds", 1, "--models", model.parent, "--no_pictures"]
-    assert run(dataset, tmp_path / "results", *options) == 0
-    assert names(model) == names(results / "models" / "cam-seed1")
+    assert run(dataset, tmp_path / "results", "--methods", "cam", "--seeds", 1, "--models", model.parent) == 0
+    assert names(model) == names(results / "models" / "cam-seed1") and names(model.parent) == {"cam-seed1"}
+    assert figures(tmp_path / "results") == {"figure2.png", "figure4.png"}  # of cells whose network is there
 
 
 def test_data_sets_of_one_table_are_of_one_kind(dataset, tmp_path, capsys):
@@ -234,31 +225,21 @@ def test_data_sets_of_one_table_are_of_one_kind(dataset, tmp_path, capsys):
     assert "differ in source" in capsys.readouterr().err
 
 
-def test_figures_train_nothing(results, dataset, tmp_path):
-    """The networks of these cells lie elsewhere now."""
-    shutil.copytree(results / "cells", tmp_path / "cells")
-    assert run(dataset, tmp_path, "--methods", "threshold-t1", "--seeds", 1) == 0
-    assert not (tmp_path / "models").exists()
-    assert figures(tmp_path) == {"figure2.png", "figure4.png"}  # thresholds need no network
-
-
 def test_data_without_lesions_can_not_be_measured(dataset, tmp_path, monkeypatch, capsys):
     folder = write_training_set(tmp_path / "data", masks=False, test=(3,))
     assert run(folder, tmp_path / "out") == 2
     assert "no lesion masks" in capsys.readouterr().err
-    collate = SliceDataset.collate
-    empty = lambda self, rows: (batch := collate(self, rows)) | {"masks": batch["masks"] * 0}  # noqa: E731
-    monkeypatch.setattr(SliceDataset, "collate", empty)
+    monkeypatch.setattr(protocol, "has_lesion", lambda *_: False)
     assert run(dataset, tmp_path / "out", "--methods", "threshold-t1") == 2
     assert "the split validation has unhealthy labels but no lesion pixels" in capsys.readouterr().err
 
 
 def test_an_output_that_is_a_file_is_named(dataset, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert run(dataset, tmp_path / "file", "--methods", "threshold-t1") == 2
-    assert f"error: {tmp_path / 'file'}" in capsys.readouterr().err
-    assert run(dataset, tmp_path / "results", "--methods", "cam", "--models", tmp_path / "file") == 2
-    assert f"error: {tmp_path / 'file'}" in capsys.readouterr().err
+    file = tmp_path / "file"
+    file.write_text("")
+    for output, options in ((file, ["threshold-t1"]), (tmp_path / "results", ["cam", "--models", file])):
+        assert run(dataset, output, "--methods", *options) == 2
+        assert f"error: {file}" in capsys.readouterr().err
 
 
 def test_settings_whose_maps_are_not_finite_are_not_chosen(dataset):
@@ -278,9 +259,6 @@ def test_settings_whose_maps_are_not_finite_are_not_chosen(dataset):
         choose_settings(method, data)
 
 
-# A whole benchmark, by the script for BraTS 2021
-
-
 def reproduce(stage, folder, *more):
     """Run a stage of the script on few patients and at the preset smoke."""
     tools = str(Path(sys.executable).parent)
@@ -291,7 +269,7 @@ def reproduce(stage, folder, *more):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder with the data and the results of every method."""
+    """Return a folder with `data` and the `results` of every method."""
     folder = tmp_path_factory.mktemp("whole")
     for index in range(5):
         write_patient(make_patient(7, index), folder / "brats")
@@ -345,17 +323,6 @@ def test_figure_3_is_measured_again_for_other_slices(whole, tmp_path, monkeypatc
     again = json.loads((folder / "figure3.json").read_text())
     assert again["seed"] == 1 and len(again["points"]) == len(kept["points"])
     assert again["n_slices"] == PRESETS["smoke"].validation_slices > kept["n_slices"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_grid_of_inference_from_the_command_line(whole, tmp_path):
-    options = ["--models", whole / "results" / "models", "--methods", "ours", "--seeds", 1, "--no_pictures"]
-    grid = ["--num_inference_steps", 5, "--strengths", 0.6, 0.4, 0.6]
-    assert run(whole / "data", tmp_path, *options, *grid) == 0
-    tried = cells(tmp_path)["ours-seed1"]["choice"]["tried"]
-    expected = [(0.4, 1.5, 5), (0.4, 3.0, 5), (0.6, 1.5, 5), (0.6, 3.0, 5)]
-    assert [(t["strength"], t["guidance_scale"], t["num_inference_steps"]) for t in tried] == expected
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,11 @@ def test_results_are_written_as_a_whole_or_not_at_all(pipe, patient, segmented, 
     ("modality", "data", "message"),
     [
         ("t1", np.zeros((26, 32, 12)), "t1: empty"),
-        ("t1", np.where(np.arange(26 * 32 * 12) == 5000, 3e38, 1e-40).reshape(26, 32, 12), "P_01: the range of intensities"),
+        (
+            "t1",
+            np.where(np.arange(26 * 32 * 12) == 5000, 3e38, 1e-40).reshape(26, 32, 12),
+            "P_01: the range of intensities",
+        ),
         ("t1", np.ones((26, 32, 11)), "P_01: shape or geometry differ"),
         ("seg", np.full((26, 32, 12), 0.5), "labels must be whole numbers"),
     ],

@@ -1,7 +1,7 @@
 """All methods of the tables, as data. A method maps images `(N, C, H, W)` to `(N, H, W)`, higher = more lesion.
 
-To add a baseline, write its class in a module of this folder and add a line to `ROWS`; one that is trained also needs a
-line in `NETWORKS`. Benchmark, tables and figures take it from there.
+To add a baseline, write its class in a module of this folder and add a line to `ROWS`, and to `NETWORKS` if it is
+trained.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,8 +43,7 @@ class Row:
     title: str
     tables: tuple[int, ...]
     network: str | None = None  # key of `NETWORKS`; None if nothing is trained
-    # makes the method from the trained network or, without one, from the names of the channels; None if the network
-    # itself is the method
+    # makes the method from the trained network or from the names of the channels; None: the network is the method
     method: Callable[..., AnomalyMethod] | None = None
     options: Mapping = field(default_factory=dict)  # keyword arguments of `method`
 
@@ -88,6 +87,7 @@ CLIPPED = {"thresholding": False, "clip_sample": True}
 UNCLIPPED = {"thresholding": False, "clip_sample": False}
 HEALTHY, GUIDED = {"scales": (0.0,)} | CLIPPED, {"scales": "classifier_scales"} | CLIPPED
 RAW, FIXED_POINT = {"use_clipped_model_output": False}, {"encoding": {"num_fixed_point_iterations": 3}}
+RECONSTRUCTION, FORWARD = {"kind": "reconstruction"}, {"kind": "forward"}
 
 # Method id: Row, in the order of Table 1, then of Table 2.
 ROWS = {
@@ -107,14 +107,11 @@ ROWS = {
     "ours-unclipped": Row("Attention conditioning, no clip", (2,), "ours", CounterfactualMap, UNCLIPPED),
     "ours": Row("Ours (with dynamic normalisation)", (1, 2), "ours", CounterfactualMap),
     "ours-raw-epsilon": Row("Ours, raw epsilon", (2,), "ours", CounterfactualMap, RAW),
-    "ours-reconstruction": Row(
-        "Ours, reconstruction as reference", (2,), "ours", CounterfactualMap, {"kind": "reconstruction"}
-    ),
+    "ours-reconstruction": Row("Ours, reconstruction as reference", (2,), "ours", CounterfactualMap, RECONSTRUCTION),
     "ours-fixed-point": Row("Ours, fixed-point inversion", (2,), "ours", CounterfactualMap, FIXED_POINT),
-    "forward-map": Row("Forward map of our model", (1,), "ours", CounterfactualMap, {"kind": "forward"}),
+    "forward-map": Row("Forward map of our model", (1,), "ours", CounterfactualMap, FORWARD),
     "cam": Row("Class activation map", (1,), "cam"),
 }
-BASELINES = tuple(name for name, row in ROWS.items() if row.network is None)  # methods that need no training
 
 
 def row_of(method: str) -> Row:
@@ -136,7 +133,7 @@ def make_baseline(method: str, modalities: Sequence[str]) -> AnomalyMethod:
     """Return a method that needs no training, for images with these modalities.
 
     Args:
-        method (`str`): one of `BASELINES`, with the name of a modality instead of `<modality>`.
+        method (`str`): id of a row without a network, such as `threshold` or `threshold-t1`.
         modalities (`Sequence[str]`): names of the channels, in their order.
 
     Raises:

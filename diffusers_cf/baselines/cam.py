@@ -23,14 +23,11 @@ class ClassActivationMap(TrainableMethod):
 
     Args:
         num_channels (`int`): image channels.
-        image_size (`int`): side of the network's input in pixels, a multiple of `2^(stages + 1)`.
+        image_size (`int`): side of the network's input in pixels.
         embedding_size (`int`): channels of the stem, which divides the side by 4.
         hidden_sizes (`Sequence[int]`): channels of each stage.
         depths (`Sequence[int]`): residual layers of each stage.
         learning_rate (`float`): of AdamW.
-
-    Raises:
-        ValueError: the stages do not divide `image_size`.
     """
 
     trained_on = "all"
@@ -41,15 +38,11 @@ class ClassActivationMap(TrainableMethod):
         hidden_sizes: Sequence[int] = (128,), depths: Sequence[int] = (4,), learning_rate: float = 5e-4,
     ):  # fmt: skip
         super().__init__()
-        stride = 2 ** (len(hidden_sizes) + 1)
-        if image_size % stride:
-            raise ValueError(f"image_size is {image_size}: it must be a multiple of {stride}")
-        self.resnet = ResNetForImageClassification(
-            ResNetConfig(
-                num_channels=num_channels, embedding_size=embedding_size, hidden_sizes=list(hidden_sizes),
-                depths=list(depths), layer_type="basic", num_labels=2,
-            )
+        config = ResNetConfig(
+            num_channels=num_channels, embedding_size=embedding_size, hidden_sizes=list(hidden_sizes),
+            depths=list(depths), layer_type="basic", num_labels=2,
         )  # fmt: skip
+        self.resnet = ResNetForImageClassification(config)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"classifier": torch.optim.AdamW(self.parameters(), self.config.learning_rate)}
@@ -75,10 +68,10 @@ class ClassActivationMap(TrainableMethod):
 
     @torch.no_grad()
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
-        """Return -log p(healthy) by each location's features alone, at least 0; 0 outside the foreground.
+        """Return -log p(healthy) from each location's features alone: above 0 in the foreground, 0 outside.
 
-        This is the softplus of [`activation_map`]. A clamp at 0 would tie tissue of negative evidence with the
-        background, and the plain map would rank it below the background.
+        This is the softplus of [`activation_map`]. Without it, tissue that speaks for healthy would rank below the
+        background; with a clamp at 0 it would rank the same.
         """
         images = self.network_input(images)
         with frozen(self):

@@ -23,14 +23,11 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 
     Args:
         num_channels (`int`): image channels.
-        image_size (`int`): side of the input in pixels, a multiple of `2^(levels - 1)`.
+        image_size (`int`): side of the input in pixels.
         num_classes (`int`): number of logits.
         block_out_channels (`Sequence[int]`): channels of each level; each level but the last halves the side.
         layers_per_block (`int`): residual blocks of each level, beside the one that halves the side.
         norm_num_groups (`int`): groups of every group norm; it divides the channels of each level.
-
-    Raises:
-        ValueError: the levels do not divide `image_size`.
     """
 
     @register_to_config
@@ -40,9 +37,6 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
     ):  # fmt: skip
         super().__init__()
         widths = list(block_out_channels)
-        multiple = 2 ** (len(widths) - 1)
-        if image_size < multiple or image_size % multiple:
-            raise ValueError(f"image_size is {image_size}: it must be a multiple of {multiple}")
         self.frequencies = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
         self.conv_in = nn.Conv2d(num_channels, widths[0], 3, padding=1)
@@ -102,10 +96,7 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
         class_names (`Sequence[str]`): names of the logits; the first is the default target.
         clip_input (`bool`): as in [`CounterfactualDDIMPipeline`].
         crop_background (`bool`): as in [`CounterfactualDDIMPipeline`]; the classifier must then be trained on windows.
-        class_encoder (`None`, *optional*): must be None; a component of the parent class.
-
-    Raises:
-        ValueError: `class_encoder` is given, or the U-Net does not predict the noise.
+        class_encoder (`None`, *optional*): a component of the parent class, which is not used here.
     """
 
     model_cpu_offload_seq = "unet->classifier"
@@ -115,10 +106,6 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
         classifier: NoisyClassifier, class_names: Sequence[str] = ("healthy", "unhealthy"), clip_input: bool = True,
         crop_background: bool = False, class_encoder: None = None,
     ):  # fmt: skip
-        if class_encoder is not None:
-            raise ValueError("class_encoder is given: it must be None, because the classifier knows the classes")
-        if scheduler.config.prediction_type != "epsilon":
-            raise ValueError(f"prediction_type is {scheduler.config.prediction_type!r}: it must be 'epsilon'")
         super().__init__(unet, None, scheduler, inverse_scheduler, clip_input, crop_background)
         self.register_modules(classifier=classifier)
         self.register_to_config(class_names=list(class_names))
@@ -130,15 +117,14 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
         return super().network_evaluations(**settings) + guided
 
     def encode_target(self, target: str | Sequence[str] | None, batch_size: int) -> torch.Tensor:
-        """Return the index of each sample's target among the logits, `(N,)`."""
+        """Return the index of each sample's target among the logits, `(N,)`; None stands for the first class."""
         known = list(self.config.class_names)
-        target = known[0] if target is None else target
+        target = target or known[0]
         names = [target] * batch_size if isinstance(target, str) else list(target)
         if len(names) != batch_size:
             raise ValueError(f"target holds {len(names)} names for {batch_size} images")
-        for name in names:
-            if name not in known:
-                raise ValueError(f"class {name!r} is unknown: this model knows {', '.join(known)}")
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"class {unknown[0]!r} is unknown: this model knows {', '.join(known)}")
         return torch.tensor([known.index(name) for name in names], device=self._execution_device)
 
     def predict_guided(self, sample: torch.Tensor, timestep: int, null, target, guidance_scale: float) -> torch.Tensor:

@@ -23,9 +23,9 @@ NOISE_POINTS = 16  # along a side of the image
 def coarse_noise(noise: torch.Tensor, uniform: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return noise of std 0.2 on 16 x 16 points, upsampled bilinearly, rolled by a random shift, and masked.
 
-    The published noise has 16 x 16 points for 128 x 128 pixels, so that it is about as coarse as a lesion. Other image
-    sizes keep the number of points, but have at most one point for two pixels along a side. Interpolation lowers the
-    standard deviation between the points: at 128 x 128 to 0.664 * 0.2, a root mean square away from the border.
+    The published noise has 16 x 16 points for 128 x 128 pixels, about as coarse as a lesion. Other image sizes have as
+    many points, but at most one for two pixels along a side. Interpolation lowers the standard deviation between the
+    points: at 128 x 128 to 0.664 * 0.2, as a root mean square away from the border.
 
     Args:
         noise (`torch.Tensor`): draws from N(0, 1), `(N, C, h, w)`; only a corner of it is used.
@@ -104,9 +104,6 @@ class DenoisingAutoencoder(TrainableMethod):
         learning_rate (`float`): the highest one.
         num_half_cycles (`int`): half periods of the cosine learning rate in a training; odd numbers end at 0. The
             published schedule has 21.
-
-    Raises:
-        ValueError: the levels do not divide `image_size`.
     """
 
     max_grad_norm = 0.5
@@ -117,9 +114,6 @@ class DenoisingAutoencoder(TrainableMethod):
         learning_rate: float = 1e-3, num_half_cycles: int = 1,
     ):  # fmt: skip
         super().__init__()
-        coarsest = 2 ** (len(block_out_channels) - 1)
-        if image_size % coarsest or image_size < 2 * coarsest:
-            raise ValueError(f"image_size is {image_size}: it must be a multiple of {coarsest}, two or more")
         self.network = DenoisingUNet(num_channels, block_out_channels)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:

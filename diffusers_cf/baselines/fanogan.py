@@ -24,8 +24,8 @@ class FAnoGAN(TrainableMethod):
     """f-AnoGAN (method id `fanogan`), anomaly map `|x - G(E(x))|`.
 
     The three networks are the residual ones of WGAN-GP down to 4 x 4 pixels, built from diffusers' residual blocks,
-    which pool before their first convolution instead of after the second. Generator and encoder have batch norm; the
-    critic has layer norm, because its penalty is per sample.
+    which pool before their first convolution. Generator and encoder have batch norm; the critic has layer norm, because
+    its penalty is per sample.
 
     The size of UPD_study at 128 pixels is `block_out_channels=(64, 128, 256, 256, 512, 512)`, at 64 pixels
     `(64, 128, 256, 512, 512)`, with `encoder_from=0.75, encoder_learning_rate=5e-5`.

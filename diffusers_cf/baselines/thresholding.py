@@ -37,29 +37,37 @@ class IntensityThresholding(AnomalyMethod):
         return images[:, self.channel].clone()
 
 
-class MedianThresholding(IntensityThresholding):
-    """FLAIR on the intensity scale `median`, whatever scale the images have (method id `threshold-median`).
-
-    A lesion raises the 99th percentile of a scan but not its median, so that one threshold fits all patients. The
-    median is that of a patient: pass all slices of a patient in one call.
-    """
+class PatientThresholding(IntensityThresholding):
+    """FLAIR relative to all foreground intensities of a patient: pass all slices of the patient in one call."""
 
     whole_patient = True
+    all_channels = False  # whether the foreground is that of all channels instead of FLAIR's
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         """Return the scores of one patient's slices, `(N, C, H, W)` to `(N, H, W)`, at least 0, background 0."""
-        flair = images[:, self.channel].detach().cpu().numpy()
-        inside, maps = flair > 0, np.zeros(flair.shape, dtype=np.float32)
+        slices = images.detach().cpu().numpy()
+        flair = slices[:, self.channel]
+        inside, maps = foreground_mask(slices if self.all_channels else flair[:, None]), np.zeros_like(flair)
         if inside.any():
             maps[inside] = self.scores(flair[inside])
         return torch.from_numpy(maps).to(images.device)
 
     def scores(self, foreground: np.ndarray) -> np.ndarray:
-        """Return scores, at least 0, of all foreground intensities `(P,)` of a patient."""
+        """Return the scores, at least 0, of the foreground intensities `(P,)` of a patient."""
+        raise NotImplementedError
+
+
+class MedianThresholding(PatientThresholding):
+    """FLAIR on the intensity scale `median`, whatever scale the images have (method id `threshold-median`).
+
+    A lesion raises the 99th percentile of a scan but not its median, so that one threshold fits all patients.
+    """
+
+    def scores(self, foreground: np.ndarray) -> np.ndarray:
         return foreground / unit_intensity(foreground, "median")
 
 
-class RobustZThresholding(MedianThresholding):
+class RobustZThresholding(PatientThresholding):
     """FLAIR as a robust z-score within the patient's foreground (method id `threshold-robust-z`).
 
     z = (v - median) / (1.4826 * median absolute deviation). The score is max(z + 6, 0), so that no tissue scores below
@@ -71,22 +79,16 @@ class RobustZThresholding(MedianThresholding):
         return np.clip(distance / (1.4826 * np.median(np.abs(distance)) + 1e-6) + 6, 0, None)
 
 
-class EqualizedThresholding(IntensityThresholding):
+class EqualizedThresholding(PatientThresholding):
     """FLAIR after histogram equalisation of the foreground (method id `threshold`).
 
     The score of a pixel is the share of the patient's foreground that is at most as bright: a histogram of 256 bins,
-    interpolated linearly inside each bin. As published, the histogram is that of the whole scan, so pass all slices of
-    a patient in one call: equalised alone, every slice has the same share of bright pixels, with or without a lesion.
+    interpolated linearly inside each bin. As published, the histogram is that of the whole scan: equalised alone, every
+    slice would have the same share of bright pixels, with or without a lesion.
     """
 
-    whole_patient = True
+    all_channels = True
 
-    def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the equalised FLAIR of one patient's slices, `(N, C, H, W)` to `(N, H, W)` in [0, 1]."""
-        flair = images[:, self.channel].detach().cpu().numpy()
-        inside, equalized = foreground_mask(images.detach().cpu()), np.zeros(flair.shape, dtype=np.float32)
-        if inside.any():
-            counts, edges = np.histogram(flair[inside], bins=256)
-            share = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
-            equalized[inside] = np.interp(flair[inside], edges, share)
-        return torch.from_numpy(equalized).to(images.device)
+    def scores(self, foreground: np.ndarray) -> np.ndarray:
+        counts, edges = np.histogram(foreground, bins=256)
+        return np.interp(foreground, edges, np.concatenate([[0.0], np.cumsum(counts) / counts.sum()]))

@@ -15,34 +15,6 @@ from torch import nn
 from diffusers_cf.baselines.method import AnomalyMethod, Grid, TrainableMethod, frozen, residual_map, unit_images
 
 
-def negative_elbo(
-    images: torch.Tensor,
-    reconstructions: torch.Tensor,
-    mean: torch.Tensor,
-    log_variance: torch.Tensor,
-    kl_weight: float,
-) -> torch.Tensor:
-    """Return each image's negative ELBO: mean squared error over `(C, h, w)` + `kl_weight` * mean KL over D.
-
-    This is the negative evidence lower bound of a Gaussian decoder, up to a factor and a constant. Both terms are means,
-    as in UPD_study, whose weight 1e-3 therefore applies. The KL is that of N(mu, sigma^2) from N(0, 1) (Kingma and
-    Welling 2014, appendix B).
-
-    Args:
-        images (`torch.Tensor`): `(N, C, h, w)`.
-        reconstructions (`torch.Tensor`): `(N, C, h, w)`.
-        mean (`torch.Tensor`): mu of the code, `(N, D)`.
-        log_variance (`torch.Tensor`): log sigma^2 of the code, `(N, D)`.
-        kl_weight (`float`): weight of the mean KL.
-
-    Returns:
-        `torch.Tensor`: `(N,)`.
-    """
-    squared_error = (images - reconstructions).square().flatten(1).mean(dim=1)
-    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-    return squared_error + kl_weight * kl.mean(dim=1)
-
-
 def total_variation(images: torch.Tensor) -> torch.Tensor:
     """Return the anisotropic total variation, the sum of |differences| of neighbours: `(N, C, h, w)` to `(N,)`.
 
@@ -84,8 +56,8 @@ class VariationalAutoencoder(TrainableMethod):
         learning_rate: float = 1e-3,
     ):  # fmt: skip
         super().__init__()
-        num_levels = int(math.log2(max(image_size // bottleneck_side, 1)))
-        if num_levels < 1 or bottleneck_side * 2**num_levels != image_size:
+        num_levels = (image_size // bottleneck_side).bit_length() - 1
+        if num_levels < 1 or bottleneck_side << num_levels != image_size:
             raise ValueError(f"image_size is {image_size}: it must be {bottleneck_side} times a power of two above 1")
         if latent_dim > num_channels * image_size**2:
             raise ValueError(f"latent_dim is {latent_dim}: an image has only {num_channels * image_size**2} values")
@@ -112,6 +84,28 @@ class VariationalAutoencoder(TrainableMethod):
         """Return the reconstruction `(N, C, h, w)` of a code `(N, D)`."""
         return self.decoder(self.from_code(code)).float()
 
+    def negative_elbo(
+        self, images: torch.Tensor, code: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor
+    ) -> torch.Tensor:
+        """Return each image's mean squared error over `(C, h, w)` + `kl_weight` * mean KL over D.
+
+        This is the negative evidence lower bound of a Gaussian decoder, up to a factor and a constant. Both terms are
+        means, as in UPD_study, whose weight 1e-3 therefore applies. The KL is that of N(mu, sigma^2) from N(0, 1)
+        (Kingma and Welling 2014, appendix B).
+
+        Args:
+            images (`torch.Tensor`): `(N, C, h, w)` in [0, 1].
+            code (`torch.Tensor`): what is decoded, `(N, D)`.
+            mean (`torch.Tensor`): mu of the code, `(N, D)`.
+            log_variance (`torch.Tensor`): log sigma^2 of the code, `(N, D)`.
+
+        Returns:
+            `torch.Tensor`: `(N,)`.
+        """
+        squared_error = (images - self.decode(code)).square().flatten(1).mean(dim=1)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+        return squared_error + self.config.kl_weight * kl.mean(dim=1)
+
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"vae": torch.optim.Adam(self.parameters(), self.config.learning_rate, betas=(0.0, 0.9))}
 
@@ -121,7 +115,7 @@ class VariationalAutoencoder(TrainableMethod):
         # the batch's noise depends only on the image's position in the run, so that resuming repeats it
         noise = batch["noise"].flatten(1)[:, : self.config.latent_dim]
         code = mean + (log_variance / 2).exp() * noise
-        yield "vae", negative_elbo(images, self.decode(code), mean, log_variance, self.config.kl_weight).mean()
+        yield "vae", self.negative_elbo(images, code, mean, log_variance).mean()
 
     @torch.no_grad()
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
@@ -135,38 +129,15 @@ def _normalized(conv: nn.Conv2d | nn.ConvTranspose2d) -> list[nn.Module]:
     return [conv, nn.BatchNorm2d(conv.out_channels), nn.LeakyReLU()]
 
 
-def restoration_objective(
-    vae: VariationalAutoencoder, restored: torch.Tensor, images: torch.Tensor, tv_weight: float
-) -> torch.Tensor:
-    """Return what restoration minimises for each image: C*h*w * negative ELBO(x_r) + `tv_weight` * TV(x_r - x).
-
-    Every term is a sum over the pixels of one image, so the gradient does not depend on the batch, and hardly on the
-    image's size. Published step sizes belong to other reductions: 1e3 in UPD_study, for means over batch and pixels,
-    is about 1e-3 here (64 images of one channel and 128 x 128 pixels). Baur et al. use 1e-3 for sums of |errors|.
-
-    Args:
-        vae (`VariationalAutoencoder`): in evaluation mode; the code is its mean.
-        restored (`torch.Tensor`): x_r, `(N, C, h, w)`.
-        images (`torch.Tensor`): x, `(N, C, h, w)` in [0, 1].
-        tv_weight (`float`): lambda, the weight of the total variation.
-
-    Returns:
-        `torch.Tensor`: `(N,)`.
-    """
-    mean, log_variance = vae.encode(restored)
-    elbo = negative_elbo(restored, vae.decode(mean), mean, log_variance, vae.config.kl_weight)
-    return images[0].numel() * elbo + tv_weight * total_variation(restored - images)
-
-
 class VAERestoration(AnomalyMethod):
-    """Gradient descent on [`restoration_objective`] from the image itself (method id `vae-restoration`).
+    """Gradient descent on [`objective`] from the image itself, anomaly map `|x - x_r|` (method id `vae-restoration`).
 
-    The anomaly map is `|x - x_r|`. 100 steps of 0.005 go as far as the published 500 of about 0.001. The published clamp
-    of the gradient to [-50, 50] is left out: with images in [0, 1] no gradient comes near it.
+    100 steps of 0.005 go as far as the published 500 of about 0.001. The published clamp of the gradient to [-50, 50]
+    is left out: with images in [0, 1] no gradient comes near it.
 
     The gradient of |.| does not vanish near 0, so with a fixed step the change oscillates by up to
-    4 * `step_size` * `tv_weight` a pixel. A large weight therefore changes healthy slices more again, which gives
-    [`choose`] its minimum. Steps that decay to 0 would let it choose weights that preserve lesions.
+    4 * `step_size` * `tv_weight` a pixel. A weight that is too large therefore changes healthy slices more, and
+    [`choose`] finds a minimum. With decaying steps it would choose weights that preserve lesions.
 
     Args:
         vae (`VariationalAutoencoder`): the trained network.
@@ -190,20 +161,37 @@ class VAERestoration(AnomalyMethod):
         """One NFE a step: forward and backward pass count as one, though they cost about three."""
         return self.settings["num_steps"]
 
-    def restore(self, images: torch.Tensor) -> torch.Tensor:
+    def objective(self, restored: torch.Tensor, images: torch.Tensor, tv_weight: float) -> torch.Tensor:
+        """Return what restoration minimises for each image: C*h*w * negative ELBO(x_r) + `tv_weight` * TV(x_r - x).
+
+        Every term is a sum over the pixels of one image, so that the gradient does not depend on the batch. The step
+        size 1e3 of UPD_study, which takes means over 64 images of 128 x 128 pixels, is about 1e-3 here.
+
+        Args:
+            restored (`torch.Tensor`): x_r, `(N, C, h, w)`.
+            images (`torch.Tensor`): x, `(N, C, h, w)` in [0, 1].
+            tv_weight (`float`): lambda, the weight of the total variation.
+
+        Returns:
+            `torch.Tensor`: `(N,)`.
+        """
+        mean, log_variance = self.vae.encode(restored)
+        elbo = self.vae.negative_elbo(restored, mean, mean, log_variance)
+        return images[0].numel() * elbo + tv_weight * total_variation(restored - images)
+
+    def restore(self, images: torch.Tensor, num_steps: int, step_size: float, tv_weight: float) -> torch.Tensor:
         """Return x_r `(N, C, h, w)` of images x `(N, C, h, w)` in [0, 1] at the network's size."""
         restored = images.detach()
         with torch.enable_grad(), frozen(self.vae):
-            for _ in range(self.settings["num_steps"]):
+            for _ in range(num_steps):
                 restored.requires_grad_()
-                objective = restoration_objective(self.vae, restored, images, self.settings["tv_weight"]).sum()
-                (gradient,) = torch.autograd.grad(objective, restored)
-                restored = (restored - self.settings["step_size"] * gradient).detach()
+                (gradient,) = torch.autograd.grad(self.objective(restored, images, tv_weight).sum(), restored)
+                restored = (restored - step_size * gradient).detach()
         return restored
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         images = self.vae.network_input(images)
-        return residual_map(images, self.restore(images))
+        return residual_map(images, self.restore(images, **self.settings))
 
     def choose(self, images_batches: Iterable[torch.Tensor]) -> dict:
         """Return the candidate that changes healthy slices least, by the mean |x - x_r| over pixels and channels.
@@ -214,13 +202,11 @@ class VAERestoration(AnomalyMethod):
         Returns:
             `dict`: `settings`, the first of the best candidates; `scores`, those of all candidates in their order.
         """
-        kept, sums, count = self.settings, [0.0] * len(self.candidates), 0
+        sums, count = [0.0] * len(self.candidates), 0
         for batch in images_batches:
             images = self.vae.network_input(batch)
             count += images.numel()
             for index, candidate in enumerate(self.candidates):
-                self.settings = candidate
-                sums[index] += (images - self.restore(images)).abs().sum().item()
-        self.settings = kept
+                sums[index] += (images - self.restore(images, **candidate)).abs().sum().item()
         scores = [total / count for total in sums]
         return {"settings": dict(self.candidates[scores.index(min(scores))]), "scores": scores}

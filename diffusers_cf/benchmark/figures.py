@@ -1,12 +1,13 @@
 """Figures 1 to 4: the process, maps of every method, sensitivity to settings, quality against cost.
 
-Sized for print: 7 inches are the width of a page with two columns, 3.4 inches that of one column. The colours are those
-of Okabe and Ito, which colour-blind readers can tell apart; line style and marker repeat what colour says.
+Widths are those of a printed page with two columns and of one column. The colours are those of Okabe and Ito, which
+colour-blind readers can tell apart; line styles and markers differ, too.
 """
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from diffusers_cf.plots import GREY, draw_contour
 from diffusers_cf.provenance import command_line, package_commit
 
 
-PAGE, COLUMN = 7.0, 3.4
+PAGE, COLUMN = 7.0, 3.4  # inches
 DOTS_PER_INCH = 200
 FONT = {"fontsize": 7}
 BLUE, VERMILLION, SKY, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
@@ -46,8 +47,7 @@ FIGURE3 = {"implicit": "ours", "classifier": "cdpm-classifier"}
 def write_figures(benchmark, data: Mapping[int, BenchmarkData], pictures: bool) -> None:
     """Write figure4.png of all seeds, and figure1.png to figure3.png of the first seed.
 
-    Fig. 1 to 3 load networks and never train any: those whose methods are not measured, or whose networks lie elsewhere,
-    are left out.
+    Fig. 1 to 3 train nothing: methods that are not measured, or whose networks lie elsewhere, are left out.
 
     Args:
         benchmark (`Benchmark`): the benchmark, with results in its output folder.
@@ -91,8 +91,7 @@ def write_figure1(path: Path, method: AnomalyMethod, data: BenchmarkData) -> Non
     pipe, settings, row = method.pipe, method.settings, example_rows(data, FIGURE2_ROWS)[0]
     batch = data.test.collate(data.test.__getitems__([row]))
     walk = {name: settings[name] for name in ("strength", "num_inference_steps")}
-    encodings = encode_trajectory(pipe, pipe.prepare_images(batch["images"]), **walk)
-    decodings = []
+    encodings, decodings = encode_trajectory(pipe, pipe.prepare_images(batch["images"]), **walk), []
 
     def keep(_, step, timestep, tensors):
         decodings.append(tensors["latents"])
@@ -103,17 +102,16 @@ def write_figure1(path: Path, method: AnomalyMethod, data: BenchmarkData) -> Non
     times = pipe.inverse_scheduler.timesteps.tolist()
     chosen = evenly_spread(len(encodings) - 2, FIGURE1_IMAGES)  # without the image and the latent
 
-    def shown(images: torch.Tensor, is_latent: bool = False) -> np.ndarray:
-        """Return the first channel (h, w) of an image (1, C, H, W) at the network's size, in input units."""
-        images = (images + 1) / 2 if is_latent else images
+    def shown(images: torch.Tensor) -> np.ndarray:
+        """Return the first channel (h, w) of an image (1, C, H, W) at the network's size."""
         return resize_images(images.float().cpu(), pipe.image_size)[0, 0].numpy()
 
     # the latent after encoding step i + 1 and the one after all but i + 1 decoding steps have the same noise level
     encoding = {f"image ({data.modalities[0]})": shown(batch["images"])}
-    encoding |= {f"t = {times[i]}": shown(encodings[i + 1], is_latent=True) for i in chosen}
-    encoding |= {f"latent, t = {times[len(encodings) - 2]}": shown(encodings[-1], is_latent=True)}
+    encoding |= {f"t = {times[i]}": shown((encodings[i + 1] + 1) / 2) for i in chosen}
+    encoding |= {f"latent, t = {times[len(encodings) - 2]}": shown((encodings[-1] + 1) / 2)}
     decoding = {"counterfactual": shown(out.counterfactuals)}
-    decoding |= {f"t = {times[i]}": shown(decodings[-2 - i], is_latent=True) for i in chosen}
+    decoding |= {f"t = {times[i]}": shown((decodings[-2 - i] + 1) / 2) for i in chosen}
     plot_process(path, encoding, decoding, shown(out.heatmaps[:, None]), shown(batch["masks"][:, None]) > 0.5)
 
 
@@ -126,8 +124,9 @@ def write_figure2(
     for id in methods:
         method = made(id)
         for row in rows:
-            whole = np.flatnonzero(data.test.patients == data.test.patients[row]).tolist()
-            given = whole if method.whole_patient else [row]
+            given = [row]
+            if method.whole_patient:
+                given = np.flatnonzero(data.test.patients == data.test.patients[row]).tolist()
             heat = method.anomaly_map(data.test.collate(data.test.__getitems__(given))["images"])[given.index(row)]
             maps[ROWS[id].title].append(maps_at_size(heat[None], batch["masks"].shape[1:])[0])
     plot_method_maps(path, batch["images"][:, 0].numpy(), batch["masks"].numpy(), maps, data.modalities[0])
@@ -142,13 +141,11 @@ def write_figure3(benchmark, made: Callable[[str], AnomalyMethod], data: Benchma
         rows = [data.validation_rows[i] for i in evenly_spread(len(data.validation_rows), preset.figure_slices)]
         if not has_lesion(data.validation, rows, data.batch_size):
             rows = data.validation_rows
-        points, steps = [], preset.grid.num_inference_steps
+        kept = metadata | {"command": command_line(), "commit": package_commit(), "n_slices": len(rows), "points": []}
+        grid = (FIGURE3_SCALES, preset.figure_strengths, ("counterfactual",), preset.grid.num_inference_steps)
         for guidance, id in FIGURE3.items():
-            grid = (FIGURE3_SCALES, preset.figure_strengths, ("counterfactual",), steps)
             found = sweep(made(id).pipe, data.validation, rows, *grid, data.batch_size)
-            points += [asdict(point) | {"guidance": guidance} for point in found]
-        kept = metadata | {"command": command_line(), "commit": package_commit(), "n_slices": len(rows)}
-        kept["points"] = points
+            kept["points"] += [asdict(point) | {"guidance": guidance} for point in found]
         write_json(kept, path)
     plot_strengths(benchmark.output / "figure3.png", kept["points"])
 
@@ -175,40 +172,32 @@ def plot_process(
     figure = _figure(PAGE, 2.2, wspace=0.2)
     axes = figure.subplot_mosaic([[*(f"{row}{i}" for i in columns), "latent"] for row in "ab"])
     top, bottom, end = [axes[f"a{i}"] for i in columns], [axes[f"b{i}"] for i in columns], axes["latent"]
-    image = next(iter(encoding.values()))
-    pictures = [image, *encoding.values(), *decoding.values()]
+    pictures = [next(iter(encoding.values())), *encoding.values(), *decoding.values()]
     titles = ["ground truth", *above, latent, *decoding]
     for axis, title, picture in zip([*top, end, *bottom[1:]], titles, pictures, strict=True):
         axis.imshow(picture, **GREY)
-        axis.set_title(_wrapped(title, 16), **FONT, pad=3)
+        axis.set_title(textwrap.fill(title, 16), **FONT, pad=3)
     draw_contour(top[0], mask, SKY)
     unit = scale_of_maps(heatmap)
     bottom[0].imshow(heatmap, cmap=HEAT, vmin=0, vmax=unit)
     bottom[0].set_title(f"heatmap\n(0 to {unit:.2g})", **FONT, pad=3)
     for axis in axes.values():
         axis.set(xticks=[], yticks=[])
-    for left, right in zip(top[1:], [*top[2:], end], strict=True):
-        _arrow(left, right, BLUE)
-    for left, right in zip(bottom, [*bottom[1:], end], strict=True):
-        _arrow(right, left, BLACK if left is bottom[0] else VERMILLION)
+    arrows = [(*pair, "-|>", BLUE) for pair in pairwise([*top[1:], end])]  # the head at the right
+    arrows += [(*pair, "<|-", VERMILLION) for pair in pairwise([*bottom[1:], end])]
+    arrows.append((*bottom[:2], "<|-", BLACK))
+    for left, right, style, color in arrows:
+        look = {"arrowstyle": style, "color": color, "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0}
+        ends = {"xy": (0, 0.5), "xycoords": right.transAxes, "xytext": (1, 0.5), "textcoords": left.transAxes}
+        right.annotate("", **ends, arrowprops=look, annotation_clip=False).set_in_layout(False)
     figure.suptitle("blue: encoding without a condition; red: decoding guided to healthy", **FONT)
-    return _saved(figure, path)
+    figure.savefig(path)
+    return figure
 
 
-def _arrow(start, end, color: str) -> None:
-    """Draw an arrow from one axes to another over the gap between them."""
-    rightwards = start.get_subplotspec().colspan.start < end.get_subplotspec().colspan.start
-    arrow = end.annotate(
-        "", xy=(1 - rightwards, 0.5), xycoords=end.transAxes, xytext=(rightwards, 0.5), textcoords=start.transAxes,
-        arrowprops={"arrowstyle": "-|>", "color": color, "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0},
-        annotation_clip=False,
-    )  # fmt: skip
-    arrow.set_in_layout(False)
-
-
-def scale_of_maps(maps: np.ndarray, percentile: float = 99.9) -> float:
-    """Return the percentile of maps of any shape; their maximum if it is 0, and 1 if they are 0 everywhere."""
-    return next(value for value in (float(np.percentile(maps, percentile)), float(np.max(maps)), 1.0) if value > 0)
+def scale_of_maps(maps: np.ndarray) -> float:
+    """Return the 99.9th percentile of maps of any shape; their maximum if it is 0, and 1 if they are 0 everywhere."""
+    return float(np.percentile(maps, 99.9)) or float(np.max(maps)) or 1.0
 
 
 def plot_method_maps(
@@ -230,70 +219,52 @@ def plot_method_maps(
     side = min(1.3, (PAGE - 0.3) / columns)
     small = {"fontsize": 6 if side > 0.7 else 5}
     figure = _figure(columns * side + 0.3, rows * side + 0.95, w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    for row, image, mask in zip(axes, images, masks, strict=True):
-        row[0].imshow(image, **GREY)
-        row[1].imshow(image, **GREY)
-        draw_contour(row[1], mask, SKY, 0.8)
+    axes = figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for (given, truth, *_), image, mask in zip(axes, images, masks, strict=True):
+        given.imshow(image, **GREY)
+        truth.imshow(image, **GREY)
+        draw_contour(truth, mask, SKY, 0.8)
     for column, values in zip(axes.T[2:], maps.values(), strict=True):
         unit = scale_of_maps(values)
         for axis, picture in zip(column, values, strict=True):
             heat = axis.imshow(picture / unit, cmap=HEAT, vmin=0, vmax=1)
         column[-1].set_xlabel(f"1 = {unit:.2g}", **small)
-    for axis, title in zip(axes[0], (f"input\n({modality})", "ground\ntruth", *maps), strict=True):
-        axis.set_title(_wrapped(title, 13), **small)
+    for axis, title in zip(axes[0], (f"input ({modality})", "ground truth", *maps), strict=True):
+        axis.set_title(textwrap.fill(title, 13, break_long_words=False), **small)
     bar = figure.colorbar(heat, ax=axes, location="bottom", shrink=0.6, aspect=45, extend="max")
-    bar.set_label(
-        "map / its 99.9th percentile over the slices shown (one number per method, below its column)", **FONT
-    )
+    bar.set_label("map / 99.9th percentile of the method's maps, the number below its column", **FONT)
     bar.ax.tick_params(labelsize=6)
-    return _saved(figure, path)
-
-
-def robustness(points: Sequence[Mapping]) -> dict[str, dict[str, float]]:
-    """Return how much ideal Dice depends on guidance scale and strength, for each kind of guidance of Fig. 3.
-
-    A guidance that is equally bad everywhere has a small spread, too: read it beside `best` and `mean`.
-
-    Args:
-        points (`Sequence[Mapping]`): one per setting, with `guidance`, `guidance_scale`, `strength` and `ideal_dice`.
-
-    Returns:
-        `dict`: for each guidance `best`, `mean` and `std` over its settings (n in the denominator).
-    """
-    spread = {}
-    for guidance in dict.fromkeys(point["guidance"] for point in points):
-        values = np.array([point["ideal_dice"] for point in points if point["guidance"] == guidance])
-        spread[guidance] = {"best": float(values.max()), "mean": float(values.mean()), "std": float(values.std())}
-    return spread
+    figure.savefig(path)
+    return figure
 
 
 def plot_strengths(path: str | Path, points: Sequence[Mapping]) -> Figure:
-    """Write Fig. 3: ideal Dice over strength L, a curve per guidance and scale; `points` as in [`robustness`]."""
+    """Write Fig. 3: ideal Dice over strength L, a curve for each guidance and scale.
+
+    The legend shows the best, mean and standard deviation over all settings of a guidance. One that is equally bad
+    everywhere has a small deviation, too.
+
+    Args:
+        path (`str` or `Path`): the picture.
+        points (`Sequence[Mapping]`): one per setting, with `guidance`, `guidance_scale`, `strength` and `ideal_dice`.
+    """
     figure = _figure(COLUMN, 3.6)
     axis = figure.subplots()
-    looks = zip(robustness(points).items(), (BLUE, VERMILLION), ("-", "--"), ("left", "right"), strict=False)
-    for (guidance, found), color, style, side in looks:
+    for guidance, color, style, side in zip(FIGURE3, (BLUE, VERMILLION), ("-", "--"), ("left", "right"), strict=True):
         chosen = sorted((p for p in points if p["guidance"] == guidance), key=lambda point: point["strength"])
         scales, lines = sorted({point["guidance_scale"] for point in chosen}), []
         for index, scale in enumerate(scales):  # the larger the scale, the paler the curve
             curve = [(p["strength"], p["ideal_dice"]) for p in chosen if p["guidance_scale"] == scale]
-            look = {
-                "color": color,
-                "linestyle": style,
-                "marker": MARKERS[index],
-                "alpha": 1 - 0.55 * index / len(scales),
-            }
-            lines += axis.plot(
-                *zip(*curve, strict=True), **look, markersize=3.5, linewidth=1, label=f"scale {scale:g}"
-            )
-        title = f"{guidance} guidance\nbest {found['best']:.3f}, mean {found['mean']:.3f}, std {found['std']:.3f}"
+            look = {"color": color, "linestyle": style, "linewidth": 1, "marker": MARKERS[index], "markersize": 3.5}
+            look |= {"alpha": 1 - 0.55 * index / len(scales), "label": f"scale {scale:g}"}
+            lines += axis.plot(*zip(*curve, strict=True), **look)
+        dice = np.array([point["ideal_dice"] for point in chosen])
+        title = f"{guidance} guidance\nbest {dice.max():.3f}, mean {dice.mean():.3f}, std {dice.std():.3f}"
         look = {"fontsize": 6, "title_fontsize": 6, "frameon": False, "handlelength": 3.5, "alignment": "left"}
         figure.legend(handles=lines, loc=f"outside lower {side}", title=title, **look)
     _label(axis, "strength L", "ideal Dice")
-    return _saved(figure, path)
+    figure.savefig(path)
+    return figure
 
 
 def plot_quality(path: str | Path, cells: Sequence[Mapping]) -> Figure:
@@ -318,12 +289,12 @@ def plot_quality(path: str | Path, cells: Sequence[Mapping]) -> Figure:
             axis.plot(cost, np.mean(values), ".", color=BLACK, markersize=3, label=dots)
             dots = "_"  # one entry in the legend for all
             continue
+        look = {"marker": MARKERS[index % len(MARKERS)], "elinewidth": 0.7, "capsize": 2, "linestyle": "none"}
+        if method == "ours":
+            look |= {"color": VERMILLION, "markersize": 8}
+        else:
+            look |= {"color": OTHERS[index % len(OTHERS)], "markersize": 5.5}
         deviation = np.std(values, ddof=1) if len(values) > 1 else None
-        look = {
-            "marker": MARKERS[index % len(MARKERS)],
-            "color": VERMILLION if method == "ours" else OTHERS[index % len(OTHERS)],
-        }
-        look |= {"markersize": 8 if method == "ours" else 5.5, "elinewidth": 0.7, "capsize": 2, "linestyle": "none"}
         axis.errorbar(cost, np.mean(values), deviation, label=seeds[0]["row"], **look)
     axis.set_xscale("symlog", linthresh=1, linscale=0.4)
     ticks = [0, *(10**power for power in range(int(np.ceil(np.log10(largest))) + 1))]
@@ -331,12 +302,12 @@ def plot_quality(path: str | Path, cells: Sequence[Mapping]) -> Figure:
     axis.set_xlim(-0.35, largest * 2.5)
     _label(axis, "network evaluations per slice", "AUPRC, post-processed")
     figure.legend(loc="outside right center", fontsize=6, frameon=False)
-    return _saved(figure, path)
+    figure.savefig(path)
+    return figure
 
 
 def _figure(width: float, height: float, **layout: float) -> Figure:
-    engine = ConstrainedLayoutEngine(**layout)
-    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout=engine)
+    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout=ConstrainedLayoutEngine(**layout))
 
 
 def _label(axis, x: str, y: str) -> None:
@@ -344,12 +315,3 @@ def _label(axis, x: str, y: str) -> None:
     axis.set_ylabel(y, **FONT)
     axis.tick_params(labelsize=6)
     axis.grid(alpha=0.3, linewidth=0.5)
-
-
-def _saved(figure: Figure, path: str | Path) -> Figure:
-    figure.savefig(path, dpi=DOTS_PER_INCH)
-    return figure
-
-
-def _wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.fill(part, width, break_long_words=False) for part in text.split("\n"))

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
@@ -43,7 +42,8 @@ class BenchmarkData:
     Attributes:
         train, validation, test (`SliceDataset`): its splits.
         validation_rows, test_rows (`list[int]`): the rows of the splits that are used, evenly spread.
-        metadata (`dict`): identifies these slices wherever the data set lies: `KIND`, its seed, and a hash per split.
+        metadata (`dict`): identifies these slices wherever the data set lies: `KIND`, its seed, and for each split the
+            SHA-256 of its patients, slice numbers and labels.
 
     Raises:
         InputError: the data set has no masks, its slices are smaller than the input of the networks, or a split lacks
@@ -60,20 +60,20 @@ class BenchmarkData:
             raise InputError(f"{folder} has slices of {known['size']} px, less than the networks' {preset.image_size}")
         self.validation_rows = evenly_spread(len(self.validation), preset.validation_slices)
         self.test_rows = evenly_spread(len(self.test), preset.test_slices or len(self.test))
-        self._check_labels(self.train, range(len(self.train)))
-        for dataset, rows in ((self.validation, self.validation_rows), (self.test, self.test_rows)):
-            self._check_labels(dataset, rows)
+        self.metadata = as_json({name: known.get(name) for name in (*KIND, "seed")})
+        rows_of = {"train": range(len(self.train)), "validation": self.validation_rows, "test": self.test_rows}
+        for dataset in (self.train, self.validation, self.test):
+            rows = rows_of[dataset.split]
             unhealthy = [row for row in rows if dataset.labels[row] != 0]
-            if not has_lesion(dataset, unhealthy, batch_size):
+            if not 0 < len(unhealthy) < len(rows):
+                raise InputError(f"{folder}: the split {dataset.split} needs healthy and unhealthy slices")
+            if dataset is not self.train and not has_lesion(dataset, unhealthy, batch_size):
                 raise InputError(f"{folder}: the split {dataset.split} has unhealthy labels but no lesion pixels")
-        splits = {dataset.split: _fingerprint(dataset) for dataset in (self.train, self.validation, self.test)}
-        self.metadata = as_json({name: known.get(name) for name in (*KIND, "seed")} | splits)
+            digest = hashlib.sha256()
+            for values in (dataset.patients, dataset.slices, dataset.labels):
+                digest.update("\n".join(map(str, values)).encode() + b"\n\n")
+            self.metadata[dataset.split] = digest.hexdigest()
         self.modalities, self.channels = known["modalities"], known["channels"]
-
-    def _check_labels(self, dataset: SliceDataset, rows: Sequence[int]) -> None:
-        unhealthy = dataset.labels[list(rows)] != 0
-        if unhealthy.all() or not unhealthy.any():
-            raise InputError(f"{self.folder}: the split {dataset.split} needs healthy and unhealthy slices")
 
     def validation_batches(self, healthy_only: bool = False) -> Iterator[dict[str, torch.Tensor]]:
         """Return batches of the validation slices, or of the healthy ones among them."""
@@ -83,14 +83,6 @@ class BenchmarkData:
     def test_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Return batches of the test slices."""
         return batches_of(self.test, self.test_rows, self.batch_size)
-
-
-def _fingerprint(dataset: SliceDataset) -> str:
-    """Return the SHA-256 of the patients, slice numbers and labels of a split."""
-    digest = hashlib.sha256()
-    for values in (dataset.patients, dataset.slices, dataset.labels):
-        digest.update("\n".join(map(str, values)).encode() + b"\n\n")
-    return digest.hexdigest()
 
 
 def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
@@ -111,21 +103,21 @@ def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
         return {"by": "the method's own rule on healthy validation slices", **choice}
     if len(method.candidates) == 1:
         return {"by": "nothing to choose"}
-    counts: list[PixelCounts | None] = [PixelCounts() for _ in method.candidates]
+    counts = {index: PixelCounts() for index in range(len(method.candidates))}
     for batch in data.validation_batches():
         images, masks = batch["images"].numpy(), batch["masks"].numpy()
         inside = foreground_mask(images)
         for index, maps in method.maps_of_candidates(batch["images"]):
             if not torch.isfinite(maps).all():
-                counts[index] = None
-            if counts[index] is not None:
+                counts.pop(index, None)
+            if index in counts:
                 maps = postprocess_maps(maps_at_size(maps, masks.shape[1:]), images)
                 counts[index].update(maps[inside], masks[inside])
-    scores = [None if count is None else count.average_precision() for count in counts]
-    if not any(scores):
+    if not counts:
         raise InputError(f"{type(method).__name__}: the maps of every setting hold NaN or infinite values")
-    method.settings = dict(method.candidates[int(np.argmax([score or 0 for score in scores]))])
-    tried = [{**settings, "auprc": score} for settings, score in zip(method.candidates, scores, strict=True)]
+    scores = {index: count.average_precision() for index, count in counts.items()}
+    method.settings = dict(method.candidates[max(scores, key=scores.get)])
+    tried = [{**settings, "auprc": scores.get(index)} for index, settings in enumerate(method.candidates)]
     return {"by": "AUPRC in the foreground of post-processed validation slices", "tried": tried}
 
 
@@ -145,30 +137,32 @@ def measure(method: AnomalyMethod, data: BenchmarkData, counts_path: str | Path 
     return result | {"validation": {chain: {name: part[name] for name in kept} for chain, part in parts.items()}}
 
 
-def position_auroc(data: BenchmarkData) -> float:
-    """Return the AUROC of telling healthy from unhealthy test slices by their position alone."""
+def slice_aurocs(data: BenchmarkData, pipe=None, seed: int = 0) -> dict[str, float]:
+    """Return the AUROC of telling healthy from unhealthy test slices without a map.
+
+    Args:
+        data (`BenchmarkData`): the slices.
+        pipe ([`CounterfactualDDIMPipeline`], *optional*): a conditional pipeline.
+        seed (`int`): seed of the pipeline's noise.
+
+    Returns:
+        `dict`: `position`, by the position of the slice alone; with a pipeline also `diffusion_classifier`, by which
+        condition predicts the noise better.
+    """
     train, test = (relative_positions(split.patients, split.slices) for split in (data.train, data.test))
-    return _slice_auroc(data, position_scores(data.train.labels != 0, train, test[data.test_rows]))
-
-
-def diffusion_classifier_auroc(pipe, data: BenchmarkData, seed: int) -> float:
-    """Return the AUROC of telling healthy from unhealthy test slices by which condition predicts the noise better."""
-    scores = [
-        diffusion_classifier_scores(pipe, batch["images"], CLASSIFIER_TIMESTEPS, seed).cpu()
-        for batch in data.test_batches()
-    ]
-    return _slice_auroc(data, torch.cat(scores).numpy())
-
-
-def _slice_auroc(data: BenchmarkData, scores: np.ndarray) -> float:
-    return float(roc_auc_score(data.test.labels[data.test_rows] != 0, scores))
+    scores = {"position": position_scores(data.train.labels, train, test[data.test_rows])}
+    if pipe is not None:
+        batches = (batch["images"] for batch in data.test_batches())
+        found = [diffusion_classifier_scores(pipe, images, CLASSIFIER_TIMESTEPS, seed).cpu() for images in batches]
+        scores["diffusion_classifier"] = torch.cat(found).numpy()
+    unhealthy = data.test.labels[data.test_rows] != 0
+    return {name: float(roc_auc_score(unhealthy, found)) for name, found in scores.items()}
 
 
 def saturated_share(pipe, data: BenchmarkData, strength: float, num_inference_steps: int) -> float:
-    """Return the share of the foreground where the predicted clean image is saturated at the end of encoding.
+    """Return the share of the foreground where the clean image that encoding predicts at its end is saturated.
 
-    Saturated means at the limits of [-1, 1] or beyond. Strength and steps are given, not the chosen ones, so that rows
-    compare at the same noise level.
+    Saturated means at the limits of [-1, 1] or beyond. Methods compare at equal strength and number of steps.
     """
     saturated = pixels = 0
     for batch in data.validation_batches():

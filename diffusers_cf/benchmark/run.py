@@ -7,19 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from diffusers_cf.baselines import AnomalyMethod
 from diffusers_cf.benchmark.figures import write_figures
 from diffusers_cf.benchmark.networks import Method, Networks
-from diffusers_cf.benchmark.presets import Preset
 from diffusers_cf.benchmark.protocol import (
     KIND,
     BenchmarkData,
     as_json,
     choose_settings,
-    diffusion_classifier_auroc,
     measure,
-    position_auroc,
     saturated_share,
+    slice_aurocs,
 )
 from diffusers_cf.benchmark.tables import collect_cells, write_tables
 from diffusers_cf.data.intensity import with_named_scale
@@ -101,24 +98,16 @@ class Benchmark:
             bootstrap = bootstraps_of_file(counts)
         cell |= {"method": method.id, "row": method.row.title, "tables": list(method.row.tables), "seed": seed}
         cell |= {"settings": made.settings, "choice": choice, "bootstrap": bootstrap} | training
-        cell |= more_scores(method, made, data, seed, self.preset)
+        cell["slice_scores"] = slice_aurocs(data, made.pipe if method.id == "ours" else None, seed)
+        if method.id in ("ours", "ours-clipped", "ours-unclipped"):
+            grid = self.preset.grid
+            cell["saturated_share"] = saturated_share(made.pipe, data, max(grid.strengths), grid.num_inference_steps)
         cell |= {"dataset": data.folder, "benchmark": self.metadata | {"data": data.metadata}}
         cell |= {"command": command_line(), "commit": package_commit(), "device": self.networks.device}
         cell["seconds"] = round(time.perf_counter() - start, 1)
         write_json(cell, path)
         auprc = f"AUPRC {cell['auprc']:.3f}, post-processed {cell['postprocessed']['auprc']:.3f}"
         print(f"{method.id}, seed {seed}: {auprc} ({cell['n_slices']} slices, settings {made.settings})", flush=True)
-
-
-def more_scores(method: Method, made: AnomalyMethod, data: BenchmarkData, seed: int, preset: Preset) -> dict:
-    """Return scores of slices without a map, and how much of the foreground is saturated by encoding."""
-    scores = {"slice_scores": {"position": position_auroc(data)}}
-    if method.id == "ours":
-        scores["slice_scores"]["diffusion_classifier"] = diffusion_classifier_auroc(made.pipe, data, seed)
-    if method.id in ("ours", "ours-clipped", "ours-unclipped"):
-        steps = preset.grid.num_inference_steps
-        scores["saturated_share"] = saturated_share(made.pipe, data, max(preset.grid.strengths), steps)
-    return scores
 
 
 def cells_of_share(methods: Sequence[Method], seeds: Sequence[int], share: Share) -> list[tuple[int, Method]]:

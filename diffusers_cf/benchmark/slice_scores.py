@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import SplineTransformer
 
 from diffusers_cf.losses import training_target
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
@@ -22,13 +25,14 @@ def relative_positions(patients: Sequence[str], slices: Sequence[int]) -> np.nda
     Returns:
         `np.ndarray`: float64 `(N,)` in [0, 1].
     """
-    _, rows = np.unique(np.asarray(patients), return_inverse=True)
-    slices = np.asarray(slices, dtype=np.float64)
-    lowest, highest = np.full(rows.max(initial=-1) + 1, np.inf), np.full(rows.max(initial=-1) + 1, -np.inf)
-    np.minimum.at(lowest, rows, slices)
-    np.maximum.at(highest, rows, slices)
-    extent = (highest - lowest)[rows]
-    return np.where(extent > 0, (slices - lowest[rows]) / np.where(extent > 0, extent, 1), 0.5)
+    patients, slices = np.asarray(patients), np.asarray(slices, dtype=np.float64)
+    positions = np.full(len(slices), 0.5)
+    for patient in np.unique(patients):
+        own = patients == patient
+        low, high = slices[own].min(), slices[own].max()
+        if high > low:
+            positions[own] = (slices[own] - low) / (high - low)
+    return positions
 
 
 def position_scores(
@@ -39,20 +43,13 @@ def position_scores(
     Lesions are rare at both ends of the head, so a score that only recognises the ends already detects some of them.
 
     Args:
-        train_labels (`Sequence[int]`): `(N,)`, 0 healthy, anything else unhealthy.
+        train_labels (`Sequence[int]`): `(N,)`, 0 healthy, anything else unhealthy; both must occur.
         train_positions (`Sequence[float]`): `(N,)`, from [`relative_positions`].
         test_positions (`Sequence[float]`): `(M,)`.
 
     Returns:
         `np.ndarray`: float64 `(M,)` in (0, 1).
-
-    Raises:
-        ValueError: all labels are the same.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import SplineTransformer
-
     # knots over all of [0, 1]: those of the data would coincide if every patient had one slice
     splines = SplineTransformer(knots=np.linspace(0, 1, SPLINE_KNOTS)[:, None], extrapolation="constant")
     model = make_pipeline(splines, LogisticRegression(C=10.0, max_iter=1000))
@@ -62,11 +59,7 @@ def position_scores(
 
 @torch.no_grad()
 def diffusion_classifier_scores(
-    pipe: CounterfactualDDIMPipeline,
-    images: torch.Tensor,
-    timesteps: Sequence[int],
-    seed: int,
-    class_names: tuple[str, str] | None = None,
+    pipe: CounterfactualDDIMPipeline, images: torch.Tensor, timesteps: Sequence[int], seed: int
 ) -> torch.Tensor:
     """Compare how well two conditions predict the noise: the diffusion classifier of Li et al. (2023, Sec. 3.2).
 
@@ -75,26 +68,17 @@ def diffusion_classifier_scores(
     on the other slices of the batch.
 
     Args:
-        pipe ([`CounterfactualDDIMPipeline`]): a conditional pipeline.
+        pipe ([`CounterfactualDDIMPipeline`]): a conditional pipeline; its first two classes are compared.
         images (`torch.Tensor`): `(N, C, H, W)` in input units.
-        timesteps (`Sequence[int]`): the t to average over, 2 NFE per slice each.
+        timesteps (`Sequence[int]`): the t to average over, one or more, 2 NFE per slice each.
         seed (`int`): seed of the noise.
-        class_names (`tuple[str, str]`, *optional*): healthy and unhealthy class; the first two classes by default.
 
     Returns:
         `torch.Tensor`: float32 `(N,)`, higher = more unhealthy; 0 for an empty slice.
-
-    Raises:
-        ValueError: the pipeline has no class encoder, or there is no timestep.
     """
-    if pipe.class_encoder is None:
-        raise ValueError("pipe has no class_encoder: a diffusion classifier compares conditions")
-    if not len(timesteps):
-        raise ValueError("timesteps is empty: a diffusion classifier needs one or more")
-    pipe.check_inputs(images)
     clean = pipe.prepare_images(images)  # (N, C, h, w)
     inside = (clean > -1).any(dim=1, keepdim=True)
-    healthy, unhealthy = class_names or pipe.class_encoder.config.class_names[:2]
+    healthy, unhealthy = pipe.class_encoder.config.class_names[:2]
     count, generator = len(clean), torch.Generator().manual_seed(seed)
     condition = pipe.encode_classes([healthy] * count + [unhealthy] * count, 2 * count)
     scores = clean.new_zeros(count)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.baselines import ROWS
-from diffusers_cf.benchmark.networks import Method, methods_for
+from diffusers_cf.benchmark.networks import Method
 from diffusers_cf.benchmark.protocol import CLASSIFIER_TIMESTEPS
 from diffusers_cf.evaluation.bootstrap import Bootstrap, bootstrap_mean, mean_of_runs
 from diffusers_cf.evaluation.pixel_counts import CHAINS
@@ -17,6 +17,7 @@ from diffusers_cf.files import new_file, read_json, write_json
 
 
 TITLES = {1: "Table 1: methods", 2: "Table 2: what each part of the method adds"}
+PARTS = dict(zip(CHAINS, ("Maps as they are", "Post-processed maps"), strict=True))
 OURS = "ours"  # the method that every other one is compared with
 TEST_SET = ("n_slices", "n_patients", "prevalence")
 MEASURES = ("auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "per_slice_dice", "slice_auroc")
@@ -32,13 +33,9 @@ COLUMNS = {
 }
 DIFFERENCE = "ours - this, AUPRC [95 %]; each seed"
 SIZE_MEASURES = {"per_patient_auprc": "AUPRC per patient", "per_patient_dice": "Dice per patient"}
-TIMESTEPS = len(CLASSIFIER_TIMESTEPS)
 # Scores of a slice that need no map: in words, and number of network evaluations per slice.
 SLICE_SCORES = {
-    "diffusion_classifier": (
-        "diffusion classifier of our model",
-        f"{2 * TIMESTEPS} ({TIMESTEPS} timesteps x 2 conditions)",
-    ),
+    "diffusion_classifier": ("diffusion classifier of our model", str(2 * len(CLASSIFIER_TIMESTEPS))),
     "position": ("position of the slice alone", "0"),
 }
 REMARKS = (
@@ -83,9 +80,14 @@ def write_tables(folder: str | Path, methods: Sequence[Method] = (), seeds: Sequ
     """
     cells = collect_cells(folder)
     seeds = sorted({cell["seed"] for cell in cells} | set(seeds))
-    planned = {method.id: method.row.tables for method in [*_possible_methods(cells), *methods]}
+    # older cells do not name their modalities
+    modalities = [cell.get("benchmark", {}).get("data", {}).get("modalities") or ["flair"] for cell in cells]
+    has_flair = all("flair" in names for names in modalities)
+    planned = {id: row.tables for id, row in ROWS.items() if has_flair or not id.startswith("threshold")}
+    planned.pop("threshold-<modality>", None)
+    planned |= {method.id: method.row.tables for method in methods}
     planned |= {cell["method"]: cell["tables"] for cell in cells}
-    order = list(ROWS)  # in it a placeholder stands for the thresholds of single modalities
+    order = list(ROWS)  # the thresholds of single modalities stand where their placeholder is
     ids = sorted(planned, key=lambda id: (order.index(id if id in ROWS else "threshold-<modality>"), id))
     by_method = {id: [cell for cell in cells if cell["method"] == id] for id in ids}
     draws = cells[0]["bootstrap"]["raw"]
@@ -97,18 +99,15 @@ def write_tables(folder: str | Path, methods: Sequence[Method] = (), seeds: Sequ
     for number, title in TITLES.items():
         of_table = {id: found for id, found in by_method.items() if number in planned[id]}
         rows = [_row(found, by_method.get(OURS, [])) for found in of_table.values() if found]
-        table = {"title": title, "ours": OURS, "rows": rows, "missing": _missing(of_table, seeds), **common}
+        missing = []
+        for id, found in of_table.items():
+            lacking = [seed for seed in seeds if seed not in {cell["seed"] for cell in found}]
+            missing += [f"{id} seed {seed}" for seed in lacking] if found else [f"{id} (no cell)"]
+        table = {"title": title, "ours": OURS, "rows": rows, "missing": missing, **common}
         path = Path(folder, f"table{number}.json")
         write_json(table, path)
         with new_file(path.with_suffix(".md")) as temporary:
             temporary.write_text(table_markdown(table), encoding="utf-8")
-
-
-def _possible_methods(cells: Sequence[dict]) -> list[Method]:
-    """Return the methods of `ROWS` that these data allow, without the thresholds of single modalities."""
-    modalities = [cell.get("benchmark", {}).get("data", {}).get("modalities") or ["flair"] for cell in cells]
-    common = set.intersection(*map(set, modalities)) & {"flair"}
-    return [method for method in methods_for(sorted(common)) if method.id in ROWS]
 
 
 def _test_sets(cells: Sequence[dict]) -> list[dict]:
@@ -121,25 +120,16 @@ def _test_sets(cells: Sequence[dict]) -> list[dict]:
 
 def _protocol(cells: Sequence[dict]) -> dict[str, list[str]]:
     """Return every point of the protocol with all the wordings of the cells."""
-    names = dict.fromkeys(name for cell in cells for name in cell["protocol"])
-    return {name: list(dict.fromkeys(c["protocol"][name] for c in cells if name in c["protocol"])) for name in names}
-
-
-def _missing(by_method: Mapping[str, list[dict]], seeds: Sequence[int]) -> list[str]:
-    """Return what is still to be measured, in words."""
-    missing = []
-    for method, cells in by_method.items():
-        found = {cell["seed"] for cell in cells}
-        missing += (
-            [f"{method} seed {seed}" for seed in seeds if seed not in found] if found else [f"{method} (no cell)"]
-        )
-    return missing
+    found: dict[str, dict] = {}
+    for cell in cells:
+        for name, words in cell["protocol"].items():
+            found.setdefault(name, {})[words] = None  # a dict instead of a set keeps the order
+    return {name: list(words) for name, words in found.items()}
 
 
 def _row(cells: Sequence[dict], ours: Sequence[dict]) -> dict:
     """Return the JSON of one method: fractions from 0 to 1, with mean and deviation over its seeds."""
-    first = cells[0]
-    row = {name: first[name] for name in ("method", "row", "trained_on")}
+    row = {name: cells[0][name] for name in ("method", "row", "trained_on")}
     row |= {"seeds": [cell["seed"] for cell in cells], "converged": [cell.get("converged") for cell in cells]}
     row |= {chain: _chain(cells, ours, chain) for chain in CHAINS}
     for name in ("network_evaluations_per_slice", "seconds_per_slice", "train_seconds", "images_seen"):
@@ -162,10 +152,10 @@ def _chain(cells: Sequence[dict], ours: Sequence[dict], chain: str) -> dict:
         values["per_patient_auprc"] = _per_patient([part["per_patient_auprc"] for part in parts])
         values["by_lesion_size"] = {name: _of_size(parts, name) for name in parts[0]["by_lesion_size"]}
     values["ours_minus_this"] = None
-    if seeds := sorted({cell["seed"] for cell in cells} & {cell["seed"] for cell in ours}):
-        if cells[0]["method"] != OURS:
-            pair = [_bootstrap([cell for cell in side if cell["seed"] in seeds], chain) for side in (ours, cells)]
-            values["ours_minus_this"] = pair[0].minus(pair[1]) | {"seeds": seeds}
+    seeds = sorted({cell["seed"] for cell in cells} & {cell["seed"] for cell in ours})
+    if seeds and cells[0]["method"] != OURS:
+        first, second = (_bootstrap([c for c in side if c["seed"] in seeds], chain) for side in (ours, cells))
+        values["ours_minus_this"] = first.minus(second) | {"seeds": seeds}
     return values
 
 
@@ -175,9 +165,8 @@ def _bootstrap(cells: Sequence[dict], chain: str) -> Bootstrap:
 
 def _per_patient(parts: Sequence[dict]) -> dict:
     """Return the mean over patients with a lesion of each seed, and over all seeds with its interval."""
-    runs = [_by_patient(part) for part in parts if part["values"]]
-    interval = mean_of_runs([bootstrap_mean(run) for run in runs]).interval() if runs else None
-    return summary([part["mean"] for part in parts]) | {"interval": interval}
+    runs = [bootstrap_mean(_by_patient(part)) for part in parts if part["values"]]
+    return summary([part["mean"] for part in parts]) | {"interval": mean_of_runs(runs).interval() if runs else None}
 
 
 def _by_patient(part: dict) -> dict[str, float]:
@@ -186,19 +175,20 @@ def _by_patient(part: dict) -> dict[str, float]:
 
 def _of_size(parts: Sequence[dict], name: str) -> dict:
     """Return means over the patients whose lesions have a size; each patient's own mean over seeds comes first."""
-    patients = [set(part["by_lesion_size"][name]["patients"]) for part in parts]
+    sizes = [part["by_lesion_size"][name] for part in parts]
+    patients = sorted({patient for size in sizes for patient in size["patients"]})
     found = {
-        "share_of_foreground": parts[0]["by_lesion_size"][name]["share_of_foreground"],
-        "n_patients": len(set.union(*patients)),
-        "auprc": summary([part["by_lesion_size"][name]["auprc"] for part in parts]),
+        "share_of_foreground": sizes[0]["share_of_foreground"],
+        "n_patients": len(patients),
+        "auprc": summary([size["auprc"] for size in sizes]),
     }
     for measure in SIZE_MEASURES:
-        runs = [_by_patient(part[measure]) for part in parts]
-        means = [
-            np.mean([run[patient] for run, chosen in zip(runs, patients, strict=True) if patient in chosen])
-            for patient in sorted(set.union(*patients))
-        ]
-        found[measure] = float(np.mean(means)) if means else None
+        scores: dict[str, list] = {patient: [] for patient in patients}
+        for part, size in zip(parts, sizes, strict=True):
+            run = _by_patient(part[measure])
+            for patient in size["patients"]:
+                scores[patient].append(run[patient])
+        found[measure] = float(np.mean([np.mean(values) for values in scores.values()])) if scores else None
     return found
 
 
@@ -214,36 +204,28 @@ def summary(values: Sequence[float | None]) -> dict:
 
 def table_markdown(table: dict) -> str:
     """Return the JSON of a table as Markdown."""
-    lines = [f"# {table['title']}", ""]
+    rows, lines = {_name(row): row for row in table["rows"]}, [f"# {table['title']}", ""]
     for found in table["test_sets"]:
-        seeds, size = (
-            ", ".join(map(str, found["seeds"])),
-            f"{found['n_slices']} slices of {found['n_patients']} patients",
-        )
-        lines += [f"Test set of seeds {seeds}: {size}, share of lesion pixels {100 * found['prevalence']:.2f} %.", ""]
-    for chain, title in zip(CHAINS, ("Maps as they are", "Post-processed maps"), strict=True):
+        size = f"{found['n_slices']} slices of {found['n_patients']} patients"
+        share = f"share of lesion pixels {100 * found['prevalence']:.2f} %"
+        lines += [f"Test set of seeds {', '.join(map(str, found['seeds']))}: {size}, {share}.", ""]
+    for chain, title in PARTS.items():
         header = ["seeds", *COLUMNS.values(), "network evaluations", "s a slice", "trained on", DIFFERENCE]
-        lines += _section(title, "method", header, {_name(row): _scores(row, chain) for row in table["rows"]})
-        rows = [row for row in table["rows"] if "by_lesion_size" in row[chain]]
-        sizes = rows[0][chain]["by_lesion_size"] if rows else {}
-        header = [f"{words}, {_size(*size)}" for words in SIZE_MEASURES.values() for size in sizes.items()]
+        lines += _section(title, "method", header, {name: _scores(row, chain) for name, row in rows.items()})
+        sizes = {name: row[chain]["by_lesion_size"] for name, row in rows.items() if "by_lesion_size" in row[chain]}
+        header = [
+            f"{words}, {name} ({100 * low:g} to {100 * high:g} %, {size['n_patients']} patients)"
+            for words in SIZE_MEASURES.values()
+            for name, size in next(iter(sizes.values()), {}).items()
+            for low, high in [size["share_of_foreground"]]
+        ]
         of_size = {
-            _name(row): [
-                _percent(row[chain]["by_lesion_size"][s][measure]) for measure in SIZE_MEASURES for s in sizes
-            ]
-            for row in rows
+            name: [_percent(size[measure]) for measure in SIZE_MEASURES for size in found.values()]
+            for name, found in sizes.items()
         }
         lines += _section(f"{title}, by the lesion's share of the patient's foreground", "method", header, of_size)
-    trained = {
-        _name(row): [
-            f"{row['train_seconds']['mean'] / 60:.1f}",
-            f"{row['images_seen']['mean']:,.0f}",
-            "; ".join(map(_settings, row["settings"])),
-        ]
-        for row in table["rows"]
-        if row["train_seconds"]["mean"]
-    }
     header = ["minutes a seed", "images seen", "settings of inference, a seed after the other"]
+    trained = {name: _training(row) for name, row in rows.items() if row["train_seconds"]["mean"]}
     lines += _section("Training and settings", "method", header, trained)
     header = ["slice AUROC", "network evaluations"]
     lines += _section("Slice AUROC without a map", "score", header, _slice_scores(table["rows"]))
@@ -268,17 +250,29 @@ def _name(row: dict) -> str:
 
 def _scores(row: dict, chain: str) -> list[str]:
     """Return the cells of a method in the table of scores."""
-    values = row[chain]
+    values, difference = row[chain], row[chain]["ours_minus_this"]
     costs = row["network_evaluations_per_slice"]["values"]
     evaluations = dict.fromkeys(f"{value:g}" for value in (min(costs), max(costs)))
     seconds = row["seconds_per_slice"]["mean"]
     cells = [str(len(row["seeds"])), *(_mean(values.get(name, {"mean": None})) for name in COLUMNS)]
     cells += [" to ".join(evaluations), f"{seconds:.3f}" if seconds >= 0.001 else "< 0.001", row["trained_on"]]
-    if values["ours_minus_this"] is None:
+    if difference is None:
         return [*cells, "-"]
-    difference, runs = values["ours_minus_this"], values["ours_minus_this"]["by_run"]
-    words = _percent(difference["difference"], "+.1f") + _interval(difference, "+.1f")
-    return [*cells, "; ".join([words, *([", ".join(_percent(r, "+.1f") for r in runs)] if len(runs) > 1 else [])])]
+    words, runs = _percent(difference["difference"], "+.1f") + _interval(difference, "+.1f"), difference["by_run"]
+    if len(runs) > 1:
+        words += "; " + ", ".join(_percent(run, "+.1f") for run in runs)
+    return [*cells, words]
+
+
+def _training(row: dict) -> list[str]:
+    """Return the cells of a method in the table of training and settings."""
+    short = {"guidance_scale": "w", "strength": "L", "num_inference_steps": "steps"}
+    settings = [
+        ", ".join(f"{short.get(name, name)} {value}" for name, value in (found or {}).items()) or "-"
+        for found in row["settings"]
+    ]
+    minutes, images = row["train_seconds"]["mean"] / 60, row["images_seen"]["mean"]
+    return [f"{minutes:.1f}", f"{images:,.0f}", "; ".join(settings)]
 
 
 def _percent(value: float | None, form: str = ".1f") -> str:
@@ -296,24 +290,13 @@ def _mean(value: dict) -> str:
     return _percent(value["mean"]) + deviation + _interval(value)
 
 
-def _size(name: str, size: dict) -> str:
-    low, high = (100 * limit for limit in size["share_of_foreground"])
-    return f"{name} ({low:g} to {high:g} %, {size['n_patients']} patients)"
-
-
-def _settings(settings: dict | None) -> str:
-    short = {"guidance_scale": "w", "strength": "L", "num_inference_steps": "steps"}
-    return ", ".join(f"{short.get(name, name)} {value}" for name, value in (settings or {}).items()) or "-"
-
-
 def _slice_scores(rows: Sequence[dict]) -> dict[str, list[str]]:
     """Return the AUROC and cost of each score; a score of the data alone is the same in every row with all seeds."""
     scores = {}
-    for name in sorted({name for row in rows for name in row["slice_scores"]}):
-        found = [row["slice_scores"][name] for row in rows if name in row["slice_scores"]]
-        best = max(found, key=lambda values: sum(value is not None for value in values["values"]))
-        words, cost = SLICE_SCORES[name]
-        scores[words] = [_mean(best), cost]
+    for name, (words, cost) in SLICE_SCORES.items():
+        if found := [row["slice_scores"][name] for row in rows if name in row["slice_scores"]]:
+            best = max(found, key=lambda values: sum(value is not None for value in values["values"]))
+            scores[words] = [_mean(best), cost]
     return scores
 
 
@@ -329,8 +312,8 @@ def _remarks(table: dict) -> list[str]:
         *([OWN_TEST_SETS] if len(table["test_sets"]) > 1 else []),
         *([NOT_CONVERGED] if any(False in row["converged"] for row in rows) else []),
     ]
-    shares = {row["row"]: row["saturated_share"]["mean"] for row in rows}
     words = "of the foreground is saturated in the clean image that the last step of encoding predicts"
+    shares = {row["row"]: row["saturated_share"]["mean"] for row in rows}
     remarks += [f"{name}: {100 * share:.2f} % {words}." for name, share in shares.items() if share is not None]
     seeds = "; ".join(f"{row['row']} {', '.join(map(str, row['seeds']))}" for row in rows) or "none"
     commits = ", ".join(sorted({commit for row in rows for commit in row["commit"] if commit})) or "not known"
