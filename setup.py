@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 extras = {
     "phantom": ["nilearn"],
     "app": ["gradio>=6.31"],
-    "dicom": ["pydicom", "highdicom"],
+    "dicom": ["pydicom", "highdicom", "pylibjpeg", "pylibjpeg-openjpeg"],
     "train": ["tensorboard"],
     # 2.3 brought --session-timeout, by which `make test` keeps its time budget
     # playwright drives the Chromium that is installed, and needs none of its own

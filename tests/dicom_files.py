@@ -46,6 +46,60 @@ def write_series(folder, voxels, affine, study=None, seed=0, slope=2.0):
     return folder
 
 
+def write_enhanced(folder, voxels, affine, order):
+    """Write voxels (columns, rows, slices) as one enhanced MR object, its frames in this order of slices."""
+    write_series(folder, voxels[:, :, :1], affine, slope=1.0)
+    (path,) = folder.iterdir()
+    image = pydicom.dcmread(path)
+    orientation, spacing = image.ImageOrientationPatient, image.PixelSpacing
+    for name in (
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "RescaleSlope",
+        "RescaleIntercept",
+    ):
+        delattr(image, name)
+    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = pydicom.uid.EnhancedMRImageStorage
+    image.ImageType = ["ORIGINAL", "PRIMARY", "OTHER", "NONE"]
+    image.ContentDate, image.ContentTime, image.AcquisitionDateTime = "20200101", "120000", "20200101120000"
+    image.NumberOfFrames, image.PresentationLUTShape = len(order), "IDENTITY"
+    image.PixelData = np.stack([voxels[:, :, number].T for number in order]).astype(np.uint16).tobytes()
+
+    def item(**values):
+        made = pydicom.Dataset()
+        for name, value in values.items():
+            setattr(made, name, value)
+        return made
+
+    organization = generate_uid()
+    image.DimensionOrganizationSequence = [item(DimensionOrganizationUID=organization)]
+    image.DimensionIndexSequence = [
+        item(DimensionOrganizationUID=organization, DimensionIndexPointer=tag, FunctionalGroupPointer=0x00209111)
+        for tag in (0x00209056, 0x00209057)
+    ]
+    thickness = float(np.linalg.norm(affine[:3, 2]))
+    measures = item(PixelSpacing=spacing, SliceThickness=thickness, SpacingBetweenSlices=thickness)
+    image.SharedFunctionalGroupsSequence = [
+        item(
+            PixelMeasuresSequence=[measures],
+            PlaneOrientationSequence=[item(ImageOrientationPatient=orientation)],
+            PixelValueTransformationSequence=[item(RescaleIntercept=0.0, RescaleSlope=1.0, RescaleType="US")],
+        )
+    ]
+    image.PerFrameFunctionalGroupsSequence = [
+        item(
+            FrameContentSequence=[
+                item(StackID="1", InStackPositionNumber=number + 1, DimensionIndexValues=[1, number + 1])
+            ],
+            PlanePositionSequence=[item(ImagePositionPatient=(affine @ [0, 0, number, 1])[:3].tolist())],
+        )
+        for number in order
+    ]
+    image.save_as(path, enforce_file_format=True)
+    return folder
+
+
 def without_preamble(path, with_meta=False):
     """Rewrite a file without preamble, as some archives do, and perhaps without the header that names its encoding."""
     image = pydicom.dcmread(path)

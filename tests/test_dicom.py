@@ -17,7 +17,7 @@ from diffusers_cf.segmentation.patient import segment_patient
 
 
 highdicom, pydicom = pytest.importorskip("highdicom"), pytest.importorskip("pydicom")
-from dicom_files import oblique_affine, without_preamble, write_series  # noqa: E402
+from dicom_files import oblique_affine, without_preamble, write_enhanced, write_series  # noqa: E402
 from segmentation_files import SETTINGS, BrightnessPipeline, cli, error_lines, make_pipe  # noqa: E402
 
 
@@ -104,6 +104,72 @@ def test_files_without_preamble_are_read_if_they_are_dicom(series, with_meta):
     np.testing.assert_array_equal(found.affine, expected.affine)
 
 
+def change_files(series, change):
+    for number, path in enumerate(sorted(series.iterdir())):
+        image = pydicom.dcmread(path)
+        change(image, number)
+        image.save_as(path)
+
+
+def test_strays_copies_and_rounded_orientations_are_no_obstacle(series, caplog):
+    expected = read_series(series)
+    change_files(series, lambda image, n: setattr(
+        image, "ImageOrientationPatient", [v + 1e-6 * (n % 2) for v in image.ImageOrientationPatient]
+    ))  # fmt: skip
+    first = next(series.iterdir())
+    (series / "a copy").write_bytes(first.read_bytes())
+    state = pydicom.dcmread(first)
+    state.SOPClassUID = state.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.11.1"
+    state.SeriesInstanceUID = pydicom.uid.generate_uid()
+    del state.PixelData
+    state.save_as(series / "presentation state")
+    found = read_series(series)
+    np.testing.assert_array_equal(found.data, expected.data)
+    np.testing.assert_allclose(found.affine, expected.affine, atol=1e-3)
+    assert "a copy, presentation state" in caplog.text or "presentation state" in caplog.text
+
+
+@pytest.mark.parametrize("order", [range(7), [3, 1, 0, 2, 6, 5, 4]])
+def test_an_enhanced_object_is_the_same_scan(order, series, voxels, tmp_path):
+    enhanced = write_enhanced(tmp_path / "enhanced", voxels, oblique_affine(), list(order))
+    found, expected = (to_canonical(read_series(folder)) for folder in (enhanced, series))
+    np.testing.assert_array_equal(found.data, expected.data)
+    np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)
+    write_dicom(tmp_path, found.data > 700, found.data, found, "P_01", "1 = 2 medians")
+    assert highdicom.seg.segread(tmp_path / "mask.dcm").get_volume().array.sum() == (voxels > 700).sum()
+
+
+def in_colour(image, number):
+    image.SamplesPerPixel, image.PhotometricInterpretation, image.PlanarConfiguration = 3, "RGB", 0
+
+
+def lossless(image, number):
+    image.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xc3" + bytes(40)])
+    image["PixelData"].is_undefined_length, image["PixelData"].VR = True, "OB"
+    image.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1
+
+
+def at_one_place(image, number):
+    image.ImagePositionPatient = [0, 0, 3 * (number // 2)]
+    image.ImageType = ["ORIGINAL", "PRIMARY", "MP"[number % 2]]
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (in_colour, "a colour image"),
+        (lossless, "no decoder for JPEG Lossless.*pip install pylibjpeg"),
+        (at_one_place, "several images have the same position .*ORIGINAL/PRIMARY/M, ORIGINAL/PRIMARY/P"),
+        (lambda image, number: image.pop("ImagePositionPatient"), "an image has no position"),
+    ],
+)
+def test_series_that_are_no_volume(change, reason, series, monkeypatch):
+    monkeypatch.setattr("pydicom.pixels.decoders.base.Decoder.is_available", False)
+    change_files(series, change)
+    with pytest.raises(InputError, match=f"FLAIR.*: {reason}"):
+        read_series(series)
+
+
 def test_voxels_that_are_not_finite_after_rescaling_are_refused(tmp_path, voxels):
     series = write_series(tmp_path / "flair", voxels * 1e38, oblique_affine(), slope=1e38)
     with pytest.raises(InputError, match=r"flair: \d+ of 840 voxels are NaN or infinite"):
@@ -117,7 +183,9 @@ def test_what_is_no_series_is_refused_in_one_line(series, voxels, tmp_path):
         read_series(series)
     assert "\n" not in str(caught.value) and str(series) in str(caught.value)
     files[3].unlink()
-    with pytest.raises(InputError, match="FLAIR: not a readable DICOM series"):
+    places = {pydicom.dcmread(path).InstanceNumber: path for path in series.iterdir()}
+    places.get(4, places[5]).unlink()
+    with pytest.raises(InputError, match="FLAIR: slices are missing: a gap of "):
         read_series(series)
     write_series(tmp_path / "two", voxels, oblique_affine())
     files[0].rename(tmp_path / "two" / "other")

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 from pathlib import Path
 
 import nibabel
@@ -13,6 +14,8 @@ from diffusers_cf.data.nifti import Scan, check_finite
 from diffusers_cf.errors import InputError, reading
 from diffusers_cf.loading import sha256_of
 
+
+logger = logging.getLogger(__name__)
 
 _PREAMBLE = 128  # bytes before the letters DICM
 # Some archives write files without a preamble. They start with group 2 or 8, little-endian.
@@ -47,14 +50,17 @@ def _is_dicom(path: Path) -> bool:
 
 
 def read_series(folder: Path) -> Scan:
-    """Read the one series of single-frame images in a folder; file names and their order do not matter.
+    """Read the one series in a folder, single-frame or enhanced; names and order of files and frames do not matter.
+
+    Objects without an image (DICOMDIR, presentation states) and copies of an image are left out, with a warning.
 
     Returns:
         `Scan`: float32 voxels after the rescaling that each file states, and an affine to RAS millimetres, as for NIfTI.
 
     Raises:
-        InputError: pydicom or highdicom is missing, a file is damaged, there are several series, slices are missing or
-            unevenly spaced, or voxels are NaN or infinite after rescaling.
+        InputError: pydicom or highdicom is missing, a file is damaged, in colour or compressed without a decoder, there
+            are several series, slices are missing, double or unevenly spaced, or voxels are NaN or infinite after
+            rescaling.
     """
     _, volume = _read(folder)
     check_finite(folder, volume.array)
@@ -69,9 +75,10 @@ def _read(folder: Path):
     try:
         import highdicom
         import pydicom
+        import pydicom.pixels
     except ImportError:
         raise InputError("DICOM needs pydicom and highdicom: pip install 'diffusers_cf[dicom]'") from None
-    images = []
+    images, left_out = {}, []
     for path in filter(_is_dicom, sorted(folder.iterdir())):
         with reading(path, "DICOM file"):
             image = pydicom.dcmread(path, force=True)
@@ -80,12 +87,46 @@ def _read(folder: Path):
                 image.file_meta.TransferSyntaxUID = (
                     uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
                 )
-            images.append(image)
+            if "PixelData" not in image or image.SOPInstanceUID in images:
+                left_out.append(path.name)
+                continue
+            if image.SamplesPerPixel != 1:
+                raise InputError(f"{path}: a colour image; grey-scale images are required")
+            syntax = image.file_meta.TransferSyntaxUID
+            if syntax.is_compressed and not pydicom.pixels.get_decoder(syntax).is_available:
+                raise InputError(f"{path}: no decoder for {syntax.name}: pip install pylibjpeg pylibjpeg-libjpeg")
+            images[image.SOPInstanceUID] = image
+    if left_out:
+        logger.warning("%s: left out, no image or a copy of one: %s", folder, ", ".join(left_out))
+    images = list(images.values())
     count = len({str(image.get("SeriesInstanceUID")) for image in images})
     if count != 1:
-        raise InputError(f"{folder}: holds {count} DICOM series; use one folder for each series")
+        raise InputError(f"{folder}: holds {count} DICOM series with images; use one folder for each series")
+    frames = [int(image.get("NumberOfFrames", 1)) for image in images]
+    if max(frames) > 1 and len(images) > 1:
+        raise InputError(f"{folder}: holds {len(images)} multi-frame DICOM files; use one folder for each")
     with reading(folder, "DICOM series"):
-        return images, highdicom.get_volume_from_series(images, dtype=np.float32)
+        if max(frames) > 1:
+            volume = highdicom.Image.from_dataset(images[0], copy=False).get_volume(dtype=np.float32)
+        else:
+            _check_positions(folder, images)
+            volume = highdicom.get_volume_from_series(images, dtype=np.float32, orientation_tol=1e-4)
+        return images, volume
+
+
+def _check_positions(folder: Path, images: list) -> None:
+    """Raise `InputError` if single-frame images have the same position, or leave a gap."""
+    if not all("ImagePositionPatient" in image and "ImageOrientationPatient" in image for image in images):
+        raise InputError(f"{folder}: an image has no position or orientation, so the series is no volume")
+    axes = np.array(images[0].ImageOrientationPatient, dtype=float).reshape(2, 3)
+    places = np.sort([np.array(image.ImagePositionPatient, dtype=float) @ np.cross(*axes) for image in images])
+    steps = np.diff(places)
+    if len(steps) and steps.min() < 1e-3:
+        kinds = sorted({"/".join(image.get("ImageType", [])) for image in images})
+        raise InputError(f"{folder}: several images have the same position (kinds: {', '.join(kinds)}); keep one kind")
+    if len(steps) and steps.max() > 1.5 * np.median(steps):
+        place = places[steps.argmax()]
+        raise InputError(f"{folder}: slices are missing: a gap of {steps.max():g} mm after the one at {place:g} mm")
 
 
 def series_sha256(folder: Path) -> str:
