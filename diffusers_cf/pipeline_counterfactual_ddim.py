@@ -11,10 +11,10 @@ from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 
 from diffusers_cf.images import Windows, foreground_windows, network_images, resize_images, to_device, window_side
-from diffusers_cf.loading import ModelFolderMixin
+from diffusers_cf.loading import SWITCHES, ModelFolderMixin
 from diffusers_cf.maps import check_signs, forward_maps, heatmap
 from diffusers_cf.models import ClassTokenEncoder, implicit_guidance, predict_noise
-from diffusers_cf.schedulers import check_mirrored
+from diffusers_cf.schedulers import authors_schedulers, check_mirrored
 
 
 @dataclass
@@ -61,14 +61,9 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
     _interrupt = False
 
     def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        class_encoder: ClassTokenEncoder | None,
-        scheduler: SchedulerMixin,
-        inverse_scheduler: SchedulerMixin,
-        clip_input: bool | None = None,
-        crop_background: bool | None = None,
-    ):
+        self, unet: UNet2DConditionModel, class_encoder: ClassTokenEncoder | None, scheduler: SchedulerMixin,
+        inverse_scheduler: SchedulerMixin, clip_input: bool | None = None, crop_background: bool | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.register_modules(
             unet=unet, class_encoder=class_encoder, scheduler=scheduler, inverse_scheduler=inverse_scheduler
@@ -79,6 +74,13 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
     def image_size(self) -> tuple[int, int]:
         """Height and width of the network's input in pixels."""
         return tuple(np.broadcast_to(self.unet.config.sample_size, 2).tolist())
+
+    def with_authors_sampler(self) -> "CounterfactualDDIMPipeline":
+        """Return a pipeline with this network that takes the steps of the authors' code, Diff-SCM."""
+        parts = (self.unet, self.class_encoder, *authors_schedulers(self.scheduler.config))
+        made = type(self)(*parts, clip_input=False, crop_background=False)
+        self.register_switches(**{name: self.config[name] for name in SWITCHES})  # pipelines of this U-Net keep them
+        return made
 
     @property
     def interrupt(self) -> bool:
@@ -201,12 +203,9 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
 
     @torch.no_grad()
     def invert(
-        self,
-        images: torch.Tensor,
-        strength: float | None = None,
-        num_inference_steps: int | None = None,
+        self, images: torch.Tensor, strength: float | None = None, num_inference_steps: int | None = None,
         callback_on_step_end: Callable | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """Encode images `(N, C, H, W)` to latents x_L, float32 `(N, C, h, w)`; arguments as in `__call__`."""
         given = {"strength": strength, "num_inference_steps": num_inference_steps, "map": "counterfactual"}
         settings = self.resolve_settings(**given)
@@ -216,15 +215,10 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
 
     @torch.no_grad()
     def denoise(
-        self,
-        latents: torch.Tensor,
-        target: str | Sequence[str] | None = None,
-        guidance_scale: float | None = None,
-        strength: float | None = None,
-        num_inference_steps: int | None = None,
-        generator: torch.Generator | None = None,
-        callback_on_step_end: Callable | None = None,
-    ) -> torch.Tensor:
+        self, latents: torch.Tensor, target: str | Sequence[str] | None = None, guidance_scale: float | None = None,
+        strength: float | None = None, num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None, callback_on_step_end: Callable | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Decode latents of [`invert`] to counterfactuals, float32 `(N, C, h, w)` in input units.
 
         Arguments are those of `__call__`. Strength and steps must be those of [`invert`]. A guidance scale of 0 uses
@@ -289,7 +283,8 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
             raise ValueError(f"output_type is {output_type!r}: it must be one of pt, np")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs holds {unknown.pop()!r}: there is only 'latents'")
-        images = torch.as_tensor(images)  # (N, C, H, W)
+        if isinstance(images, np.ndarray):  # torch takes neither negative strides nor foreign byte orders
+            images = torch.from_numpy(np.ascontiguousarray(images, images.dtype.newbyteorder("=")))  # (N, C, H, W)
         self.check_inputs(images)
         self.encode_target(target, len(images))
         self._interrupt = False

@@ -81,6 +81,7 @@ class _DynamicDDIM:
         rescale_betas_zero_snr: bool = False,
         solver_order: int = 1,
         num_fixed_point_iterations: int = 0,
+        image_at_first_timestep: bool = False,
     ):
         # The stock __init__ without its decorator, which would register its defaults over the arguments given here.
         self._stock.__init__.__wrapped__(
@@ -98,6 +99,10 @@ class _DynamicDDIM:
             raise ValueError(f"num_fixed_point_iterations is {num_fixed_point_iterations}: it must be 0 or more")
         if num_fixed_point_iterations and solver_order != 1:
             raise ValueError("num_fixed_point_iterations refine steps of solver_order=1, not of another order")
+        if image_at_first_timestep:
+            if solver_order != 1 or num_fixed_point_iterations:
+                raise ValueError("image_at_first_timestep needs solver_order=1 and num_fixed_point_iterations=0")
+            self.alphas_cumprod = (1 - self.betas.double()).cumprod(0)  # in float32, 1 - 0.9999 has three digits
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set `timesteps`, what the network is given in each step, and `grid`, the same levels ascending.
@@ -171,7 +176,9 @@ class _DynamicDDIM:
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps first")
         nearer = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
-        return self.alphas_cumprod[int(timestep)], self.alphas_cumprod[nearer] if nearer >= 0 else clean
+        beyond = timestep >= self.config.num_train_timesteps  # the authors' last step of all ends in pure noise
+        alpha = torch.zeros_like(clean) if beyond else self.alphas_cumprod[int(timestep)]
+        return alpha, self.alphas_cumprod[nearer] if nearer >= 0 else clean
 
     def _predict(self, model_output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor, model_alpha=None):
         """Return `(x0_hat, epsilon)` of a sample at level `alpha` for each `prediction_type`.
@@ -241,6 +248,7 @@ class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
         rescale_betas_zero_snr (`bool`): as in `DDIMScheduler`.
         solver_order (`int`): 1 is DDIM as in the paper; 2 is Adams-Bashforth of second order at the same cost.
         num_fixed_point_iterations (`int`): used in encoding only, see [`DynamicDDIMInverseScheduler`].
+        image_at_first_timestep (`bool`): used in encoding only, see [`DynamicDDIMInverseScheduler`].
     """
 
     _stock = DDIMScheduler
@@ -266,6 +274,9 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
         num_fixed_point_iterations (`int`): further network calls in each step, for `solver_order=1` only. Each repeats
             the timestep with the x that was reached, and moves it towards the x that decoding takes back to where the
             step began. The iteration contracts if the network's output changes little with its input.
+        image_at_first_timestep (`bool`): as in the authors' code, the image counts as the sample at the first timestep,
+            and each step goes from its timestep, of which the network is told, to the next one. Decoding then begins
+            one level below the one where encoding has ended. See [`authors_schedulers`].
     """
 
     _stock = DDIMInverseScheduler
@@ -282,8 +293,9 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
     def _levels_of_step(self, timestep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return abar at the end of the step, at its start, and of the level that the network was given."""
         stride = self.config.num_train_timesteps // (self.num_inference_steps or 1)
-        # the first of two equal timesteps begins at the clean image, all others at their own level
-        ahead = stride if self.config.solver_order == 2 and (self._evaluations or timestep > self.grid[0]) else 0
+        # of second order, the first of two equal timesteps begins at the clean image, all others at their own level
+        later = self.config.solver_order == 2 and (self._evaluations or timestep > self.grid[0])
+        ahead = stride if later or self.config.image_at_first_timestep else 0
         alpha, alpha_nearer = self._levels(int(timestep) + ahead, self.initial_alpha_cumprod)
         return alpha, alpha_nearer, self.alphas_cumprod[int(timestep)]
 
@@ -307,6 +319,18 @@ class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerM
         return self._normalized(*predicted, working, alpha, alpha)[0].to(sample.dtype)
 
 
+def authors_schedulers(config) -> tuple[DynamicDDIMScheduler, DynamicDDIMInverseScheduler]:
+    """Return schedulers that take the steps of the authors' code (Diff-SCM) with the noise levels of a config.
+
+    They treat the image as the sample at the first timestep, give the network the timestep of the level where a step
+    begins, normalise in every step, and start decoding one level below the end of encoding.
+    """
+    options = {"threshold_clean_sample": True, "image_at_first_timestep": True, "solver_order": 1}
+    options |= {"num_fixed_point_iterations": 0, "thresholding": True, "use_clipped_model_output": True}
+    scheduler = DynamicDDIMScheduler.from_config(config, **options)
+    return scheduler, DynamicDDIMInverseScheduler.from_config(scheduler.config)
+
+
 def check_mirrored(scheduler: SchedulerMixin, inverse_scheduler: SchedulerMixin) -> None:
     """Raise ValueError unless two schedulers, with their timesteps set, take the same steps in opposite directions.
 
@@ -326,8 +350,10 @@ def check_mirrored(scheduler: SchedulerMixin, inverse_scheduler: SchedulerMixin)
     down, up = _normalization(scheduler), _normalization(inverse_scheduler)
     differing += [name for name in {**down, **up} if down.get(name) != up.get(name)]
     if differing:
-        names = ", ".join(differing)
-        raise ValueError(f"scheduler and inverse_scheduler differ in {names}: make one from_config of the other")
+        names, advice = ", ".join(differing), "make one from_config of the other"
+        if type(scheduler) is DDIMScheduler or type(inverse_scheduler) is DDIMInverseScheduler:
+            advice = "stock schedulers need DDIMScheduler.from_config(config, thresholding=False) and its inverse"
+        raise ValueError(f"scheduler and inverse_scheduler differ in {names}: {advice}")
 
 
 def _normalization(scheduler: SchedulerMixin) -> dict[str, object]:

@@ -238,6 +238,13 @@ def test_settings_come_from_the_call_else_the_model_else_the_paper(pipe, record_
     assert torch.equal(named, pipe(images, None, 3.0, 0.75, 20, "counterfactual").heatmaps)
 
 
+def test_numpy_views_are_taken(pipe, images):
+    """Negative strides and foreign byte orders, which torch refuses."""
+    expected = pipe(images.flip(-1), **SHORT).heatmaps
+    for given in (np.flip(images.numpy(), -1), np.flip(images.numpy(), -1).astype(">f4")):
+        torch.testing.assert_close(pipe(given, **SHORT).heatmaps, expected)
+
+
 def test_output_type_and_return_dict(pipe, images):
     tensors = pipe(images, **SHORT)
     arrays = pipe(images.numpy(), output_type="np", **SHORT)

@@ -1,12 +1,18 @@
-"""The shipped model returns the recorded maps of a phantom. `python tests/test_recorded_maps.py` records them."""
+"""Recorded outputs: of the shipped model (`python tests/test_recorded_maps.py` records them) and of the authors' code."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
-from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler
+from diffusers_cf import (
+    ClassTokenEncoder,
+    CounterfactualDDIMPipeline,
+    DynamicDDIMInverseScheduler,
+    DynamicDDIMScheduler,
+)
 from diffusers_cf.data.phantom import PhantomSource
 from diffusers_cf.loading import PRETRAINED
 
@@ -45,6 +51,41 @@ def test_the_shipped_model_returns_the_recorded_maps(variant):
         for name, found in shipped_maps(variant).items():
             np.testing.assert_allclose(found, recorded[name], rtol=0, atol=1e-5, err_msg=name)
             assert np.abs(recorded[name]).max() > 0.01, name
+
+
+AUTHORS = Path(__file__).parent / "recorded_authors.npz"
+
+
+@pytest.mark.parametrize("suffix, settings", [("", (0.75, 3.0)), ("_b", (0.3, 1.5))])
+def test_the_authors_sampler(suffix, settings):
+    """Latents and counterfactuals of Diff-SCM (vios-s/Diff-SCM) around this network, with random weights, agree to 1e-4.
+
+    The file holds weights, images in the network's range and outputs of their code on the CPU in float32.
+    """
+    recorded = {name: torch.from_numpy(value) for name, value in np.load(AUTHORS).items()}
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=2, out_channels=2, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), resnet_time_scale_shift="scale_shift",
+        attention_head_dim=64, cross_attention_dim=128, class_embed_type="identity",
+    )  # fmt: skip
+    encoder = ClassTokenEncoder(num_tokens=None, token_dim=128, vector_dim=128, embedding_dim=32)
+    for part, name in ((unet, "unet."), (encoder, "class_encoder.")):
+        weights = {key.removeprefix(name): value for key, value in recorded.items() if key.startswith(name)}
+        part.eval().load_state_dict(weights)
+    scheduler = DynamicDDIMScheduler(solver_order=2)
+    inverse = DynamicDDIMInverseScheduler.from_config(scheduler.config)
+    ours = CounterfactualDDIMPipeline(unet, encoder, scheduler, inverse, crop_background=True)
+    pipe = ours.with_authors_sampler()
+    pipe.set_progress_bar_config(disable=True)
+    (strength, w), steps = settings, 100
+    latents = pipe.encode(recorded["images"], strength, steps)
+    torch.testing.assert_close(latents, recorded["latents" + suffix], rtol=1e-4, atol=1e-4)
+    out = pipe((recorded["images"] + 1) / 2, None, w, strength, steps, "counterfactual")
+    torch.testing.assert_close(out.counterfactuals * 2 - 1, recorded["counterfactuals" + suffix], rtol=0, atol=1e-4)
+    again = CounterfactualDDIMPipeline(**ours.components)  # what is built of the same U-Net later is not the authors'
+    assert again.config.crop_background is ours.config.crop_background is True and again.config.clip_input is True
 
 
 if __name__ == "__main__":

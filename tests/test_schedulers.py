@@ -13,6 +13,7 @@ from diffusers import (
 from gaussian_data import ALPHAS, STD, exact_epsilon, noise
 
 from diffusers_cf import DynamicDDIMInverseScheduler, DynamicDDIMScheduler, dynamic_normalize
+from diffusers_cf.schedulers import authors_schedulers, check_mirrored
 
 
 OFFSET, TRAILING, RAW = {"steps_offset": 3}, {"timestep_spacing": "trailing"}, {"clip_sample": False}
@@ -275,6 +276,31 @@ def test_refinement_is_exact_also_where_normalisation_acts(kind, timestep):
     torch.testing.assert_close(decoded, origin, atol=5e-6, rtol=0)
 
 
+def test_the_authors_walk():
+    """Encoding goes from level tau_k, where the network is told tau_k, to tau_k+1, and last of all to pure noise."""
+    _, inverse = authors_schedulers(DynamicDDIMScheduler().config)
+    inverse = DynamicDDIMInverseScheduler.from_config(inverse.config, thresholding=False)
+    with_timesteps(100, inverse)
+    assert inverse.timesteps.tolist() == list(range(0, 1000, 10))
+    x, epsilon = noise(1, 2, 8, 8), noise(1, 2, 8, 8, seed=1)
+    start, end = ALPHAS[500], ALPHAS[510]
+    expected = end.sqrt() * (x - (1 - start).sqrt() * epsilon) / start.sqrt() + (1 - end).sqrt() * epsilon
+    torch.testing.assert_close(inverse.step(epsilon, 500, x).prev_sample, expected.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inverse.step(epsilon, 990, x).prev_sample, epsilon)
+    with pytest.raises(ValueError, match="image_at_first_timestep needs solver_order=1"):
+        DynamicDDIMInverseScheduler(image_at_first_timestep=True, solver_order=2)
+
+
+@pytest.mark.parametrize("thresholding", [False, True])
+def test_a_stock_pair_is_accepted_without_thresholding_and_told_how(thresholding):
+    stock = DDIMScheduler.from_config(DynamicDDIMScheduler(thresholding=True).config, thresholding=thresholding)
+    pair = with_timesteps(10, stock, DDIMInverseScheduler.from_config(stock.config))
+    if not thresholding:
+        return check_mirrored(*pair)
+    with pytest.raises(ValueError, match=r"need DDIMScheduler.from_config\(config, thresholding=False\)"):
+        check_mirrored(*pair)
+
+
 CHANGED = {
     "num_train_timesteps": 500, "beta_start": 0.0002, "beta_end": 0.03, "beta_schedule": "scaled_linear",
     "clip_sample": True, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "v_prediction",
@@ -284,14 +310,16 @@ CHANGED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("last", [{"num_fixed_point_iterations": 2}, {"solver_order": 2}])
+@pytest.mark.parametrize(
+    "last", [{"num_fixed_point_iterations": 2}, {"solver_order": 2}, {"image_at_first_timestep": True}]
+)
 @pytest.mark.parametrize("scheduler_class", BOTH)
 def test_every_argument_survives_saving(scheduler_class, last, tmp_path):
     options, default = CHANGED | last, scheduler_class()
     if "solver_order" in last:
         del options["rescale_betas_zero_snr"]  # can't be combined
     assert {k for k in default.config if not k.startswith("_")} - {"trained_betas"} == {
-        *CHANGED, "num_fixed_point_iterations", "solver_order",
+        *CHANGED, "num_fixed_point_iterations", "solver_order", "image_at_first_timestep",
     }  # fmt: skip
     assert all(default.config[k] != value for k, value in options.items())
     scheduler_class(**options).save_pretrained(tmp_path)
