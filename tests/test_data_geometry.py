@@ -6,8 +6,22 @@ import torch
 from data_files import SPACING_MM, brain
 from torch.nn.functional import interpolate
 
-from diffusers_cf.data.geometry import display, resample_slices, slices_from_volume, undisplay, volume_from_slices
+from diffusers_cf.data.geometry import (
+    display,
+    outside_field,
+    resample_slices,
+    slices_from_volume,
+    undisplay,
+    volume_from_slices,
+)
 from diffusers_cf.errors import InputError
+
+
+@pytest.mark.parametrize("field_mm, share", [(40.0, 0.0), (20.0, 0.5), (10.0, 0.7)])
+def test_the_share_of_the_foreground_outside_the_field(field_mm, share):
+    """20 voxels of 2 mm along x, 8 along y: a field of 20 mm holds the middle 10 of them along x."""
+    assert outside_field(np.ones((20, 4, 3), bool), (2.0, 2.0, 5.0), field_mm) == pytest.approx(share)
+    assert outside_field(np.zeros((20, 4, 3), bool), (2.0, 2.0, 5.0), field_mm) == 0
 
 
 def test_display_orientation():

@@ -248,13 +248,20 @@ def test_scans_that_cannot_be_used(pipe, patient, tmp_path, modality, data, mess
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_doubtful_scans_are_segmented_with_a_warning(pipe, patient, tmp_path, caplog):
+def test_doubtful_scans_are_segmented_with_a_warning(patient, tmp_path, caplog):
+    pipe = make_pipe()
     rng = np.random.default_rng(0)
     for modality in MODALITIES:
         save(patient / f"P_01_{modality}.nii.gz", rng.uniform(1, 9, (26, 32, 12)).astype(np.float32), "LPS")
     save(patient / "P_01_seg.nii.gz", np.full((26, 32, 12), 7, np.uint8), "LPS")
-    segment_patient(pipe, patient, tmp_path / "out", strength=0, progress=False)
-    assert "skull-stripped" in caplog.text and "unknown label ids 7" in caplog.text
+    pipe.preprocessing = pipe.preprocessing | {"field_mm": 60.0}
+    report = segment_patient(pipe, patient, tmp_path / "out", strength=0, progress=False)
+    for words in (
+        "skull-stripped",
+        "unknown label ids 7",
+        "% of the foreground lies outside the central field of 60 mm",
+    ):
+        assert words in caplog.text and any(words in warning for warning in report["warnings"])
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,16 @@ def linear_weights(n_out: int, spacing_mm: float, size: int, field_mm: float) ->
     return (weights * inside[:, None]).astype(np.float32)
 
 
+def outside_field(foreground: np.ndarray, spacing_mm: Sequence[float], field_mm: float) -> float:
+    """Return the share of a RAS foreground `(X, Y, Z)` whose voxels are centred outside the in-plane field."""
+    inside = [
+        np.abs(np.arange(length) - (length - 1) / 2) * float(mm) <= field_mm / 2
+        for length, mm in zip(foreground.shape[:2], spacing_mm[:2], strict=True)
+    ]
+    lost = foreground & ~(inside[0][:, None, None] & inside[1][None, :, None])
+    return float(lost.sum() / max(1, foreground.sum()))
+
+
 def display(volume: np.ndarray) -> np.ndarray:
     """Turn RAS `(..., X, Y, Z)` into slices `(Z, ..., Y, X)`: row 0 anterior, column 0 the patient's left."""
     return np.moveaxis(np.swapaxes(volume[..., ::-1, :], -3, -2), -1, 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.data.geometry import FIELD_MM, slices_from_volume
+from diffusers_cf.data.geometry import FIELD_MM, outside_field, slices_from_volume
 from diffusers_cf.data.intensity import DEFAULT_NORMALIZE, intensity_problem
 from diffusers_cf.data.nifti import (
     MODALITIES,
@@ -29,6 +29,7 @@ from diffusers_cf.files import read_json
 # A brain fills about half of its bounding box, and hardly any of the faces of one.
 MAX_FOREGROUND = 0.6
 MAX_FACE = 0.2
+MOST_OUTSIDE = 1e-3
 WHOLE = 1e-3  # how far a label id may be from a whole number
 
 
@@ -71,6 +72,17 @@ def skull_warnings(modality: str, scan: Scan) -> list[str]:
     return [
         f"{scan.path}: {modality} seems not to be skull-stripped, or its background is not 0 "
         f"({round(100 * share)} % of all voxels and {round(100 * face)} % of those at the frame's sides are above 0)"
+    ]
+
+
+def field_warnings(patient: str, foreground: np.ndarray, spacing_mm: Sequence[float], field_mm: float) -> list[str]:
+    """Return a warning if more than 0.1 % of a patient's foreground lies outside the field that the network sees."""
+    share = outside_field(foreground, spacing_mm, field_mm)
+    if share <= MOST_OUTSIDE:
+        return []
+    return [
+        f"{patient}: {100 * share:.1f} % of the foreground lies outside the central field of {field_mm:g} mm and is not"
+        " looked at: crop the scan around the brain"
     ]
 
 
@@ -145,11 +157,16 @@ class VolumeSource(Source):
             doubts += unknown_ids
         with noting_errors(problems):
             check_same_grid([*scans.values(), *([] if seg is None else [seg])])
+        if not problems:
+            volume, spacing = (
+                np.stack([scans[name].data for name in self.modalities]),
+                scans[self.modalities[0]].spacing_mm,
+            )
+            doubts += field_warnings(patient, (volume > 0).any(axis=0), spacing, self.field_mm)
         problems += [] if self.lenient else doubts
         if problems:
             return None
-        volume = np.stack([scans[modality].data for modality in self.modalities])
-        spacing, mask = scans[self.modalities[0]].spacing_mm, None if seg is None else np.rint(seg.data)
+        mask = None if seg is None else np.rint(seg.data)
         return slices_from_volume(patient, volume, mask, spacing, self.size, self.field_mm, self.normalize)
 
 

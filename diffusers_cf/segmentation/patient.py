@@ -100,7 +100,8 @@ def segment_patient(
         maps = map_slices(pipe, volumes, facts, batch_size, progress)
         with new_folder(target) as temporary:
             measured = _write_results(temporary, volumes, maps, facts)
-            report = {"patient": patient, **facts, **measured, "seconds": round(time.perf_counter() - start, 3)}
+            seconds = round(time.perf_counter() - start, 3)
+            report = {"patient": patient, **facts, **measured, "warnings": volumes.warnings, "seconds": seconds}
             write_json(report, temporary / REPORT)
     return report
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from diffusers_cf.data.geometry import display, from_ras, resample_slices, slices_from_volume, volume_from_slices
 from diffusers_cf.data.intensity import unit_in_words, unit_intensity
 from diffusers_cf.data.nifti import MAX_BYTES, Scan, check_same_grid, read_nifti, to_canonical
-from diffusers_cf.data.scans import scan_errors, seg_problems, skull_warnings
+from diffusers_cf.data.scans import field_warnings, scan_errors, seg_problems, skull_warnings
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.batching import map_in_batches
@@ -117,6 +117,10 @@ def read_volumes(
 def network_slices(volumes: PatientVolumes, facts: dict) -> PatientSlices:
     """Cut a patient into the pipeline's inputs: axial slices from the first to the last one with content."""
     geometry = {name: value for name, value in facts["preprocessing"].items() if name != "modalities"}
+    found = field_warnings(volumes.patient, volumes.foreground, volumes.spacing_mm, geometry["field_mm"])
+    for warning in set(found) - set(volumes.warnings):
+        logger.warning(warning)
+        volumes.warnings.append(warning)
     return slices_from_volume(volumes.patient, volumes.volume, volumes.seg, volumes.spacing_mm, **geometry)
 
 
