@@ -89,16 +89,19 @@ def plot_sweep(path: str | Path, points: Sequence) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    grids = list(dict.fromkeys((point.num_inference_steps, point.solver_order) for point in points))
+    def grid_of(point) -> tuple:
+        return point.num_inference_steps, point.solver_order, point.decoding_solver_order
+
+    grids = list(dict.fromkeys(map(grid_of, points)))
     figure = Figure(figsize=(10, 4 * len(grids)), layout="constrained")
     rows = figure.subplots(len(grids), 2, squeeze=False)
     scales = sorted({point.guidance_scale for point in points})
     styles = list(zip(sorted({point.map for point in points}), ("-", "--", ":", "-."), strict=False))
     colors = list(zip(scales, colormaps["viridis"](np.linspace(0, 0.85, len(scales))), strict=True))
-    for axes, (steps, order) in zip(rows, grids, strict=True):
+    for axes, (steps, *orders) in zip(rows, grids, strict=True):
         for (kind, style), (scale, color) in itertools.product(styles, colors):
-            setting = (steps, order, kind, scale)
-            curve = [p for p in points if (p.num_inference_steps, p.solver_order, p.map, p.guidance_scale) == setting]
+            setting = (steps, *orders, kind, scale)
+            curve = [point for point in points if (*grid_of(point), point.map, point.guidance_scale) == setting]
             curve.sort(key=lambda point: point.strength)
             look = {"linestyle": style, "marker": ".", "color": color, "label": f"{kind}, w = {scale:g}"}
             for axis, score in zip(axes, ("foreground_ideal_dice", "foreground_auprc"), strict=True):
@@ -107,7 +110,8 @@ def plot_sweep(path: str | Path, points: Sequence) -> None:
             axis.set(xlabel="strength L", ylabel=name)
             axis.grid(alpha=0.3)
         if len(grids) > 1:
-            axes[0].set_title(f"{steps} steps" + (f", solver of order {order}" if order else ""), fontsize=9)
+            solvers = [f"{way} of order {n}" for way, n in zip(("encoding", "decoding"), orders, strict=True) if n]
+            axes[0].set_title(", ".join([f"{steps} steps", *solvers]), fontsize=9)
     handles, names = rows[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", fontsize=7, handlelength=3.5)
     figure.savefig(path, dpi=110)

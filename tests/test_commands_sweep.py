@@ -60,6 +60,17 @@ def test_a_model_that_knows_no_classes_is_swept_without_the_forward_map(files, m
     assert "map is 'forward': it compares conditions, and this model has no class_encoder" in capsys.readouterr().err
 
 
+def test_both_directions_can_be_of_second_order(files):
+    orders = ["--solver_order", 1, 2, "--decoding_solver_order", 1, 2]
+    assert sweep(files, *orders, "--maps", "counterfactual", "--store") == 0
+    document = document_of(files)
+    found = {(point["solver_order"], point["decoding_solver_order"]): point["auprc"] for point in document["points"]}
+    assert set(found) == {(1, 1), (1, 2), (2, 1), (2, 2)} and len(set(found.values())) == 4
+    pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
+    stored = (pipe.inverse_scheduler.config.solver_order, pipe.scheduler.config.solver_order)
+    assert stored == (document["best"]["solver_order"], document["best"]["decoding_solver_order"])
+
+
 def files_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

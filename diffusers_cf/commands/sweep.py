@@ -35,12 +35,14 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_inference_steps", type=int, nargs="+", default=[100], help=text)
     text = "orders of the solver that encodes; 2 helps with few steps, not with forward; default: the model's own"
     add("--solver_order", type=int, nargs="+", choices=(1, 2), help=text)
+    text = "orders of the solver that decodes; 2 helps where encoding has it, too; default: the model's own"
+    add("--decoding_solver_order", type=int, nargs="+", choices=(1, 2), help=text)
     text = "number of slices to measure on, evenly spread; default: %(default)s as in the paper"
     add("--max_slices", type=int, default=256, help=text)
     add("--max_evaluations", type=int, help="largest number of network passes per slice to try; default: no limit")
     add_device_arguments(parser, batch_size=32)
-    text = "write into the model folder the best setting as recommended, with its solver order if --solver_order is "
-    text += "given; or, after a sweep of the paper's setting alone, its threshold (paper); default: write nothing"
+    text = "write into the model folder the best setting as recommended, with its solver orders if they are swept; "
+    text += "or, after a sweep of the paper's setting alone, its threshold (paper); default: write nothing"
     add("--store", nargs="?", const="recommended", choices=NAMES, help=text)
 
 
@@ -61,7 +63,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     make_folder(args.output)
     more = {"evaluation_size": dataset.preprocessing["size"]}
     if "signed" in args.maps:  # learn the signs from about 64 slices, with the most exact encoding
-        _set_solver_order(pipe, max(args.solver_order or [0]))
+        _set_solver_orders(pipe, max(args.solver_order or [0]), max(args.decoding_solver_order or [0]))
         more["signs"] = learn_signs(
             pipe, dataset, rows[:: max(1, len(rows) // 64)], args.batch_size, guidance_scale=max(args.guidance_scales),
             strength=sorted(args.strengths)[len(args.strengths) // 2],
@@ -88,7 +90,8 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.store and not Path(args.model).is_dir():
         raise InputError(f"{args.model}: settings can be stored in a model folder only")
     swept = [args.guidance_scales, args.strengths, args.num_inference_steps, args.maps, args.solver_order]
-    if args.store == "paper" and swept != [*([PAPER_SETTINGS[name]] for name in MAP_SETTINGS), None]:
+    swept.append(args.decoding_solver_order)
+    if args.store == "paper" and swept != [*([PAPER_SETTINGS[name]] for name in MAP_SETTINGS), None, None]:
         options = "--guidance_scales 3 --strengths 0.75 --maps counterfactual --num_inference_steps 100"
         raise InputError(f"--store paper needs a sweep of the paper's setting alone: {options} and no --solver_order")
 
@@ -127,20 +130,22 @@ def _check_grids(args: argparse.Namespace, pipe) -> None:
 
 
 def _grids(args: argparse.Namespace, pipe) -> Iterator[tuple]:
-    """Yield the arguments of `sweep` for each solver order and number of steps, after setting both in the pipeline."""
-    for order, steps in itertools.product(args.solver_order or [0], args.num_inference_steps):
-        _set_solver_order(pipe, order)
+    """Yield the arguments of `sweep` for each pair of solver orders and number of steps, set in the pipeline."""
+    orders = (args.solver_order or [0], args.decoding_solver_order or [0])
+    for order, decoding_order, steps in itertools.product(*orders, args.num_inference_steps):
+        _set_solver_orders(pipe, order, decoding_order)
         pipe.scheduler.set_timesteps(steps)
         yield args.guidance_scales, args.strengths, args.maps, steps
 
 
-def _set_solver_order(pipe, order: int) -> None:
-    """Give the inverse scheduler this order; 0 keeps the model's own. Raise ValueError if it can't have the order."""
-    inverse = pipe.inverse_scheduler
-    if order and "solver_order" not in inverse.config:
-        raise ValueError(f"a {type(inverse).__name__} has no solver_order")
-    if order:
-        pipe.register_modules(inverse_scheduler=type(inverse).from_config(inverse.config, solver_order=order))
+def _set_solver_orders(pipe, encoding: int, decoding: int) -> None:
+    """Give the schedulers these orders; 0 keeps the model's own. Raise ValueError if one can't have its order."""
+    for name, order in (("inverse_scheduler", encoding), ("scheduler", decoding)):
+        old = getattr(pipe, name)
+        if order and "solver_order" not in old.config:
+            raise ValueError(f"a {type(old).__name__} has no solver_order")
+        if order:
+            pipe.register_modules(**{name: type(old).from_config(old.config, solver_order=order)})
 
 
 def store_point(model: str, name: str, point, chosen_by: dict, more: dict) -> None:
@@ -148,7 +153,7 @@ def store_point(model: str, name: str, point, chosen_by: dict, more: dict) -> No
 
     Args:
         model (`str`): the folder.
-        name (`str`): `recommended`: all settings of the point, and its solver order; `paper`: its threshold.
+        name (`str`): `recommended`: all settings of the point, and its solver orders; `paper`: its threshold.
         point ([`SweepPoint`]): the setting with its scores.
         chosen_by (`dict`): command, commit and slices of the sweep.
         more (`dict`): further entries of preprocessing.json, such as `signs`.
@@ -163,8 +168,10 @@ def store_point(model: str, name: str, point, chosen_by: dict, more: dict) -> No
     scores = {"postprocessed_auprc": point.postprocessed_auprc, "ideal_dice": point.postprocessed_ideal_dice}
     settings = {name: getattr(point, name) for name in (*MAP_SETTINGS, "threshold")} | {"postprocess": True}
     files = {PREPROCESSING: known | {"settings": settings, "settings_chosen_by": chosen_by | scores} | more}
-    scheduler = "inverse_scheduler/scheduler_config.json"
-    config = read_json(Path(model, scheduler))
-    if point.solver_order not in (None, config.get("solver_order", 1)):  # a setting needs its solver
-        files[scheduler] = config | {"solver_order": point.solver_order}
+    orders = {"inverse_scheduler": point.solver_order, "scheduler": point.decoding_solver_order}
+    for name, order in orders.items():  # a setting needs its solvers
+        path = f"{name}/scheduler_config.json"
+        config = read_json(Path(model, path))
+        if order not in (None, config.get("solver_order", 1)):
+            files[path] = config | {"solver_order": order}
     replace_json(model, files)

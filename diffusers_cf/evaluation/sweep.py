@@ -30,7 +30,7 @@ class SweepPoint:
         postprocessed_auprc, postprocessed_ideal_dice: of the post-processed map, over the foreground.
         threshold: ideal threshold of the post-processed map, in heatmap units.
         healthy_mean, unhealthy_mean: mean of the map in the foreground of slices of class 0, and of all other classes.
-        solver_order: of the inverse scheduler; None if it has no such setting.
+        solver_order, decoding_solver_order: of the inverse scheduler and of the scheduler; None if one has none.
     """
 
     guidance_scale: float
@@ -48,6 +48,7 @@ class SweepPoint:
     healthy_mean: float = 0.0
     unhealthy_mean: float = 0.0
     solver_order: int | None = None
+    decoding_solver_order: int | None = None
 
 
 class _Scores:
@@ -134,12 +135,15 @@ def settings_of_sweep(
     Raises:
         ValueError: a setting is out of range, or the pipeline can't compute it.
     """
-    points, order = {}, pipe.inverse_scheduler.config.get("solver_order")
+    points, schedulers = {}, (pipe.inverse_scheduler, pipe.scheduler)
+    orders = [scheduler.config.get("solver_order") for scheduler in schedulers]
     for strength, scale, map in itertools.product(sorted(strengths), guidance_scales, maps):
         setting = (scale, strength, num_inference_steps, map)
         evaluations = pipe.network_evaluations(**dict(zip(MAP_SETTINGS, setting, strict=True)))
         if max_evaluations is None or evaluations <= max_evaluations:
-            points[strength, scale, map] = SweepPoint(*setting, evaluations, solver_order=order)
+            points[strength, scale, map] = SweepPoint(
+                *setting, evaluations, solver_order=orders[0], decoding_solver_order=orders[1]
+            )
     return points
 
 
