@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from diffusers_cf.data.folder import FolderSource
+from diffusers_cf.data.prepare import prepare
 from diffusers_cf.errors import InputError
 
 
@@ -167,3 +168,11 @@ def test_bad_images_are_named(tmp_path):
         assert len(source.problems(patient)) == 1
         with pytest.raises(InputError, match=reason):
             source.read(patient)
+
+
+def test_every_split_has_every_class(tmp_path):
+    names = [f"{name}/{name}_{i:02d}.png" for name in ("healthy", "glioma", "other") for i in range(7)]
+    source = FolderSource(write_images(tmp_path / "in", names), size=12, one_image_per_patient=True)
+    facts = prepare(source, tmp_path / "set")
+    counts = {split: [c["patients"] for c in facts["splits"][split]["classes"].values()] for split in facts["splits"]}
+    assert counts == {"train": [4] * 3, "validation": [1] * 3, "test": [2] * 3}

@@ -102,6 +102,12 @@ class FolderSource(Source):
     def patients(self) -> list[str]:
         return sorted(self.files)
 
+    def strata(self) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}  # by the classes of a patient's images, known where these lie in folders
+        for patient in self.patients():
+            groups.setdefault(str(sorted({label for _, _, label in self.files[patient]})), []).append(patient)
+        return groups
+
     def facts(self) -> dict:
         rule = "file" if self.one_image_per_patient else self.pattern.pattern
         return {"orientation": "as in the files", "patients_by": rule} | super().facts()

@@ -138,7 +138,8 @@ def _choose_splits(source: Source, seed: int, split_file, limit: int | None) -> 
     if split_file is not None:
         splits = read_splits(split_file, patients, source.left_out)
     else:
-        splits = fixed or seeded_splits(patients, seed)
+        parts = [seeded_splits([p for p in group if p in patients], seed) for group in source.strata().values()]
+        splits = fixed or {name: sorted(patient for part in parts for patient in part[name]) for name in SPLITS}
     if not any(splits.values()):
         raise InputError(f"{split_file or source.path}: no patient in any split")
     if empty := [name for name in SPLITS if not splits[name]]:

@@ -96,6 +96,10 @@ class Source:
             raise InputError(problems[0] + more)
         return slices
 
+    def strata(self) -> dict[str, list[str]]:
+        """Return groups of patients that a seeded split divides one by one, so that each split has all of them."""
+        return {"all": self.patients()}
+
     def fixed_splits(self) -> dict[str, list[str]] | None:
         """Return the patients of each split, or None if a seed or a file decides."""
         return None
