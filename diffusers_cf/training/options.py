@@ -77,8 +77,8 @@ def _add_model_options(add) -> None:
     add("--renormalize", action="store_true", help="allow --pretrained_model to have another intensity scale than the"
         " data set; the new model has the data set's")  # fmt: skip
     add("--max_train_samples", type=int, help="train on the first so many slices; default: all")
-    add("--random_flip", action="store_true", help="mirror half of the images left to right")
-    add("--augment", action="store_true", help="apply small random rotations, scales, shifts and gains")
+    add("--random_flip", action="store_true", help="mirror half of the images left to right; default: off")
+    add("--augment", action="store_true", help="apply small random rotations, scales, shifts and gains; default: off")
     add("--no_clip_input", action="store_true", help="keep intensities above 1 on the data set's scale, as the authors do,"
         " in training and inference; default: cut them at 1")  # fmt: skip
     add("--crop_background", type=float, metavar="SHARE", help="share of the images that are trained on in windows around"
@@ -98,52 +98,52 @@ def _add_model_options(add) -> None:
 
 def _add_optimisation_options(add) -> None:
     add("--seed", type=int, default=0, help="seed of everything random; default: %(default)s")
-    add(
-        "--train_batch_size",
-        type=int,
-        default=32,
-        help="images per process and accumulation step; default: %(default)s",
-    )
+    add("--train_batch_size", type=int, default=32,
+        help="images per process and accumulation step; default: %(default)s")  # fmt: skip
     add("--gradient_accumulation_steps", type=int, default=1, help="batches per optimiser step; default: %(default)s")
     add("--max_train_steps", type=int, default=50_000, help="optimiser steps; default: %(default)s")
-    add(
-        "--num_train_epochs",
-        type=int,
-        help="passes over the training set, instead of --max_train_steps; default: none",
-    )
+    add("--num_train_epochs", type=int,
+        help="passes over the training set, instead of --max_train_steps; default: none")  # fmt: skip
     add("--learning_rate", type=float, default=1e-4, help="peak learning rate of AdamW; default: %(default)s")
-    add("--scale_lr", action="store_true", help="multiply --learning_rate by the number of images per optimiser step")
-    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup", help="default: %(default)s")
-    add("--lr_warmup_steps", type=int, default=500, help="optimiser steps of linear warm-up; default: %(default)s")
-    add("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
-    add("--adam_beta2", type=float, default=0.999, help="default: %(default)s")
-    add("--adam_weight_decay", type=float, default=0.01, help="default: %(default)s")
-    add("--adam_epsilon", type=float, default=1e-8, help="default: %(default)s")
-    add("--max_grad_norm", type=float, default=1.0, help="norm to which gradients are clipped; default: %(default)s")
     add(
-        "--ema_max_decay",
-        type=float,
-        default=0.9999,
-        help="highest decay of the averaged weights; default: %(default)s",
+        "--scale_lr",
+        action="store_true",
+        help="multiply --learning_rate by the images per optimiser step; default: off",
     )
-    add("--ema_inv_gamma", type=float, default=1.0, help="inv_gamma of --ema_power; default: %(default)s")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup",
+        help="course of the learning rate, as in diffusers; default: %(default)s")  # fmt: skip
+    add("--lr_warmup_steps", type=int, default=500, help="optimiser steps of linear warm-up; default: %(default)s")
+    add("--adam_beta1", type=float, default=0.9, help="AdamW's decay of the mean gradient; default: %(default)s")
+    add(
+        "--adam_beta2",
+        type=float,
+        default=0.999,
+        help="AdamW's decay of the mean squared gradient; default: %(default)s",
+    )
+    add("--adam_weight_decay", type=float, default=0.01, help="weight decay of AdamW; default: %(default)s")
+    add("--adam_epsilon", type=float, default=1e-8, help="least denominator of AdamW; default: %(default)s")
+    add("--max_grad_norm", type=float, default=1.0, help="norm to which gradients are clipped; default: %(default)s")
+    add("--ema_max_decay", type=float, default=0.9999,
+        help="highest decay of the averaged weights; default: %(default)s")  # fmt: skip
+    add(
+        "--ema_inv_gamma",
+        type=float,
+        default=1.0,
+        help="inv_gamma in the decay of the averaged weights; default: %(default)s",
+    )
     add("--ema_power", type=float, default=0.75, help="after n steps the averaged weights decay by"
         " 1 - (1 + n / inv_gamma) ** -power; default: %(default)s")  # fmt: skip
 
 
 def _add_run_options(add) -> None:
-    add("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations to save memory; default: off")
     add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], help="arithmetic of the network; auto is bf16 if the"
         " device computes in it; default: accelerate's configuration")  # fmt: skip
-    add("--allow_tf32", action="store_true", help="allow TF32 matrix products on a GPU")
-    add("--compile", action="store_true", help="compile the network; not for windows, whose sizes vary")
+    add("--allow_tf32", action="store_true", help="allow TF32 matrix products on a GPU; default: off")
+    add("--compile", action="store_true", help="compile the network; not for windows, whose sizes vary; default: off")
     add("--dataloader_num_workers", type=int, help="processes that read data; default: 4 with a GPU, else 0")
-    add(
-        "--checkpointing_steps",
-        type=int,
-        default=1000,
-        help="optimiser steps between checkpoints; default: %(default)s",
-    )
+    add("--checkpointing_steps", type=int, default=1000,
+        help="optimiser steps between checkpoints; default: %(default)s")  # fmt: skip
     add("--checkpoints_total_limit", type=int, help="checkpoints to keep, the latest; default: all")
     add("--resume_from_checkpoint", help="folder of a checkpoint, or `latest` of --output_dir; default: start anew")
     add("--validation_steps", type=int, default=1000, help="optimiser steps between validations, 0 for none; default:"
@@ -154,7 +154,7 @@ def _add_run_options(add) -> None:
         " accelerate; default: none")  # fmt: skip
     add("--logging_dir", default="logs", help="folder of logs inside --output_dir; default: %(default)s")
     add("--tracker_project_name", default="diffusers_cf", help="project name for the tracker; default: %(default)s")
-    add("--push_to_hub", action="store_true", help="publish the model when training ends")
+    add("--push_to_hub", action="store_true", help="publish the model when training ends; default: off")
     add("--hub_model_id", help="repository to publish to, user/name; default: the name of --output_dir")
     add("--hub_token", help="token for the Hub; default: that of `hf auth login`")
-    add("--hub_private_repo", action="store_true", help="make the repository private")
+    add("--hub_private_repo", action="store_true", help="make the repository private; default: off")
