@@ -65,96 +65,87 @@ def command_of(args: Namespace) -> str:
     return " ".join(words)
 
 
+# fmt: off
 def _add_model_options(add) -> None:
     add("--dataset", required=True, help="slice data set: a folder of `diffusers-cf prepare`, or user/name[@revision]")
     add("--output_dir", required=True, help="folder for the pipeline, with checkpoints and logs beside it")
     add("--unet_size", choices=list(UNET_SIZES), default="small", help="size of a new network; default: %(default)s")
     add("--conditioning", choices=CONDITIONINGS, default="attention", help="how a new network gets the class: attention,"
-        " by tokens in keys and values; adagn, by the time embedding; default: %(default)s")  # fmt: skip
+        " by tokens in keys and values; adagn, by the time embedding; default: %(default)s")
     add("--resolution", type=int, help="side of a new network's input in pixels, a multiple of 8; default: 64")
     add("--pretrained_model", help="model to fine-tune, on all or some of its modalities: folder, Hub id or name of a"
-        " shipped model; its network is used instead of a new one; default: none")  # fmt: skip
+        " shipped model; its network is used instead of a new one; default: none")
     add("--renormalize", action="store_true", help="allow --pretrained_model to have another intensity scale than the"
-        " data set; the new model has the data set's")  # fmt: skip
+        " data set; the new model has the data set's")
     add("--max_train_samples", type=int, help="train on the first so many slices; default: all")
     add("--random_flip", action="store_true", help="mirror half of the images left to right; default: off")
     add("--augment", action="store_true", help="apply small random rotations, scales, shifts and gains; default: off")
     add("--no_clip_input", action="store_true", help="keep intensities above 1 on the data set's scale, as the authors do,"
-        " in training and inference; default: cut them at 1")  # fmt: skip
+        " in training and inference; default: cut them at 1")
     add("--crop_background", type=float, metavar="SHARE", help="share of the images that are trained on in windows around"
         " their foreground, 0 to 1; above 0, inference computes in windows; default: 0, or 0.7 if the model to fine-tune"
-        " computes in windows")  # fmt: skip
+        " computes in windows")
     add("--guidance_dropout_prob", type=float, default=0.35, help="probability that an image's class is replaced by null,"
-        " for implicit guidance; default: %(default)s (the paper's)")  # fmt: skip
+        " for implicit guidance; default: %(default)s (the paper's)")
     add("--snr_gamma", type=float, help="gamma of min-SNR loss weighting, usually 5; default: no weighting")
     add("--first_timesteps", type=float, default=1.0, metavar="SHARE", help="share of the timesteps, from the lowest, to begin"
-        " with; it rises to all of them; 0.2 learns the classes sooner; default: %(default)s")  # fmt: skip
+        " with; it rises to all of them; 0.2 learns the classes sooner; default: %(default)s")
     add("--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon", help="what a new network predicts;"
-        " default: %(default)s")  # fmt: skip
+        " default: %(default)s")
     add("--ddpm_num_steps", type=int, default=1000, help="timesteps of the diffusion process; default: %(default)s")
     add("--ddpm_beta_schedule", default="linear", choices=["linear", "scaled_linear", "squaredcos_cap_v2"],
-        help="noise schedule; default: %(default)s")  # fmt: skip
+        help="noise schedule; default: %(default)s")
 
 
 def _add_optimisation_options(add) -> None:
     add("--seed", type=int, default=0, help="seed of everything random; default: %(default)s")
     add("--train_batch_size", type=int, default=32,
-        help="images per process and accumulation step; default: %(default)s")  # fmt: skip
+        help="images per process and accumulation step; default: %(default)s")
     add("--gradient_accumulation_steps", type=int, default=1, help="batches per optimiser step; default: %(default)s")
     add("--max_train_steps", type=int, default=50_000, help="optimiser steps; default: %(default)s")
     add("--num_train_epochs", type=int,
-        help="passes over the training set, instead of --max_train_steps; default: none")  # fmt: skip
+        help="passes over the training set, instead of --max_train_steps; default: none")
     add("--learning_rate", type=float, default=1e-4, help="peak learning rate of AdamW; default: %(default)s")
-    add(
-        "--scale_lr",
-        action="store_true",
-        help="multiply --learning_rate by the images per optimiser step; default: off",
-    )
+    add("--scale_lr", action="store_true",
+        help="multiply --learning_rate by the images per optimiser step; default: off")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup",
-        help="course of the learning rate, as in diffusers; default: %(default)s")  # fmt: skip
+        help="course of the learning rate, as in diffusers; default: %(default)s")
     add("--lr_warmup_steps", type=int, default=500, help="optimiser steps of linear warm-up; default: %(default)s")
     add("--adam_beta1", type=float, default=0.9, help="AdamW's decay of the mean gradient; default: %(default)s")
-    add(
-        "--adam_beta2",
-        type=float,
-        default=0.999,
-        help="AdamW's decay of the mean squared gradient; default: %(default)s",
-    )
+    add("--adam_beta2", type=float, default=0.999,
+        help="AdamW's decay of the mean squared gradient; default: %(default)s")
     add("--adam_weight_decay", type=float, default=0.01, help="weight decay of AdamW; default: %(default)s")
     add("--adam_epsilon", type=float, default=1e-8, help="least denominator of AdamW; default: %(default)s")
     add("--max_grad_norm", type=float, default=1.0, help="norm to which gradients are clipped; default: %(default)s")
     add("--ema_max_decay", type=float, default=0.9999,
-        help="highest decay of the averaged weights; default: %(default)s")  # fmt: skip
-    add(
-        "--ema_inv_gamma",
-        type=float,
-        default=1.0,
-        help="inv_gamma in the decay of the averaged weights; default: %(default)s",
-    )
+        help="highest decay of the averaged weights; default: %(default)s")
+    add("--ema_inv_gamma", type=float, default=1.0,
+        help="inv_gamma in the decay of the averaged weights; default: %(default)s")
     add("--ema_power", type=float, default=0.75, help="after n steps the averaged weights decay by"
-        " 1 - (1 + n / inv_gamma) ** -power; default: %(default)s")  # fmt: skip
+        " 1 - (1 + n / inv_gamma) ** -power; default: %(default)s")
 
 
 def _add_run_options(add) -> None:
     add("--gradient_checkpointing", action="store_true", help="recompute activations to save memory; default: off")
     add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], help="arithmetic of the network; auto is bf16 if the"
-        " device computes in it; default: accelerate's configuration")  # fmt: skip
+        " device computes in it; default: accelerate's configuration")
     add("--allow_tf32", action="store_true", help="allow TF32 matrix products on a GPU; default: off")
     add("--compile", action="store_true", help="compile the network; not for windows, whose sizes vary; default: off")
     add("--dataloader_num_workers", type=int, help="processes that read data; default: 4 with a GPU, else 0")
     add("--checkpointing_steps", type=int, default=1000,
-        help="optimiser steps between checkpoints; default: %(default)s")  # fmt: skip
+        help="optimiser steps between checkpoints; default: %(default)s")
     add("--checkpoints_total_limit", type=int, help="checkpoints to keep, the latest; default: all")
     add("--resume_from_checkpoint", help="folder of a checkpoint, or `latest` of --output_dir; default: start anew")
     add("--validation_steps", type=int, default=1000, help="optimiser steps between validations, 0 for none; default:"
-        " %(default)s")  # fmt: skip
+        " %(default)s")
     add("--num_validation_slices", type=int, default=64, help="validation slices, evenly spread; default: %(default)s")
     add("--logging_steps", type=int, default=25, help="optimiser steps between log entries; default: %(default)s")
     add("--report_to", choices=LoggerType.list(), metavar="TRACKER", help="tensorboard, wandb or another tracker of"
-        " accelerate; default: none")  # fmt: skip
+        " accelerate; default: none")
     add("--logging_dir", default="logs", help="folder of logs inside --output_dir; default: %(default)s")
     add("--tracker_project_name", default="diffusers_cf", help="project name for the tracker; default: %(default)s")
     add("--push_to_hub", action="store_true", help="publish the model when training ends; default: off")
     add("--hub_model_id", help="repository to publish to, user/name; default: the name of --output_dir")
     add("--hub_token", help="token for the Hub; default: that of `hf auth login`")
     add("--hub_private_repo", action="store_true", help="make the repository private; default: off")
+# fmt: on
