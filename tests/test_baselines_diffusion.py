@@ -53,4 +53,6 @@ def test_the_papers_recipe_has_no_weights_no_cosine_and_no_cut_input():
         batch["labels"],
     )  # fmt: skip
     torch.testing.assert_close(small.validation_loss(batch), (predicted - batch["noise"]).pow(2).mean())
-    assert small.pipeline().config.clip_input is False
+    guided = tiny("cdpm-classifier")
+    guided.register_to_config(clip_input=False)
+    assert small.pipeline().config.clip_input is guided.pipeline().config.clip_input is False

@@ -152,8 +152,8 @@ class ClassifierGuidedDiffusion(CounterfactualDiffusion):
         yield "classifier", torch.nn.functional.cross_entropy(logits, batch["labels"])
 
     def _pipeline(self, scheduler, inverse) -> CounterfactualDDIMPipeline:
-        names = self.config.class_names
-        return ClassifierGuidedDDIMPipeline(self.network.unet, scheduler, inverse, self.classifier, names)
+        parts = (self.network.unet, scheduler, inverse, self.classifier, self.config.class_names)
+        return ClassifierGuidedDDIMPipeline(*parts, clip_input=self.clip_input)
 
 
 class CounterfactualMap(AnomalyMethod):
