@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from diffusers_cf.baselines import AnomalyMethod
 from diffusers_cf.benchmark.presets import Preset
-from diffusers_cf.benchmark.slice_scores import diffusion_classifier_scores, position_scores, relative_positions
+from diffusers_cf.benchmark.slice_scores import position_scores, relative_positions
 from diffusers_cf.data.intensity import with_named_scale
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
@@ -18,10 +18,8 @@ from diffusers_cf.evaluation.pixel_counts import CHAINS, PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps
 from diffusers_cf.evaluation.protocol import evaluate, maps_at_size
 from diffusers_cf.evaluation.sweep import evenly_spread, has_lesion
-from diffusers_cf.evaluation.trajectories import encode_trajectory
 
 
-CLASSIFIER_TIMESTEPS = (100, 200, 300, 400, 500, 600)
 # Metadata that data sets must share to stand in one table.
 KIND = ("source", "size", "modalities", "class_names", "field_mm", "normalize")
 
@@ -137,41 +135,8 @@ def measure(method: AnomalyMethod, data: BenchmarkData, counts_path: str | Path 
     return result | {"validation": {chain: {name: part[name] for name in kept} for chain, part in parts.items()}}
 
 
-def slice_aurocs(data: BenchmarkData, pipe=None, seed: int = 0) -> dict[str, float]:
-    """Return the AUROC of telling healthy from unhealthy test slices without a map.
-
-    Args:
-        data (`BenchmarkData`): the slices.
-        pipe ([`CounterfactualDDIMPipeline`], *optional*): a conditional pipeline.
-        seed (`int`): seed of the pipeline's noise.
-
-    Returns:
-        `dict`: `position`, by the position of the slice alone; with a pipeline also `diffusion_classifier`, by which
-        condition predicts the noise better.
-    """
+def slice_aurocs(data: BenchmarkData) -> dict[str, float]:
+    """Return the AUROC of telling healthy from unhealthy test slices by their position alone, as `position`."""
     train, test = (relative_positions(split.patients, split.slices) for split in (data.train, data.test))
-    scores = {"position": position_scores(data.train.labels, train, test[data.test_rows])}
-    if pipe is not None:
-        batches = (batch["images"] for batch in data.test_batches())
-        found = [diffusion_classifier_scores(pipe, images, CLASSIFIER_TIMESTEPS, seed).cpu() for images in batches]
-        scores["diffusion_classifier"] = torch.cat(found).numpy()
-    unhealthy = data.test.labels[data.test_rows] != 0
-    return {name: float(roc_auc_score(unhealthy, found)) for name, found in scores.items()}
-
-
-def saturated_share(pipe, data: BenchmarkData, strength: float, num_inference_steps: int) -> float:
-    """Return the share of the foreground where the clean image that encoding predicts at its end is saturated.
-
-    Saturated means at the limits of [-1, 1] or beyond. Methods compare at equal strength and number of steps.
-    """
-    saturated = pixels = 0
-    for batch in data.validation_batches():
-        prepared = pipe.prepare_images(batch["images"])
-        before = encode_trajectory(pipe, prepared, strength, num_inference_steps)[-2]  # input of the last step
-        timestep = pipe.inverse_scheduler.timesteps[round(num_inference_steps * strength) - 1]
-        noise = pipe.predict_noise(before, timestep, pipe.encode_classes(None, len(before)))
-        predicted = pipe.inverse_scheduler.predict_original(noise, timestep, before)
-        inside = (prepared > -1).any(dim=1, keepdim=True).expand_as(predicted)
-        saturated += int((predicted[inside].abs() >= 1 - 1e-5).sum())
-        pixels += int(inside.sum())
-    return saturated / max(pixels, 1)
+    scores = position_scores(data.train.labels, train, test[data.test_rows])
+    return {"position": float(roc_auc_score(data.test.labels[data.test_rows] != 0, scores))}

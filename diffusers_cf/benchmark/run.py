@@ -15,7 +15,6 @@ from diffusers_cf.benchmark.protocol import (
     as_json,
     choose_settings,
     measure,
-    saturated_share,
     slice_aurocs,
 )
 from diffusers_cf.benchmark.tables import collect_cells, write_tables
@@ -98,10 +97,7 @@ class Benchmark:
             bootstrap = bootstraps_of_file(counts)
         cell |= {"method": method.id, "row": method.row.title, "tables": list(method.row.tables), "seed": seed}
         cell |= {"settings": made.settings, "choice": choice, "bootstrap": bootstrap} | training
-        cell["slice_scores"] = slice_aurocs(data, made.pipe if method.id == "ours" else None, seed)
-        if method.id in ("ours", "ours-clipped", "ours-unclipped"):
-            grid = self.preset.grid
-            cell["saturated_share"] = saturated_share(made.pipe, data, max(grid.strengths), grid.num_inference_steps)
+        cell["slice_scores"] = slice_aurocs(data)
         cell |= {"dataset": data.folder, "benchmark": self.metadata | {"data": data.metadata}}
         cell |= {"command": command_line(), "commit": package_commit(), "device": self.networks.device}
         cell["seconds"] = round(time.perf_counter() - start, 1)

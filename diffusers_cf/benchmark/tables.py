@@ -10,7 +10,6 @@ import numpy as np
 
 from diffusers_cf.baselines import ROWS
 from diffusers_cf.benchmark.networks import Method
-from diffusers_cf.benchmark.protocol import CLASSIFIER_TIMESTEPS
 from diffusers_cf.evaluation.bootstrap import Bootstrap, bootstrap_mean, mean_of_runs
 from diffusers_cf.evaluation.pixel_counts import CHAINS
 from diffusers_cf.files import new_file, read_json, write_json
@@ -33,11 +32,6 @@ COLUMNS = {
 }
 DIFFERENCE = "ours - this, AUPRC [95 %]; each seed"
 SIZE_MEASURES = {"per_patient_auprc": "AUPRC per patient", "per_patient_dice": "Dice per patient"}
-# Scores of a slice that need no map: in words, and number of network evaluations per slice.
-SLICE_SCORES = {
-    "diffusion_classifier": ("diffusion classifier of our model", str(2 * len(CLASSIFIER_TIMESTEPS))),
-    "position": ("position of the slice alone", "0"),
-}
 REMARKS = (
     "AUPRC, Dice and AUROC in percent: mean ± sample standard deviation over seeds (none for one seed).",
     "Ideal Dice: at the threshold that is best on the test masks, an upper bound.",
@@ -136,7 +130,6 @@ def _row(cells: Sequence[dict], ours: Sequence[dict]) -> dict:
         row[name] = summary([cell.get(name) for cell in cells])
     scores = [cell.get("slice_scores", {}) for cell in cells]
     row["slice_scores"] = {name: summary([s.get(name) for s in scores]) for name in sorted(set().union(*scores))}
-    row["saturated_share"] = summary([cell.get("saturated_share") for cell in cells])
     names = ("settings", "choice", "dataset", "commit", "command")
     return row | {name: [cell.get(name) for cell in cells] for name in names}
 
@@ -227,8 +220,6 @@ def table_markdown(table: dict) -> str:
     header = ["minutes a seed", "images seen", "settings of inference, a seed after the other"]
     trained = {name: _training(row) for name, row in rows.items() if row["train_seconds"]["mean"]}
     lines += _section("Training and settings", "method", header, trained)
-    header = ["slice AUROC", "network evaluations"]
-    lines += _section("Slice AUROC without a map", "score", header, _slice_scores(table["rows"]))
     lines += ["## Remarks", "", *(f"- {remark}" for remark in _remarks(table)), "", "## Protocol", ""]
     # the interval of a single cell is not shown: the table has one over all seeds
     protocol = {name: words for name, words in table["protocol"].items() if name != "interval"}
@@ -290,16 +281,6 @@ def _mean(value: dict) -> str:
     return _percent(value["mean"]) + deviation + _interval(value)
 
 
-def _slice_scores(rows: Sequence[dict]) -> dict[str, list[str]]:
-    """Return the AUROC and cost of each score; a score of the data alone is the same in every row with all seeds."""
-    scores = {}
-    for name, (words, cost) in SLICE_SCORES.items():
-        if found := [row["slice_scores"][name] for row in rows if name in row["slice_scores"]]:
-            best = max(found, key=lambda values: sum(value is not None for value in values["values"]))
-            scores[words] = [_mean(best), cost]
-    return scores
-
-
 def _remarks(table: dict) -> list[str]:
     rows, bootstrap = table["rows"], table["bootstrap"]
     rules = {row["row"]: choice["by"] for row in rows for choice in row["choice"] if choice}
@@ -312,9 +293,10 @@ def _remarks(table: dict) -> list[str]:
         *([OWN_TEST_SETS] if len(table["test_sets"]) > 1 else []),
         *([NOT_CONVERGED] if any(False in row["converged"] for row in rows) else []),
     ]
-    words = "of the foreground is saturated in the clean image that the last step of encoding predicts"
-    shares = {row["row"]: row["saturated_share"]["mean"] for row in rows}
-    remarks += [f"{name}: {100 * share:.2f} % {words}." for name, share in shares.items() if share is not None]
+    positions = [row["slice_scores"]["position"] for row in rows if "position" in row["slice_scores"]]
+    if positions:  # the same in all rows with all seeds
+        most = max(positions, key=lambda found: sum(value is not None for value in found["values"]))
+        remarks.append(f"Slice AUROC of the position of a slice alone: {_mean(most)}.")
     seeds = "; ".join(f"{row['row']} {', '.join(map(str, row['seeds']))}" for row in rows) or "none"
     commits = ", ".join(sorted({commit for row in rows for commit in row["commit"] if commit})) or "not known"
     missing = "; ".join(table["missing"]) or "nothing"
