@@ -6,10 +6,10 @@ over the pixels of the whole test set. `PixelCounts` counts these pixels in cons
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ def evaluate(
     whole_patients: bool = False,
     device: str | torch.device = "cpu",
     threshold: float | dict[str, float] | None = None,
-    postprocess: bool = True,
     indices: Sequence[int] | None = None,
     network_evaluations_per_slice: float = 0,
     counts_path: str | Path | None = None,
@@ -55,13 +54,12 @@ def evaluate(
     Args:
         anomaly_map (`Callable`): images float32 `(N, C, H, W)` -> maps `(N, h, w)`, higher = more lesion, any range.
             Maps smaller than the masks are upsampled bilinearly.
-        dataset (`SliceDataset`): a split with masks.
+        dataset (`SliceDataset`): a split with slices and masks, as from `inputs.open_split`.
         batch_size (`int`, *optional*): slices per call, of several patients. None means as many as fit into memory.
         whole_patients (`bool`): each call gets all slices of one patient instead, also those not in `indices`.
         device (`str` or `torch.device`): where the method computes.
         threshold (`float` or `dict`, *optional*): for Dice per patient, chosen on other patients; a dict has one for
             each chain (`raw`, `postprocessed`). None means the ideal threshold of this split, an upper bound.
-        postprocess (`bool`): whether to measure the post-processed maps as well.
         indices (`Sequence[int]`, *optional*): rows of the data set to measure; all by default.
         network_evaluations_per_slice (`float`): NFE of the method, for the result.
         counts_path (`str` or `Path`, *optional*): .npz file for each patient's counts (`pixel_counts.read_counts`).
@@ -81,28 +79,21 @@ def evaluate(
         and all processes of a launcher but the first, return None.
 
     Raises:
-        InputError: the data set has no masks or no slices, or a map holds NaN or infinite values.
-        ValueError: a map has a wrong shape, or `parts` is missing with several processes.
+        InputError: a map holds NaN or infinite values.
+        ValueError: a map has a wrong shape.
     """
-    share = share or Share()
-    if not dataset.has_masks:
-        raise InputError("the data set has no lesion masks: it can train a model, but can't be evaluated")
-    all_rows = np.arange(len(dataset))
+    share, all_rows = share or Share(), np.arange(len(dataset))
     measured = rows_by_patient(dataset, all_rows if indices is None else np.asarray(indices, dtype=np.int64))
-    if not measured:
-        raise InputError("there are no slices to evaluate: the split is empty")
     read = rows_by_patient(dataset, all_rows) if whole_patients else measured
     thresholds = threshold if isinstance(threshold, dict) else dict.fromkeys(CHAINS, threshold)
-    thresholds = {chain: thresholds[chain] for chain in CHAINS[: 1 + postprocess]}
-    hide_bar = not (progress and (share.is_main or share.is_shard))
-    if parts is None and share.count > 1:
-        raise ValueError("parts is None: several processes need one folder for what they measure")
-    with _folder_of_parts(parts, counts_path) as folder:
-        files = {name: folder / f"{number:06d}.npz" for number, name in enumerate(measured)}
+    shows_bar = progress and (share.is_main or share.is_shard)
+    with nullcontext(parts) if parts else TemporaryDirectory(dir=counts_path and Path(counts_path).parent) as folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        files = {name: Path(folder, f"{number:06d}.npz") for number, name in enumerate(measured)}
         mine = share.of(list(files), [len(read[name]) for name in files])
         left = [name for name in mine if not files[name].exists()]
         total, missing = (sum(len(read[name]) for name in names) for names in (mine, left))
-        with tqdm(total=total, initial=total - missing, unit="slice", disable=hide_bar) as bar:
+        with tqdm(total=total, initial=total - missing, unit="slice", disable=not shows_bar) as bar:
             patients = (_Patient(dataset, name, read[name], measured[name]) for name in left)
             options = {"batch_size": batch_size, "device": device, "progress": bar}
             for patient, maps, seconds in _maps_of_patients(anomaly_map, patients, whole_patients, options):
@@ -113,30 +104,11 @@ def evaluate(
             return None
         result, size = _combine(files, thresholds, counts_path, seed)
     result["network_evaluations_per_slice"] = network_evaluations_per_slice
-    return result | {"protocol": _protocol(size, threshold, postprocess, seed)}
-
-
-@contextmanager
-def _folder_of_parts(parts: str | Path | None, counts_path: str | Path | None) -> Iterator[Path]:
-    """Yield the folder `parts`, or a temporary one beside the file of counts."""
-    if parts is not None:
-        Path(parts).mkdir(parents=True, exist_ok=True)
-        yield Path(parts)
-    else:
-        with tempfile.TemporaryDirectory(dir=counts_path and Path(counts_path).parent) as folder:
-            yield Path(folder)
+    return result | {"protocol": _protocol(size, threshold, seed)}
 
 
 def begin_parts(folder: Path, facts: Mapping) -> None:
-    """Make a folder for the parts of a result, or accept a folder that was made with the same facts.
-
-    Args:
-        folder (`Path`): for the files of patients.
-        facts (`Mapping`): what the parts depend on, as JSON values.
-
-    Raises:
-        InputError: the folder holds parts that depend on something else.
-    """
+    """Make a folder for patients' files, which depend on `facts`; raise `InputError` if it holds files of other facts."""
     path, wanted = folder / "facts.json", json.loads(json.dumps(facts))
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -243,7 +215,7 @@ def _combine(
     files: Mapping[str, Path], thresholds: Mapping[str, float | None], counts_path: str | Path | None, seed: int
 ) -> tuple[dict, list[int]]:
     """Add up the parts of all patients one by one; return the result and the size of the masks."""
-    chains, n_slices, seconds = [_Chain(*item) for item in thresholds.items()], 0, 0.0
+    chains, n_slices, seconds = [_Chain(name, thresholds[name]) for name in CHAINS], 0, 0.0
     with counts_file(counts_path) if counts_path else nullcontext(lambda arrays: None) as write_counts:
         for name, path in files.items():
             with np.load(path) as part:
@@ -259,9 +231,9 @@ def _combine(
         with np.load(path) as part:
             for chain in chains:
                 chain.add_dice(name, part)
-    raw, *postprocessed = [chain.result(seed) for chain in chains]
-    result = raw | ({"postprocessed": postprocessed[0]} if postprocessed else {})
-    return result | {"n_slices": n_slices, "n_patients": len(files), "seconds_per_slice": seconds / n_slices}, size
+    raw, postprocessed = [chain.result(seed) for chain in chains]
+    totals = {"n_slices": n_slices, "n_patients": len(files), "seconds_per_slice": seconds / n_slices}
+    return raw | {"postprocessed": postprocessed} | totals, size
 
 
 class _Chain:
@@ -350,23 +322,19 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0, samples: int = 10_000) -> list[float] | None:
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float] | None:
     """Return the percentile bootstrap 95 % interval of the mean, [low, high]; None for fewer than two values."""
+    from scipy.stats import bootstrap
+
     if len(values) < 2:
         return None
-    rng = np.random.default_rng(seed)
-    # 100 draws at a time, to bound memory
-    means = [rng.choice(values, (100, len(values))).mean(axis=1) for _ in range(samples // 100)]
-    return [float(limit) for limit in np.percentile(np.concatenate(means), [2.5, 97.5])]
+    options = {"method": "percentile", "n_resamples": 10_000, "batch": 100}  # batches bound the memory
+    return list(map(float, bootstrap((values,), np.mean, rng=seed, **options).confidence_interval))
 
 
-def _protocol(size: tuple[int, int], threshold, postprocess: bool, seed: int) -> dict[str, str]:
+def _protocol(size: tuple[int, int], threshold, seed: int) -> dict[str, str]:
     """Describe in words how the numbers were computed."""
     small, large = LESION_SIZES["medium"]
-    postprocessed = (
-        "map cleared outside the eroded foreground (5 x 5 mean > 0.95), 5 x 5 median filter; for Dice per patient "
-        "components under 20 voxels are removed, too (26 neighbours, contiguous slices)"
-    )
     ideal = "ideal threshold of this split, chosen on its own masks: an upper bound"
     return {
         "resolution": f"{size[0]} x {size[1]}, the data set's; smaller maps upsampled bilinearly",
@@ -380,5 +348,6 @@ def _protocol(size: tuple[int, int], threshold, postprocess: bool, seed: int) ->
         "patients_without_lesion": "no Dice of their own; their pixels count in every pooled measure",
         "interval": f"95 % percentile bootstrap of the mean over patients, 10000 samples, seed {seed}",
         "slice_auroc": "score = mean of the map over the slice's foreground; positive = any class but the first",
-        "postprocessed": postprocessed if postprocess else "not done",
+        "postprocessed": "map cleared outside the eroded foreground (5 x 5 mean > 0.95), 5 x 5 median filter; for Dice per "
+        "patient components under 20 voxels are removed, too (26 neighbours, contiguous slices)",
     }
