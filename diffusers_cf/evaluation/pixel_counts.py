@@ -24,21 +24,16 @@ class PixelCounts:
     add up to the counts of the data set.
 
     Args:
-        max_bins (`int`): largest number of bins in use, at least 4,096; 24 bytes each.
+        max_bins (`int`): largest number of bins in use; 24 bytes each.
 
     Attributes:
         bins (`np.ndarray`): uint32 `(B,)`, ascending: the leading bits of the scores in each bin that is in use.
         positives (`np.ndarray`): int64 `(B,)`, number of lesion pixels.
         negatives (`np.ndarray`): int64 `(B,)`, number of other pixels.
         shift (`int`): number of bits by which scores are shortened; 0 while they are exact.
-
-    Raises:
-        ValueError: `max_bins` is below 4,096.
     """
 
     def __init__(self, max_bins: int = 2**18):
-        if max_bins < 4096:
-            raise ValueError(f"max_bins must be at least 4096, not {max_bins}")
         self.max_bins = max_bins
         self.shift = 0
         self.bins = np.zeros(0, dtype=np.uint32)
@@ -53,22 +48,14 @@ class PixelCounts:
             masks (`np.ndarray`): the same number of pixels, nonzero = lesion.
 
         Raises:
-            ValueError: a score is NaN or infinite, or the sizes differ.
+            ValueError: a score is NaN or infinite.
         """
         scores, lesion = np.asarray(scores, dtype=np.float32).ravel(), np.asarray(masks).ravel() != 0
-        if scores.shape != lesion.shape:
-            raise ValueError(f"scores and masks must have the same size, not {scores.size} and {lesion.size}")
         if not np.isfinite(scores).all():
             raise ValueError("scores must be finite, but some are NaN or infinite")
-        bins = _order_key(scores) >> self.shift
-        positive_bins, positives = np.unique(bins[lesion], return_counts=True)
-        negative_bins, negatives = np.unique(bins[~lesion], return_counts=True)
-        # merge both classes at once: a merge may raise the shift that these bins were computed with
-        self._merge(
-            np.concatenate([positive_bins, negative_bins]),
-            np.concatenate([positives, 0 * negatives]),
-            np.concatenate([0 * positives, negatives]),
-        )
+        for is_lesion in (True, False):
+            bins, counts = np.unique(_order_key(scores[lesion == is_lesion]) >> self.shift, return_counts=True)
+            self._merge(bins, counts * is_lesion, counts * (not is_lesion))
 
     def _merge(self, bins: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> None:
         bins = np.concatenate([self.bins, bins])
@@ -184,10 +171,8 @@ def read_counts(path: str | Path) -> Iterator[tuple[str, dict]]:
     """
     with np.load(path) as file:
         for patient in dict.fromkeys(name.split("/")[0] for name in file.files):
-            found = {name: file[f"{patient}/{name}"] for name in ("slices", "labels")}
-            for chain in CHAINS:
-                if f"{patient}/{chain}/slice_scores" in file.files:
-                    found[f"{chain}/slice_scores"] = file[f"{patient}/{chain}/slice_scores"]
-                    for region in REGIONS:
-                        found[f"{chain}/{region}"] = PixelCounts.from_arrays(file, f"{patient}/{chain}/{region}/")
+            scores = [f"{chain}/slice_scores" for chain in CHAINS]
+            found = {name: file[f"{patient}/{name}"] for name in ("slices", "labels", *scores)}
+            for part in (f"{chain}/{region}" for chain in CHAINS for region in REGIONS):
+                found[part] = PixelCounts.from_arrays(file, f"{patient}/{part}/")
             yield patient, found
