@@ -111,14 +111,22 @@ class PixelCounts:
 
         (None, None) without lesion pixels.
         """
-        lesion = int(self.positives.sum())
-        if not lesion:
+        if not self.positives.any():
             return None, None
-        found = np.cumsum(self.positives[::-1])[::-1]  # lesion pixels above each bin's lower edge
+        best = int(np.argmax(self._dice_of_bins()))
+        return float(self._dice_of_bins()[best]), float(self.scores[best])
+
+    def dice(self, threshold: float) -> float | None:
+        """Return Dice of `map >= threshold`, to the precision of the bins; None without lesion pixels."""
+        if not self.positives.any():
+            return None
+        return float(np.append(self._dice_of_bins(), 0)[np.searchsorted(self.scores, threshold)])
+
+    def _dice_of_bins(self) -> np.ndarray:
+        """Return Dice `(B,)` of the pixels in each bin and above it."""
+        found = np.cumsum(self.positives[::-1])[::-1]
         marked = found + np.cumsum(self.negatives[::-1])[::-1]
-        dice = 2 * found / (marked + lesion)
-        best = int(np.argmax(dice))
-        return float(dice[best]), float(self.scores[best])
+        return 2 * found / (marked + self.positives.sum())
 
     def to_arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
         """Return arrays for an .npz file, in small types: `shift`, differences of `bins`, `positives`, `negatives`."""

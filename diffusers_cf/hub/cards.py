@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader
 from diffusers_cf.data.intensity import normalize_of, unit_in_words
 from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
-from diffusers_cf.loading import WEIGHTS, read_json, read_preprocessing, sha256_of
+from diffusers_cf.loading import WEIGHTS, read_preprocessing, sha256_of
 
 
 LIBRARY = "diffusers_cf"  # with `diffusers` the Hub would print a snippet that fails
@@ -100,9 +100,7 @@ def model_card(
         data_license (`str`, *optional*): of the training data, if their source does not have one.
     """
     folder = Path(folder)
-    facts, encoder = read_preprocessing(folder), folder / "class_encoder/config.json"
-    if "class_names" not in facts:
-        facts["class_names"] = read_json(encoder)["class_names"] if encoder.exists() else ["healthy"]
+    facts = {"class_names": ["healthy"]} | read_preprocessing(folder)
     training, source, normalize = facts.get("training", {}), source_of(facts), normalize_of(facts)
     known = facts | {"normalize": f"{normalize}, {unit_in_words(normalize)}"}
     name, base = repo_id.split("/")[-1], training.get("base_model", "")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, create_repo, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, create_repo
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 from pyarrow.parquet import read_table
@@ -40,7 +40,6 @@ OF_MODEL = (
     *_OF_BOTH, "signs", "settings", "settings_chosen_by", "threshold_chosen_by", "paper_threshold",
     "paper_threshold_chosen_by", "evaluation_size", "training",
 )  # fmt: skip
-_BLANK = {".gitattributes", "README.md", "LICENSE"}  # files of a new repository
 
 
 def push_model(
@@ -95,7 +94,7 @@ def push_model(
         code = code_files(read_components(folder / MODEL_INDEX), facts)
         files |= {name: text.encode() for name, text in code.items()}
 
-    repo_id, there = model_repository(repo_id, token, private)
+    repo_id, there = open_repository(repo_id, token, private)
     card = model_card(folder, repo_id, license, results, list(pictures), with_code, data_license)
     files["README.md"] = card.encode()
     weights = {name: match["variant"] for name in there if (match := _weights(Path(name).name))}
@@ -142,41 +141,30 @@ def push_dataset(
         patients[split] = sorted(set(names))
     files = {SPLITS_FILE: _json(patients), PREPROCESSING: _json(facts)} | pictures
     files |= shards if source.shareable else {}
-    repo_id, there = _repository(repo_id, token, private, "dataset")
-    if PREPROCESSING not in there:
-        _check_blank(repo_id, there)
+    repo_id, there = open_repository(repo_id, token, private, "dataset")
     files["README.md"] = dataset_card(facts, repo_id, license, list(pictures), source.shareable).encode()
     stale = [name for name in there if Path(name).match("data/*.parquet")]
     return _push(repo_id, files, stale, token, commit_message, "dataset"), source.shareable
 
 
-def model_repository(name: str, token: str | None = None, private: bool | None = None) -> tuple[str, list[str]]:
-    """Create a repository for a model unless it exists.
+def open_repository(
+    name: str, token: str | None = None, private: bool | None = None, repo_type: str = "model"
+) -> tuple[str, list[str]]:
+    """Create a repository for a model or data set unless it exists.
 
     Returns:
         `user/name`, and the names of the files that it holds.
 
     Raises:
-        InputError: the Hub refuses, or the repository holds something other than a model of this kind.
+        InputError: the Hub refuses, or the repository holds something that this package has not pushed.
     """
-    repo_id, there = _repository(name, token, private)
-    try:
-        with _pushing(repo_id):
-            read_components(Path(hf_hub_download(repo_id, MODEL_INDEX, token=token)))
-    except InputError:  # there is no such file, or it is of another pipeline
-        _check_blank(repo_id, there)
-    return repo_id, there
-
-
-def _repository(name: str, token: str | None, private: bool | None, repo_type: str = "model") -> tuple[str, list[str]]:
     with _pushing(name):
         repo_id = create_repo(name, token=token, private=private, exist_ok=True, repo_type=repo_type).repo_id
-        return repo_id, HfApi(token=token).list_repo_files(repo_id, repo_type=repo_type)
-
-
-def _check_blank(repo_id: str, there: Sequence[str]) -> None:
-    if foreign := set(there) - _BLANK:
+        there = HfApi(token=token).list_repo_files(repo_id, repo_type=repo_type)
+    foreign = set(there) - {".gitattributes", "README.md", "LICENSE"}  # files of a new repository
+    if foreign and PREPROCESSING not in there:
         raise InputError(f"{repo_id}: holds something else already ({min(foreign)}): choose another --repo_id")
+    return repo_id, there
 
 
 def _push(
