@@ -9,7 +9,7 @@ from evaluation_data import FakeDataset
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.pixel_counts import read_counts
+from diffusers_cf.evaluation.bootstrap import read_patient_counts
 from diffusers_cf.evaluation.postprocessing import postprocess_maps, remove_small_components
 from diffusers_cf.evaluation.processes import Share
 from diffusers_cf.evaluation.protocol import begin_parts, bootstrap_interval, dice, evaluate
@@ -207,18 +207,16 @@ def test_a_constant_map_scores_the_prevalence():
 def test_the_file_of_counts_adds_up_to_the_result(tmp_path):
     dataset, path = FakeDataset().shuffled(), tmp_path / "RESULT.counts.npz"
     result = measured(dataset, counts_path=path)
-    patients = dict(read_counts(path))
-    assert list(patients) == ["patient_a", "patient_b", "patient_c"]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     for chain, part in (("raw", result), ("postprocessed", result["postprocessed"])):
-        a, b, c = (found[f"{chain}/foreground"] for found in patients.values())
-        assert (a + b + c).average_precision() == pytest.approx(part["foreground_auprc"], abs=1e-12)
-        d, e, f = (found[f"{chain}/background"] for found in patients.values())
-        assert (a + b + c + d + e + f).ideal_dice()[0] == pytest.approx(part["ideal_dice"], abs=1e-12)
-        scores = np.concatenate([found[f"{chain}/slice_scores"] for found in patients.values()])
-        labels = np.concatenate([found["labels"] for found in patients.values()])
-        assert roc_auc_score(labels, scores) == pytest.approx(part["slice_auroc"], abs=1e-12)
-    assert patients["patient_b"]["slices"].tolist() == [10, 11, 12, 13]
+        patients = read_patient_counts(path, chain)
+        assert list(patients) == ["patient_a", "patient_b", "patient_c"]
+        a, b, c = patients.values()
+        assert (a + b + c).average_precision() == pytest.approx(part["auprc"], abs=1e-12)
+        assert (a + b + c).ideal_dice()[0] == pytest.approx(part["ideal_dice"], abs=1e-12)
+        assert [a.average_precision(), b.average_precision(), c.average_precision()] == pytest.approx(
+            part["per_patient_auprc"]["values"], abs=1e-12
+        )
 
 
 class Counting:
@@ -244,8 +242,8 @@ def test_shards_add_up_to_the_result_of_one_process(threshold, tmp_path):
     found = measured(data, maps[2], parts=tmp_path / "parts", counts_path=counts[1], **options)
     assert sorted(one.calls for one in maps) == [0, 6, 9]  # patients of 5, 4 and 6 slices
     assert without_time(found) == without_time(expected)
-    for (name, one), (other, several) in zip(*map(read_counts, counts), strict=True):
-        assert name == other and np.array_equal(one["raw/slice_scores"], several["raw/slice_scores"])
+    for one, several in zip(*(read_patient_counts(path).values() for path in counts), strict=True):
+        assert np.array_equal(one.positives, several.positives) and np.array_equal(one.scores, several.scores)
 
 
 def test_an_interrupted_run_continues_with_the_missing_patients(tmp_path):

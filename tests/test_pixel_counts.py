@@ -1,10 +1,10 @@
-"""Pixel counts against scikit-learn and brute force, and the file that keeps them."""
+"""Pixel counts against scikit-learn and brute force."""
 
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from diffusers_cf.evaluation.pixel_counts import PixelCounts, counts_file, read_counts
+from diffusers_cf.evaluation.pixel_counts import PixelCounts
 
 
 def counted(scores, masks, **kwargs):
@@ -151,32 +151,17 @@ def test_scores_that_are_not_finite_are_refused(bad):
         counted(np.array([0.0, bad, 1.0]), np.zeros(3))
 
 
-def test_a_file_gives_back_the_counts_of_every_patient(tmp_path):
+@pytest.mark.parametrize("max_bins", [4096, 2**18])
+def test_arrays_give_back_the_counts(max_bins):
     scores, masks = heatmap_pixels(30_000)
-    counts = counted(scores - 0.1, masks, max_bins=4096)
-    path = tmp_path / "RESULT.counts.npz"
-    with counts_file(path) as append:
-        for patient in ("b", "a.1_2-3"):
-            append({f"{patient}/slices": np.arange(3), f"{patient}/labels": np.array([0, 1, 1])})
-            for chain in ("raw", "postprocessed"):
-                append({f"{patient}/{chain}/slice_scores": np.ones(3)})
-                for region in ("foreground", "background"):
-                    append(counts.to_arrays(f"{patient}/{chain}/{region}/"))
-        assert not path.exists()
-    patients = dict(read_counts(path))
-    assert list(patients) == ["b", "a.1_2-3"]
-    assert patients["b"]["slices"].tolist() == [0, 1, 2] and patients["b"]["labels"].tolist() == [0, 1, 1]
-    read = patients["b"]["raw/foreground"]
-    assert (read + read).average_precision() == pytest.approx(counts.average_precision(), abs=1e-12)
+    counts = counted(scores - 0.1, masks, max_bins=max_bins)
+    read = PixelCounts.from_arrays(counts.to_arrays("p/raw/"), "p/raw/")
     assert read.shift == counts.shift
     for name in ("bins", "positives", "negatives", "scores"):
         np.testing.assert_array_equal(getattr(read, name), getattr(counts, name))
 
 
-def test_an_interrupted_file_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "RESULT.counts.npz"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), counts_file(path) as append:
-        append({"a": np.zeros(3)})
-        raise KeyboardInterrupt
-    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+def test_dice_at_a_threshold():
+    counts = counted([3, 2, 2, 1], [1, 0, 0, 1])
+    assert counts.dice(0) == counts.dice(1) == pytest.approx(2 / 3) and counts.dice(1.5) == pytest.approx(2 / 5)
+    assert counts.dice(4) == 0 and PixelCounts().dice(1) is None

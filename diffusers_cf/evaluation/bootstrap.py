@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.pixel_counts import CHAINS, REGIONS, PixelCounts, read_counts
+from diffusers_cf.evaluation.pixel_counts import CHAINS, REGIONS, PixelCounts
 
 
 SEED = 0  # of all draws, so that any two methods can be compared
@@ -136,10 +136,12 @@ def read_patient_counts(path: str | Path, chain: str = "raw") -> dict[str, Pixel
         path (`str` or `Path`): the file.
         chain (`str`): `raw` or `postprocessed`.
     """
-    return {
-        patient: sum((found[f"{chain}/{region}"] for region in REGIONS), PixelCounts(COMMON_BINS))
-        for patient, found in read_counts(path)
-    }
+    found = {}
+    with np.load(path) as file:
+        for patient in dict.fromkeys(name.split("/")[0] for name in file.files):
+            regions = (PixelCounts.from_arrays(file, f"{patient}/{chain}/{region}/") for region in REGIONS)
+            found[patient] = sum(regions, PixelCounts(COMMON_BINS))
+    return found
 
 
 def bootstraps_of_file(path: str | Path, samples: int = 1000) -> dict[str, dict]:

@@ -1,13 +1,8 @@
-"""Count pixels by score: a streaming histogram without a fixed range, and the file that keeps one per patient."""
+"""Count pixels by score: a streaming histogram without a fixed range."""
 
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
-
-from diffusers_cf.files import new_file
 
 
 # Every measure is computed for the map as it is and for the post-processed map.
@@ -111,22 +106,20 @@ class PixelCounts:
 
         (None, None) without lesion pixels.
         """
-        if not self.positives.any():
+        lesion = int(self.positives.sum())
+        if not lesion:
             return None, None
-        best = int(np.argmax(self._dice_of_bins()))
-        return float(self._dice_of_bins()[best]), float(self.scores[best])
+        found = np.cumsum(self.positives[::-1])[::-1]  # lesion pixels above each bin's lower edge
+        marked = found + np.cumsum(self.negatives[::-1])[::-1]
+        dice = 2 * found / (marked + lesion)
+        best = int(np.argmax(dice))
+        return float(dice[best]), float(self.scores[best])
 
     def dice(self, threshold: float) -> float | None:
         """Return Dice of `map >= threshold`, to the precision of the bins; None without lesion pixels."""
-        if not self.positives.any():
-            return None
-        return float(np.append(self._dice_of_bins(), 0)[np.searchsorted(self.scores, threshold)])
-
-    def _dice_of_bins(self) -> np.ndarray:
-        """Return Dice `(B,)` of the pixels in each bin and above it."""
-        found = np.cumsum(self.positives[::-1])[::-1]
-        marked = found + np.cumsum(self.negatives[::-1])[::-1]
-        return 2 * found / (marked + self.positives.sum())
+        above, lesion = self.scores >= threshold, self.positives.sum()
+        found, wrong = self.positives[above].sum(), self.negatives[above].sum()
+        return float(2 * found / (found + wrong + lesion)) if lesion else None
 
     def to_arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
         """Return arrays for an .npz file, in small types: `shift`, differences of `bins`, `positives`, `negatives`."""
@@ -155,32 +148,3 @@ def _order_key(scores: np.ndarray) -> np.ndarray:
 def _order_score(keys: np.ndarray) -> np.ndarray:
     """Return the float32 scores of keys: the inverse of `_order_key`."""
     return np.where(keys >> 31, keys ^ np.uint32(1 << 31), ~keys).view(np.float32)
-
-
-@contextmanager
-def counts_file(path: str | Path) -> Iterator[Callable[[dict[str, np.ndarray]], None]]:
-    """Yield a function that appends arrays to a new .npz file, which replaces `path` once it is complete."""
-    with new_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-
-        def append(arrays: dict[str, np.ndarray]) -> None:
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, np.asarray(array))
-
-        yield append
-
-
-def read_counts(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Read a file of per-patient counts, one patient at a time.
-
-    Yields:
-        The patient's id and a dictionary: `slices` and `labels` `(S,)`, and for each chain (`raw`, `postprocessed`)
-        `CHAIN/slice_scores` `(S,)` and `CHAIN/foreground`, `CHAIN/background`: `PixelCounts` of at most 65,536 bins.
-    """
-    with np.load(path) as file:
-        for patient in dict.fromkeys(name.split("/")[0] for name in file.files):
-            scores = [f"{chain}/slice_scores" for chain in CHAINS]
-            found = {name: file[f"{patient}/{name}"] for name in ("slices", "labels", *scores)}
-            for part in (f"{chain}/{region}" for chain in CHAINS for region in REGIONS):
-                found[part] = PixelCounts.from_arrays(file, f"{patient}/{part}/")
-            yield patient, found

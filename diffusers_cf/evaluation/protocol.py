@@ -6,6 +6,7 @@ over the pixels of the whole test set. `PixelCounts` counts these pixels in cons
 
 import json
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,14 +18,12 @@ from tqdm import tqdm
 
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.batching import map_in_batches
-from diffusers_cf.evaluation.pixel_counts import CHAINS, REGIONS, PixelCounts, counts_file
+from diffusers_cf.evaluation.pixel_counts import CHAINS, REGIONS, PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps, remove_small_components
 from diffusers_cf.evaluation.processes import Share
 from diffusers_cf.files import new_file, read_json, write_json
 
 
-# Bins per count in the file of per-patient counts, about 80 kB each.
-FILE_BINS = 2**16
 # Lesion size as a share of the patient's foreground. The limits are fixed, so that results of different data sets
 # compare; on TCGA-LGG each size holds about a third of the patients.
 LESION_SIZES = {"small": (0.0, 0.03), "medium": (0.03, 0.08), "large": (0.08, 1.0)}
@@ -62,7 +61,8 @@ def evaluate(
             each chain (`raw`, `postprocessed`). None means the ideal threshold of this split, an upper bound.
         indices (`Sequence[int]`, *optional*): rows of the data set to measure; all by default.
         network_evaluations_per_slice (`float`): NFE of the method, for the result.
-        counts_path (`str` or `Path`, *optional*): .npz file for each patient's counts (`pixel_counts.read_counts`).
+        counts_path (`str` or `Path`, *optional*): .npz file for each patient's counts, which
+            `bootstrap.read_patient_counts` reads.
         seed (`int`): seed of the bootstrap.
         progress (`bool`): whether to show a progress bar.
         parts (`str` or `Path`, *optional*): folder for the patients' files, temporary by default. Patients found there
@@ -102,7 +102,9 @@ def evaluate(
         share.wait()
         if share.is_shard or not share.is_main:
             return None
-        result, size = _combine(files, thresholds, counts_path, seed)
+        result, size = _combine(files, thresholds, seed)
+        if counts_path:
+            _write_counts(files, counts_path)
     result["network_evaluations_per_slice"] = network_evaluations_per_slice
     return result | {"protocol": _protocol(size, threshold, seed)}
 
@@ -211,19 +213,25 @@ def _dice_of_patient(maps, masks, slices, threshold: float, chain: str) -> tuple
     return dice(prediction, masks), [value for value in of_slices if value is not None]
 
 
-def _combine(
-    files: Mapping[str, Path], thresholds: Mapping[str, float | None], counts_path: str | Path | None, seed: int
-) -> tuple[dict, list[int]]:
+def _write_counts(files: Mapping[str, Path], path: str | Path) -> None:
+    """Copy the pixel counts of all patients' parts into one .npz file, as `PATIENT/CHAIN/REGION/NAME`."""
+    with new_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for patient, file in files.items():
+            with zipfile.ZipFile(file) as part:
+                for name in part.namelist():
+                    if name.count("/") == 2:  # CHAIN/REGION/NAME
+                        archive.writestr(f"{patient}/{name}", part.read(name))
+
+
+def _combine(files: Mapping[str, Path], thresholds: Mapping[str, float | None], seed: int) -> tuple[dict, list[int]]:
     """Add up the parts of all patients one by one; return the result and the size of the masks."""
     chains, n_slices, seconds = [_Chain(name, thresholds[name]) for name in CHAINS], 0, 0.0
-    with counts_file(counts_path) if counts_path else nullcontext(lambda arrays: None) as write_counts:
-        for name, path in files.items():
-            with np.load(path) as part:
-                write_counts({f"{name}/{key}": part[key] for key in ("slices", "labels")})
-                for chain in chains:
-                    write_counts(chain.add(name, part))
-                n_slices, seconds = n_slices + len(part["slices"]), seconds + float(part["seconds"])
-                size = part["size"].tolist()
+    for name, path in files.items():
+        with np.load(path) as part:
+            for chain in chains:
+                chain.add(name, part)
+            n_slices, seconds = n_slices + len(part["slices"]), seconds + float(part["seconds"])
+            size = part["size"].tolist()
     for chain in chains:
         if chain.threshold is None:
             chain.threshold = sum(chain.counts.values(), PixelCounts()).ideal_dice()[1]
@@ -246,23 +254,19 @@ class _Chain:
         self.dice, self.auprc, self.lesion_size = {}, {}, {}  # by patient, of patients with a lesion
         self.counts_of_size = {name: PixelCounts() for name in LESION_SIZES}
 
-    def add(self, patient: str, part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Add a patient's part; return its entries in the file of per-patient counts."""
-        scores = part[f"{self.name}/slice_scores"]
-        self.slice_scores.extend(scores)
+    def add(self, patient: str, part: Mapping[str, np.ndarray]) -> None:
+        """Add a patient's part."""
+        self.slice_scores.extend(part[f"{self.name}/slice_scores"])
         self.labels.extend(part["labels"] != 0)
-        entries = {f"{patient}/{self.name}/slice_scores": scores}
         found = {region: PixelCounts.from_arrays(part, f"{self.name}/{region}/") for region in REGIONS}
         for region, counts in found.items():
             self.counts[region] += counts
-            entries |= (PixelCounts(FILE_BINS) + counts).to_arrays(f"{patient}/{self.name}/{region}/")
         pixels, foreground = found["foreground"] + found["background"], found["foreground"]
         if lesion := int(pixels.positives.sum()):
             share = lesion / max(1, int(foreground.positives.sum() + foreground.negatives.sum()))
             size = next(name for name, (_, below) in LESION_SIZES.items() if share < below or name == "large")
             self.auprc[patient], self.lesion_size[patient] = pixels.average_precision(), size
             self.counts_of_size[size] += pixels
-        return entries
 
     def add_dice(self, patient: str, part: Mapping[str, np.ndarray]) -> None:
         """Add Dice of a patient with a lesion and of its slices, from the part or from its maps."""
