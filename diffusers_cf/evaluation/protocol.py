@@ -102,11 +102,22 @@ def evaluate(
         share.wait()
         if share.is_shard or not share.is_main:
             return None
-        result, size = _combine(files, thresholds, seed)
+        raw, postprocessed = (_result_of_chain(chain, files, thresholds[chain], seed) for chain in CHAINS)
+        seconds = 0.0
+        for path in files.values():
+            with np.load(path) as part:
+                seconds, size = seconds + float(part["seconds"]), part["size"].tolist()
         if counts_path:
             _write_counts(files, counts_path)
-    result["network_evaluations_per_slice"] = network_evaluations_per_slice
-    return result | {"protocol": _protocol(size, threshold, seed)}
+    n_slices = sum(map(len, measured.values()))
+    return raw | {
+        "postprocessed": postprocessed,
+        "n_slices": n_slices,
+        "n_patients": len(measured),
+        "seconds_per_slice": seconds / n_slices,
+        "network_evaluations_per_slice": network_evaluations_per_slice,
+        "protocol": _protocol(size, threshold, seed),
+    }
 
 
 def begin_parts(folder: Path, facts: Mapping) -> None:
@@ -223,97 +234,70 @@ def _write_counts(files: Mapping[str, Path], path: str | Path) -> None:
                         archive.writestr(f"{patient}/{name}", part.read(name))
 
 
-def _combine(files: Mapping[str, Path], thresholds: Mapping[str, float | None], seed: int) -> tuple[dict, list[int]]:
-    """Add up the parts of all patients one by one; return the result and the size of the masks."""
-    chains, n_slices, seconds = [_Chain(name, thresholds[name]) for name in CHAINS], 0, 0.0
-    for name, path in files.items():
+def _result_of_chain(chain: str, files: Mapping[str, Path], threshold: float | None, seed: int) -> dict:
+    """Add up one chain of processing, `raw` or `postprocessed`, over all patients; return its fields of RESULT.json."""
+    from sklearn.metrics import roc_auc_score
+
+    pixels, foreground = PixelCounts(), PixelCounts()
+    sizes = {name: PixelCounts() for name in LESION_SIZES}
+    labels, slice_scores, auprc, size_of = [], [], {}, {}
+    for patient, path in files.items():
         with np.load(path) as part:
-            for chain in chains:
-                chain.add(name, part)
-            n_slices, seconds = n_slices + len(part["slices"]), seconds + float(part["seconds"])
-            size = part["size"].tolist()
-    for chain in chains:
-        if chain.threshold is None:
-            chain.threshold = sum(chain.counts.values(), PixelCounts()).ideal_dice()[1]
-    for name, path in files.items():
-        with np.load(path) as part:
-            for chain in chains:
-                chain.add_dice(name, part)
-    raw, postprocessed = [chain.result(seed) for chain in chains]
-    totals = {"n_slices": n_slices, "n_patients": len(files), "seconds_per_slice": seconds / n_slices}
-    return raw | {"postprocessed": postprocessed} | totals, size
-
-
-class _Chain:
-    """The sums of one chain of processing, `raw` or `postprocessed`, over the parts of all patients."""
-
-    def __init__(self, name: str, threshold: float | None):
-        self.name, self.threshold = name, threshold
-        self.counts = {region: PixelCounts() for region in REGIONS}
-        self.labels, self.slice_scores, self.slice_dice = [], [], []
-        self.dice, self.auprc, self.lesion_size = {}, {}, {}  # by patient, of patients with a lesion
-        self.counts_of_size = {name: PixelCounts() for name in LESION_SIZES}
-
-    def add(self, patient: str, part: Mapping[str, np.ndarray]) -> None:
-        """Add a patient's part."""
-        self.slice_scores.extend(part[f"{self.name}/slice_scores"])
-        self.labels.extend(part["labels"] != 0)
-        found = {region: PixelCounts.from_arrays(part, f"{self.name}/{region}/") for region in REGIONS}
-        for region, counts in found.items():
-            self.counts[region] += counts
-        pixels, foreground = found["foreground"] + found["background"], found["foreground"]
-        if lesion := int(pixels.positives.sum()):
-            share = lesion / max(1, int(foreground.positives.sum() + foreground.negatives.sum()))
+            labels.extend(part["labels"] != 0)
+            slice_scores.extend(part[f"{chain}/slice_scores"])
+            inside, outside = (PixelCounts.from_arrays(part, f"{chain}/{region}/") for region in REGIONS)
+        both, foreground = inside + outside, foreground + inside
+        pixels += both
+        if lesion := int(both.positives.sum()):
+            share = lesion / max(1, int(inside.positives.sum() + inside.negatives.sum()))
             size = next(name for name, (_, below) in LESION_SIZES.items() if share < below or name == "large")
-            self.auprc[patient], self.lesion_size[patient] = pixels.average_precision(), size
-            self.counts_of_size[size] += pixels
+            sizes[size] += both
+            auprc[patient], size_of[patient] = both.average_precision(), size
+    ideal_dice, ideal_threshold = pixels.ideal_dice()
+    threshold = ideal_threshold if threshold is None else threshold
+    dice_of, slice_dice = _dice_of_chain(chain, {patient: files[patient] for patient in auprc}, threshold)
+    by_size = {name: [patient for patient, size in size_of.items() if size == name] for name in LESION_SIZES}
+    return {
+        "auprc": pixels.average_precision(),
+        "ideal_dice": ideal_dice,
+        "ideal_threshold": ideal_threshold,
+        "prevalence": pixels.prevalence,
+        "foreground_auprc": foreground.average_precision(),
+        "foreground_ideal_dice": foreground.ideal_dice()[0],
+        "foreground_prevalence": foreground.prevalence,
+        "slice_auroc": float(roc_auc_score(labels, slice_scores)) if len(set(labels)) == 2 else None,
+        "per_patient_dice": _of_patients(dice_of, seed) | {"threshold": threshold},
+        "per_slice_dice": _mean(slice_dice),
+        "per_patient_auprc": _of_patients(auprc, seed),
+        "by_lesion_size": {
+            name: {
+                "share_of_foreground": list(LESION_SIZES[name]),
+                "patients": patients,
+                "auprc": sizes[name].average_precision(),
+                "ideal_dice": sizes[name].ideal_dice()[0],
+                "per_patient_auprc": _mean([auprc[patient] for patient in patients]),
+                "per_patient_dice": _mean([dice_of[patient] for patient in patients]),
+            }
+            for name, patients in by_size.items()
+        },
+    }
 
-    def add_dice(self, patient: str, part: Mapping[str, np.ndarray]) -> None:
-        """Add Dice of a patient with a lesion and of its slices, from the part or from its maps."""
-        if patient not in self.auprc:
-            return
-        if f"{self.name}/maps" in part:
-            arrays = (part[name] for name in (f"{self.name}/maps", "masks", "slices"))
-            whole, slices = _dice_of_patient(*arrays, self.threshold, self.name)
-        else:
-            whole, slices = part[f"{self.name}/dice"], part[f"{self.name}/slice_dice"]
-        self.dice[patient] = float(whole)
-        self.slice_dice.extend(slices)
 
-    def result(self, seed: int) -> dict:
-        """Return the chain's fields of RESULT.json."""
-        from sklearn.metrics import roc_auc_score
-
-        foreground = self.counts["foreground"]
-        pixels = foreground + self.counts["background"]
-        ideal_dice, ideal_threshold = pixels.ideal_dice()
-        both_labels = len(set(self.labels)) == 2
-        return {
-            "auprc": pixels.average_precision(),
-            "ideal_dice": ideal_dice,
-            "ideal_threshold": ideal_threshold,
-            "prevalence": pixels.prevalence,
-            "foreground_auprc": foreground.average_precision(),
-            "foreground_ideal_dice": foreground.ideal_dice()[0],
-            "foreground_prevalence": foreground.prevalence,
-            "slice_auroc": float(roc_auc_score(self.labels, self.slice_scores)) if both_labels else None,
-            "per_patient_dice": _of_patients(self.dice, seed) | {"threshold": self.threshold},
-            "per_slice_dice": _mean(self.slice_dice),
-            "per_patient_auprc": _of_patients(self.auprc, seed),
-            "by_lesion_size": {name: self._of_size(name) for name in LESION_SIZES},
-        }
-
-    def _of_size(self, name: str) -> dict:
-        """Return measures of the patients with lesions of one size: of their pooled pixels, and means over patients."""
-        patients = [patient for patient, size in self.lesion_size.items() if size == name]
-        return {
-            "share_of_foreground": list(LESION_SIZES[name]),
-            "patients": patients,
-            "auprc": self.counts_of_size[name].average_precision(),
-            "ideal_dice": self.counts_of_size[name].ideal_dice()[0],
-            "per_patient_auprc": _mean([self.auprc[patient] for patient in patients]),
-            "per_patient_dice": _mean([self.dice[patient] for patient in patients]),
-        }
+def _dice_of_chain(
+    chain: str, files: Mapping[str, Path], threshold: float | None
+) -> tuple[dict[str, float], list[float]]:
+    """Return Dice of each patient, and of all their slices with a lesion, from the parts or from the maps in them."""
+    dice_of, slice_dice = {}, []
+    for patient, path in files.items():
+        with np.load(path) as part:
+            if f"{chain}/maps" in part:
+                arrays = (part[name] for name in (f"{chain}/maps", "masks", "slices"))
+                whole, slices = _dice_of_patient(*arrays, threshold, chain)
+            else:
+                whole, slices = part[f"{chain}/dice"], part[f"{chain}/slice_dice"]
+        dice_of[patient] = float(whole)
+        slice_dice.extend(slices)
+    return dice_of, slice_dice
 
 
 def _of_patients(values: Mapping[str, float], seed: int) -> dict:
