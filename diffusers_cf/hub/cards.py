@@ -118,8 +118,7 @@ def model_card(
         inference=False,
         base_model=base if "/" in base else None,  # a Hub id, not the name of a folder
     )
-    return _render(
-        "model_card.md",
+    return _TEMPLATES.get_template("model_card.md").render(
         metadata=metadata.to_yaml().strip(),
         name=name,
         repo_id=repo_id,
@@ -128,8 +127,7 @@ def model_card(
         with_code=with_code,
         source=source,
         data_license=license_of_data(str(folder), facts, data_license),
-        preprocessing=[(text, in_words(known[key])) for key, text in INPUT.items() if key in known],
-        settings=[(key, in_words(value)) for key, value in facts.get("settings", {}).items()],
+        preprocessing=[(text, known[key]) for key, text in INPUT.items() if key in known],
         scores=scores,
         protocol=_protocol(results),
         checksums=[(path.relative_to(folder).as_posix(), sha256_of(path)) for path in weights],
@@ -159,8 +157,7 @@ def dataset_card(
         tags=[*(["medical"] if source.medical else []), "anomaly-detection", "weakly-supervised", LIBRARY],
         **({"configs": [{"config_name": "default", "data_files": files}]} if images else {"viewer": False}),
     )
-    return _render(
-        "dataset_card.md",
+    return _TEMPLATES.get_template("dataset_card.md").render(
         metadata=metadata.to_yaml().strip(),
         name=name,
         repo_id=repo_id,
@@ -170,28 +167,20 @@ def dataset_card(
         images=images,
         source=source,
         license=license,
-        pixel_mm=in_words(facts["field_mm"] / facts["size"]) if facts.get("field_mm") else None,
+        pixel_mm=facts["field_mm"] / facts["size"] if facts.get("field_mm") else None,
         command=prepare_command(facts),
         normalize=normalize,
         unit=unit_in_words(normalize),
-        preprocessing=[(name, json.dumps(value)) for name, value in facts.items() if name != "splits"],
     )
 
 
 def prepare_command(facts: Mapping) -> str:
     """Return the `diffusers-cf prepare` command that makes the same slices from another copy of the source."""
-    source, words = facts.get("source"), []
+    source, modalities = facts.get("source"), " ".join(facts["modalities"])
+    words = ["--input FOLDER", "--output DATASET", "--split_file splits.json", f"--modalities {modalities}"]
     if source == "phantom":
         patients = sum(facts["splits"][name]["patients"] for name in SPLITS)
-        words += ["--output DATASET", f"--seed {facts['seed']}", f"--patients {patients}"]
-    else:
-        words += [
-            "--input FOLDER",
-            "--output DATASET",
-            "--split_file splits.json",
-            "--modalities",
-            *facts["modalities"],
-        ]
+        words = ["--output DATASET", f"--seed {facts['seed']}", f"--patients {patients}"]
     words += [f"--size {facts['size']}", f"--field_mm {facts['field_mm']:g}", f"--normalize {normalize_of(facts)}"]
     words += ["--class_names", *facts["class_names"]] if source == "folder" else []
     words += ["--labels FILE.csv"] if facts.get("labels_sha256") else []
@@ -199,17 +188,15 @@ def prepare_command(facts: Mapping) -> str:
     return " ".join([f"diffusers-cf prepare --source {source}", *words])
 
 
-def _render(template: str, **values) -> str:
-    environment = Environment(loader=PackageLoader("diffusers_cf"), trim_blocks=True, keep_trailing_newline=True)
-    environment.filters["words"] = in_words
-    return environment.get_template(template).render(values)
-
-
 def in_words(value: object) -> str:
     """Return a value as the card shows it."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+_TEMPLATES = Environment(loader=PackageLoader("diffusers_cf"), trim_blocks=True, keep_trailing_newline=True)
+_TEMPLATES.filters |= {"words": in_words, "json": json.dumps}
 
 
 def scores_of(result: Mapping) -> list[EvalResult]:
