@@ -11,7 +11,6 @@ from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation import bootstrap
 from diffusers_cf.evaluation.bootstrap import (
     Bootstrap,
-    average_precision,
     bootstrap_auprc,
     bootstrap_mean,
     bootstraps_of_file,
@@ -67,17 +66,6 @@ def drawn_runs(values):
 def over_runs(runs, samples=1000):
     """The bootstrap of a method from the pixels of its runs."""
     return mean_of_runs([bootstrap_auprc(counted(run), samples) for run in runs])
-
-
-def test_average_precision_of_many_histograms_is_scikit_learns():
-    rng = np.random.default_rng(0)
-    # Bins are empty, hold one class alone, or both: ties across the classes.
-    positives, negatives = rng.poisson(0.4, (5, 200)), rng.poisson(0.9, (5, 200))
-    expected = []
-    for positive, negative in zip(positives, negatives, strict=True):
-        scores = np.concatenate([np.repeat(-np.arange(200), positive), np.repeat(-np.arange(200), negative)])
-        expected.append(average_precision_score(np.repeat([1, 0], [positive.sum(), negative.sum()]), scores))
-    np.testing.assert_allclose(average_precision(positives, negatives), expected, rtol=0, atol=1e-12)
 
 
 def test_draws_are_measured_as_scikit_learn_measures_their_pixels():

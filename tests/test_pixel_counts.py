@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from diffusers_cf.evaluation.pixel_counts import PixelCounts
+from diffusers_cf.evaluation.pixel_counts import PixelCounts, average_precision
 
 
 def counted(scores, masks, **kwargs):
@@ -132,6 +132,17 @@ def test_a_constant_map_scores_the_prevalence(value):
     assert counts.prevalence == 0.05
     dice, threshold = counts.ideal_dice()
     assert dice == pytest.approx(2 * 0.05 / 1.05) and threshold == value
+
+
+def test_average_precision_of_many_histograms_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    # Bins are empty, hold one class alone, or both: ties across the classes.
+    positives, negatives = rng.poisson(0.4, (5, 200)), rng.poisson(0.9, (5, 200))
+    expected = []
+    for positive, negative in zip(positives, negatives, strict=True):
+        scores = np.concatenate([np.repeat(-np.arange(200), positive), np.repeat(-np.arange(200), negative)])
+        expected.append(average_precision_score(np.repeat([1, 0], [positive.sum(), negative.sum()]), scores))
+    np.testing.assert_allclose(average_precision(positives, negatives), expected, rtol=0, atol=1e-12)
 
 
 def test_ideal_threshold_is_the_lowest_of_equally_good_ones():

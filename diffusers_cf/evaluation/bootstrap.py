@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.pixel_counts import CHAINS, REGIONS, PixelCounts
+from diffusers_cf.evaluation.pixel_counts import CHAINS, REGIONS, PixelCounts, average_precision
 
 
 SEED = 0  # of all draws, so that any two methods can be compared
@@ -147,24 +147,6 @@ def read_patient_counts(path: str | Path, chain: str = "raw") -> dict[str, Pixel
 def bootstraps_of_file(path: str | Path, samples: int = 1000) -> dict[str, dict]:
     """Return `Bootstrap.to_json` of each chain of a .counts.npz file."""
     return {chain: bootstrap_auprc(read_patient_counts(path, chain), samples).to_json() for chain in CHAINS}
-
-
-def average_precision(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-    """Return average precision as scikit-learn defines it, sum of (R_n - R_{n-1}) P_n, of many histograms at once.
-
-    Args:
-        positives (`np.ndarray`): `(..., B)`, lesion pixels per bin, the bin of the highest scores first.
-        negatives (`np.ndarray`): `(..., B)`, other pixels per bin.
-
-    Returns:
-        `np.ndarray`: float64 `(...)`, NaN without lesion pixels.
-    """
-    true = np.cumsum(positives, axis=-1, dtype=np.float64)
-    above = true + np.cumsum(negatives, axis=-1, dtype=np.float64)
-    precision = np.divide(true, above, out=np.zeros_like(true), where=above > 0)
-    total = true[..., -1]
-    gained = (positives * precision).sum(axis=-1)
-    return np.divide(gained, total, out=np.full_like(total, np.nan), where=total > 0)
 
 
 def _weights(patients: Sequence[str], samples: int) -> np.ndarray:

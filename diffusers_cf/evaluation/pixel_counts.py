@@ -92,14 +92,9 @@ class PixelCounts:
 
         A constant map scores the prevalence.
         """
-        from sklearn.metrics import average_precision_score
-
         if not self.positives.any():
             return None
-        labels = np.repeat([1, 0], len(self.bins))
-        scores = np.tile(self.scores.astype(np.float64), 2)
-        weights = np.concatenate([self.positives, self.negatives])
-        return float(average_precision_score(labels, scores, sample_weight=weights))
+        return float(average_precision(self.positives[::-1], self.negatives[::-1]))
 
     def ideal_dice(self) -> tuple[float, float] | tuple[None, None]:
         """Return the best Dice over all thresholds of `map >= threshold`, and the lowest threshold that reaches it.
@@ -137,6 +132,24 @@ class PixelCounts:
         positives, negatives = (arrays[f"{prefix}{name}"].astype(np.int64) for name in ("positives", "negatives"))
         counts._merge(np.cumsum(arrays[f"{prefix}bins"], dtype=np.uint32), positives, negatives)
         return counts
+
+
+def average_precision(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+    """Return average precision as scikit-learn defines it, sum of (R_n - R_{n-1}) P_n, of many histograms at once.
+
+    Args:
+        positives (`np.ndarray`): `(..., B)`, lesion pixels per bin, the bin of the highest scores first.
+        negatives (`np.ndarray`): `(..., B)`, other pixels per bin.
+
+    Returns:
+        `np.ndarray`: float64 `(...)`, NaN without lesion pixels.
+    """
+    true = np.cumsum(positives, axis=-1, dtype=np.float64)
+    above = true + np.cumsum(negatives, axis=-1, dtype=np.float64)
+    precision = np.divide(true, above, out=np.zeros_like(true), where=above > 0)
+    total = true[..., -1]
+    gained = (positives * precision).sum(axis=-1)
+    return np.divide(gained, total, out=np.full_like(total, np.nan), where=total > 0)
 
 
 def _order_key(scores: np.ndarray) -> np.ndarray:

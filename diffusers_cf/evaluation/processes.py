@@ -44,8 +44,8 @@ class Share:
 
         Args:
             items (`Sequence`): the whole work.
-            sizes (`Sequence[int]`, *optional*): cost of each item; equal costs by default. Items are assigned in order
-                of falling cost, each to the part with the lowest total.
+            sizes (`Sequence[int]`, *optional*): cost of each item; equal costs by default. Costly items come first, and
+                each goes to the part with the lowest total.
         """
         sizes = sizes or [1] * len(items)
         loads, mine = [0] * self.count, []

@@ -22,6 +22,7 @@ from diffusers_cf.evaluation.pixel_counts import CHAINS, REGIONS, PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps, remove_small_components
 from diffusers_cf.evaluation.processes import Share
 from diffusers_cf.files import new_file, read_json, write_json
+from diffusers_cf.images import resize_images
 
 
 # Lesion size as a share of the patient's foreground. The limits are fixed, so that results of different data sets
@@ -48,7 +49,7 @@ def evaluate(
     """Measure one method on a split: the same pixels, resolution and post-processing for every method.
 
     Each patient's counts go to a file, so memory does not grow with the split. Without a threshold the files also hold
-    the maps (4 bytes per pixel, 8 with post-processing) until the ideal threshold is known.
+    the maps (8 bytes per pixel) until the ideal threshold is known.
 
     Args:
         anomaly_map (`Callable`): images float32 `(N, C, H, W)` -> maps `(N, h, w)`, higher = more lesion, any range.
@@ -92,8 +93,7 @@ def evaluate(
         files = {name: Path(folder, f"{number:06d}.npz") for number, name in enumerate(measured)}
         mine = share.of(list(files), [len(read[name]) for name in files])
         left = [name for name in mine if not files[name].exists()]
-        total, missing = (sum(len(read[name]) for name in names) for names in (mine, left))
-        with tqdm(total=total, initial=total - missing, unit="slice", disable=not shows_bar) as bar:
+        with tqdm(total=sum(len(read[name]) for name in left), unit="slice", disable=not shows_bar) as bar:
             patients = (_Patient(dataset, name, read[name], measured[name]) for name in left)
             options = {"batch_size": batch_size, "device": device, "progress": bar}
             for patient, maps, seconds in _maps_of_patients(anomaly_map, patients, whole_patients, options):
@@ -172,10 +172,7 @@ def _maps_of_patients(
 
 def maps_at_size(maps: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     """Return maps `(N, h, w)` as float32 `(N, H, W)` on the CPU, upsampled bilinearly if smaller than `size`."""
-    maps = maps.detach().to("cpu", torch.float32)
-    if tuple(maps.shape[1:]) != tuple(size):
-        maps = torch.nn.functional.interpolate(maps[:, None], size=size, mode="bilinear")[:, 0]
-    return maps.numpy()
+    return resize_images(maps.detach().to("cpu", torch.float32)[:, None], size)[:, 0].numpy()
 
 
 def _measure_patient(
@@ -327,7 +324,7 @@ def _protocol(size: tuple[int, int], threshold, seed: int) -> dict[str, str]:
     return {
         "resolution": f"{size[0]} x {size[1]}, the data set's; smaller maps upsampled bilinearly",
         "pixels": "all pixels of all slices pooled; foreground_*: pixels where any channel is above 0",
-        "counts": f"histogram of float32 scores, up to {PixelCounts().max_bins} bins in use; scikit-learn on the counts",
+        "counts": f"histogram of float32 scores, up to {PixelCounts().max_bins} bins in use; AUPRC: average precision",
         "ideal_threshold": "best Dice over all thresholds on this split's own masks: an upper bound",
         "per_patient_dice": ideal if threshold is None else "at the given threshold, chosen before the evaluation",
         "per_patient_auprc": "all pixels of each patient with a lesion; does not depend on the patient's intensity scale",
