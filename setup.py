@@ -56,7 +56,7 @@ setup(
         "huggingface_hub>=1.0",  # RemoteEntryNotFoundError
         "nibabel",
         "scikit-learn",
-        "scipy",
+        "scipy>=1.15",
         "jinja2",
         "matplotlib",
         "pyarrow",

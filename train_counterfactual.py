@@ -26,7 +26,7 @@ from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler
 from diffusers_cf.arguments import run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.files import alone_at, make_folder
-from diffusers_cf.hub.publishing import model_repository, push_model
+from diffusers_cf.hub.publishing import open_repository, push_model
 from diffusers_cf.inference import computes_in_bfloat16
 from diffusers_cf.loading import SWITCHES
 from diffusers_cf.losses import drop_condition, noise_prediction_loss, rising_timesteps
@@ -57,7 +57,7 @@ def main(args: Namespace) -> None:
         check_output_folder(output, args.resume_from_checkpoint)
         if args.push_to_hub and accelerator.is_main_process:
             name = args.hub_model_id or output.resolve().name
-            repository, _ = model_repository(name, args.hub_token, args.hub_private_repo or None)
+            repository, _ = open_repository(name, args.hub_token, args.hub_private_repo or None)
 
         training, pipeline = set_up(args, accelerator, output)
 

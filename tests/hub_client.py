@@ -20,7 +20,7 @@ RESULT = {
         "per_patient_dice": {"mean": 0.5, "interval": [0.25, 0.625], "threshold": 0.125},
     },
     "dataset": {"source": "phantom", "split": "test"}, "protocol": {"pixels": "all of them"},
-    "command": "diffusers-cf evaluate --model /srv/me", "commit": "def",
+    "command": "diffusers-cf evaluate --model MODEL", "commit": "def",
 }  # fmt: skip
 
 

@@ -66,14 +66,14 @@ def test_the_largest_batch_that_fits_is_found_once_and_kept():
 
 
 def test_running_out_of_memory_is_one_line():
-    with pytest.raises(InputError, match="out of memory with --batch_size 8: try 4"):
+    with pytest.raises(InputError, match="out of memory with a batch of 8"):
         list(map_in_batches(Network(fits=5), volumes(20), 8))
-    with pytest.raises(InputError, match="out of memory with a single slice"):
+    with pytest.raises(InputError, match="out of memory with a batch of 1"):
         list(map_in_batches(Network(fits=0), volumes(3), None))
 
 
 def test_other_errors_and_wrong_results_are_not_taken_for_lack_of_memory():
     with pytest.raises(RuntimeError, match="no kernel"):
         list(map_in_batches(Network(fits=0, error="no kernel"), volumes(3), None))
-    with pytest.raises(ValueError, match=r"\(2, 1, 2, 2\) for 3 slices"):
+    with pytest.raises(ValueError, match="for 3 slices"):
         list(map_in_batches(lambda slices: slices[1:], volumes(3), None))

@@ -12,28 +12,21 @@ from diffusers_cf.evaluation.calibration import (
     slice_scores,
     thresholds_of_labels,
 )
-from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps
-
-
-def healthy(scores):
-    counts = PixelCounts()
-    counts.update(np.asarray(scores), np.zeros(len(scores)))
-    return counts
 
 
 @pytest.mark.parametrize("quantile", [0.5, 0.9, 0.98, 0.999])
 def test_the_healthy_quantile_spares_just_that_share_of_healthy_pixels(quantile):
     scores = np.random.default_rng(0).exponential(size=10_000).astype(np.float32)
-    threshold = healthy_quantile(healthy(scores), quantile)
+    threshold = healthy_quantile(scores, quantile)
     assert (scores < threshold).mean() == pytest.approx(quantile, abs=1e-4)
     before = scores[scores < threshold].max()
     assert (scores < before).mean() < quantile
 
 
 def test_a_map_that_is_constant_on_healthy_slices_marks_none_of_them():
-    assert 0.25 < healthy_quantile(healthy([0.25] * 50), 0.98) < 0.2500001
-    assert 0 < healthy_quantile(healthy([0.0] * 50), 0.98) < 1e-30
+    assert 0.25 < healthy_quantile(np.full(50, 0.25, np.float32), 0.98) < 0.2500001
+    assert 0 < healthy_quantile(np.zeros(50, np.float32), 0.98) < 1e-30
 
 
 def test_the_score_of_a_slice_is_that_of_its_20th_brightest_pixel():
@@ -51,8 +44,6 @@ def test_labels_choose_the_threshold_with_the_fewest_errors_of_both_kinds():
     assert best_split(scores, [0, 0, 1, 1, 0, 1]) == 0.3
     # one lesion hardly shows: missing it is better than marking 2 of 3 healthy slices
     assert best_split(scores, [0, 1, 0, 0, 1, 1]) == 0.5
-    with pytest.raises(ValueError, match="same label"):
-        best_split(scores, [1] * 6)
 
 
 def batches(dataset, factor=1.0):

@@ -9,7 +9,7 @@ from evaluation_data import FakeDataset
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.pixel_counts import read_counts
+from diffusers_cf.evaluation.bootstrap import read_patient_counts
 from diffusers_cf.evaluation.postprocessing import postprocess_maps, remove_small_components
 from diffusers_cf.evaluation.processes import Share
 from diffusers_cf.evaluation.protocol import begin_parts, bootstrap_interval, dice, evaluate
@@ -140,7 +140,7 @@ def test_a_method_of_whole_patients_also_sees_the_slices_that_are_not_measured()
         seen.append(len(images))
         return images[:, 1] / images[:, 1].mean()
 
-    result = measured(data, relative, indices=chosen, whole_patients=True, postprocess=False)
+    result = measured(data, relative, indices=chosen, whole_patients=True)
     assert sorted(seen) == [4, 5, 6] and result["n_slices"] == len(chosen)
     scores = np.zeros(data.masks.shape, np.float32)
     for rows in rows_of(data).values():
@@ -177,15 +177,6 @@ def test_nan_in_a_map_names_the_patient():
         measured(FakeDataset(), broken, whole_patients=True)
 
 
-def test_a_split_without_masks_or_slices_is_refused():
-    dataset = FakeDataset()
-    with pytest.raises(InputError, match="the split is empty"):
-        measured(dataset, indices=[])
-    dataset.has_masks = False
-    with pytest.raises(InputError, match="no lesion masks"):
-        measured(dataset)
-
-
 def test_a_patient_without_lesion_has_no_dice_but_counts_elsewhere():
     dataset = FakeDataset()
     dataset.masks[dataset.patients == "patient_b"] = 0
@@ -207,28 +198,25 @@ def test_measures_are_none_without_lesions():
         assert part["per_patient_dice"] == expected
 
 
-def test_a_constant_map_scores_the_prevalence_and_postprocessing_can_be_left_out():
+def test_a_constant_map_scores_the_prevalence():
     dataset = FakeDataset()
-    result = measured(dataset, lambda images: torch.zeros(len(images), 24, 24), postprocess=False)
+    result = measured(dataset, lambda images: torch.zeros(len(images), 24, 24))
     assert result["auprc"] == pytest.approx((dataset.masks > 0).mean()) and result["slice_auroc"] == 0.5
-    assert "postprocessed" not in result
 
 
 def test_the_file_of_counts_adds_up_to_the_result(tmp_path):
     dataset, path = FakeDataset().shuffled(), tmp_path / "RESULT.counts.npz"
     result = measured(dataset, counts_path=path)
-    patients = dict(read_counts(path))
-    assert list(patients) == ["patient_a", "patient_b", "patient_c"]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     for chain, part in (("raw", result), ("postprocessed", result["postprocessed"])):
-        a, b, c = (found[f"{chain}/foreground"] for found in patients.values())
-        assert (a + b + c).average_precision() == pytest.approx(part["foreground_auprc"], abs=1e-12)
-        d, e, f = (found[f"{chain}/background"] for found in patients.values())
-        assert (a + b + c + d + e + f).ideal_dice()[0] == pytest.approx(part["ideal_dice"], abs=1e-12)
-        scores = np.concatenate([found[f"{chain}/slice_scores"] for found in patients.values()])
-        labels = np.concatenate([found["labels"] for found in patients.values()])
-        assert roc_auc_score(labels, scores) == pytest.approx(part["slice_auroc"], abs=1e-12)
-    assert patients["patient_b"]["slices"].tolist() == [10, 11, 12, 13]
+        patients = read_patient_counts(path, chain)
+        assert list(patients) == ["patient_a", "patient_b", "patient_c"]
+        a, b, c = patients.values()
+        assert (a + b + c).average_precision() == pytest.approx(part["auprc"], abs=1e-12)
+        assert (a + b + c).ideal_dice()[0] == pytest.approx(part["ideal_dice"], abs=1e-12)
+        assert [a.average_precision(), b.average_precision(), c.average_precision()] == pytest.approx(
+            part["per_patient_auprc"]["values"], abs=1e-12
+        )
 
 
 class Counting:
@@ -254,10 +242,8 @@ def test_shards_add_up_to_the_result_of_one_process(threshold, tmp_path):
     found = measured(data, maps[2], parts=tmp_path / "parts", counts_path=counts[1], **options)
     assert sorted(one.calls for one in maps) == [0, 6, 9]  # patients of 5, 4 and 6 slices
     assert without_time(found) == without_time(expected)
-    for (name, one), (other, several) in zip(*map(read_counts, counts), strict=True):
-        assert name == other and np.array_equal(one["raw/slice_scores"], several["raw/slice_scores"])
-    with pytest.raises(ValueError, match="parts is None"):
-        measured(data, share=Share(0, 2))
+    for one, several in zip(*(read_patient_counts(path).values() for path in counts), strict=True):
+        assert np.array_equal(one.positives, several.positives) and np.array_equal(one.scores, several.scores)
 
 
 def test_an_interrupted_run_continues_with_the_missing_patients(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from diffusers_cf import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.postprocessing import foreground_mask
-from diffusers_cf.evaluation.sweep import SweepPoint, best_point, evenly_spread, learn_signs, sweep
+from diffusers_cf.evaluation.sweep import evenly_spread, learn_signs, sweep
 
 
 class Slices:
@@ -45,8 +45,6 @@ def test_a_point_is_what_calls_of_the_pipeline_score(pipe, map):
     counts.update(maps[inside], slices.masks.numpy()[inside])
     assert points[-1].foreground_auprc == pytest.approx(counts.average_precision(), abs=1e-3)
     assert points[-1].network_evaluations == pipe.network_evaluations(**setting)
-    sick = inside & (slices.labels.numpy() > 0)[:, None, None]
-    assert points[-1].unhealthy_mean == pytest.approx(maps[sick].mean(), rel=1e-3)
 
 
 def test_the_setting_of_a_map_that_is_not_finite_is_named(pipe, monkeypatch):
@@ -90,11 +88,6 @@ def test_signs_are_learned_in_windows_with_crop_background(pipe, monkeypatch):
     monkeypatch.setattr(pipe, "denoise", spy)
     learn_signs(pipe, slices, range(6), batch_size=6, guidance_scale=2.0, strength=0.4, num_inference_steps=10)
     assert sizes == {group.size for group in pipe.windows(pipe.prepare_images(slices.images))} == {(6, 8)}
-
-
-def test_the_best_point_has_the_highest_postprocessed_auprc():
-    points = [SweepPoint(2.0, 0.5, 20, "counterfactual", 30, postprocessed_auprc=s) for s in (0.5, 0.7, 0.6)]
-    assert best_point(points) is points[1]
 
 
 def test_settings_that_cost_too_much_are_not_computed(pipe, record_calls):

@@ -52,7 +52,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     Raises:
         InputError: model, data set or options can't be used.
     """
-    from diffusers_cf.evaluation.sweep import best_point, learn_signs, sweep
+    from diffusers_cf.evaluation.sweep import learn_signs, sweep
     from diffusers_cf.inference import check_device_arguments
     from diffusers_cf.plots import plot_sweep
 
@@ -73,7 +73,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     points = []
     for grid in _grids(args, pipe):
         points += sweep(pipe, dataset, rows, *grid, args.batch_size, args.max_evaluations)
-    best = best_point(points)
+    best = max(points, key=lambda point: point.postprocessed_auprc)
     chosen_by = {"command": command_line(), "commit": package_commit(), "split": args.split, "n_slices": len(rows)}
     document = chosen_by | {"best": asdict(best), "points": [asdict(point) for point in points]}
     write_json(document, Path(args.output) / "sweep.json")

@@ -4,29 +4,16 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from diffusers_cf.errors import InputError
 
 
 # A CPU gains little from larger batches. On an accelerator the search for the largest batch starts at LARGEST_BATCH.
 CPU_BATCH, LARGEST_BATCH = 64, 1024
-
-
-@dataclass
-class _Volume:
-    """The results of one volume so far: `rows` holds one tuple per slice."""
-
-    key: Hashable
-    count: int
-    rows: list = field(default_factory=list)
-    seconds: float = 0.0
-
-    def result(self) -> tuple[Hashable, tuple[np.ndarray, ...], float]:
-        return self.key, tuple(np.stack(column) for column in zip(*self.rows, strict=True)), self.seconds
 
 
 def map_in_batches(
@@ -53,70 +40,61 @@ def map_in_batches(
         InputError: out of memory with `batch_size` slices, or with a single one.
         ValueError: the function returned a wrong number of rows.
     """
-    size = batch_size or (CPU_BATCH if torch.device(device).type == "cpu" else LARGEST_BATCH)
-    unfinished, receive = deque(), None
+    started = deque()  # key and number of slices of each volume that has been read, but not yielded
 
-    def read_slices() -> Iterator[tuple[_Volume, torch.Tensor]]:
+    def read_slices() -> Iterator[torch.Tensor]:
         for key, slices in volumes:
-            unfinished.append(_Volume(key, len(slices)))
-            yield from ((unfinished[-1], one) for one in torch.from_numpy(slices))
+            started.append((key, len(slices)))
+            yield from torch.from_numpy(slices)
 
-    waiting = read_slices()
-    while batch := list(itertools.islice(waiting, size)):
+    rows = _map_slices(function, read_slices(), batch_size, device, progress)
+    for first in rows:
+        key, count = started.popleft()
+        seconds, *columns = zip(first, *itertools.islice(rows, count - 1), strict=True)
+        yield key, tuple(map(np.stack, columns)), sum(seconds)
+
+
+def _map_slices(function: Callable, slices: Iterator, batch_size: int | None, device, progress) -> Iterator[tuple]:
+    """Yield `(seconds, result, ..)` of each slice; halve a batch that does not fit into memory."""
+    size = batch_size or (CPU_BATCH if torch.device(device).type == "cpu" else LARGEST_BATCH)
+    previous = ()
+    while batch := list(itertools.islice(slices, size)):
         try:
-            receive_next = _start(function, batch, progress)
+            current = _start(function, batch, progress)
         except RuntimeError as error:
-            size = _smaller_batch(error, len(batch), fixed=batch_size is not None)
-            waiting = itertools.chain(batch, waiting)
+            if not should_reduce_batch_size(error):
+                raise
+            if batch_size or len(batch) == 1:
+                hint = ": try a smaller --batch_size" if len(batch) > 1 else ""
+                raise InputError(f"out of memory with a batch of {len(batch)}{hint}") from None
+            clear_device_cache(garbage_collection=True)
+            size, slices = -(-len(batch) // 2), itertools.chain(batch, slices)
             continue
-        if receive:
-            receive()
-        receive = receive_next
-        while len(unfinished[0].rows) == unfinished[0].count:
-            yield unfinished.popleft().result()
-    if receive:
-        receive()
-    yield from (volume.result() for volume in unfinished)
+        yield from previous
+        previous = current
+    yield from previous
 
 
-def _start(function: Callable, batch: list[tuple[_Volume, torch.Tensor]], progress) -> Callable[[], None]:
-    """Start a batch; return a function that waits for it and gives each volume its rows and its share of the time."""
+def _start(function: Callable, batch: list[torch.Tensor], progress) -> Iterator[tuple]:
+    """Start a batch; return an iterator that waits for it and yields `(seconds, result, ..)` of each slice."""
     start = time.perf_counter()
-    volumes, slices = zip(*batch, strict=True)
-    results = function(torch.stack(slices))
+    results = function(torch.stack(batch))
     results = results if isinstance(results, tuple) else (results,)
     if any(len(result) != len(batch) for result in results):
-        shapes = ", ".join(str(tuple(result.shape)) for result in results)
-        raise ValueError(f"the function returned {shapes} for {len(batch)} slices")
+        raise ValueError(f"the function returned {[len(result) for result in results]} rows for {len(batch)} slices")
     copies = [result.detach().float().to("cpu", non_blocking=result.is_cuda) for result in results]
     arrival = torch.cuda.Event() if results[0].is_cuda else None
     if arrival:
         arrival.record()
-    started = time.perf_counter() - start
+    spent = time.perf_counter() - start
 
-    def receive() -> None:
+    def receive() -> Iterator[tuple]:
         start = time.perf_counter()
         if arrival:
             arrival.synchronize()
-        seconds = (started + time.perf_counter() - start) / len(batch)
-        for volume, *rows in zip(volumes, *(copy.numpy() for copy in copies), strict=True):
-            volume.rows.append(rows)
-            volume.seconds += seconds
+        seconds = (spent + time.perf_counter() - start) / len(batch)
         if progress is not None:
             progress.update(len(batch))
+        yield from zip([seconds] * len(batch), *(copy.numpy() for copy in copies), strict=True)
 
-    return receive
-
-
-def _smaller_batch(error: RuntimeError, count: int, fixed: bool) -> int:
-    """Return the next batch size to try after an error with `count` slices; raise if the error is final."""
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-
-    if not should_reduce_batch_size(error):
-        raise error
-    if count == 1:
-        raise InputError("out of memory with a single slice at a time") from None
-    if fixed:
-        raise InputError(f"out of memory with --batch_size {count}: try {count // 2}, or auto") from None
-    clear_device_cache(garbage_collection=True)
-    return -(-count // 2)
+    return receive()

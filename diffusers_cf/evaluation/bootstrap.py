@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.pixel_counts import CHAINS, REGIONS, PixelCounts, read_counts
+from diffusers_cf.evaluation.pixel_counts import CHAINS, REGIONS, PixelCounts, average_precision
 
 
+SEED = 0  # of all draws, so that any two methods can be compared
 # Largest number of bins of a patient's counts, and of the bins that all patients share.
 COMMON_BINS = 2**14
 # Draws computed at a time; each needs a few arrays of COMMON_BINS numbers.
@@ -30,13 +31,11 @@ class Bootstrap:
         values (`Sequence[float | None]`): score of each run on its own patients, None without lesion pixels.
         samples (`np.ndarray`): float64 `(samples,)`, score of each draw, NaN if a drawn run has no lesion.
         test_sets (`Sequence[Mapping]`): for each run, patient -> (lesion pixels, all pixels).
-        seed (`int`): seed of the draws.
     """
 
     values: Sequence[float | None]
     samples: np.ndarray
     test_sets: Sequence[Mapping[str, tuple[int, int]]]
-    seed: int
 
     @property
     def value(self) -> float | None:
@@ -59,15 +58,14 @@ class Bootstrap:
             Undefined values are None.
 
         Raises:
-            InputError: the test sets differ.
-            ValueError: the draws differ in seed or number.
+            InputError: the test sets differ; any number of runs may share a single one.
         """
-        _check_same_test_sets(self.test_sets, other.test_sets)
-        if (self.seed, len(self.samples)) != (other.seed, len(other.samples)):
-            raise ValueError("draws must have the same seed and number to be paired")
+        first, second = (sorted(sorted(pixels.items()) for pixels in of.test_sets) for of in (self, other))
+        if first != second and any(pixels != first[0] for pixels in [*first, *second]):
+            raise InputError("two methods were not measured on the same pixels of the same patients")
         pairs = list(zip(self.values, other.values, strict=True)) if len(self.values) == len(other.values) else []
         by_run = [None if None in pair else pair[0] - pair[1] for pair in pairs]
-        difference = Bootstrap(by_run, self.samples - other.samples, self.test_sets, self.seed)
+        difference = Bootstrap(by_run, self.samples - other.samples, self.test_sets)
         interval, defined = difference.interval(), difference.samples[np.isfinite(difference.samples)]
         return {
             "difference": None if self.value is None else self.value - other.value,
@@ -80,104 +78,80 @@ class Bootstrap:
         """Return the bootstrap of one run as JSON values."""
         samples = [None if np.isnan(sample) else round(float(sample), 6) for sample in self.samples]
         test_sets = [{patient: list(pixels) for patient, pixels in found.items()} for found in self.test_sets]
-        return {"value": self.value, "seed": self.seed, "test_sets": test_sets, "samples": samples}
+        return {"value": self.value, "seed": SEED, "test_sets": test_sets, "samples": samples}
 
     @classmethod
     def from_json(cls, stored: Mapping) -> "Bootstrap":
         """Return the bootstrap that `to_json` stored; its draws are rounded to 6 digits."""
         samples = np.array([np.nan if sample is None else sample for sample in stored["samples"]])
         test_sets = [{patient: tuple(pixels) for patient, pixels in found.items()} for found in stored["test_sets"]]
-        return cls([stored["value"]], samples, test_sets, stored["seed"])
+        return cls([stored["value"]], samples, test_sets)
 
 
-def bootstrap_auprc(run: Mapping[str, PixelCounts], seed: int = 0, samples: int = 1000) -> Bootstrap:
+def bootstrap_auprc(run: Mapping[str, PixelCounts], samples: int = 1000) -> Bootstrap:
     """Draw patients with replacement and compute the pooled AUPRC of one run on each draw.
 
     Runs on the same patients share their draws; runs on other patients get their own.
 
     Args:
         run (`Mapping[str, PixelCounts]`): each patient's counts of all pixels.
-        seed (`int`): seed of the draws.
         samples (`int`): number of draws.
     """
     patients = sorted(run)
-    weights = _weights(patients, seed, samples)
+    weights = _weights(patients, samples)
     positives, negatives = _common_bins([run[patient] for patient in patients])
     blocks = np.array_split(weights, -(-len(weights) // BLOCK))
     value, *drawn = np.concatenate([average_precision(block @ positives, block @ negatives) for block in blocks])
     lesion = {patient: int(run[patient].positives.sum()) for patient in patients}
     pixels = {patient: (lesion[patient], lesion[patient] + int(run[patient].negatives.sum())) for patient in patients}
-    return Bootstrap([None if np.isnan(value) else float(value)], np.array(drawn), [pixels], seed)
+    return Bootstrap([None if np.isnan(value) else float(value)], np.array(drawn), [pixels])
 
 
-def bootstrap_mean(run: Mapping[str, float], seed: int = 0, samples: int = 1000) -> Bootstrap:
+def bootstrap_mean(run: Mapping[str, float], samples: int = 1000) -> Bootstrap:
     """Draw patients with replacement and compute the mean of their scores; `run` maps each patient to its score."""
     patients = sorted(run)
-    value, *drawn = _weights(patients, seed, samples) @ np.array([run[patient] for patient in patients]) / len(run)
-    return Bootstrap([float(value)], np.array(drawn), [dict.fromkeys(patients, (0, 0))], seed)
+    value, *drawn = _weights(patients, samples) @ np.array([run[patient] for patient in patients]) / len(run)
+    return Bootstrap([float(value)], np.array(drawn), [dict.fromkeys(patients, (0, 0))])
 
 
 def mean_of_runs(runs: Sequence[Bootstrap]) -> Bootstrap:
     """Return the mean over the runs (seeds, splits) of a method; runs are drawn with replacement, too.
 
     Two methods with equally many runs share their draws of runs.
-
-    Raises:
-        ValueError: there is no run, or the draws differ in seed or number.
     """
-    if len({(run.seed, len(run.samples)) for run in runs}) != 1:
-        raise ValueError("runs must be one or more with draws of the same seed and number")
     samples = np.array([run.samples for run in runs])
-    random = np.random.default_rng([runs[0].seed, len(runs)])
+    random = np.random.default_rng([SEED, len(runs)])
     drawn = random.integers(len(runs), size=(len(runs), samples.shape[1]))
     return Bootstrap(
         [value for run in runs for value in run.values],
         np.take_along_axis(samples, drawn, axis=0).mean(axis=0),
         [test_set for run in runs for test_set in run.test_sets],
-        runs[0].seed,
     )
 
 
 def read_patient_counts(path: str | Path, chain: str = "raw") -> dict[str, PixelCounts]:
-    """Read each patient's counts of all pixels, in at most `COMMON_BINS` bins, from a .counts.npz file of `evaluate`.
+    """Return each patient's counts of all pixels, in at most `COMMON_BINS` bins, from a .counts.npz file of `evaluate`.
 
-    Raises:
-        InputError: the file has no counts of `chain` (`raw` or `postprocessed`).
+    Args:
+        path (`str` or `Path`): the file.
+        chain (`str`): `raw` or `postprocessed`.
     """
-    counts = {}
-    for patient, found in read_counts(path):
-        if f"{chain}/foreground" not in found:
-            raise InputError(f"{path}: no counts of the {chain} maps of patient {patient}")
-        counts[patient] = sum((found[f"{chain}/{region}"] for region in REGIONS), PixelCounts(COMMON_BINS))
-    return counts
+    found = {}
+    with np.load(path) as file:
+        for patient in dict.fromkeys(name.split("/")[0] for name in file.files):
+            regions = (PixelCounts.from_arrays(file, f"{patient}/{chain}/{region}/") for region in REGIONS)
+            found[patient] = sum(regions, PixelCounts(COMMON_BINS))
+    return found
 
 
 def bootstraps_of_file(path: str | Path, samples: int = 1000) -> dict[str, dict]:
     """Return `Bootstrap.to_json` of each chain of a .counts.npz file."""
-    return {chain: bootstrap_auprc(read_patient_counts(path, chain), samples=samples).to_json() for chain in CHAINS}
+    return {chain: bootstrap_auprc(read_patient_counts(path, chain), samples).to_json() for chain in CHAINS}
 
 
-def average_precision(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-    """Return average precision as scikit-learn defines it, sum of (R_n - R_{n-1}) P_n, of many histograms at once.
-
-    Args:
-        positives (`np.ndarray`): `(..., B)`, lesion pixels per bin, the bin of the highest scores first.
-        negatives (`np.ndarray`): `(..., B)`, other pixels per bin.
-
-    Returns:
-        `np.ndarray`: float64 `(...)`, NaN without lesion pixels.
-    """
-    true = np.cumsum(positives, axis=-1, dtype=np.float64)
-    above = true + np.cumsum(negatives, axis=-1, dtype=np.float64)
-    precision = np.divide(true, above, out=np.zeros_like(true), where=above > 0)
-    total = true[..., -1]
-    gained = (positives * precision).sum(axis=-1)
-    return np.divide(gained, total, out=np.full_like(total, np.nan), where=total > 0)
-
-
-def _weights(patients: Sequence[str], seed: int, samples: int) -> np.ndarray:
+def _weights(patients: Sequence[str], samples: int) -> np.ndarray:
     """Return how often each draw takes each patient, `(1 + samples, P)`; the first row takes each once."""
-    random = np.random.default_rng([seed, zlib.crc32("\n".join(patients).encode())])
+    random = np.random.default_rng([SEED, zlib.crc32("\n".join(patients).encode())])
     draws = random.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size=samples)
     return np.concatenate([np.ones((1, len(patients))), draws.astype(np.float64)])
 
@@ -191,14 +165,3 @@ def _common_bins(counts: Sequence[PixelCounts]) -> tuple[np.ndarray, np.ndarray]
         np.add.at(positives[row], columns, patient.positives)
         np.add.at(negatives[row], columns, patient.negatives)
     return positives[:, ::-1], negatives[:, ::-1]
-
-
-def _check_same_test_sets(first: Sequence[Mapping], second: Sequence[Mapping]) -> None:
-    """Raise unless both methods have the same test sets; any number of runs may share a single one."""
-    first, second = (sorted(sorted(pixels.items()) for pixels in sets) for sets in (first, second))
-    if first == second or all(pixels == first[0] for pixels in [*first, *second]):
-        return
-    found = [{patient for pixels in sets for patient in pixels} for sets in (first, second)]
-    for patient, _ in sorted(found[0] ^ found[1])[:1]:
-        raise InputError(f"not measured on the same pixels: the counts of patient {patient} differ")
-    raise InputError("not measured on the same pixels: runs differ in their test sets, and one method lacks a run")

@@ -1,6 +1,5 @@
 """Choose thresholds of post-processed maps from the labels of slices, for data without masks."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -20,21 +19,17 @@ def thresholds_of_labels(
     """Return the threshold of each rule.
 
     Args:
-        maps (`Iterable`): post-processed maps `(N, H, W)` with their batches (`images`, `labels`).
+        maps (`Iterable`): post-processed maps `(N, H, W)` with their batches (`images`, `labels`), of both labels.
         quantile (`float`): for the rule `healthy-quantile`, in (0, 1).
-
-    Raises:
-        ValueError: all slices have the same label.
     """
-    healthy, scores, labels = PixelCounts(), [], []
+    healthy, scores, labels = [], [], []
     for heat, batch in maps:
         unhealthy = np.asarray(batch["labels"]) != 0
-        pixels = heat[foreground_mask(batch["images"]) & ~unhealthy[:, None, None]]
-        healthy.update(pixels, np.zeros_like(pixels))
+        healthy.append(heat[foreground_mask(batch["images"]) & ~unhealthy[:, None, None]])
         scores.append(slice_scores(heat))
         labels.append(unhealthy)
     split = best_split(np.concatenate(scores), np.concatenate(labels))
-    return {"slice-labels": split, "healthy-quantile": healthy_quantile(healthy, quantile)}
+    return {"slice-labels": split, "healthy-quantile": healthy_quantile(np.concatenate(healthy), quantile)}
 
 
 def dice_of_thresholds(
@@ -46,34 +41,17 @@ def dice_of_thresholds(
         maps (`Iterable`): post-processed maps `(N, H, W)` with their batches (`images`, `masks`).
         thresholds (`Mapping`): rule -> threshold, as from [`thresholds_of_labels`].
     """
-    counts, found, marked = PixelCounts(), Counter(), Counter()
+    counts = PixelCounts()
     for heat, batch in maps:
         inside = foreground_mask(batch["images"])
-        heat, lesion = heat[inside], np.asarray(batch["masks"])[inside] != 0
-        counts.update(heat, lesion)
-        for name, threshold in thresholds.items():
-            found[name] += int((lesion & (heat >= threshold)).sum())
-            marked[name] += int((heat >= threshold).sum())
-    total = int(counts.positives.sum())
-    dice = {name: 2 * found[name] / (marked[name] + total) if total else None for name in thresholds}
+        counts.update(heat[inside], np.asarray(batch["masks"])[inside])
+    dice = {name: counts.dice(threshold) for name, threshold in thresholds.items()}
     return dice | {"ideal": counts.ideal_dice()[0]}
 
 
-def healthy_quantile(healthy: PixelCounts, quantile: float = HEALTHY_QUANTILE) -> float:
-    """Return the lowest threshold for which `map >= threshold` leaves a share of `quantile` unmarked.
-
-    Args:
-        healthy (`PixelCounts`): scores in the foreground of healthy slices, all counted as negatives.
-        quantile (`float`): in (0, 1).
-
-    Raises:
-        ValueError: there are no pixels.
-    """
-    if not healthy.negatives.any():
-        raise ValueError("there are no pixels of healthy slices")
-    below = np.concatenate([[0], np.cumsum(healthy.negatives)])
-    edges = np.append(healthy.scores, np.nextafter(healthy.scores[-1:], np.float32(np.inf)))
-    return float(edges[np.argmax(below >= quantile * below[-1])])
+def healthy_quantile(scores: np.ndarray, quantile: float = HEALTHY_QUANTILE) -> float:
+    """Return the lowest threshold for which `score >= threshold` leaves a share of `quantile` unmarked."""
+    return float(np.nextafter(np.quantile(scores, quantile, method="inverted_cdf"), np.float32(np.inf)))
 
 
 def slice_scores(maps: np.ndarray) -> np.ndarray:
@@ -90,15 +68,9 @@ def best_split(scores: np.ndarray, labels: np.ndarray) -> float:
 
     Args:
         scores (`np.ndarray`): `(N,)`.
-        labels (`np.ndarray`): `(N,)`, 0 = healthy.
-
-    Raises:
-        ValueError: all labels are the same.
+        labels (`np.ndarray`): `(N,)`, 0 = healthy; both kinds.
     """
     from sklearn.metrics import roc_curve
 
-    sick = np.asarray(labels) != 0
-    if sick.all() or not sick.any():
-        raise ValueError("the slices all have the same label: a threshold needs healthy and unhealthy slices")
-    false, true, thresholds = roc_curve(sick, scores, drop_intermediate=False)
+    false, true, thresholds = roc_curve(np.asarray(labels) != 0, scores, drop_intermediate=False)
     return float(thresholds[1:][np.argmax((true - false)[1:])])

@@ -1,13 +1,8 @@
-"""Count pixels by score: a streaming histogram without a fixed range, and the file that keeps one per patient."""
+"""Count pixels by score: a streaming histogram without a fixed range."""
 
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
-
-from diffusers_cf.files import new_file
 
 
 # Every measure is computed for the map as it is and for the post-processed map.
@@ -24,21 +19,16 @@ class PixelCounts:
     add up to the counts of the data set.
 
     Args:
-        max_bins (`int`): largest number of bins in use, at least 4,096; 24 bytes each.
+        max_bins (`int`): largest number of bins in use; 24 bytes each.
 
     Attributes:
         bins (`np.ndarray`): uint32 `(B,)`, ascending: the leading bits of the scores in each bin that is in use.
         positives (`np.ndarray`): int64 `(B,)`, number of lesion pixels.
         negatives (`np.ndarray`): int64 `(B,)`, number of other pixels.
         shift (`int`): number of bits by which scores are shortened; 0 while they are exact.
-
-    Raises:
-        ValueError: `max_bins` is below 4,096.
     """
 
     def __init__(self, max_bins: int = 2**18):
-        if max_bins < 4096:
-            raise ValueError(f"max_bins must be at least 4096, not {max_bins}")
         self.max_bins = max_bins
         self.shift = 0
         self.bins = np.zeros(0, dtype=np.uint32)
@@ -53,22 +43,14 @@ class PixelCounts:
             masks (`np.ndarray`): the same number of pixels, nonzero = lesion.
 
         Raises:
-            ValueError: a score is NaN or infinite, or the sizes differ.
+            ValueError: a score is NaN or infinite.
         """
         scores, lesion = np.asarray(scores, dtype=np.float32).ravel(), np.asarray(masks).ravel() != 0
-        if scores.shape != lesion.shape:
-            raise ValueError(f"scores and masks must have the same size, not {scores.size} and {lesion.size}")
         if not np.isfinite(scores).all():
             raise ValueError("scores must be finite, but some are NaN or infinite")
-        bins = _order_key(scores) >> self.shift
-        positive_bins, positives = np.unique(bins[lesion], return_counts=True)
-        negative_bins, negatives = np.unique(bins[~lesion], return_counts=True)
-        # merge both classes at once: a merge may raise the shift that these bins were computed with
-        self._merge(
-            np.concatenate([positive_bins, negative_bins]),
-            np.concatenate([positives, 0 * negatives]),
-            np.concatenate([0 * positives, negatives]),
-        )
+        for is_lesion in (True, False):
+            bins, counts = np.unique(_order_key(scores[lesion == is_lesion]) >> self.shift, return_counts=True)
+            self._merge(bins, counts * is_lesion, counts * (not is_lesion))
 
     def _merge(self, bins: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> None:
         bins = np.concatenate([self.bins, bins])
@@ -110,14 +92,9 @@ class PixelCounts:
 
         A constant map scores the prevalence.
         """
-        from sklearn.metrics import average_precision_score
-
         if not self.positives.any():
             return None
-        labels = np.repeat([1, 0], len(self.bins))
-        scores = np.tile(self.scores.astype(np.float64), 2)
-        weights = np.concatenate([self.positives, self.negatives])
-        return float(average_precision_score(labels, scores, sample_weight=weights))
+        return float(average_precision(self.positives[::-1], self.negatives[::-1]))
 
     def ideal_dice(self) -> tuple[float, float] | tuple[None, None]:
         """Return the best Dice over all thresholds of `map >= threshold`, and the lowest threshold that reaches it.
@@ -132,6 +109,12 @@ class PixelCounts:
         dice = 2 * found / (marked + lesion)
         best = int(np.argmax(dice))
         return float(dice[best]), float(self.scores[best])
+
+    def dice(self, threshold: float) -> float | None:
+        """Return Dice of `map >= threshold`, to the precision of the bins; None without lesion pixels."""
+        above, lesion = self.scores >= threshold, self.positives.sum()
+        found, wrong = self.positives[above].sum(), self.negatives[above].sum()
+        return float(2 * found / (found + wrong + lesion)) if lesion else None
 
     def to_arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
         """Return arrays for an .npz file, in small types: `shift`, differences of `bins`, `positives`, `negatives`."""
@@ -151,6 +134,24 @@ class PixelCounts:
         return counts
 
 
+def average_precision(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+    """Return average precision as scikit-learn defines it, sum of (R_n - R_{n-1}) P_n, of many histograms at once.
+
+    Args:
+        positives (`np.ndarray`): `(..., B)`, lesion pixels per bin, the bin of the highest scores first.
+        negatives (`np.ndarray`): `(..., B)`, other pixels per bin.
+
+    Returns:
+        `np.ndarray`: float64 `(...)`, NaN without lesion pixels.
+    """
+    true = np.cumsum(positives, axis=-1, dtype=np.float64)
+    above = true + np.cumsum(negatives, axis=-1, dtype=np.float64)
+    precision = np.divide(true, above, out=np.zeros_like(true), where=above > 0)
+    total = true[..., -1]
+    gained = (positives * precision).sum(axis=-1)
+    return np.divide(gained, total, out=np.full_like(total, np.nan), where=total > 0)
+
+
 def _order_key(scores: np.ndarray) -> np.ndarray:
     """Return uint32 keys that order like finite float32 scores; -0 and 0 get the same key."""
     bits = (scores + np.float32(0)).view(np.uint32)
@@ -160,34 +161,3 @@ def _order_key(scores: np.ndarray) -> np.ndarray:
 def _order_score(keys: np.ndarray) -> np.ndarray:
     """Return the float32 scores of keys: the inverse of `_order_key`."""
     return np.where(keys >> 31, keys ^ np.uint32(1 << 31), ~keys).view(np.float32)
-
-
-@contextmanager
-def counts_file(path: str | Path) -> Iterator[Callable[[dict[str, np.ndarray]], None]]:
-    """Yield a function that appends arrays to a new .npz file, which replaces `path` once it is complete."""
-    with new_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-
-        def append(arrays: dict[str, np.ndarray]) -> None:
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, np.asarray(array))
-
-        yield append
-
-
-def read_counts(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Read a file of per-patient counts, one patient at a time.
-
-    Yields:
-        The patient's id and a dictionary: `slices` and `labels` `(S,)`, and for each chain (`raw`, `postprocessed`)
-        `CHAIN/slice_scores` `(S,)` and `CHAIN/foreground`, `CHAIN/background`: `PixelCounts` of at most 65,536 bins.
-    """
-    with np.load(path) as file:
-        for patient in dict.fromkeys(name.split("/")[0] for name in file.files):
-            found = {name: file[f"{patient}/{name}"] for name in ("slices", "labels")}
-            for chain in CHAINS:
-                if f"{patient}/{chain}/slice_scores" in file.files:
-                    found[f"{chain}/slice_scores"] = file[f"{patient}/{chain}/slice_scores"]
-                    for region in REGIONS:
-                        found[f"{chain}/{region}"] = PixelCounts.from_arrays(file, f"{patient}/{chain}/{region}/")
-            yield patient, found

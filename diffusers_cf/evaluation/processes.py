@@ -11,8 +11,6 @@ from diffusers_cf.errors import InputError
 
 # The variables by which a launcher and Accelerate tell processes apart.
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
-# The fastest process may wait for hours until the slowest has finished its last patient.
-_TIMEOUT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,10 @@ class Share:
 
         Args:
             items (`Sequence`): the whole work.
-            sizes (`Sequence[int]`, *optional*): cost of each item; equal costs by default. Items are assigned in order
-                of falling cost, each to the part with the lowest total.
+            sizes (`Sequence[int]`, *optional*): cost of each item; equal costs by default. Costly items come first, and
+                each goes to the part with the lowest total.
         """
-        sizes = [1] * len(items) if sizes is None else list(sizes)
+        sizes = sizes or [1] * len(items)
         loads, mine = [0] * self.count, []
         for number in sorted(range(len(items)), key=lambda i: -sizes[i]):
             part = min(range(self.count), key=loads.__getitem__)
@@ -90,7 +88,8 @@ def share_of_work(shard: str | None = None) -> Share:
             raise InputError("--shard can't be used under a launcher, which splits the work itself")
         import torch.distributed
 
-        torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
+        # the fastest process may wait for hours until the slowest has finished its last patient
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
         rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
         for name in _LAUNCHED:
             os.environ.pop(name, None)

@@ -29,7 +29,6 @@ class SweepPoint:
         foreground_auprc, foreground_ideal_dice: over pixels where any channel is above 0.
         postprocessed_auprc, postprocessed_ideal_dice: of the post-processed map, over the foreground.
         threshold: ideal threshold of the post-processed map, in heatmap units.
-        healthy_mean, unhealthy_mean: mean of the map in the foreground of slices of class 0, and of all other classes.
         solver_order, decoding_solver_order: of the inverse scheduler and of the scheduler; None if one has none.
     """
 
@@ -45,36 +44,8 @@ class SweepPoint:
     postprocessed_auprc: float = 0.0
     postprocessed_ideal_dice: float = 0.0
     threshold: float = 0.0
-    healthy_mean: float = 0.0
-    unhealthy_mean: float = 0.0
     solver_order: int | None = None
     decoding_solver_order: int | None = None
-
-
-class _Scores:
-    """Pixel counts of one setting, added up batch by batch."""
-
-    def __init__(self):
-        self.all, self.foreground, self.postprocessed = PixelCounts(), PixelCounts(), PixelCounts()
-        self.sums, self.counts = np.zeros(2), np.zeros(2)  # of the foreground pixels of each label
-
-    def add(self, maps: np.ndarray, batch: dict) -> None:
-        images, masks = batch["images"].numpy(), batch["masks"].numpy()
-        inside = foreground_mask(images)
-        self.all.update(maps, masks)
-        self.foreground.update(maps[inside], masks[inside])
-        self.postprocessed.update(postprocess_maps(maps, images)[inside], masks[inside])
-        unhealthy = (batch["labels"].numpy() > 0).astype(int)
-        np.add.at(self.sums, unhealthy, np.where(inside, maps, 0).sum(axis=(1, 2)))
-        np.add.at(self.counts, unhealthy, inside.sum(axis=(1, 2)))
-
-    def fill(self, point: SweepPoint) -> None:
-        point.auprc, (point.ideal_dice, _) = self.all.average_precision(), self.all.ideal_dice()
-        point.foreground_auprc = self.foreground.average_precision()
-        point.foreground_ideal_dice = self.foreground.ideal_dice()[0]
-        point.postprocessed_auprc = self.postprocessed.average_precision()
-        point.postprocessed_ideal_dice, point.threshold = self.postprocessed.ideal_dice()
-        point.healthy_mean, point.unhealthy_mean = (self.sums / np.maximum(self.counts, 1)).tolist()
 
 
 def sweep(
@@ -108,17 +79,26 @@ def sweep(
         InputError: a map holds NaN or infinite values; the message names its setting.
     """
     points = settings_of_sweep(pipe, guidance_scales, strengths, maps, num_inference_steps, max_evaluations)
-    scores = {setting: _Scores() for setting in points}
+    counts = {setting: (PixelCounts(), PixelCounts(), PixelCounts()) for setting in points}
     with tqdm(total=len(indices), desc="Sweep", unit="slice") as bar:
         for batch in batches_of(dataset, indices, batch_size):
+            images, masks = batch["images"].numpy(), batch["masks"].numpy()
+            inside = foreground_mask(images)
             for setting, heat in heatmaps_of_settings(pipe, batch["images"], points, num_inference_steps):
                 if not np.isfinite(heat).all():
                     values = ", ".join(f"{name} {getattr(points[setting], name)}" for name in MAP_SETTINGS)
                     raise InputError(f"{values}: the map holds NaN or infinite values")
-                scores[setting].add(heat, batch)
-            bar.update(len(batch["labels"]))
+                everywhere, foreground, postprocessed = counts[setting]
+                everywhere.update(heat, masks)
+                foreground.update(heat[inside], masks[inside])
+                postprocessed.update(postprocess_maps(heat, images)[inside], masks[inside])
+            bar.update(len(images))
     for setting, point in points.items():
-        scores[setting].fill(point)
+        auprcs = [found.average_precision() for found in counts[setting]]
+        point.auprc, point.foreground_auprc, point.postprocessed_auprc = auprcs
+        ideal_dices, thresholds = zip(*(found.ideal_dice() for found in counts[setting]), strict=True)
+        point.ideal_dice, point.foreground_ideal_dice, point.postprocessed_ideal_dice = ideal_dices
+        point.threshold = thresholds[-1]
     return list(points.values())
 
 
@@ -180,11 +160,6 @@ def learn_signs(
     if unhealthy.all() or not unhealthy.any():
         raise InputError("signs need slices of both labels, but those chosen all have the same label")
     return [1 if value >= 0 else -1 for value in changes[unhealthy].mean(dim=0) - changes[~unhealthy].mean(dim=0)]
-
-
-def best_point(points: Sequence[SweepPoint]) -> SweepPoint:
-    """Return the point with the highest AUPRC in the foreground after post-processing."""
-    return max(points, key=lambda point: point.postprocessed_auprc)
 
 
 def evenly_spread(count: int, limit: int) -> list[int]:

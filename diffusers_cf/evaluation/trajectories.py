@@ -92,13 +92,12 @@ def decode_images(
         Changes `(N, C, h, w)`, counterfactual minus image, and heatmaps `(N, h, w)`, in input units at the network's
         size.
     """
-    changes, references = torch.zeros_like(encoding.prepared), encoding.inputs
-    decoded = _decode(pipe, encoding, settings)
-    for group, image, counterfactual in zip(encoding.groups, references, decoded, strict=True):
+    changes, decoded = torch.zeros_like(encoding.prepared), _decode(pipe, encoding, settings)
+    for group, image, counterfactual in zip(encoding.groups, encoding.inputs, decoded, strict=True):
         group.paste(changes, counterfactual - image)
-    if settings["map"] != "counterfactual":
-        references = decode_null(pipe, encoding, settings) if null is None else null
-    return changes, _heat(pipe, encoding, settings["map"], references, decoded)
+    if settings["map"] != "counterfactual" and null is None:
+        null = decode_null(pipe, encoding, settings)
+    return changes, _heat(pipe, encoding, settings["map"], decoded, null)
 
 
 def _decode(pipe, encoding: Encoding, settings: Mapping) -> list[torch.Tensor]:
@@ -107,9 +106,9 @@ def _decode(pipe, encoding: Encoding, settings: Mapping) -> list[torch.Tensor]:
     return [pipe.denoise(latents[steps], None, **options) for latents in encoding.latents]
 
 
-def _heat(pipe, encoding: Encoding, kind: str, references, decoded) -> torch.Tensor:
-    """Return heatmaps `(N, h, w)` of one kind from the references and the decoded images of each group."""
-    heat = torch.zeros_like(encoding.prepared[:, 0])
+def _heat(pipe, encoding: Encoding, kind: str, decoded, null) -> torch.Tensor:
+    """Return heatmaps `(N, h, w)` of one kind from the images of each group, decoded with guidance and without."""
+    heat, references = torch.zeros_like(encoding.prepared[:, 0]), encoding.inputs if kind == "counterfactual" else null
     for group, *pair in zip(encoding.groups, references, decoded, strict=True):
         group.paste(heat, heatmap(kind, *pair, pipe.preprocessing.get("signs")))
     return heat
@@ -129,9 +128,10 @@ def heatmaps_of_settings(
         settings (`Iterable[Setting]`): the wanted settings.
         num_inference_steps (`int`): n, steps of the full grid.
     """
-    settings = sorted(settings, key=lambda setting: setting[0])
-    for compute, is_forward in ((_forward_heatmaps, True), (_decoded_heatmaps, False)):
-        chosen = [setting for setting in settings if (setting[2] == "forward") == is_forward]
+    settings = sorted(settings)
+    forward = [setting for setting in settings if setting[2] == "forward"]
+    decoded = [setting for setting in settings if setting[2] != "forward"]
+    for compute, chosen in ((_forward_heatmaps, forward), (_decoded_heatmaps, decoded)):
         for setting, heat in compute(pipe, images, chosen, num_inference_steps) if chosen else ():
             yield setting, resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0].cpu().numpy()
 
@@ -139,18 +139,15 @@ def heatmaps_of_settings(
 def _decoded_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_steps: int) -> Iterator:
     """Yield heatmaps `(N, h, w)` of decoded counterfactuals."""
     encoding = encode_images(pipe, images, settings[-1][0], num_inference_steps)
-    for strength, group in itertools.groupby(settings, key=lambda setting: setting[0]):
-        kinds = {}
-        for _, scale, kind in group:
-            kinds.setdefault(scale, []).append(kind)
-        walk = {"strength": strength, "num_inference_steps": num_inference_steps}
-        needs_null = any(kind != "counterfactual" for kind in itertools.chain(*kinds.values()))
-        null = decode_null(pipe, encoding, walk) if needs_null else None
-        for scale, wanted in kinds.items():
-            decoded = _decode(pipe, encoding, walk | {"guidance_scale": scale})
-            for kind in wanted:
-                references = encoding.inputs if kind == "counterfactual" else null
-                yield (strength, scale, kind), _heat(pipe, encoding, kind, references, decoded)
+    for strength, of_strength in itertools.groupby(settings, key=lambda setting: setting[0]):
+        null = None  # serves all guidance scales
+        for scale, of_scale in itertools.groupby(of_strength, key=lambda setting: setting[1]):
+            walk = {"strength": strength, "guidance_scale": scale, "num_inference_steps": num_inference_steps}
+            decoded = _decode(pipe, encoding, walk)
+            for setting in of_scale:
+                if null is None and setting[2] != "counterfactual":
+                    null = decode_null(pipe, encoding, walk)
+                yield setting, _heat(pipe, encoding, setting[2], decoded, null)
 
 
 def _forward_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_steps: int) -> Iterator:

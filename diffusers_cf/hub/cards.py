@@ -11,17 +11,15 @@ from jinja2 import Environment, PackageLoader
 from diffusers_cf.data.intensity import normalize_of, unit_in_words
 from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
-from diffusers_cf.loading import WEIGHTS, read_json, read_preprocessing, sha256_of
-from diffusers_cf.provenance import public_command
+from diffusers_cf.loading import WEIGHTS, read_preprocessing, sha256_of
 
 
 LIBRARY = "diffusers_cf"  # with `diffusers` the Hub would print a snippet that fails
-# Key in RESULT.json, metric type on the Hub, name, and the entries of the protocol that describe it.
-_PIXELS = ("resolution", "pixels", "counts")
+# Key in RESULT.json, metric type on the Hub, and name.
 METRICS = (
-    ("auprc", "average_precision", "pixel AUPRC", _PIXELS),
-    ("ideal_dice", "dice", "ideal Dice", (*_PIXELS, "ideal_threshold")),
-    ("slice_auroc", "roc_auc", "slice AUROC", ("slice_auroc",)),
+    ("auprc", "average_precision", "pixel AUPRC"),
+    ("ideal_dice", "dice", "ideal Dice"),
+    ("slice_auroc", "roc_auc", "slice AUROC"),
 )
 # Entries of preprocessing.json about a model's input, in the words of the card.
 INPUT = {
@@ -34,7 +32,6 @@ INPUT = {
     "class_names": "classes, the healthy one first",
     "signs": "sign of disease for each modality (map `signed`)",
 }
-_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 
 
 class Source(NamedTuple):
@@ -103,17 +100,13 @@ def model_card(
         data_license (`str`, *optional*): of the training data, if their source does not have one.
     """
     folder = Path(folder)
-    facts, encoder = read_preprocessing(folder), folder / "class_encoder/config.json"
-    if "class_names" not in facts:
-        facts["class_names"] = read_json(encoder)["class_names"] if encoder.exists() else ["healthy"]
+    facts = {"class_names": ["healthy"]} | read_preprocessing(folder)
     training, source, normalize = facts.get("training", {}), source_of(facts), normalize_of(facts)
     known = facts | {"normalize": f"{normalize}, {unit_in_words(normalize)}"}
-    name, weights = (
-        repo_id.split("/")[-1],
-        [path for path in sorted(folder.glob("*/*")) if WEIGHTS.fullmatch(path.name)],
-    )
+    name, base = repo_id.split("/")[-1], training.get("base_model", "")
+    weights = [path for path in sorted(folder.glob("*/*")) if WEIGHTS.fullmatch(path.name)]
     scores = [score for result in results for score in scores_of(result)]
-    base, medical = training.get("base_model", ""), ["medical"] if source.medical else []
+    medical = ["medical"] if source.medical else []
     metadata = ModelCardData(
         license=license,
         library_name=LIBRARY,
@@ -125,8 +118,7 @@ def model_card(
         inference=False,
         base_model=base if "/" in base else None,  # a Hub id, not the name of a folder
     )
-    return _render(
-        "model_card.md",
+    return _TEMPLATES.get_template("model_card.md").render(
         metadata=metadata.to_yaml().strip(),
         name=name,
         repo_id=repo_id,
@@ -135,9 +127,8 @@ def model_card(
         with_code=with_code,
         source=source,
         data_license=license_of_data(str(folder), facts, data_license),
-        preprocessing=[(text, in_words(known[key])) for key, text in INPUT.items() if key in known],
-        settings=[(key, in_words(value)) for key, value in facts.get("settings", {}).items()],
-        scores=[_row(result) for result in results],
+        preprocessing=[(text, known[key]) for key, text in INPUT.items() if key in known],
+        scores=scores,
         protocol=_protocol(results),
         checksums=[(path.relative_to(folder).as_posix(), sha256_of(path)) for path in weights],
         training=training,
@@ -157,19 +148,16 @@ def dataset_card(
         images (`bool`): whether the repository holds the slices, or only the splits and settings.
     """
     splits = {name: facts["splits"][name] for name in SPLITS if facts["splits"][name]["slices"]}
-    count = sum(counts["slices"] for counts in splits.values())
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]  # for `datasets.load_dataset`
     source, name, normalize = source_of(facts), repo_id.split("/")[-1], normalize_of(facts)
     metadata = DatasetCardData(
         license=license,
         pretty_name=name,
         task_categories=["image-segmentation"],
-        size_categories=[next((text for limit, text in _SIZES if count < limit), "n>10M")] if images else None,
         tags=[*(["medical"] if source.medical else []), "anomaly-detection", "weakly-supervised", LIBRARY],
         **({"configs": [{"config_name": "default", "data_files": files}]} if images else {"viewer": False}),
     )
-    return _render(
-        "dataset_card.md",
+    return _TEMPLATES.get_template("dataset_card.md").render(
         metadata=metadata.to_yaml().strip(),
         name=name,
         repo_id=repo_id,
@@ -179,37 +167,25 @@ def dataset_card(
         images=images,
         source=source,
         license=license,
-        pixel_mm=in_words(facts["field_mm"] / facts["size"]) if facts.get("field_mm") else None,
+        pixel_mm=facts["field_mm"] / facts["size"] if facts.get("field_mm") else None,
         command=prepare_command(facts),
         normalize=normalize,
         unit=unit_in_words(normalize),
-        preprocessing=[(name, json.dumps(value)) for name, value in facts.items() if name != "splits"],
     )
 
 
 def prepare_command(facts: Mapping) -> str:
     """Return the `diffusers-cf prepare` command that makes the same slices from another copy of the source."""
-    source = facts.get("source")
-    words = [f"diffusers-cf prepare --source {source}"]
+    source, modalities = facts.get("source"), " ".join(facts["modalities"])
+    words = ["--input FOLDER", "--output DATASET", "--split_file splits.json", f"--modalities {modalities}"]
     if source == "phantom":
         patients = sum(facts["splits"][name]["patients"] for name in SPLITS)
-        words.append(f"--output DATASET --seed {facts['seed']} --patients {patients}")
-    else:
-        words.append("--input FOLDER --output DATASET --split_file splits.json")
-        words.append(f"--modalities {' '.join(facts['modalities'])}")
-    words.append(f"--size {facts['size']} --field_mm {facts['field_mm']:g}")
-    words.append(f"--normalize {normalize_of(facts)}")
-    words += [f"--class_names {' '.join(facts['class_names'])}"] if source == "folder" else []
+        words = ["--output DATASET", f"--seed {facts['seed']}", f"--patients {patients}"]
+    words += [f"--size {facts['size']}", f"--field_mm {facts['field_mm']:g}", f"--normalize {normalize_of(facts)}"]
+    words += ["--class_names", *facts["class_names"]] if source == "folder" else []
     words += ["--labels FILE.csv"] if facts.get("labels_sha256") else []
     words += ["--lenient"] if facts.get("lenient") else []
-    return " ".join(words)
-
-
-def _render(template: str, **values) -> str:
-    environment = Environment(loader=PackageLoader("diffusers_cf"), trim_blocks=True, keep_trailing_newline=True)
-    environment.filters["public"] = public_command
-    environment.filters["words"] = in_words
-    return environment.get_template(template).render(values)
+    return " ".join([f"diffusers-cf prepare --source {source}", *words])
 
 
 def in_words(value: object) -> str:
@@ -219,47 +195,36 @@ def in_words(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+_TEMPLATES = Environment(loader=PackageLoader("diffusers_cf"), trim_blocks=True, keep_trailing_newline=True)
+_TEMPLATES.filters |= {"words": in_words, "json": json.dumps}
+
+
 def scores_of(result: Mapping) -> list[EvalResult]:
-    """Return the scores of one RESULT.json, each with the entries of the protocol that describe it."""
+    """Return the scores of one RESULT.json for the card's metadata."""
     processed = result["postprocessed"]
     dice = processed["per_patient_dice"]
-    rows = [(kind, text, result[key], keys, {}) for key, kind, text, keys in METRICS]
-    rows += [
-        (kind, f"{text}, post-processed", processed[key], (*keys, "postprocessed"), {})
-        for key, kind, text, keys in METRICS
+    scores = [
+        (kind, text + suffix, part[key], None)
+        for part, suffix in ((result, ""), (processed, ", post-processed"))
+        for key, kind, text in METRICS
     ]
-    keys = ("per_patient_dice", "patients_without_lesion", "interval", "postprocessed")
-    extra = {key: dice[key] for key in ("interval", "threshold") if dice[key] is not None}
-    rows.append(("dice", "mean Dice per patient, post-processed", dice["mean"], keys, extra))
+    details = {key: dice[key] for key in ("interval", "threshold")}
+    scores.append(("dice", "mean Dice per patient, post-processed", dice["mean"], details))
+    source, split = result["dataset"]["source"], result["dataset"]["split"]
     return [
         EvalResult(
             task_type="image-segmentation",
-            dataset_type=result["dataset"]["source"],
-            dataset_name=_data_of(result),
-            dataset_split=result["dataset"]["split"],
+            dataset_type=source,
+            dataset_name=f"{source}, {result['n_patients']} patients, {result['n_slices']} slices",
+            dataset_split=split,
             metric_type=kind,
             metric_name=text,
             metric_value=round(value, 4),
-            metric_args=extra | {key: result["protocol"][key] for key in keys if key in result["protocol"]},
+            metric_args=details,
         )
-        for kind, text, value, keys, extra in rows
+        for kind, text, value, details in scores
         if value is not None
     ]
-
-
-def _data_of(result: Mapping) -> str:
-    return f"{result['dataset']['source']}, {result['n_patients']} patients, {result['n_slices']} slices"
-
-
-def _row(result: Mapping) -> dict[str, str]:
-    """Return one row of the table of scores."""
-    processed = result["postprocessed"]
-    dice = processed["per_patient_dice"]
-    values = {key: result[key] for key, *_ in METRICS} | {f"{key}_processed": processed[key] for key, *_ in METRICS}
-    row = {key: "–" if value is None else f"{value:.3f}" for key, value in (values | {"dice": dice["mean"]}).items()}
-    if dice["interval"]:
-        row["dice"] += " [{:.3f}, {:.3f}]".format(*dice["interval"])
-    return row | {"data": f"{_data_of(result)}, split {result['dataset']['split']}"}
 
 
 def _protocol(results: Sequence[Mapping]) -> str:
@@ -268,6 +233,6 @@ def _protocol(results: Sequence[Mapping]) -> str:
     common = {key: text for key, text in first.items() if all(one["protocol"].get(key) == text for one in results)}
     lines = []
     for result in results:
-        lines.append(f"- `{public_command(result['command'])}` ({result['commit']})")
+        lines.append(f"- `{result['command']}` ({result['commit']})")
         lines += [f"  - {key}: {text}" for key, text in result["protocol"].items() if key not in common]
     return "\n".join(lines + [f"- {key}: {text}" for key, text in common.items()])

@@ -5,15 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import datasets
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, create_repo, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, create_repo
 from huggingface_hub.errors import HTTPError
 from PIL import Image
-from pyarrow.parquet import read_metadata, read_table
+from pyarrow.parquet import read_table
 
 from diffusers_cf.data.download import SPLITS_FILE
 from diffusers_cf.data.preprocessing import read_preprocessing, shards_of
-from diffusers_cf.data.slices import check_count, slice_features
+from diffusers_cf.data.slices import check_count
 from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError, first_line, reading
 from diffusers_cf.hub.cards import SOURCES, dataset_card, license_of_data, model_card, source_of
@@ -29,7 +28,6 @@ from diffusers_cf.loading import (
     read_components,
     read_json,
 )
-from diffusers_cf.provenance import public_command
 
 
 # Entries of preprocessing.json that are published: no names of files or folders.
@@ -42,7 +40,6 @@ OF_MODEL = (
     *_OF_BOTH, "signs", "settings", "settings_chosen_by", "threshold_chosen_by", "paper_threshold",
     "paper_threshold_chosen_by", "evaluation_size", "training",
 )  # fmt: skip
-_BLANK = {".gitattributes", "README.md", "LICENSE"}  # files of a new repository
 
 
 def push_model(
@@ -83,7 +80,7 @@ def push_model(
     names = {name for variant in variants for name in check_model_folder(folder, variant)}
     pipe = open_pipeline(str(folder), variant=None if None in variants else min(variants))
     check_publishable(pipe, str(folder))
-    facts = public_facts(pipe.preprocessing, OF_MODEL)
+    facts = {name: value for name, value in pipe.preprocessing.items() if name in OF_MODEL}
     pictures = checked_pictures(pictures, facts)
     data_license = license_of_data(str(folder), facts, data_license)
 
@@ -97,7 +94,7 @@ def push_model(
         code = code_files(read_components(folder / MODEL_INDEX), facts)
         files |= {name: text.encode() for name, text in code.items()}
 
-    repo_id, there = model_repository(repo_id, token, private)
+    repo_id, there = open_repository(repo_id, token, private)
     card = model_card(folder, repo_id, license, results, list(pictures), with_code, data_license)
     files["README.md"] = card.encode()
     weights = {name: match["variant"] for name in there if (match := _weights(Path(name).name))}
@@ -132,55 +129,42 @@ def push_dataset(
     if facts.get("source") not in SOURCES and license is None:
         raise InputError(f"{folder}: nothing says under which license its images may be shared: name it by --license")
     license = license_of_data(str(folder), facts, license)
-    shards = _checked_shards(folder, facts)
-    facts = public_facts(facts, OF_DATASET)
-    patients = {
-        split: sorted(
-            {name for path in paths for name in read_table(path, columns=["patient"])["patient"].to_pylist()}
-        )
-        for split, paths in shards.items()
-    }
+    facts = {name: value for name, value in facts.items() if name in OF_DATASET}
+    patients, shards = {}, {}
+    for split in SPLITS:
+        names = []
+        for path in shards_of(folder, split):
+            with reading(path, "Parquet file"):
+                names += read_table(path, columns=["patient"])["patient"].to_pylist()
+            shards[f"data/{path.name}"] = path
+        check_count(str(folder), split, len(names), facts["splits"][split]["slices"])
+        patients[split] = sorted(set(names))
     files = {SPLITS_FILE: _json(patients), PREPROCESSING: _json(facts)} | pictures
-    if source.shareable:
-        files |= {f"data/{path.name}": path for paths in shards.values() for path in paths}
-    repo_id, there = _repository(repo_id, token, private, "dataset")
-    if PREPROCESSING not in there:
-        _check_blank(repo_id, there)
+    files |= shards if source.shareable else {}
+    repo_id, there = open_repository(repo_id, token, private, "dataset")
     files["README.md"] = dataset_card(facts, repo_id, license, list(pictures), source.shareable).encode()
     stale = [name for name in there if Path(name).match("data/*.parquet")]
     return _push(repo_id, files, stale, token, commit_message, "dataset"), source.shareable
 
 
-def model_repository(name: str, token: str | None = None, private: bool | None = None) -> tuple[str, list[str]]:
-    """Create a repository for a model unless it exists.
+def open_repository(
+    name: str, token: str | None = None, private: bool | None = None, repo_type: str = "model"
+) -> tuple[str, list[str]]:
+    """Create a repository for a model or data set unless it exists.
 
     Returns:
         `user/name`, and the names of the files that it holds.
 
     Raises:
-        InputError: the Hub refuses, or the repository holds something other than a model of this kind.
+        InputError: the Hub refuses, or the repository holds something that this package has not pushed.
     """
-    repo_id, there = _repository(name, token, private)
-    if MODEL_INDEX in there:
-        try:
-            with _pushing(repo_id):
-                read_components(Path(hf_hub_download(repo_id, MODEL_INDEX, token=token)))
-            return repo_id, there
-        except InputError:
-            pass
-    _check_blank(repo_id, there)
-    return repo_id, there
-
-
-def _repository(name: str, token: str | None, private: bool | None, repo_type: str = "model") -> tuple[str, list[str]]:
     with _pushing(name):
         repo_id = create_repo(name, token=token, private=private, exist_ok=True, repo_type=repo_type).repo_id
-        return repo_id, HfApi(token=token).list_repo_files(repo_id, repo_type=repo_type)
-
-
-def _check_blank(repo_id: str, there: Sequence[str]) -> None:
-    if foreign := set(there) - _BLANK:
+        there = HfApi(token=token).list_repo_files(repo_id, repo_type=repo_type)
+    foreign = set(there) - {".gitattributes", "README.md", "LICENSE"}  # files of a new repository
+    if foreign and PREPROCESSING not in there:
         raise InputError(f"{repo_id}: holds something else already ({min(foreign)}): choose another --repo_id")
+    return repo_id, there
 
 
 def _push(
@@ -207,15 +191,6 @@ def _pushing(repo_id: str) -> Iterator[None]:
         raise InputError(f"{repo_id}: can't push to it ({reason}); `hf auth login` stores a token") from None
 
 
-def public_facts(facts: Mapping, names: Sequence[str]) -> dict:
-    """Return the entries of these names, without local paths in recorded commands."""
-    found = {name: value for name, value in facts.items() if name in names}
-    for name, value in found.items():
-        if isinstance(value, dict) and "command" in value:
-            found[name] = value | {"command": public_command(value["command"])}
-    return found
-
-
 def checked_pictures(pictures: Sequence[str | Path], facts: Mapping) -> dict[str, Path]:
     """Return the pictures of a card by file name.
 
@@ -227,28 +202,11 @@ def checked_pictures(pictures: Sequence[str | Path], facts: Mapping) -> dict[str
         if not source.shareable:
             raise InputError(f"{path}: pictures of these data must not be shown ({source.words})")
         if path.name in found:
-            raise InputError(f"{path}: {found[path.name]} has the same name: rename one of the two")
+            raise InputError(f"{path}: another picture has the same name")
         with reading(path, "PNG or JPEG picture"), Image.open(path, formats=["PNG", "JPEG"]) as image:
             image.verify()
         found[path.name] = path
     return found
-
-
-def _checked_shards(folder: Path, facts: Mapping) -> dict[str, list[Path]]:
-    """Return the Parquet files of each split; check their columns and numbers of slices."""
-    shards = {split: shards_of(folder, split) for split in SPLITS}
-    features = slice_features(facts["class_names"])
-    for split, paths in shards.items():
-        rows = 0
-        for path in paths:
-            with reading(path, "Parquet file"):
-                file = read_metadata(path)
-                found = datasets.Features.from_arrow_schema(file.schema.to_arrow_schema())
-            if found != features:
-                raise InputError(f"{path}: has other columns or classes than {PREPROCESSING} says")
-            rows += file.num_rows
-        check_count(str(folder), split, rows, facts["splits"][split]["slices"])
-    return shards
 
 
 def _weights(name: str):

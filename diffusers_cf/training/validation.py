@@ -81,9 +81,7 @@ class Validation:
     def _scores(self, anomaly_map) -> dict[str, float]:
         if not self.dataset.has_masks:
             return self._mean_by_class(anomaly_map)
-        result = evaluate(
-            anomaly_map, self.dataset, indices=self.indices, batch_size=BATCH_SIZE, postprocess=False, progress=False
-        )
+        result = evaluate(anomaly_map, self.dataset, indices=self.indices, batch_size=BATCH_SIZE, progress=False)
         keys = ("auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "slice_auroc")
         return {key: result[key] for key in keys if result[key] is not None}
 
