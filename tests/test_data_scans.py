@@ -91,7 +91,7 @@ def shift(path):
 
 # file of the patient, what is done to it, what the problem says
 BAD_PATIENTS = {
-    "missing modality": ("t1ce", Path.unlink, "modality missing: t1ce"),
+    "missing modality": ("t1ce", Path.unlink, "modality missing: t1ce (names end in t1ce, t1gd, t1c)"),
     "missing segmentation": ("seg", Path.unlink, "no segmentation, and no labels file"),
     "truncated": ("t2", truncate, "truncated"),
     "truncated segmentation": ("seg", truncate, "truncated"),

@@ -11,11 +11,12 @@ import numpy as np
 from diffusers_cf.data.geometry import FIELD_MM, slices_from_volume
 from diffusers_cf.data.intensity import DEFAULT_NORMALIZE, intensity_problem
 from diffusers_cf.data.nifti import (
+    ALIASES,
     MODALITIES,
     Scan,
     canonical_modality,
     check_same_grid,
-    find_modality_files,
+    find_modality_file,
     nifti_suffix,
     read_nifti,
     to_canonical,
@@ -29,7 +30,6 @@ from diffusers_cf.files import read_json
 # A brain fills about half of its bounding box, and hardly any of the faces of one.
 MAX_FOREGROUND = 0.6
 MAX_FACE = 0.2
-WHOLE = 1e-3  # how far a label id may be from a whole number
 
 
 def check_patient_id(name: str) -> str:
@@ -52,17 +52,16 @@ def choose_modalities(path: Path, known: Sequence[str], wanted: Iterable[str]) -
     return chosen
 
 
-def scan_errors(modality: str, scan: Scan) -> list[str]:
-    """Return why a modality can't be used: it is empty or its intensities are not raw."""
-    problem = intensity_problem(scan.data, DEFAULT_NORMALIZE)
-    return [f"{scan.path}: {modality}: {problem}"] if problem else []
-
-
-def skull_warnings(modality: str, scan: Scan) -> list[str]:
+def scan_warnings(modality: str, scan: Scan) -> list[str]:
     """Return a warning if tissue or noise fills a RAS scan's frame or its sides: it seems not to be skull-stripped.
 
     Only the left, right, anterior and posterior sides count. A slab of a brain fills the other two.
+
+    Raises:
+        InputError: the scan is empty or its intensities are not raw.
     """
+    if problem := intensity_problem(scan.data, DEFAULT_NORMALIZE):
+        raise InputError(f"{scan.path}: {modality}: {problem}")
     foreground = scan.data > 0
     share = foreground.mean()
     face = np.mean([foreground[0].mean(), foreground[-1].mean(), foreground[:, 0].mean(), foreground[:, -1].mean()])
@@ -74,18 +73,21 @@ def skull_warnings(modality: str, scan: Scan) -> list[str]:
     ]
 
 
-def seg_problems(seg: Scan, known_ids: frozenset[int]) -> tuple[list[str], list[str]]:
-    """Return the errors (ids that are not whole numbers from 0 up) and warnings (unknown ids) of a segmentation.
+def seg_warnings(seg: Scan, known_ids: frozenset[int]) -> list[str]:
+    """Return a warning if a segmentation has unknown label ids.
 
     Ids within 1e-3 of a whole number are that number: header scaling and resampling leave 0.9999999.
+
+    Raises:
+        InputError: an id is not a whole number from 0 up.
     """
     values = np.unique(seg.data).astype(np.float64)
-    wrong = values[(np.abs(values - np.rint(values)) > WHOLE) | (np.rint(values) < 0)]
+    wrong = values[(np.abs(values - np.rint(values)) > 1e-3) | (np.rint(values) < 0)]
     if wrong.size:
-        return [f"{seg.path}: labels must be whole numbers from 0 up, found {wrong[0]:.6g}"], []
+        raise InputError(f"{seg.path}: labels must be whole numbers from 0 up, found {wrong[0]:.6g}")
     unknown = sorted({int(i) for i in np.rint(values)} - known_ids)
     found, known = (", ".join(map(str, some)) for some in (unknown[:5], sorted(known_ids)))
-    return [], [f"{seg.path}: unknown label ids {found} (known: {known})"] if unknown else []
+    return [f"{seg.path}: unknown label ids {found} (known: {known})"] if unknown else []
 
 
 class VolumeSource(Source):
@@ -129,20 +131,16 @@ class VolumeSource(Source):
 
     def load(self, patient: str, problems: list[str]) -> PatientSlices | None:
         scans, seg, doubts = self.read_scans(patient, problems), None, []
+        for modality, scan in scans.items():
+            with noting_errors(problems):
+                doubts += scan_warnings(modality, scan)
         with noting_errors(problems):
             path = self.seg_file(patient)
             if path is not None:
                 seg = to_canonical(read_nifti(path))
+                doubts += seg_warnings(seg, self.known_ids)
             elif self.labels is None:
                 raise InputError(f"{patient}: no segmentation, and no labels file instead of it (--labels)")
-        for modality, scan in scans.items():
-            errors = scan_errors(modality, scan)
-            problems += errors
-            doubts += [] if errors else skull_warnings(modality, scan)
-        if seg is not None:
-            errors, unknown_ids = seg_problems(seg, self.known_ids)
-            problems += errors
-            doubts += unknown_ids
         with noting_errors(problems):
             check_same_grid([*scans.values(), *([] if seg is None else [seg])])
         problems += [] if self.lenient else doubts
@@ -188,12 +186,15 @@ class BratsSource(VolumeSource):
         scans = {}
         for modality in self.modalities:
             with noting_errors(problems):
-                path = find_modality_files(self.path / patient, [modality])[modality]
+                path = find_modality_file(self.path / patient, modality)
+                if path is None:
+                    names = ", ".join(ALIASES.get(modality, (modality,)))
+                    raise InputError(f"{self.path / patient}: modality missing: {modality} (names end in {names})")
                 scans[modality] = to_canonical(read_nifti(path))
         return scans
 
     def seg_file(self, patient: str) -> Path | None:
-        return find_modality_files(self.path / patient, ["seg"], required=False).get("seg")
+        return find_modality_file(self.path / patient, "seg")
 
 
 class DecathlonSource(VolumeSource):
