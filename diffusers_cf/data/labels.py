@@ -7,7 +7,7 @@ name of a class.
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,7 @@ class LabelTable:
     """Class indices by patient and slice number; None stands for the whole patient."""
 
     path: Path
-    classes: dict[tuple[str, int | None], int] = field(default_factory=dict)
-
-    def lookup(self, patient: str, slices: np.ndarray) -> np.ndarray:
-        """Return the class index `(S,)` of each slice of a patient; -1 where the file has no label."""
-        default = self.classes.get((patient, None), -1)
-        return np.array([self.classes.get((patient, int(index)), default) for index in slices], dtype=np.int64)
+    classes: dict[tuple[str, int | None], int]
 
 
 def read_labels(path: str | Path, class_names: Sequence[str]) -> LabelTable:
@@ -43,10 +38,9 @@ def read_labels(path: str | Path, class_names: Sequence[str]) -> LabelTable:
         InputError: the file is missing or lacks a column, or a row has an unknown label, has a slice that is not a
             number, or contradicts another row; the message names the line.
     """
-    path, names = Path(path), list(class_names)
+    path, names, classes = Path(path), list(class_names), {}
     # utf-8-sig: spreadsheet programs put a byte order mark before the first column's name.
     with reading(path, "CSV file"), open(path, newline="", encoding="utf-8-sig") as file:
-        table = LabelTable(path)
         rows = csv.DictReader(file, skipinitialspace=True)
         if absent := {"patient", "label"} - set(rows.fieldnames or ()):
             raise InputError(f"{path}: column missing: {', '.join(sorted(absent))} (columns: patient, slice, label)")
@@ -59,10 +53,10 @@ def read_labels(path: str | Path, class_names: Sequence[str]) -> LabelTable:
                 raise InputError(f"{where}: unknown label {label!r} (one of {', '.join(names)})")
             if index and not index.isdecimal():
                 raise InputError(f"{where}: slice {index!r} is not a whole number")
-            key, given = (patient, int(index) if index else None), names.index(label)
-            if table.classes.setdefault(key, given) != given:
+            given = names.index(label)
+            if classes.setdefault((patient, int(index) if index else None), given) != given:
                 raise InputError(f"{where}: contradicts an earlier label of {patient}")
-    return table
+    return LabelTable(path, classes)
 
 
 def apply_labels(slices: PatientSlices, table: LabelTable) -> PatientSlices:
@@ -71,18 +65,17 @@ def apply_labels(slices: PatientSlices, table: LabelTable) -> PatientSlices:
     Raises:
         InputError: no slice of the patient is left, or the file has a label for a slice that the patient has not.
     """
-    numbers = {index for name, index in table.classes if name == slices.patient and index is not None}
-    known = set(slices.slices.tolist()) if slices.depth is None else range(slices.depth)
-    if unknown := sorted(numbers - set(known)):
-        first, last = min(known), max(known)
+    of_patient = {index: label for (name, index), label in table.classes.items() if name == slices.patient}
+    known = slices.slices.tolist() if slices.depth is None else range(slices.depth)
+    if unknown := sorted(of_patient.keys() - {None, *known}):
         raise InputError(
-            f"{table.path}: {slices.patient} has no slice {unknown[0]}: its slices are {first} to {last}, from 0 at the"
-            " inferior end"
+            f"{table.path}: {slices.patient} has no slice {unknown[0]}: its slices are {min(known)} to {max(known)},"
+            " from 0 at the inferior end"
         )
-    given = table.lookup(slices.patient, slices.slices)
-    if slices.masks is not None:
-        return replace(slices, labels=np.where(given >= 0, given, slices.labels))
+    given = np.array([of_patient.get(i, of_patient.get(None, -1)) for i in slices.slices.tolist()], dtype=np.int64)
     keep = given >= 0
+    if slices.masks is not None:
+        return replace(slices, labels=np.where(keep, given, slices.labels))
     if not keep.any():
         raise InputError(f"{table.path}: no label for any slice of {slices.patient}")
     return replace(slices, images=slices.images[keep], labels=given[keep], slices=slices.slices[keep])

@@ -261,9 +261,6 @@ class PhantomSource(Source):
     def patients(self) -> list[str]:
         return sorted(self._index)
 
-    def problems(self, patient: str) -> list[str]:
-        return []
-
     def load(self, patient: str, problems: list[str]) -> PatientSlices:
         made = make_patient(self.seed, self._index[patient])
         geometry = {"size": self.size, "field_mm": self.field_mm, "normalize": self.normalize}

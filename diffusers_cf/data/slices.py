@@ -14,13 +14,11 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
-from diffusers_cf.data.download import dataset_folder
-from diffusers_cf.data.preprocessing import collate_rows, read_preprocessing, shards_of
+from diffusers_cf.data.preprocessing import collate_rows, dataset_folder, read_preprocessing, shards_of
 from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError, reading
 
 
-ORIENTATION = "anterior up, patient's left at the image's left"
 # Rows per row group: a reader that loads one at a time needs memory for little more than a patient.
 ROW_GROUP_SIZE = 256
 

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from diffusers_cf.data.geometry import check_geometry
+from diffusers_cf.data.geometry import FIELD_MM, check_geometry
+from diffusers_cf.data.intensity import DEFAULT_NORMALIZE
 from diffusers_cf.data.labels import CLASS_NAMES, LabelTable, apply_labels, read_labels
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.errors import InputError
@@ -41,7 +42,10 @@ class Source:
     has_masks = True
     left_out: dict[str, str] = {}
 
-    def __init__(self, path: str | Path, size: int, field_mm: float, normalize: str, labels: str | Path | None = None):
+    def __init__(
+        self, path: str | Path, size: int = 128, field_mm: float = FIELD_MM, normalize: str = DEFAULT_NORMALIZE,
+        labels: str | Path | None = None,
+    ):  # fmt: skip
         check_geometry(size, field_mm, normalize)
         self.unused, self.summary = [], []
         self.path, self.size, self.field_mm, self.normalize = Path(path), size, field_mm, normalize
@@ -62,14 +66,9 @@ class Source:
         raise NotImplementedError
 
     def load(self, patient: str, problems: list[str]) -> PatientSlices | None:
-        """Read a patient without the labels file.
+        """Read a patient without the labels file; return None if there is a problem.
 
-        Args:
-            patient (`str`): id of the patient.
-            problems (`list[str]`): the method appends every problem, one line each, except an `InputError` it raises.
-
-        Returns:
-            `PatientSlices` or `None`: the slices; None if there is a problem.
+        Every problem is appended to `problems`, one line each, except an `InputError` that the method raises.
         """
         raise NotImplementedError
 
@@ -84,16 +83,11 @@ class Source:
                 slices = replace(slices, masks=None)
         return slices, problems
 
-    def problems(self, patient: str) -> list[str]:
-        """Return every problem of a patient, one line each."""
-        return self.examine(patient)[1]
-
     def read(self, patient: str) -> PatientSlices:
         """Return the slices of a patient, or raise `InputError` for its first problem."""
         slices, problems = self.examine(patient)
         if problems:
-            more = f" (and {len(problems) - 1} more; --check lists all)" if len(problems) > 1 else ""
-            raise InputError(problems[0] + more)
+            raise InputError(in_brief(problems))
         return slices
 
     def fixed_splits(self) -> dict[str, list[str]] | None:
@@ -103,6 +97,11 @@ class Source:
     def facts(self) -> dict:
         """Return what the source adds to preprocessing.json."""
         return {"labels_sha256": None if self.labels is None else sha256_of(self.labels.path)}
+
+
+def in_brief(problems: list[str]) -> str:
+    """Return the first problem of a patient, and how many more there are."""
+    return problems[0] + (f" (and {len(problems) - 1} more; --check lists all)" if problems[1:] else "")
 
 
 @contextmanager

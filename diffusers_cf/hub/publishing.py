@@ -11,8 +11,7 @@ from huggingface_hub.errors import HTTPError
 from PIL import Image
 from pyarrow.parquet import read_metadata, read_table
 
-from diffusers_cf.data.download import SPLITS_FILE
-from diffusers_cf.data.preprocessing import read_preprocessing, shards_of
+from diffusers_cf.data.preprocessing import SPLITS_FILE, read_preprocessing, shards_of
 from diffusers_cf.data.slices import check_count, slice_features
 from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError, first_line, reading
