@@ -114,11 +114,9 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
         InputError: the file is damaged, or an array is missing or has a wrong shape or type.
     """
     with reading(path, ".npz file"), np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files if name not in ("labels", "gt")}
+        arrays = {name: np.asarray(file[name]) for name in file.files if name not in ("labels", "gt")}
     if absent := [name for name in ("images", "patient", "modalities") if name not in arrays]:
         raise InputError(f"{path}: array missing: {', '.join(absent)}")
-    if bad := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
-        raise InputError(f"{path}: {bad[0]} is no array of numpy")
     images = arrays["images"]
     if images.ndim != 4 or images.shape[2] != images.shape[3] or not images.size:
         raise InputError(f"{path}: images must be (N, C, H, W) with H = W, not {images.shape}")

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from diffusers_cf.data.geometry import slices_from_volume
+from diffusers_cf.data.nifti import MODALITIES
 from diffusers_cf.data.phantom_anatomy import SHAPE, SPACING_MM, Head
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.data.source import Source
@@ -24,7 +25,6 @@ from diffusers_cf.errors import InputError
 PHANTOM_VERSION = 1
 FROZEN_SEED = 0
 FROZEN_SPLITS = {"train": 300, "validation": 16, "test": 24}
-MODALITIES = ("flair", "t1", "t1ce", "t2")
 NECROSIS, OEDEMA, ENHANCING = 1, 2, 4
 
 # Signal of fluid, grey and white matter, relative to the scanner's gain; modalities in canonical order.
@@ -53,11 +53,6 @@ class PhantomPatient:
     def mask(self) -> np.ndarray:
         """The whole lesion, uint8 `(X, Y, Z)`."""
         return (self.labels > 0).astype(np.uint8)
-
-    @property
-    def has_tumour(self) -> bool:
-        """Whether any voxel belongs to a lesion."""
-        return bool(self.labels.any())
 
 
 def make_patient(seed: int, index: int, tumour: bool = True) -> PhantomPatient:
@@ -237,9 +232,8 @@ class PhantomSource(Source):
     Args:
         seed (`int`): the cohort, 0 or more; 0 is the frozen test set.
         patients (`int`): number of patients, at least 3 (one for each split).
-        size (`int`): pixels along each side of a slice.
-        field_mm (`float`): side of the square field that a slice shows, in mm.
         normalize (`str`): intensity scale (`intensity.py`); the frozen test set has that of the paper.
+        **options: as in [`Source`].
 
     Raises:
         InputError: there are too few patients for three splits.
@@ -248,11 +242,8 @@ class PhantomSource(Source):
     name = "phantom"
     modalities = MODALITIES
 
-    def __init__(
-        self, seed: int = FROZEN_SEED, patients: int = 340, size: int = 128, field_mm: float = 240.0,
-        normalize: str = "p99",
-    ):  # fmt: skip
-        super().__init__("", size, field_mm, normalize)
+    def __init__(self, seed: int = FROZEN_SEED, patients: int = 340, normalize: str = "p99", **options):
+        super().__init__("", normalize=normalize, **options)
         if patients < 3:
             raise InputError(f"the phantom needs at least 3 patients, one for each split, not {patients}")
         self.seed = seed
@@ -263,8 +254,9 @@ class PhantomSource(Source):
 
     def load(self, patient: str, problems: list[str]) -> PatientSlices:
         made = make_patient(self.seed, self._index[patient])
-        geometry = {"size": self.size, "field_mm": self.field_mm, "normalize": self.normalize}
-        return slices_from_volume(patient, made.volumes, made.mask, tuple(SPACING_MM), **geometry)
+        return slices_from_volume(
+            patient, made.volumes, made.mask, SPACING_MM, self.size, self.field_mm, self.normalize
+        )
 
     def fixed_splits(self) -> dict[str, list[str]]:
         """Return the patients of each split, by index, in the proportions of the 340 frozen ones, at least one each."""

@@ -37,7 +37,6 @@ from diffusers_cf.loading import PREPROCESSING
 logger = logging.getLogger(__name__)
 
 SOURCES = {source.name: source for source in (PhantomSource, BratsSource, DecathlonSource, ArraysSource, FolderSource)}
-ORIENTATION = "anterior up, patient's left at the image's left"
 SHARD_BYTES = 400_000_000
 WORK_FOLDER = ".prepare-"  # then a digest of all options
 
@@ -141,7 +140,8 @@ def _choose(source: Source, seed: int, split_file, limit: int | None) -> tuple[d
         "version": VERSION, "source": source.name, "input": source.path.name, "modalities": list(source.modalities),
         "class_names": list(source.class_names), "size": source.size, "channels": len(source.modalities),
         "dtype": "float16", "scale": 1, "field_mm": source.field_mm, "normalize": source.normalize,
-        "orientation": ORIENTATION, "has_masks": source.has_masks, "seed": seed, "split_sha256": _digest(splits),
+        "orientation": "anterior up, patient's left at the image's left", "has_masks": source.has_masks,
+        "seed": seed, "split_sha256": _digest(splits),
     }  # fmt: skip
     return splits, facts | source.facts()
 
@@ -246,7 +246,9 @@ def _write_shards(work: Path, splits: dict[str, list[str]], summaries: dict[str,
 
 def _read(source: Source, facts: dict, work: Path | None, patient: str) -> tuple[list[str], dict | None]:
     """Return the problems of a patient and, if there is none, its summary; write both its files into `work`."""
-    slices, problems = source.examine(patient)
+    # One thread: workers would compete for the cores, and rounding would depend on the number of threads.
+    with threadpool_limits(1):
+        slices, problems = source.examine(patient)
     if not problems:
         with noting_errors(problems):
             table = slices_to_table(slices, facts["class_names"], facts["dtype"], facts["scale"])
@@ -266,19 +268,13 @@ def _for_each(function: Callable, patients: list[str], num_workers: int, title: 
     """Yield (patient, function(patient)) in the order of the patients, with a progress bar."""
     bar = partial(tqdm, total=len(patients), desc=title, unit="patient")
     if num_workers <= 1:
-        yield from bar((patient, _call(function, patient)) for patient in patients)
+        yield from bar((patient, function(patient)) for patient in patients)
         return
     # No fork of this process: its libraries may have started threads, and such a fork may hang.
     context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
     context.set_forkserver_preload(["diffusers_cf.data.prepare"])  # imported once, not by every worker
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(function,)) as pool:
         yield from bar(zip(patients, pool.map(_call_in_worker, patients), strict=True))
-
-
-def _call(function: Callable, patient: str) -> object:
-    # One thread: workers would compete for the cores, and rounding would depend on the number of threads.
-    with threadpool_limits(1):
-        return function(patient)
 
 
 def _start_worker(function: Callable) -> None:
@@ -293,4 +289,4 @@ def _start_worker(function: Callable) -> None:
 
 
 def _call_in_worker(patient: str) -> object:
-    return _call(_function, patient)
+    return _function(patient)

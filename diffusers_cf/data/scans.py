@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.data.geometry import FIELD_MM, slices_from_volume
+from diffusers_cf.data.geometry import slices_from_volume
 from diffusers_cf.data.intensity import DEFAULT_NORMALIZE, intensity_problem
 from diffusers_cf.data.nifti import (
     ALIASES,
@@ -40,14 +40,9 @@ def check_patient_id(name: str) -> str:
 
 
 def choose_modalities(path: Path, known: Sequence[str], wanted: Iterable[str]) -> tuple[str, ...]:
-    """Return the canonical names of the modalities that become the channels.
-
-    Raises:
-        InputError: a modality is unknown; the message names the file.
-    """
+    """Return the canonical names of the modalities that become the channels; raise `InputError` if one is unknown."""
     chosen = tuple(canonical_modality(name) for name in wanted)
-    absent = [name for name in chosen if name not in known]
-    if absent:
+    if absent := [name for name in chosen if name not in known]:
         raise InputError(f"{path}: no modality {', '.join(absent)} (there are {', '.join(known)})")
     return chosen
 
@@ -95,8 +90,8 @@ class VolumeSource(Source):
 
     Args:
         path (`str` or `Path`): the folder with the data.
-        size, field_mm, normalize, labels: as in [`Source`]; patients without a segmentation require labels.
         lenient (`bool`): accept scans that seem not to be skull-stripped, and unknown label ids.
+        **options: as in [`Source`]; patients without a segmentation require labels.
 
     Raises:
         InputError: the folder or the labels file can't be used.
@@ -104,12 +99,9 @@ class VolumeSource(Source):
 
     known_ids = frozenset(range(5))
 
-    def __init__(
-        self, path: str | Path, size: int = 128, field_mm: float = FIELD_MM, normalize: str = DEFAULT_NORMALIZE,
-        labels: str | Path | None = None, lenient: bool = False,
-    ):  # fmt: skip
-        super().__init__(path, size, field_mm, normalize, labels)
-        if normalize == "none":
+    def __init__(self, path: str | Path, lenient: bool = False, **options):
+        super().__init__(path, **options)
+        if self.normalize == "none":
             raise InputError("--normalize none: scanner units have no common scale, use median or p99")
         self.lenient = lenient
 

@@ -62,7 +62,7 @@ def slices_to_table(
     Intensities are stored as intensity x `scale`, rounded and clipped where `dtype` is an integer type.
 
     Raises:
-        InputError: an intensity is too large for a float `dtype`, or a slice number for int32.
+        InputError: an intensity is too large for a float `dtype`.
     """
     images = patient.images.astype(np.float32) * np.float32(scale)
     if np.issubdtype(np.dtype(dtype), np.integer):
@@ -70,8 +70,6 @@ def slices_to_table(
         images = np.clip(np.rint(images), limits.min, limits.max)
     elif (most := float(np.abs(images).max(initial=0))) > np.finfo(dtype).max:
         raise InputError(f"{patient.patient}: an intensity of {most:g} can't be stored as {dtype}: choose --normalize")
-    if np.max(patient.slices, initial=0) > np.iinfo(np.int32).max:
-        raise InputError(f"{patient.patient}: slice number {np.max(patient.slices)} is too large")
     masks = [None] * len(images) if patient.masks is None else [m.astype(np.uint8).tobytes() for m in patient.masks]
     columns = {
         "image": [image.tobytes() for image in images.astype(dtype)],
