@@ -22,11 +22,10 @@ import numpy as np
 
 from diffusers_cf.data.geometry import resample_mask, resample_slices
 from diffusers_cf.data.intensity import intensity_problem, unit_intensity
-from diffusers_cf.data.labels import CLASS_NAMES
 from diffusers_cf.data.nifti import MODALITIES, canonical_modality
 from diffusers_cf.data.scans import choose_modalities
 from diffusers_cf.data.slices import PatientSlices
-from diffusers_cf.data.source import Source
+from diffusers_cf.data.source import CLASS_NAMES, Source
 from diffusers_cf.errors import InputError, reading
 
 

@@ -3,13 +3,10 @@
     FOLDER/CLASS/NAME        one sub-folder per class
     FOLDER/NAME              with a labels file
 
-Images are PNG, JPEG, TIFF, BMP or .npy files. The healthy class is the first of `class_names`, or the sub-folder called
-healthy, normal, control or no_tumor.
+Images are PNG, JPEG, TIFF, BMP or .npy files.
 
 NAME ends in `_` and the number of the slice: `p07_012.png` and `p07_slice12.png` are slice 12 of patient p07. A NAME
-without `_` is slice 0 of a patient of that name. `patient_pattern` is a regular expression for other names, with the
-groups `patient` and, if there is one, `slice`. With `one_image_per_patient` each file is a patient of its own, called
-CLASS_NAME. A patient may have images in several classes.
+without `_` is slice 0 of a patient of that name. A patient may have images in several classes.
 
 Values of pictures are divided by the largest value of their type (255 or 65535), and transparent pixels are background,
 0. Files in .npy are (H, W) or (C, H, W). Floats are kept unless another intensity scale is chosen. All images must have
@@ -26,9 +23,8 @@ import numpy as np
 
 from diffusers_cf.data.geometry import resample_slices
 from diffusers_cf.data.intensity import intensity_problem, unit_intensity
-from diffusers_cf.data.labels import CLASS_NAMES
 from diffusers_cf.data.slices import PatientSlices
-from diffusers_cf.data.source import Source, noting_errors
+from diffusers_cf.data.source import CLASS_NAMES, Source, noting_errors
 from diffusers_cf.errors import InputError, reading
 
 
@@ -44,14 +40,14 @@ class FolderSource(Source):
 
     Args:
         path (`str` or `Path`): the folder.
-        class_names (`Sequence[str]`, *optional*): the classes in order, the healthy one first: it is the default target
-            of counterfactuals. By default the sub-folders, if the name of one says that it is healthy; with a labels
-            file healthy and unhealthy.
+        class_names (`Sequence[str]`, *optional*): the classes in order, the healthy one first. By default the
+            sub-folders, if one is called healthy, normal, control or no_tumor; with labels healthy and unhealthy.
         modalities (`Iterable[str]`, *optional*): names of the channels; channel0, channel1, .. by default.
-        labels (`str` or `Path`, *optional*): CSV file of labels (`labels.py`), for images without class folders.
+        labels (`str` or `Path`, *optional*): CSV file of labels, for images without class folders.
         normalize (`str`): intensity scale (`intensity.py`), by the foreground of all images of a patient.
-        patient_pattern (`str`, *optional*): regular expression for a file's name without its suffix.
-        one_image_per_patient (`bool`): each file is a patient of its own.
+        patient_pattern (`str`, *optional*): regular expression for names without suffix, with the groups `patient` and,
+            if the name has one, `slice`.
+        one_image_per_patient (`bool`): each file is a patient of its own, called CLASS_NAME.
         **options: as in [`Source`]; `field_mm` is only recorded.
 
     Raises:

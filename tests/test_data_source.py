@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusers_cf.data.labels import read_labels
+from diffusers_cf.data.source import read_labels
 from diffusers_cf.errors import InputError
 
 
