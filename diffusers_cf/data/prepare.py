@@ -42,9 +42,8 @@ WORK_FOLDER = ".prepare-"  # then a digest of all options
 
 
 def check(
-    source: Source, *, seed: int = 0, split_file: str | Path | None = None, patients: int | None = None,
-    allow_missing_classes: bool = False, num_workers: int = 0,
-) -> tuple[list[str], list[str]]:  # fmt: skip
+    source: Source, *, allow_missing_classes: bool = False, num_workers: int = 0, **options
+) -> tuple[list[str], list[str]]:
     """Read every patient of a source as [`prepare`] does, and write nothing; arguments as there.
 
     Returns:
@@ -53,7 +52,7 @@ def check(
     Raises:
         InputError: the source or the splits can't be used.
     """
-    splits, facts = _choose(source, seed, split_file, patients)
+    splits, facts = _choose(source, **options)
     ids = sorted(patient for name in SPLITS for patient in splits[name])
     read = dict(_for_each(partial(_read, source, facts, None), ids, num_workers, "Checking"))
     found = [f"{patient}: {problem}" for patient, (problems, _) in read.items() for problem in problems]
@@ -119,9 +118,11 @@ def _digest(value: dict) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _choose(source: Source, seed: int, split_file, limit: int | None) -> tuple[dict[str, list[str]], dict]:
+def _choose(
+    source: Source, seed: int = 0, split_file: str | Path | None = None, patients: int | None = None
+) -> tuple[dict[str, list[str]], dict]:
     """Return the patients of each split, and what preprocessing.json says before any patient is read."""
-    fixed = source.fixed_splits()
+    fixed, limit = source.fixed_splits(), patients
     if limit is not None and (split_file is not None or fixed is not None):
         raise InputError("the number of patients can't be limited if a file or the source gives the splits")
     patients = [check_patient_id(name) for name in source.patients()][:limit]
@@ -205,12 +206,7 @@ def _missing_classes(source: Source, counts: dict[str, dict]) -> list[str]:
 
 
 def describe(source: Source, understood: dict) -> list[str]:
-    """Return lines that say what was understood of a source.
-
-    Args:
-        source (`Source`): as given to [`prepare`].
-        understood (`dict`): preprocessing.json, or its `splits` and `value_range`.
-    """
+    """Return lines that say what was understood of a source: `splits` and `value_range` of preprocessing.json."""
     lines = [*source.summary, f"healthy class: {source.class_names[0]}"]
     for name, count in understood["splits"].items():
         line = f"{name}: {count['patients']} patients, {count['slices']} slices, {count['unhealthy']} unhealthy"
@@ -280,12 +276,9 @@ def _for_each(function: Callable, patients: list[str], num_workers: int, title: 
 def _start_worker(function: Callable) -> None:
     global _function
     _function = function
-
-    def exit_with_parent() -> None:  # a worker would wait for work forever if its parent is killed
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    # A worker would wait for work forever if its parent is killed.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _call_in_worker(patient: str) -> object:

@@ -25,9 +25,8 @@ _HUB_NAME = re.compile(r"(?P<repo_id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@
 def dataset_folder(name: str | Path, split: str) -> tuple[Path, str | None]:
     """Return the folder of a data set, and the commit if it was downloaded.
 
-    Args:
-        name (`str` or `Path`): an existing folder, or else `user/name[@revision]` on the Hub.
-        split (`str`): the split to download, with preprocessing.json.
+    `name` is an existing folder, or else `user/name[@revision]` on the Hub, from which preprocessing.json and one split
+    are downloaded.
 
     Raises:
         InputError: the repository, its revision or files of it are missing, or the download fails.
@@ -86,11 +85,7 @@ def shards_of(folder: str | Path, split: str) -> list[Path]:
 
 
 def collate_rows(rows: list[dict], preprocessing: dict) -> dict:
-    """Decode rows to a batch.
-
-    Args:
-        rows (`list[dict]`): rows with the columns of `slice_features`.
-        preprocessing (`dict`): as `read_preprocessing` returns it.
+    """Decode rows with the columns of `slice_features` to a batch.
 
     Returns:
         `dict`: `images` float32 `(N, C, H, W)`; `masks` uint8 `(N, H, W)`, or None without masks; `labels` int64

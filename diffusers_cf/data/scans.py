@@ -86,7 +86,10 @@ def seg_warnings(seg: Scan, known_ids: frozenset[int]) -> list[str]:
 
 
 class VolumeSource(Source):
-    """Base of the NIfTI sources. A subclass implements `patients`, `read_scans` and `seg_file`.
+    """Base of the NIfTI sources.
+
+    A subclass implements `patients`; `read_scans(patient, problems)`, which returns the RAS scans by modality without
+    those that can't be read, and notes why in `problems`; and `seg_file(patient)`, which returns a path or None.
 
     Args:
         path (`str` or `Path`): the folder with the data.
@@ -104,14 +107,6 @@ class VolumeSource(Source):
         if self.normalize == "none":
             raise InputError("--normalize none: scanner units have no common scale, use median or p99")
         self.lenient = lenient
-
-    def read_scans(self, patient: str, problems: list[str]) -> dict[str, Scan]:
-        """Return the patient's RAS scans by modality, without those that can't be read; append why to `problems`."""
-        raise NotImplementedError
-
-    def seg_file(self, patient: str) -> Path | None:
-        """Return the file of a patient's segmentation; None if there is none."""
-        raise NotImplementedError
 
     @functools.cached_property
     def has_masks(self) -> bool:
@@ -226,21 +221,17 @@ class DecathlonSource(VolumeSource):
         return sorted(self.entries)
 
     def read_scans(self, patient: str, problems: list[str]) -> dict[str, Scan]:
-        with noting_errors(problems):
-            image = to_canonical(read_nifti(self._inside(self.entries[patient]["image"]), dimensions=4))
-            count = image.data.shape[3]
-            if count != len(self.channels):
-                names = f"{len(self.channels)} modalities ({', '.join(self.channels)})"
-                raise InputError(f"{image.path}: {count} volumes, but {self.index.name} names {names}")
-            return {name: replace(image, data=image.data[..., self.channels.index(name)]) for name in self.modalities}
-        return {}
+        image = to_canonical(read_nifti(self._inside(self.entries[patient]["image"]), dimensions=4))
+        count = image.data.shape[3]
+        if count != len(self.channels):
+            names = f"{len(self.channels)} modalities ({', '.join(self.channels)})"
+            raise InputError(f"{image.path}: {count} volumes, but {self.index.name} names {names}")
+        return {name: replace(image, data=image.data[..., self.channels.index(name)]) for name in self.modalities}
 
     def seg_file(self, patient: str) -> Path | None:
-        if not (name := self.entries[patient].get("label")):
-            return None
-        path = self._inside(name)
+        name = self.entries[patient].get("label")
         # With a labels file the segmentation may be missing; without one, reading the missing file is an error.
-        return path if self.labels is None or path.is_file() else None
+        return self._inside(name) if name and (self.labels is None or self._inside(name).is_file()) else None
 
     def _inside(self, name: str) -> Path:
         """Return the path of an entry of dataset.json; refuse one that leads out of the folder."""

@@ -108,9 +108,8 @@ class SliceDataset(torch.utils.data.Dataset):
     A split without patients has length 0.
 
     Args:
-        folder (`str` or `Path`): a folder written by `diffusers-cf prepare`, or a data set on the Hub,
-            `user/name[@revision]`, of which the files of this split are downloaded to the local cache. An existing folder
-            takes precedence.
+        folder (`str` or `Path`): a folder written by `diffusers-cf prepare`, or else `user/name[@revision]` on the Hub,
+            of which the files of this split are downloaded to the local cache.
         split (`str`): `train`, `validation` or `test`.
         cache_dir (`str` or `Path`, *optional*): where `datasets` keeps its memory-mapped copy; None for its default.
 
@@ -119,9 +118,7 @@ class SliceDataset(torch.utils.data.Dataset):
         commit (`str`, *optional*): the commit that was downloaded from the Hub, None for a folder.
         preprocessing (`dict`): the content of preprocessing.json.
         class_names (`tuple[str, ...]`): names of the classes, in the order of the labels.
-        labels (`np.ndarray`): int64 `(N,)`, class index of every slice.
-        patients (`np.ndarray`): str `(N,)`, patient of every slice.
-        slices (`np.ndarray`): int64 `(N,)`, axial index of every slice.
+        labels, patients, slices (`np.ndarray`): `(N,)`, class index, patient and axial index of every slice.
         has_masks (`bool`): whether there are lesion masks, which evaluation needs.
 
     Raises:
@@ -145,13 +142,10 @@ class SliceDataset(torch.utils.data.Dataset):
 
     def _open(self, path: Path, cache_dir: str | Path | None) -> datasets.Dataset:
         features, count = slice_features(self.class_names), self.preprocessing["splits"][self.split]["slices"]
-        if not count:
-            # A split without patients has no file, and `datasets` can't read zero rows.
-            return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
         shards = [(str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size) for f in shards_of(path, self.split)]
-        if not shards:
-            where = "" if self.commit is None else " in the repository or, without network, in the local cache"
-            raise InputError(f"{self.folder}: no data/{self.split}-*.parquet{where}")
+        if not shards:  # a split without patients has no file, and `datasets` can't read zero rows
+            check_count(self.folder, self.split, 0, count)
+            return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
         with reading(self.folder, "slice data set"):
             try:
                 # Not `load_dataset`, which treats a path as a pattern: it expands `*`, `[1]` and `$VAR`, splits at
