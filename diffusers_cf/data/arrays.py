@@ -37,9 +37,6 @@ class ArraysSource(Source):
         size (`int`, *optional*): pixels along each side of a slice; by default that of the file.
         modalities (`Iterable[str]`, *optional*): the modalities to use as channels, in this order; by default all.
         **options: as in [`Source`]; `field_mm` is only recorded.
-
-    Raises:
-        InputError: the file can't be used.
     """
 
     name = "arrays"

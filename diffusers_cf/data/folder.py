@@ -49,9 +49,6 @@ class FolderSource(Source):
             if the name has one, `slice`.
         one_image_per_patient (`bool`): each file is a patient of its own, called CLASS_NAME.
         **options: as in [`Source`]; `field_mm` is only recorded.
-
-    Raises:
-        InputError: the folder or the labels file can't be used, or the healthy class or a patient is not clear.
     """
 
     name = "folder"

@@ -232,9 +232,6 @@ class PhantomSource(Source):
         patients (`int`): number of patients, at least 3 (one for each split).
         normalize (`str`): intensity scale (`intensity.py`); the frozen test set has that of the paper.
         **options: as in [`Source`].
-
-    Raises:
-        InputError: there are too few patients for three splits.
     """
 
     name = "phantom"

@@ -81,9 +81,7 @@ def smooth_noise(rng: np.random.Generator, scale_mm: float) -> np.ndarray:
 class Head:
     """One patient's brain: the voxels of the frame that it fills, and the template position of each.
 
-    Args:
-        rng (`np.random.Generator`): the patient's anatomy stream, for a rotation of a few degrees, a scale within 8 %, a
-            shift, a smooth warp and atrophy.
+    `rng` draws a rotation of a few degrees, a scale within 8 %, a shift, a smooth warp and atrophy.
     """
 
     def __init__(self, rng: np.random.Generator):
@@ -108,12 +106,8 @@ class Head:
     def pushed(self, centre: np.ndarray, amount: float, reach: float) -> np.ndarray:
         """Return template positions (3, N) of the brain voxels after a tumour has pushed the tissue aside.
 
-        Tissue at radius r from the centre came from radius r (1 - amount (1 - r / reach)^2).
-
-        Args:
-            centre (`np.ndarray`): (3,), frame position in mm.
-            amount (`float`): 0 to 0.5.
-            reach (`float`): radius in mm beyond which nothing moves.
+        Tissue at radius r mm from the `centre` (3,), a frame position, came from r (1 - amount (1 - r / reach)^2).
+        `amount` is 0 to 0.5; beyond the radius `reach` nothing moves.
         """
         offset = self.frame - centre[:, None]
         radius = np.sqrt((offset**2).sum(axis=0))

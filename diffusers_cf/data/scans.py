@@ -95,9 +95,6 @@ class VolumeSource(Source):
         path (`str` or `Path`): the folder with the data.
         lenient (`bool`): accept scans that seem not to be skull-stripped, and unknown label ids.
         **options: as in [`Source`]; patients without a segmentation require labels.
-
-    Raises:
-        InputError: the folder or the labels file can't be used.
     """
 
     known_ids = frozenset(range(5))
@@ -194,9 +191,6 @@ class DecathlonSource(VolumeSource):
         modalities (`Iterable[str]`, *optional*): the modalities to use as channels, in this order; by default all of
             dataset.json, in alphabetical order: flair, t1, t1ce, t2.
         **options: as in [`VolumeSource`].
-
-    Raises:
-        InputError: dataset.json can't be used, or a modality is not in it.
     """
 
     name = "decathlon"

@@ -101,7 +101,7 @@ class Source:
         summary (`list[str]`): lines that say what it found.
 
     Raises:
-        InputError: the geometry or the labels file can't be used.
+        InputError: the input, the labels file or an option can't be used. Subclasses raise it, too.
     """
 
     name = ""
