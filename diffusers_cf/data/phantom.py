@@ -73,8 +73,7 @@ def make_patient(seed: int, index: int, tumour: bool = True) -> PhantomPatient:
     if lesion:
         labels = lesion.add(signal, tissue)
     scans = _scan(head, scanner_rng, signal)
-    affine = np.diag([*SPACING_MM, 1.0])
-    affine[:3, 3] = -(np.array(SHAPE) - 1) / 2 * SPACING_MM
+    affine = nib.affines.from_matvec(np.diag(SPACING_MM), -(np.array(SHAPE) - 1) / 2 * SPACING_MM)
     return PhantomPatient(
         patient=f"phantom-s{seed}-{index:04d}",
         volumes=np.stack([head.volume(scan, np.float32) for scan in scans]),

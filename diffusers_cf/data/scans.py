@@ -68,21 +68,18 @@ def scan_warnings(modality: str, scan: Scan) -> list[str]:
     ]
 
 
-def seg_warnings(seg: Scan, known_ids: frozenset[int]) -> list[str]:
-    """Return a warning if a segmentation has unknown label ids.
+def seg_problems(seg: Scan, known_ids: frozenset[int]) -> tuple[list[str], list[str]]:
+    """Return the errors (ids that are not whole numbers from 0 up) and warnings (unknown ids) of a segmentation.
 
     Ids within 1e-3 of a whole number are that number: header scaling and resampling leave 0.9999999.
-
-    Raises:
-        InputError: an id is not a whole number from 0 up.
     """
     values = np.unique(seg.data).astype(np.float64)
     wrong = values[(np.abs(values - np.rint(values)) > 1e-3) | (np.rint(values) < 0)]
     if wrong.size:
-        raise InputError(f"{seg.path}: labels must be whole numbers from 0 up, found {wrong[0]:.6g}")
+        return [f"{seg.path}: labels must be whole numbers from 0 up, found {wrong[0]:.6g}"], []
     unknown = sorted({int(i) for i in np.rint(values)} - known_ids)
     found, known = (", ".join(map(str, some)) for some in (unknown[:5], sorted(known_ids)))
-    return [f"{seg.path}: unknown label ids {found} (known: {known})"] if unknown else []
+    return [], [f"{seg.path}: unknown label ids {found} (known: {known})"] if unknown else []
 
 
 class VolumeSource(Source):
@@ -122,7 +119,9 @@ class VolumeSource(Source):
             path = self.seg_file(patient)
             if path is not None:
                 seg = to_canonical(read_nifti(path))
-                doubts += seg_warnings(seg, self.known_ids)
+                errors, unknown_ids = seg_problems(seg, self.known_ids)
+                problems += errors
+                doubts += unknown_ids
             elif self.labels is None:
                 raise InputError(f"{patient}: no segmentation, and no labels file instead of it (--labels)")
         with noting_errors(problems):
