@@ -100,7 +100,7 @@ def test_bad_patients_of_arrays(tmp_path):
     np.savez(tmp_path / "x.npz", **arrays(images=images, slice=np.array([7, 5, 6, 1, 2, 2])))
     source = ArraysSource(tmp_path / "x.npz")
     words = ["1 values are NaN or infinite", "a slice index occurs twice"]
-    assert all(word in problem for word, problem in zip(words, source.problems("a"), strict=True))
+    assert all(word in problem for word, problem in zip(words, source.examine("a")[1], strict=True))
     with pytest.raises(InputError, match="x.npz: b: flair: empty"):
         source.read("b")
 
@@ -165,4 +165,4 @@ def test_scans_agree_with_the_stored_slices():
     np.testing.assert_allclose(ours, stored.images[brain], rtol=0, atol=5.1e-3)
     np.testing.assert_array_equal(found.masks[rows], stored.masks)
     source = BratsSource(DATA / "volumes")
-    assert [source.problems(patient) for patient in source.patients()] == [[], []]
+    assert [source.examine(patient)[1] for patient in source.patients()] == [[], []]

@@ -122,7 +122,7 @@ def test_folder_with_labels(tmp_path):
     (tmp_path / "labels.csv").write_text("patient,slice,label\np1,2,b\np1,,a\n")
     source = FolderSource(tmp_path / "images", size=12, labels=tmp_path / "labels.csv", class_names=("a", "b"))
     assert source.read("p1").labels.tolist() == [0, 1] and source.class_names == ("a", "b")
-    assert "no label for any slice of p2" in source.problems("p2")[0]
+    assert "no label for any slice of p2" in source.examine("p2")[1][0]
 
 
 def test_bad_image_folders(tmp_path):
@@ -163,9 +163,9 @@ def test_bad_images_are_named(tmp_path):
         "9": "9.npy: channel0 of patient 9: 50 % of the values are negative",
         "0": "0.npy: channel0 of patient 0: values reach 23.*--normalize none",
     }
-    assert source.problems("4") == []
+    assert source.examine("4")[1] == []
     for patient, reason in words.items():
-        assert len(source.problems(patient)) == 1
+        assert len(source.examine(patient)[1]) == 1
         with pytest.raises(InputError, match=reason):
             source.read(patient)
 

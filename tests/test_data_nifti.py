@@ -12,12 +12,13 @@ from diffusers_cf.data.geometry import from_ras
 from diffusers_cf.data.nifti import (
     canonical_modality,
     check_same_grid,
-    find_modality_files,
+    find_modality_file,
     nifti_suffix,
     read_nifti,
     to_canonical,
 )
 from diffusers_cf.errors import InputError
+from diffusers_cf.segmentation.volumes import write_volume
 
 
 DATA = np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4)
@@ -147,6 +148,25 @@ def test_sound_file_is_read(case, tmp_path):
     np.testing.assert_allclose(scan.spacing_mm, [8, 6, 9])
 
 
+@pytest.mark.parametrize(("unit", "millimetres"), [("micron", 1e-3), ("meter", 1e3), ("unknown", 1.0), ("mm", 1.0)])
+def test_other_units_of_length_become_millimetres(unit, millimetres, tmp_path):
+    stored = ras_affine()
+    stored[:3] /= millimetres
+    image = nib.Nifti1Image(DATA, stored)
+    image.set_qform(stored, 1)
+    image.header.set_xyzt_units(unit, "sec")
+    nib.save(image, tmp_path / "scan.nii")
+    scan = read_nifti(tmp_path / "scan.nii")
+    np.testing.assert_allclose(scan.affine, ras_affine(), rtol=1e-6)
+    np.testing.assert_allclose(scan.spacing_mm, [8, 6, 9], rtol=1e-6)
+    write_volume(tmp_path / "map.nii.gz", to_canonical(scan).data, scan, np.float32)
+    written = nib.load(tmp_path / "map.nii.gz")
+    for affine in (written.affine, written.get_sform(), written.get_qform()):
+        np.testing.assert_allclose(affine, ras_affine(), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(written.header.get_zooms(), [8, 6, 9], rtol=1e-6)
+    assert written.header.get_xyzt_units() == ("mm", "sec")
+
+
 def test_integers_take_no_more_memory_than_in_the_file(tmp_path):
     voxels = np.zeros((256, 256, 400), np.uint8)
     (tmp_path / "scan.nii.gz").write_bytes(gzip.compress(nib.Nifti1Image(voxels, np.eye(4)).to_bytes(), 1))
@@ -189,18 +209,15 @@ def test_names_of_files_and_modalities():
     assert {name: nifti_suffix(name) for name in suffixes} == suffixes
 
 
-def test_modality_files_are_found_and_missing_ones_named(tmp_path):
+def test_modality_files_are_found(tmp_path):
     for name in ("p-t1n.nii.gz", "p-t1c.nii.gz", "p-T2F.nii", "p-seg.nii.gz", "notes.txt"):
         (tmp_path / name).touch()
-    found = find_modality_files(tmp_path, ("t1ce", "flair", "seg"))
     names = {"t1ce": "p-t1c.nii.gz", "flair": "p-T2F.nii", "seg": "p-seg.nii.gz"}
-    assert {key: path.name for key, path in found.items()} == names and list(found) == list(names)
-    assert find_modality_files(tmp_path, ["t2"], required=False) == {}
-    with pytest.raises(InputError, match=r"modality missing: t2 \(names end in t2, t2w\)"):
-        find_modality_files(tmp_path, ("t1", "t2"))
+    assert {key: find_modality_file(tmp_path, key).name for key in names} == names
+    assert find_modality_file(tmp_path, "t2") is None
     (tmp_path / "p_t1gd.nii.gz").touch()
     with pytest.raises(InputError, match="several files are t1ce: p-t1c.nii.gz, p_t1gd.nii.gz"):
-        find_modality_files(tmp_path, ["t1ce"])
+        find_modality_file(tmp_path, "t1ce")
 
 
 def scans_with(tmp_path, shape=(6, 5, 4), shift=0.0, scale=1.0, tilt=0.0):

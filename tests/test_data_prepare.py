@@ -107,11 +107,11 @@ def test_killed_run_continues_where_it_stopped(tmp_path):
     root = str(Path(__file__).parents[1])
     process = subprocess.Popen(command, cwd=root, env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("set/.prepare-*/p*.parquet"))) < 2 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("set/.prepare-*/p*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = {path.stem for path in tmp_path.glob("set/.prepare-*/p*.parquet")}
+    done = {path.stem for path in tmp_path.glob("set/.prepare-*/p*.json")}
     assert 2 <= len(done) < 6
     with pytest.raises(InputError, match="is no finished slice data set"):
         SliceDataset(tmp_path / "set", "train")

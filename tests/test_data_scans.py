@@ -53,7 +53,7 @@ def test_brats_names_of_2023_and_a_choice_of_modalities(tmp_path):
     patient = "BraTS-GLI-00001-000"
     write_brats(tmp_path, patient, names={m: f"{patient}-{suffix}.nii.gz" for m, suffix in suffixes.items()})
     source = BratsSource(tmp_path, size=16)
-    assert source.patients() == [patient] and source.problems(patient) == []
+    assert source.patients() == [patient] and source.examine(patient)[1] == []
     chosen = BratsSource(tmp_path, size=16, modalities=("T1Gd", "flair"))
     assert chosen.modalities == ("t1ce", "flair")
     np.testing.assert_array_equal(chosen.read(patient).images, source.read(patient).images[:, [2, 0]])
@@ -91,7 +91,7 @@ def shift(path):
 
 # file of the patient, what is done to it, what the problem says
 BAD_PATIENTS = {
-    "missing modality": ("t1ce", Path.unlink, "modality missing: t1ce"),
+    "missing modality": ("t1ce", Path.unlink, "modality missing: t1ce (names end in t1ce, t1gd, t1c)"),
     "missing segmentation": ("seg", Path.unlink, "no segmentation, and no labels file"),
     "truncated": ("t2", truncate, "truncated"),
     "truncated segmentation": ("seg", truncate, "truncated"),
@@ -113,9 +113,9 @@ BAD_PATIENTS = {
 def test_bad_patient_is_described_in_one_line(case, tmp_path):
     name, spoil, words = BAD_PATIENTS[case]
     folder = write_brats(tmp_path)
-    assert BratsSource(tmp_path).problems("P_01") == []
+    assert BratsSource(tmp_path).examine("P_01")[1] == []
     spoil(folder / f"P_01_{name}.nii.gz")
-    (problem,) = BratsSource(tmp_path).problems("P_01")
+    (problem,) = BratsSource(tmp_path).examine("P_01")[1]
     assert words in problem and "P_01" in problem and "\n" not in problem
     with pytest.raises(InputError) as error:
         BratsSource(tmp_path, size=16).read("P_01")
@@ -129,7 +129,7 @@ def test_all_problems_of_a_patient_are_listed(tmp_path):
     resave(folder / "P_01_t2.nii.gz", with_noise)
     source = BratsSource(tmp_path)
     words = ["truncated", "modality missing: t1", "skull-stripped"]
-    assert all(word in problem for word, problem in zip(words, source.problems("P_01"), strict=True))
+    assert all(word in problem for word, problem in zip(words, source.examine("P_01")[1], strict=True))
     with pytest.raises(InputError, match=r"truncated.* \(and 2 more; --check lists all\)"):
         source.read("P_01")
 
@@ -139,9 +139,9 @@ def test_lenient_takes_what_is_only_doubtful(tmp_path):
     resave(folder / "P_01_t2.nii.gz", with_noise)
     resave(folder / "P_01_seg.nii.gz", lambda d: d * 7)
     source = BratsSource(tmp_path, size=16, lenient=True)
-    assert source.problems("P_01") == [] and source.read("P_01").labels.sum() == 4
+    assert source.examine("P_01")[1] == [] and source.read("P_01").labels.sum() == 4
     (folder / "P_01_t1.nii.gz").unlink()
-    assert len(source.problems("P_01")) == 1
+    assert len(source.examine("P_01")[1]) == 1
 
 
 def test_a_brain_outside_the_field_is_only_taken_on_purpose(tmp_path):
@@ -225,7 +225,7 @@ def test_labels_beside_masks(tmp_path):
     ],
 )
 def test_labels_that_do_not_fit_a_patient(text, reason, tmp_path):
-    (problem,) = unlabelled(tmp_path, text).problems("P_01")
+    (problem,) = unlabelled(tmp_path, text).examine("P_01")[1]
     assert f"labels.csv: {reason}" in problem
 
 
@@ -251,7 +251,7 @@ def test_masks_may_be_rounded(tmp_path):
     resave(folder / "P_01_seg.nii.gz", lambda data: data.astype(np.float32) * np.float32(1.0000001))
     np.testing.assert_array_equal(BratsSource(tmp_path).read("P_01").masks, before)
     resave(folder / "P_01_seg.nii.gz", lambda data: data * 1.01)
-    assert "found 1.01" in BratsSource(tmp_path).problems("P_01")[0]
+    assert "found 1.01" in BratsSource(tmp_path).examine("P_01")[1][0]
 
 
 def change_index(folder, **changes):
@@ -262,17 +262,17 @@ def change_index(folder, **changes):
 
 def test_decathlon_problems(tmp_path):
     folder = write_decathlon(tmp_path)
-    assert DecathlonSource(folder).problems("P_01") == []
+    assert DecathlonSource(folder).examine("P_01")[1] == []
     assert DecathlonSource(folder, modalities=("t1gd",)).modalities == ("t1ce",)
     with pytest.raises(InputError, match=r"no modality pet \(there are flair, t1, t1ce, t2\)"):
         DecathlonSource(folder, modalities=("pet",))
     change_index(folder, modality={"0": "FLAIR", "1": "T1w"})
-    (problem,) = DecathlonSource(folder).problems("P_01")
+    (problem,) = DecathlonSource(folder).examine("P_01")[1]
     assert "P_01.nii.gz: 4 volumes, but dataset.json names 2 modalities (flair, t1)" in problem
     change_index(write_decathlon(tmp_path / "b"), labels={"0": "background", "2": "core"})
-    assert "unknown label ids 1 (known: 0, 2)" in DecathlonSource(tmp_path / "b").problems("P_01")[0]
+    assert "unknown label ids 1 (known: 0, 2)" in DecathlonSource(tmp_path / "b").examine("P_01")[1][0]
     (tmp_path / "b" / "labelsTr" / "P_01.nii.gz").unlink()
-    (problem,) = DecathlonSource(tmp_path / "b").problems("P_01")
+    (problem,) = DecathlonSource(tmp_path / "b").examine("P_01")[1]
     assert "labelsTr/P_01.nii.gz: can't be read" in problem
 
 
@@ -291,7 +291,7 @@ def test_decathlon_index_is_not_trusted(tmp_path):
 
 def test_decathlon_without_masks_takes_labels(tmp_path):
     folder = change_index(write_decathlon(tmp_path), training=[{"image": "./imagesTr/P_01.nii.gz"}])
-    assert "no segmentation, and no labels file" in DecathlonSource(folder).problems("P_01")[0]
+    assert "no segmentation, and no labels file" in DecathlonSource(folder).examine("P_01")[1][0]
     (tmp_path / "labels.csv").write_text("patient,label\nP_01,unhealthy\n")
     source = DecathlonSource(folder, size=16, labels=tmp_path / "labels.csv")
     assert not source.has_masks and source.read("P_01").labels.all()

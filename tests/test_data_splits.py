@@ -50,10 +50,14 @@ def test_split_file(tmp_path, caplog):
 BAD_SPLIT_FILES = {
     "no JSON": ("{", "", "not a readable JSON file"),
     "a list": ("[]", "", "not a JSON object"),
-    "several": ('{"split_1": {"train": ["a"]}}', "", "choose one: splits.json:split_1"),
+    "several": (
+        '{"split_1": {"train": ["a"]}}',
+        "",
+        "must have .*, but has split_1; for one of several splits, splits.json:NAME",
+    ),
     "unknown selection": ('{"split_1": {"train": ["a"]}}', ":split_9", r"no split named split_9 \(there are split_1"),
-    "unknown split": ('{"train": ["a"], "val": ["b"]}', "", "not val"),
-    "empty": ("{}", "", "not nothing"),
+    "unknown split": ('{"train": ["a"], "val": ["b"]}', "", "must have .*, but has train, val"),
+    "empty": ("{}", "", "must have .*, but has nothing"),
     "not a list": ('{"train": "a"}', "", "train must be a list of patient ids"),
     "in two splits": ('{"train": ["a", "b"], "test": ["b"]}', "", "in two splits or twice: b"),
     "twice": ('{"train": ["a", "a"]}', "", "in two splits or twice: a"),

@@ -39,7 +39,7 @@ def run_demo(args: argparse.Namespace) -> int:
         raise InputError("--seed and --index must be 0 or more")
     check_device_arguments(args)
     patient = make_patient(args.seed, args.index)
-    if not patient.has_tumour:
+    if not patient.labels.any():
         raise InputError(f"patient {args.index} of cohort {args.seed} is healthy: there is no lesion to find")
     pipe = open_pipeline(args.model, args.device, args.dtype)
     output = Path(args.output)

@@ -20,13 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.data.geometry import FIELD_MM, resample_mask, resample_slices
-from diffusers_cf.data.intensity import DEFAULT_NORMALIZE, intensity_problem, unit_intensity
-from diffusers_cf.data.labels import CLASS_NAMES
+from diffusers_cf.data.geometry import resample_mask, resample_slices
+from diffusers_cf.data.intensity import intensity_problem, unit_intensity
 from diffusers_cf.data.nifti import MODALITIES, canonical_modality
 from diffusers_cf.data.scans import choose_modalities
 from diffusers_cf.data.slices import PatientSlices
-from diffusers_cf.data.source import Source
+from diffusers_cf.data.source import CLASS_NAMES, Source
 from diffusers_cf.errors import InputError, reading
 
 
@@ -36,31 +35,26 @@ class ArraysSource(Source):
     Args:
         path (`str` or `Path`): the file.
         size (`int`, *optional*): pixels along each side of a slice; by default that of the file.
-        field_mm (`float`): side of the square field that the slices show, in mm; only recorded.
         modalities (`Iterable[str]`, *optional*): the modalities to use as channels, in this order; by default all.
-        labels, normalize: as in [`Source`].
-
-    Raises:
-        InputError: the file can't be used.
+        **options: as in [`Source`]; `field_mm` is only recorded.
     """
 
     name = "arrays"
 
     def __init__(
-        self, path: str | Path, size: int | None = None, field_mm: float = FIELD_MM,
-        modalities: Iterable[str] | None = None, labels: str | Path | None = None, normalize: str = DEFAULT_NORMALIZE,
+        self, path: str | Path, size: int | None = None, modalities: Iterable[str] | None = None, **options
     ):  # fmt: skip
         self.arrays = load_arrays(Path(path))
         images, names = self.arrays["images"], self.arrays["modalities"].tolist()
-        super().__init__(path, images.shape[-1] if size is None else size, field_mm, normalize, labels)
+        super().__init__(path, images.shape[-1] if size is None else size, **options)
         self.has_masks = "masks" in self.arrays
-        if not self.has_masks and "label" not in self.arrays and labels is None:
+        if not self.has_masks and "label" not in self.arrays and self.labels is None:
             raise InputError(f"{self.path}: neither masks nor labels (--labels)")
         self.channels = [canonical_modality(str(name)) for name in names]
         usual_order = sorted(self.channels, key=lambda name: (*MODALITIES, name).index(name))
         self.modalities = choose_modalities(self.path, self.channels, modalities or usual_order)
         self.scale = float(self.arrays.get("scale", 1))
-        self.keeps_bytes = images.dtype == np.uint8 and self.size == images.shape[-1] and normalize == "none"
+        self.keeps_bytes = images.dtype == np.uint8 and self.size == images.shape[-1] and self.normalize == "none"
         self.left_out = {}
         for modality in self.modalities:
             has = self.arrays.get(f"has_{names[self.channels.index(modality)]}")
@@ -98,11 +92,10 @@ class ArraysSource(Source):
         for channel in images.swapaxes(0, 1):
             channel /= unit_intensity(channel, self.normalize)
         masks = (self.arrays["masks"][rows] > 0).astype(np.uint8) if self.has_masks else None
-        labels = np.zeros(len(rows), dtype=np.int64)  # without masks or `label`, the labels file sets them
         if "label" in self.arrays:
             labels = np.array([CLASS_NAMES.index(name) for name in self.arrays["label"][rows]], dtype=np.int64)
-        elif masks is not None:
-            labels = masks.any(axis=(1, 2)).astype(np.int64)
+        else:  # without masks or `label`, the labels file sets them
+            labels = np.zeros(len(rows), np.int64) if masks is None else masks.any(axis=(1, 2)).astype(np.int64)
         side = images.shape[-1]
         if side != self.size:  # the field stays, and is given in pixels of the file
             images = resample_slices(images, (1.0, 1.0), self.size, float(side))
@@ -117,26 +110,25 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
         InputError: the file is damaged, or an array is missing or has a wrong shape or type.
     """
     with reading(path, ".npz file"), np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files if name not in ("labels", "gt")}
+        arrays = {name: np.asarray(file[name]) for name in file.files if name not in ("labels", "gt")}
     if absent := [name for name in ("images", "patient", "modalities") if name not in arrays]:
         raise InputError(f"{path}: array missing: {', '.join(absent)}")
-    if bad := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
-        raise InputError(f"{path}: {bad[0]} is no array of numpy")
-    images, has = arrays["images"], [f"has_{name}" for name in np.atleast_1d(arrays["modalities"])]
+    images = arrays["images"]
     if images.ndim != 4 or images.shape[2] != images.shape[3] or not images.size:
         raise InputError(f"{path}: images must be (N, C, H, W) with H = W, not {images.shape}")
     n, channels, size = images.shape[:3]
-    shapes = {"patient": (n,), "slice": (n,), "label": (n,), "modalities": (channels,), "masks": (n, size, size)}
-    for name, shape in (shapes | dict.fromkeys(has, (n,)) | {"scale": ()}).items():
-        if name in arrays and arrays[name].shape != shape:
+    wanted = {  # shape and kinds of dtype
+        "images": (images.shape, "uif"), "masks": ((n, size, size), "buif"), "scale": ((), "uif"),
+        "patient": ((n,), "uiUS"), "slice": ((n,), "uif"), "label": ((n,), "US"), "modalities": ((channels,), "US"),
+    } | {f"has_{name}": ((n,), "b") for name in np.atleast_1d(arrays["modalities"])}  # fmt: skip
+    for name in [name for name in wanted if name in arrays]:
+        shape, kinds = wanted[name]
+        if arrays[name].shape != shape:
             raise InputError(f"{path}: {name} must have the shape {shape}, not {arrays[name].shape}")
-    kinds = {"images": "uif", "masks": "buif", "slice": "uif", "scale": "uif", "patient": "uiUS"}
-    kinds |= {"modalities": "US", "label": "US"} | dict.fromkeys(has, "b")
-    for name in set(kinds) & set(arrays):
-        if arrays[name].dtype.kind not in kinds[name]:
-            what = "text" if "U" in kinds[name] else "true or false" if kinds[name] == "b" else "numbers"
+        if arrays[name].dtype.kind not in kinds:
+            what = "text" if "U" in kinds else "true or false" if kinds == "b" else "numbers"
             raise InputError(f"{path}: {name} must be {what}, not {arrays[name].dtype}")
-        if "U" in kinds[name]:
+        if "U" in kinds:
             with reading(path, ".npz file of ASCII text"):
                 arrays[name] = arrays[name].astype(str)
     slices = arrays.get("slice", np.zeros(1))

@@ -3,13 +3,10 @@
     FOLDER/CLASS/NAME        one sub-folder per class
     FOLDER/NAME              with a labels file
 
-Images are PNG, JPEG, TIFF, BMP or .npy files. The healthy class is the first of `class_names`, or the sub-folder called
-healthy, normal, control or no_tumor.
+Images are PNG, JPEG, TIFF, BMP or .npy files.
 
 NAME ends in `_` and the number of the slice: `p07_012.png` and `p07_slice12.png` are slice 12 of patient p07. A NAME
-without `_` is slice 0 of a patient of that name. `patient_pattern` is a regular expression for other names, with the
-groups `patient` and, if there is one, `slice`. With `one_image_per_patient` each file is a patient of its own, called
-CLASS_NAME. A patient may have images in several classes.
+without `_` is slice 0 of a patient of that name. A patient may have images in several classes.
 
 Values of pictures are divided by the largest value of their type (255 or 65535), and transparent pixels are background,
 0. Files in .npy are (H, W) or (C, H, W). Floats are kept unless another intensity scale is chosen. All images must have
@@ -24,23 +21,16 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.data.geometry import FIELD_MM, resample_slices
+from diffusers_cf.data.geometry import resample_slices
 from diffusers_cf.data.intensity import intensity_problem, unit_intensity
-from diffusers_cf.data.labels import CLASS_NAMES
 from diffusers_cf.data.slices import PatientSlices
-from diffusers_cf.data.source import Source, noting_errors
+from diffusers_cf.data.source import CLASS_NAMES, Source, noting_errors
 from diffusers_cf.errors import InputError, reading
 
 
 FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".bmp": "BMP",
-    ".npy": "npy",
-}
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".npy": "npy",
+}  # fmt: skip
 HEALTHY_NAMES = ("healthy", "normal", "control", "no_tumor", "no_tumour", "notumor", "negative", "no")
 NUMBERED = re.compile(r"(?P<patient>.+)_\D*?(?P<slice>\d+)|(?P<single>[^_]+)")
 
@@ -50,41 +40,27 @@ class FolderSource(Source):
 
     Args:
         path (`str` or `Path`): the folder.
-        size (`int`): pixels along each side.
-        class_names (`Sequence[str]`, *optional*): the classes in order, the healthy one first: it is the default target
-            of counterfactuals. By default the sub-folders, if the name of one says that it is healthy; with a labels
-            file healthy and unhealthy.
+        class_names (`Sequence[str]`, *optional*): the classes in order, the healthy one first. By default the
+            sub-folders, if one is called healthy, normal, control or no_tumor; with labels healthy and unhealthy.
         modalities (`Iterable[str]`, *optional*): names of the channels; channel0, channel1, .. by default.
-        labels (`str` or `Path`, *optional*): CSV file of labels (`labels.py`), for images without class folders.
-        field_mm (`float`): side of the field in mm; only recorded.
+        labels (`str` or `Path`, *optional*): CSV file of labels, for images without class folders.
         normalize (`str`): intensity scale (`intensity.py`), by the foreground of all images of a patient.
-        patient_pattern (`str`, *optional*): regular expression for a file's name without its suffix.
-        one_image_per_patient (`bool`): each file is a patient of its own.
-
-    Raises:
-        InputError: the folder or the labels file can't be used, or the healthy class or a patient is not clear.
+        patient_pattern (`str`, *optional*): regular expression for names without suffix, with the groups `patient` and,
+            if the name has one, `slice`.
+        one_image_per_patient (`bool`): each file is a patient of its own, called CLASS_NAME.
+        **options: as in [`Source`]; `field_mm` is only recorded.
     """
 
     name = "folder"
     has_masks = False
 
     def __init__(
-        self, path: str | Path, size: int = 128, class_names: Sequence[str] | None = None,
-        modalities: Iterable[str] | None = None, labels: str | Path | None = None, field_mm: float = FIELD_MM,
-        normalize: str = "none", patient_pattern: str | None = None, one_image_per_patient: bool = False,
+        self, path: str | Path, class_names: Sequence[str] | None = None, modalities: Iterable[str] | None = None,
+        labels: str | Path | None = None, normalize: str = "none", patient_pattern: str | None = None,
+        one_image_per_patient: bool = False, **options,
     ):  # fmt: skip
-        path = Path(path)
-        if labels is None:
-            with reading(path, "folder"):
-                folders = sorted(file.name for file in path.iterdir() if file.is_dir() and file.name[0] != ".")
-            if class_names is not None and set(class_names) != set(folders):
-                raise InputError(f"{path}: the sub-folders are {', '.join(folders)}, not {', '.join(class_names)}")
-            if len(folders) < 2:
-                raise InputError(f"{path}: at least two sub-folders are required, one per class (or --labels)")
-            self.class_names = tuple(class_names or self._healthy_first(path, folders))
-        else:
-            self.class_names = tuple(class_names or CLASS_NAMES)
-        super().__init__(path, size, field_mm, normalize, labels)
+        self.class_names = tuple(class_names or CLASS_NAMES) if labels is not None else _classes(path, class_names)
+        super().__init__(path, normalize=normalize, labels=labels, **options)
         if patient_pattern is not None and one_image_per_patient:
             raise InputError("--patient_pattern and --one_image_per_patient exclude each other")
         with reading(patient_pattern, "regular expression"):
@@ -119,10 +95,9 @@ class FolderSource(Source):
         images = []
         for path in paths:
             with noting_errors(problems):
-                image = read_image(path)
-                if len(image) != len(self.modalities):
-                    found, usual = len(image), len(self.modalities)
-                    raise InputError(f"{path}: {found} channels, but other images have {usual}")
+                image, usual = read_image(path), len(self.modalities)
+                if len(image) != usual:
+                    raise InputError(f"{path}: {len(image)} channels, but other images have {usual}")
                 # The field is the square around the image, centred, in pixels.
                 images.append(resample_slices(image, (1.0, 1.0), self.size, max(image.shape[1:])))
         if problems:
@@ -137,15 +112,6 @@ class FolderSource(Source):
             else:
                 channel[:] = channel.clip(min=0) / unit_intensity(channel, self.normalize)
         return PatientSlices(patient, images, np.array(labels, np.int64), np.array(indices, np.int64), None, ranges)
-
-    @staticmethod
-    def _healthy_first(path: Path, folders: list[str]) -> list[str]:
-        healthy = [name for name in folders if name.casefold().replace("-", "_").replace(" ", "_") in HEALTHY_NAMES]
-        if len(healthy) != 1:
-            raise InputError(
-                f"{path}: which class is healthy? Name all, the healthy one first: --class_names {' '.join(folders)}"
-            )
-        return healthy + [name for name in folders if name not in healthy]
 
     def _list_files(self) -> dict[str, list[tuple[Path, int, int]]]:
         """Return (file, slice, class index) of every image, by patient."""
@@ -173,20 +139,36 @@ class FolderSource(Source):
         if self.one_image_per_patient:
             return path.stem if self.labels is not None else f"{path.parent.name}_{path.stem}", 0
         match = self.pattern.fullmatch(path.stem)
-        if match is None or not (match["patient"] or match.groupdict().get("single")):
+        groups = match.groupdict() if match else {}
+        patient, index = groups.get("patient"), groups.get("slice")
+        if self.pattern is NUMBERED and groups.get("single"):
+            patient, index = groups["single"], "0"
+        if not patient:
             raise InputError(
                 f"{path}: its name does not say patient and slice (PATIENT_NUMBER): give --patient_pattern, or"
                 " --one_image_per_patient"
             )
-        if self.pattern is NUMBERED:
-            patient, index = (match["single"], "0") if match["single"] else (match["patient"], match["slice"])
-        else:
-            patient, index = match["patient"], match.groupdict().get("slice")
         if index is None and self.labels is not None and any(number is not None for _, number in self.labels.classes):
             raise InputError(f"{self.labels.path}: labels slices, but --patient_pattern has no group (?P<slice>..)")
         if index is not None and not (index.isdecimal() and int(index) < 2**31):
             raise InputError(f"{path}: {index} is no slice number")
         return patient, None if index is None else int(index)
+
+
+def _classes(path: str | Path, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of the sub-folders, the healthy one first."""
+    with reading(path, "folder"):
+        folders = sorted(file.name for file in Path(path).iterdir() if file.is_dir() and file.name[0] != ".")
+    if class_names is not None and set(class_names) != set(folders):
+        raise InputError(f"{path}: the sub-folders are {', '.join(folders)}, not {', '.join(class_names)}")
+    if len(folders) < 2:
+        raise InputError(f"{path}: at least two sub-folders are required, one per class (or --labels)")
+    healthy = [name for name in folders if name.casefold().replace("-", "_").replace(" ", "_") in HEALTHY_NAMES]
+    if class_names is None and len(healthy) != 1:
+        raise InputError(
+            f"{path}: which class is healthy? Name all, the healthy one first: --class_names {' '.join(folders)}"
+        )
+    return tuple(class_names or dict.fromkeys(healthy + folders))
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -211,10 +193,12 @@ def read_image(path: Path) -> np.ndarray:
             values = np.array(mapped)
         else:
             with Image.open(path, formats=[kind]) as file:
-                if file.mode.startswith("I"):  # some versions of Pillow open 16-bit files as 32-bit integers
-                    values = np.asarray(file, dtype=np.uint16)
+                if file.mode[0] in "IF":  # some versions of Pillow open 16-bit files as 32-bit integers
+                    values = np.asarray(file, dtype=np.float32 if file.mode == "F" else np.uint16)
                 else:
-                    values = np.asarray(_without_alpha(file))
+                    black = Image.new("RGBA", file.size, (0, 0, 0, 255))
+                    flat = Image.alpha_composite(black, file.convert("RGBA"))
+                    values = np.asarray(flat.convert("L" if file.mode in ("1", "L", "LA", "La") else "RGB"))
             values = values if values.ndim == 2 else np.moveaxis(values, -1, 0)
     if values.dtype.kind not in "uif" or values.ndim not in (2, 3) or not values.size:
         raise InputError(f"{path}: (H, W) or (C, H, W) numbers expected, found {values.dtype} {values.shape}")
@@ -224,16 +208,3 @@ def read_image(path: Path) -> np.ndarray:
     if bad := int((~np.isfinite(image)).sum()):
         raise InputError(f"{path}: {bad} values are NaN or infinite")
     return image if image.ndim == 3 else image[None]
-
-
-def _without_alpha(file):
-    """Return a Pillow image in grey or colour, with transparent pixels on black."""
-    from PIL import Image
-
-    if file.mode in ("1", "L", "F"):
-        return file.convert("L") if file.mode == "1" else file
-    if file.mode not in ("LA", "La", "RGBA", "RGBa", "PA") and "transparency" not in file.info:
-        return file.convert("RGB")
-    colours = file.convert("RGBA")
-    flat = Image.alpha_composite(Image.new("RGBA", file.size, (0, 0, 0, 255)), colours)
-    return flat.convert("L" if file.mode in ("LA", "La") else "RGB")

@@ -81,11 +81,7 @@ def resample_slices(
 ) -> np.ndarray:
     """Resample slices `(..., Y, X)` in display orientation to float32 `(..., size, size)` over the field.
 
-    Args:
-        slices (`np.ndarray`): values, taken as 0 outside the frame.
-        spacing_mm (`Sequence[float]`): voxel size along x, y, .. in mm.
-        size (`int`): pixels along each side.
-        field_mm (`float`): side of the square field in mm.
+    The slices are 0 outside their frame. `spacing_mm` is the voxel size along x, y, ..
     """
     rows = area_weights(slices.shape[-2], float(spacing_mm[1]), size, field_mm)
     columns = area_weights(slices.shape[-1], float(spacing_mm[0]), size, field_mm)
@@ -111,31 +107,21 @@ def slices_from_volume(
     Args:
         patient (`str`): id of the patient.
         volume (`np.ndarray`): `(C, X, Y, Z)`, RAS-canonical, scanner units, no NaN.
-        mask (`np.ndarray`, *optional*): `(X, Y, Z)`, above 0 = lesion; without it every label is 0 and there are no
-            masks.
+        mask (`np.ndarray`, *optional*): `(X, Y, Z)`, above 0 = lesion; without it every label is 0.
         spacing_mm (`Sequence[float]`): voxel size along x, y, z in mm.
         size (`int`): pixels along each side of a slice.
         field_mm (`float`): side of the square in-plane field in mm, centred on the frame.
         normalize (`str`): the intensity scale (`intensity.py`).
 
     Raises:
-        InputError: a channel has no voxel above 0, or a voxel is infinite after the division.
+        InputError: a channel has no voxel above 0.
     """
-    if empty := [index for index, channel in enumerate(volume) if not (channel > 0).any()]:
-        raise InputError(f"{patient}: channel {empty[0]} is empty: no voxel above 0")
     filled = np.flatnonzero((volume > 0).any(axis=(0, 1, 2)))
     first, last = int(filled[0]), int(filled[-1]) + 1
     images = np.empty((last - first, len(volume), size, size), dtype=np.float32)
     for index, channel in enumerate(volume):
-        with np.errstate(over="ignore", invalid="ignore"):  # checked below
-            scale = np.float32(unit_intensity(channel, normalize))
-            images[:, index] = resample_slices(
-                np.clip(display(channel[..., first:last]), 0, None) / scale, spacing_mm, size, field_mm
-            )
-    if not np.isfinite(images).all():
-        raise InputError(
-            f"{patient}: the range of intensities is too large: on the scale {normalize} some are infinite"
-        )
+        scaled = np.clip(display(channel[..., first:last]), 0, None) / np.float32(unit_intensity(channel, normalize))
+        images[:, index] = resample_slices(scaled, spacing_mm, size, field_mm)
     labels, masks = np.zeros(last - first, dtype=np.int64), None
     if mask is not None:
         lesion = display(mask[..., first:last] > 0)

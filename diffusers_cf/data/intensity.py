@@ -30,11 +30,7 @@ def check_normalize(normalize: str) -> None:
 
 
 def unit_intensity(volume: np.ndarray, normalize: str) -> float:
-    """Return the intensity that becomes 1, in the units of one modality of one scan.
-
-    Args:
-        volume (`np.ndarray`): intensities of any shape; the foreground is what is above 0.
-        normalize (`str`): name of the scale.
+    """Return the intensity that becomes 1, in the units of one modality of one scan; its foreground is above 0.
 
     Raises:
         InputError: no voxel is above 0, or the scale is unknown.
@@ -51,12 +47,7 @@ def unit_intensity(volume: np.ndarray, normalize: str) -> float:
 
 
 def intensity_problem(values: np.ndarray, normalize: str) -> str | None:
-    """Return why the intensities of one modality of one patient can't be used; None if they can.
-
-    Args:
-        values (`np.ndarray`): intensities of any shape, before scaling; the foreground is what is above 0.
-        normalize (`str`): name of the scale.
-    """
+    """Return why the unscaled intensities of one modality of one patient can't be used; None if they can."""
     if bad := int((~np.isfinite(values)).sum()):
         return f"{bad} values are NaN or infinite"
     positive, negative = int((values > 0).sum()), int((values < 0).sum())
@@ -94,14 +85,9 @@ def unit_in_words(normalize: str) -> str:
 
 
 def check_same_scale(model: str, of_model: Mapping, dataset: str, of_dataset: Mapping, hint: str = "") -> None:
-    """Raise `InputError` if a model and a data set differ in their intensity scale.
+    """Raise `InputError` if the preprocessing.json of a model and of a data set differ in their intensity scale.
 
-    Args:
-        model (`str`): name of the model, for the message.
-        of_model (`Mapping`): preprocessing.json of the model.
-        dataset (`str`): name of the data set, for the message.
-        of_dataset (`Mapping`): preprocessing.json of the data set.
-        hint (`str`): end of the message.
+    `model` and `dataset` are their names, for the message, which ends with `hint`.
     """
     known, given = normalize_of(of_model), normalize_of(of_dataset)
     if known != given:

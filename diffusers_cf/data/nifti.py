@@ -3,7 +3,6 @@
 import gzip
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from diffusers_cf.errors import InputError, reading
 
 
 MAX_BYTES = 2 << 30
+METRE, MILLIMETRE, MICRON = 1, 2, 3  # the lower three bits of xyzt_units; 0 is unknown and taken as mm
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 ALIASES = {"flair": ("flair", "t2f"), "t1": ("t1", "t1n", "t1w"), "t1ce": ("t1ce", "t1gd", "t1c"), "t2": ("t2", "t2w")}
 
@@ -28,7 +28,7 @@ class Scan:
         data (`np.ndarray`): `(X, Y, Z)` or `(X, Y, Z, T)`, all finite, after the header's slope and intercept. Unscaled
             integers of one or two bytes keep their type; everything else is float32.
         affine (`np.ndarray`): float64 `(4, 4)`, from voxel index to RAS millimetres.
-        header: the file's nibabel header, without extensions.
+        header: the file's nibabel header without extensions, with lengths in mm.
         path (`Path`): the file.
     """
 
@@ -60,8 +60,7 @@ def read_nifti(
     """
     path = Path(path)
     with reading(path, "NIfTI file"), open(path, "rb") as file:
-        is_gzipped = file.peek(2)[:2] == b"\x1f\x8b"
-        stream = gzip.GzipFile(fileobj=file) if is_gzipped else file
+        stream = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
         try:
             header = _read_header(path, stream)
             # Check the size that the header claims before allocating anything.
@@ -76,9 +75,8 @@ def read_nifti(
                 raise InputError(f"{path}: {voxels} voxels (shape {shape}), the limit is {max_voxels}")
             is_scaled = header.get_slope_inter() not in ((None, None), (1, 0))
             keeps_type = dtype.kind in "ui" and dtype.itemsize <= 2 and not is_scaled
-            data = np.asarray(
-                ArrayProxy(stream, header, mmap=False), dtype.newbyteorder("=") if keeps_type else np.float32
-            )
+            dtype = dtype.newbyteorder("=") if keeps_type else np.float32
+            data = np.asarray(ArrayProxy(stream, header, mmap=False), dtype)
             while stream.read(1 << 20):  # the checksum at the end of a gzip stream covers all of it
                 if stream.tell() > max_bytes:
                     raise InputError(f"{path}: more than {max_bytes} bytes after decompression, the limit")
@@ -95,7 +93,7 @@ def read_nifti(
 
 
 def _read_header(path: Path, stream):
-    """Read a header with nibabel, and check what nibabel does not check."""
+    """Read a header with nibabel, check what nibabel does not check, and convert its lengths to mm."""
     start = stream.read(540)
     if start[344:348] == b"n+1\0":
         header = nibabel.Nifti1Header(start[:348])
@@ -109,6 +107,13 @@ def _read_header(path: Path, stream):
         raise InputError(f"{path}: damaged NIfTI header ({count} dimensions, shape {shape})")
     if header.get_data_dtype().kind not in "uif":
         raise InputError(f"{path}: complex or colour values; a grey-scale magnitude image is required")
+    unit_of_time, unit = divmod(int(header["xyzt_units"]), 8)
+    factor = {METRE: 1e3, MICRON: 1e-3}.get(unit, 1)
+    header["pixdim"][1:4] *= factor
+    for axis in "xyz":
+        header[f"qoffset_{axis}"] *= factor
+        header[f"srow_{axis}"] *= factor
+    header["xyzt_units"] = 8 * unit_of_time + MILLIMETRE
     return header
 
 
@@ -157,31 +162,18 @@ def nifti_suffix(name: str) -> str:
     return "t1ce" if suffix == "t1w" and re.search(r"(^|_)ce-", entities) else suffix
 
 
-def find_modality_files(folder: str | Path, modalities: Iterable[str], required: bool = True) -> dict[str, Path]:
-    """Find a patient's files, one for each modality (or `seg`), by the end of their names (aliases, any case).
-
-    Args:
-        folder (`str` or `Path`): the patient's folder.
-        modalities (`Iterable[str]`): what to find; the result has the same spelling and order.
-        required (`bool`): whether a missing file is an error; otherwise it is left out of the result.
+def find_modality_file(folder: Path, modality: str) -> Path | None:
+    """Return a patient's file of a modality, or `seg`, by the end of its name (aliases, any case); None if absent.
 
     Raises:
-        InputError: the folder can't be read, a file is missing, or several files fit.
+        InputError: the folder can't be read, or several files fit.
     """
-    folder, found = Path(folder), {}
+    name = canonical_modality(modality)
     with reading(folder, "folder"):
-        files = sorted(folder.iterdir())
-    for modality in modalities:
-        name = canonical_modality(modality)
-        fitting = [file for file in files if canonical_modality(nifti_suffix(file.name)) == name]
-        if len(fitting) > 1:
-            raise InputError(f"{folder}: several files are {modality}: {', '.join(file.name for file in fitting)}")
-        if fitting:
-            found[modality] = fitting[0]
-        elif required:
-            names = ", ".join(ALIASES.get(name, (name,)))
-            raise InputError(f"{folder}: modality missing: {modality} (names end in {names})")
-    return found
+        fitting = [file for file in sorted(folder.iterdir()) if canonical_modality(nifti_suffix(file.name)) == name]
+    if len(fitting) > 1:
+        raise InputError(f"{folder}: several files are {modality}: {', '.join(file.name for file in fitting)}")
+    return fitting[0] if fitting else None
 
 
 def check_same_grid(scans: list[Scan]) -> None:
@@ -192,22 +184,20 @@ def check_same_grid(scans: list[Scan]) -> None:
     Raises:
         InputError: they do not; the message lists each file.
     """
-
-    def grid(scan: Scan) -> np.ndarray:
-        spacing, directions = scan.spacing_mm, scan.affine[:3, :3] / scan.spacing_mm
-        return np.concatenate([spacing, scan.affine[:3, 3], 10 * directions.ravel()])  # one tolerance for all
-
-    if all(
-        scan.data.shape[:3] == scans[0].data.shape[:3] and np.allclose(grid(scan), grid(scans[0]), rtol=0, atol=1e-3)
+    grids = [
+        np.concatenate([scan.spacing_mm, scan.affine[:3, 3], (scan.affine[:3, :3] / scan.spacing_mm).ravel()])
         for scan in scans
+    ]
+    tolerance = np.repeat([1e-3, 1e-3, 1e-4], [3, 3, 9])
+    if len({scan.data.shape[:3] for scan in scans}) <= 1 and all(
+        (abs(g - grids[0]) <= tolerance).all() for g in grids
     ):
         return
-    grids = []
-    for scan in scans:
-        shape = "x".join(str(n) for n in scan.data.shape)
-        rows = (scan.spacing_mm, scan.affine[:3, 3], (scan.affine[:3, :3] / scan.spacing_mm).ravel())
-        spacing, origin, directions = (", ".join(f"{value:.6g}" for value in row.round(6) + 0.0) for row in rows)
-        grids.append(
+    lines = []
+    for scan, grid in zip(scans, grids, strict=True):
+        shape, parts = "x".join(str(n) for n in scan.data.shape), np.split(grid.round(6) + 0.0, [3, 6])
+        spacing, origin, directions = (", ".join(f"{value:.6g}" for value in part) for part in parts)
+        lines.append(
             f"{scan.path.name} is {shape}, spacing ({spacing}) mm, origin ({origin}) mm, directions ({directions})"
         )
-    raise InputError(f"{scans[0].path.parent}: shape or geometry differ: {'; '.join(grids)}")
+    raise InputError(f"{scans[0].path.parent}: shape or geometry differ: {'; '.join(lines)}")

@@ -15,7 +15,8 @@ import nibabel as nib
 import numpy as np
 
 from diffusers_cf.data.geometry import slices_from_volume
-from diffusers_cf.data.phantom_anatomy import SHAPE, SPACING_MM, Head
+from diffusers_cf.data.nifti import MODALITIES
+from diffusers_cf.data.phantom_anatomy import SHAPE, SPACING_MM, Head, sample
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.data.source import Source
 from diffusers_cf.errors import InputError
@@ -24,7 +25,6 @@ from diffusers_cf.errors import InputError
 PHANTOM_VERSION = 1
 FROZEN_SEED = 0
 FROZEN_SPLITS = {"train": 300, "validation": 16, "test": 24}
-MODALITIES = ("flair", "t1", "t1ce", "t2")
 NECROSIS, OEDEMA, ENHANCING = 1, 2, 4
 
 # Signal of fluid, grey and white matter, relative to the scanner's gain; modalities in canonical order.
@@ -54,19 +54,12 @@ class PhantomPatient:
         """The whole lesion, uint8 `(X, Y, Z)`."""
         return (self.labels > 0).astype(np.uint8)
 
-    @property
-    def has_tumour(self) -> bool:
-        """Whether any voxel belongs to a lesion."""
-        return bool(self.labels.any())
-
 
 def make_patient(seed: int, index: int, tumour: bool = True) -> PhantomPatient:
     """Make a patient in about 1 s; the same arguments give the same patient.
 
-    Args:
-        seed (`int`): the cohort, 0 or more.
-        index (`int`): the patient, 0 or more.
-        tumour (`bool`): False leaves out the tumour, which 85 % of patients have.
+    `seed` chooses the cohort and `index` the patient, both 0 or more. 85 % of patients have a tumour; without `tumour`
+    none has one.
     """
     root = np.random.default_rng([PHANTOM_VERSION, seed, index])
     anatomy_rng, tumour_rng, confounder_rng, scanner_rng = root.spawn(4)
@@ -80,8 +73,7 @@ def make_patient(seed: int, index: int, tumour: bool = True) -> PhantomPatient:
     if lesion:
         labels = lesion.add(signal, tissue)
     scans = _scan(head, scanner_rng, signal)
-    affine = np.diag([*SPACING_MM, 1.0])
-    affine[:3, 3] = -(np.array(SHAPE) - 1) / 2 * SPACING_MM
+    affine = nib.affines.from_matvec(np.diag(SPACING_MM), -(np.array(SHAPE) - 1) / 2 * SPACING_MM)
     return PhantomPatient(
         patient=f"phantom-s{seed}-{index:04d}",
         volumes=np.stack([head.volume(scan, np.float32) for scan in scans]),
@@ -128,7 +120,7 @@ def _add_confounders(head: Head, rng: np.random.Generator, signal: np.ndarray, m
     plexus, vessels and meninges enhance like a tumour.
     """
     _, _, white = tissue
-    ventricle = head.template.sample("ventricle", mni)
+    ventricle = sample("ventricle", mni)
     noise = head.noise(rng, 12.0)
     # Thick at the horns, thin along the body; the same grade on both sides.
     horns = 0.45 + 0.75 * _sigmoid((mni[1] - 14) / 4) + 0.75 * _sigmoid((-mni[1] - 36) / 4)
@@ -160,8 +152,8 @@ def _blend_oedema(signal: np.ndarray, weight: np.ndarray, strength: float) -> No
 
 def _spots(head: Head, rng: np.random.Generator, mni: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """Return the weights (N,) of white-matter spots of 2 to 7 mm, from none to dozens."""
-    white = head.template.sample("white", head.mni)
-    near = np.exp(-head.template.sample("ventricle", head.mni) / 14)
+    white = sample("white", head.mni)
+    near = np.exp(-sample("ventricle", head.mni) / 14)
     chance = np.cumsum((white > 0.6) * (head.mni[2] > -8) * (head.depth > 9) * (0.15 + near))
     weight = np.zeros(mni.shape[1])
     for _ in range(rng.poisson(rng.gamma(1.6, 14.0))):
@@ -237,42 +229,31 @@ class PhantomSource(Source):
     Args:
         seed (`int`): the cohort, 0 or more; 0 is the frozen test set.
         patients (`int`): number of patients, at least 3 (one for each split).
-        size (`int`): pixels along each side of a slice.
-        field_mm (`float`): side of the square field that a slice shows, in mm.
         normalize (`str`): intensity scale (`intensity.py`); the frozen test set has that of the paper.
-
-    Raises:
-        InputError: there are too few patients for three splits.
+        **options: as in [`Source`].
     """
 
     name = "phantom"
     modalities = MODALITIES
 
-    def __init__(
-        self, seed: int = FROZEN_SEED, patients: int = 340, size: int = 128, field_mm: float = 240.0,
-        normalize: str = "p99",
-    ):  # fmt: skip
-        super().__init__("", size, field_mm, normalize)
+    def __init__(self, seed: int = FROZEN_SEED, patients: int = 340, normalize: str = "p99", **options):
+        super().__init__("", normalize=normalize, **options)
         if patients < 3:
             raise InputError(f"the phantom needs at least 3 patients, one for each split, not {patients}")
-        self.seed = seed
-        self._index = {f"phantom-s{seed}-{index:04d}": index for index in range(patients)}
+        self.seed, self.ids = seed, [f"phantom-s{seed}-{index:04d}" for index in range(patients)]
 
     def patients(self) -> list[str]:
-        return sorted(self._index)
-
-    def problems(self, patient: str) -> list[str]:
-        return []
+        return sorted(self.ids)
 
     def load(self, patient: str, problems: list[str]) -> PatientSlices:
-        made = make_patient(self.seed, self._index[patient])
-        geometry = {"size": self.size, "field_mm": self.field_mm, "normalize": self.normalize}
-        return slices_from_volume(patient, made.volumes, made.mask, tuple(SPACING_MM), **geometry)
+        made = make_patient(self.seed, self.ids.index(patient))
+        return slices_from_volume(
+            patient, made.volumes, made.mask, SPACING_MM, self.size, self.field_mm, self.normalize
+        )
 
     def fixed_splits(self) -> dict[str, list[str]]:
         """Return the patients of each split, by index, in the proportions of the 340 frozen ones, at least one each."""
-        ids = list(self._index)
-        total = sum(FROZEN_SPLITS.values())
+        ids, total = self.ids, sum(FROZEN_SPLITS.values())
         validation, test = (max(1, round(len(ids) * FROZEN_SPLITS[name] / total)) for name in ("validation", "test"))
         train = len(ids) - validation - test
         return {"train": ids[:train], "validation": ids[train : train + validation], "test": ids[train + validation :]}

@@ -18,49 +18,46 @@ SPACING_MM = np.array([1.875, 1.875, 3.0])
 BRAIN_CENTRE_MNI = np.array([0.0, -20.0, 5.0])
 
 
-class Template:
-    """The ICBM 2009a maps, which the nilearn wheel contains (no download). Reading takes about 2 s.
+@functools.cache
+def template() -> tuple[np.ndarray, dict[str, tuple[np.ndarray, float]]]:
+    """Read the ICBM 2009a maps, which the nilearn wheel contains (no download), in about 2 s.
 
-    Attributes:
-        maps (`dict`): by name the map (X, Y, Z) and its voxel size in mm: `grey` and `white`, probabilities; `brain`, a
-            smoothed mask with the surface at 0.5; `depth`, mm below the surface; `ventricle`, mm from the lateral
-            ventricles.
-        origin (`np.ndarray`): (3,), MNI position of voxel (0, 0, 0) of every map.
+    Returns:
+        `tuple`: the MNI position `(3,)` of voxel (0, 0, 0), and by name each map `(X, Y, Z)` with its voxel size in mm:
+            `grey` and `white`, probabilities; `brain`, a smoothed mask with the surface at 0.5; `depth`, mm below the
+            surface; `ventricle`, mm from the lateral ventricles.
 
     Raises:
         InputError: nilearn is not installed.
     """
+    try:
+        from nilearn import datasets
+    except ImportError as error:
+        raise InputError("the phantom needs nilearn: pip install 'diffusers_cf[phantom]'") from error
 
-    def __init__(self):
-        try:
-            from nilearn import datasets
-        except ImportError as error:
-            raise InputError("the phantom needs nilearn: pip install 'diffusers_cf[phantom]'") from error
-
-        image = datasets.load_mni152_gm_template(resolution=1)
-        grey = np.asarray(image.dataobj, dtype=np.float32)
-        white = np.asarray(datasets.load_mni152_wm_template(resolution=1).dataobj, dtype=np.float32)
-        mask = np.asarray(datasets.load_mni152_brain_mask(resolution=1).dataobj) > 0
-        brain = ndimage.gaussian_filter(mask.astype(np.float32), 1.0)
-        self.origin = image.affine[:3, 3]
-        coarse = mask[::2, ::2, ::2]
-        depth = ndimage.distance_transform_edt(coarse, sampling=2.0)
-        grid = np.ogrid[tuple(map(slice, coarse.shape))]
-        x, y, z = (axis * 2.0 + start for axis, start in zip(grid, self.origin, strict=True))
-        # A box around the lateral ventricles; the cisterns behind the midbrain are fluid too, but have no caps.
-        box = (np.abs(x) <= 36) & (y >= -58) & (y <= 34) & (z >= -4) & (z <= 30) & ~((np.abs(x) < 14) & (y < -28))
-        fluid = coarse & (grey[::2, ::2, ::2] + white[::2, ::2, ::2] < 0.5)
-        ventricle = ndimage.distance_transform_edt(~(fluid & box & (depth > 16)), sampling=2.0)
-        self.maps = {"grey": (grey, 1.0), "white": (white, 1.0), "brain": (brain, 1.0)}
-        self.maps |= {"depth": (depth.astype(np.float32), 2.0), "ventricle": (ventricle.astype(np.float32), 2.0)}
-
-    def sample(self, name: str, mni: np.ndarray) -> np.ndarray:
-        """Return the map `name` at MNI positions (3, N), by linear interpolation, 0 outside the template."""
-        values, step = self.maps[name]
-        return ndimage.map_coordinates(values, (mni - self.origin[:, None]) / step, output=np.float64, order=1)
+    image = datasets.load_mni152_gm_template(resolution=1)
+    grey = np.asarray(image.dataobj, dtype=np.float32)
+    white = np.asarray(datasets.load_mni152_wm_template(resolution=1).dataobj, dtype=np.float32)
+    mask = np.asarray(datasets.load_mni152_brain_mask(resolution=1).dataobj) > 0
+    brain = ndimage.gaussian_filter(mask.astype(np.float32), 1.0)
+    origin = image.affine[:3, 3]
+    coarse = mask[::2, ::2, ::2]
+    depth = ndimage.distance_transform_edt(coarse, sampling=2.0)
+    grid = np.ogrid[tuple(map(slice, coarse.shape))]
+    x, y, z = (axis * 2.0 + start for axis, start in zip(grid, origin, strict=True))
+    # A box around the lateral ventricles; the cisterns behind the midbrain are fluid too, but have no caps.
+    box = (np.abs(x) <= 36) & (y >= -58) & (y <= 34) & (z >= -4) & (z <= 30) & ~((np.abs(x) < 14) & (y < -28))
+    fluid = coarse & (grey[::2, ::2, ::2] + white[::2, ::2, ::2] < 0.5)
+    ventricle = ndimage.distance_transform_edt(~(fluid & box & (depth > 16)), sampling=2.0)
+    maps = {"grey": (grey, 1.0), "white": (white, 1.0), "brain": (brain, 1.0)}
+    return origin, maps | {"depth": (depth.astype(np.float32), 2.0), "ventricle": (ventricle.astype(np.float32), 2.0)}
 
 
-template = functools.cache(Template)  # once per process
+def sample(name: str, mni: np.ndarray) -> np.ndarray:
+    """Return the map `name` at MNI positions (3, N), by linear interpolation, 0 outside the template."""
+    origin, maps = template()
+    values, step = maps[name]
+    return ndimage.map_coordinates(values, (mni - origin[:, None]) / step, output=np.float64, order=1)
 
 
 def _spline_weights(length: int, step: float) -> np.ndarray:
@@ -84,13 +81,10 @@ def smooth_noise(rng: np.random.Generator, scale_mm: float) -> np.ndarray:
 class Head:
     """One patient's brain: the voxels of the frame that it fills, and the template position of each.
 
-    Args:
-        rng (`np.random.Generator`): the patient's anatomy stream, for a rotation of a few degrees, a scale within 8 %, a
-            shift, a smooth warp and atrophy.
+    `rng` draws a rotation of a few degrees, a scale within 8 %, a shift, a smooth warp and atrophy.
     """
 
     def __init__(self, rng: np.random.Generator):
-        self.template = template()
         angles = np.radians(rng.normal(0, [3.0, 3.0, 4.0]))
         scale = rng.uniform(0.92, 1.08) * rng.uniform(0.97, 1.03, size=3)
         self.shift = rng.normal(0, [3.0, 3.0, 2.5])
@@ -99,12 +93,12 @@ class Head:
         warp = np.stack([3.0 * smooth_noise(rng, 45.0) + 0.9 * smooth_noise(rng, 18.0) for _ in range(3)])
         axes = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(SHAPE, SPACING_MM, strict=True)]
         frame = np.stack(np.meshgrid(*axes, indexing="ij")).reshape(3, -1)
-        inside = self.template.sample("brain", self._to_mni(frame, warp.reshape(3, -1))) > 0.5
+        inside = sample("brain", self._to_mni(frame, warp.reshape(3, -1))) > 0.5
         self.voxels = np.flatnonzero(inside)  # (N,) flat index of each brain voxel
         self.frame = frame[:, self.voxels]  # (3, N) frame positions, mm
         self.warp = warp.reshape(3, -1)[:, self.voxels]
         self.mni = self._to_mni(self.frame, self.warp)  # (3, N) template positions, mm
-        self.depth = self.template.sample("depth", self.mni)
+        self.depth = sample("depth", self.mni)
 
     def _to_mni(self, frame: np.ndarray, warp: np.ndarray) -> np.ndarray:
         return self.rotation @ (frame - self.shift[:, None]) + warp + BRAIN_CENTRE_MNI[:, None]
@@ -112,12 +106,8 @@ class Head:
     def pushed(self, centre: np.ndarray, amount: float, reach: float) -> np.ndarray:
         """Return template positions (3, N) of the brain voxels after a tumour has pushed the tissue aside.
 
-        Tissue at radius r from the centre came from radius r (1 - amount (1 - r / reach)^2).
-
-        Args:
-            centre (`np.ndarray`): (3,), frame position in mm.
-            amount (`float`): 0 to 0.5.
-            reach (`float`): radius in mm beyond which nothing moves.
+        Tissue at radius r mm from the `centre` (3,), a frame position, came from r (1 - amount (1 - r / reach)^2).
+        `amount` is 0 to 0.5; beyond the radius `reach` nothing moves.
         """
         offset = self.frame - centre[:, None]
         radius = np.sqrt((offset**2).sum(axis=0))
@@ -130,7 +120,7 @@ class Head:
 
     def tissue(self, mni: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the fractions of fluid, grey and white matter, each (N,), at template positions (3, N); their sum is 1."""
-        grey, white = self.template.sample("grey", mni), self.template.sample("white", mni)
+        grey, white = sample("grey", mni), sample("white", mni)
         fluid = np.clip(1 - grey - white, 0, 1) * self.fluid_gain
         # The maps are averages over people; squaring gives back the sharp borders of a single brain.
         fluid, grey, white = fluid**2, grey**2, white**2

@@ -24,13 +24,14 @@ from tqdm.auto import tqdm
 from diffusers_cf.data.arrays import ArraysSource
 from diffusers_cf.data.folder import FolderSource
 from diffusers_cf.data.phantom import PhantomSource
-from diffusers_cf.data.preprocessing import PREPROCESSING_FILE, VERSION, read_preprocessing
+from diffusers_cf.data.preprocessing import VERSION, read_preprocessing
 from diffusers_cf.data.scans import BratsSource, DecathlonSource, check_patient_id
-from diffusers_cf.data.slices import ORIENTATION, PatientSlices, slices_to_table, write_tables
-from diffusers_cf.data.source import Source
+from diffusers_cf.data.slices import slices_to_table, write_tables
+from diffusers_cf.data.source import Source, in_brief, noting_errors
 from diffusers_cf.data.splits import SPLITS, read_splits, seeded_splits
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import alone_at, make_folder, new_file, read_json, write_json
+from diffusers_cf.loading import PREPROCESSING
 
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,8 @@ WORK_FOLDER = ".prepare-"  # then a digest of all options
 
 
 def check(
-    source: Source, *, seed: int = 0, split_file: str | Path | None = None, patients: int | None = None,
-    allow_missing_classes: bool = False, num_workers: int = 0,
-) -> tuple[list[str], list[str]]:  # fmt: skip
+    source: Source, *, allow_missing_classes: bool = False, num_workers: int = 0, **options
+) -> tuple[list[str], list[str]]:
     """Read every patient of a source as [`prepare`] does, and write nothing; arguments as there.
 
     Returns:
@@ -52,12 +52,11 @@ def check(
     Raises:
         InputError: the source or the splits can't be used.
     """
-    splits = _choose_splits(source, seed, split_file, patients)
+    splits, facts = _choose(source, **options)
     ids = sorted(patient for name in SPLITS for patient in splits[name])
-    read = dict(_for_each(partial(_examine_patient, source), ids, num_workers, "Checking"))
+    read = dict(_for_each(partial(_read, source, facts, None), ids, num_workers, "Checking"))
     found = [f"{patient}: {problem}" for patient, (problems, _) in read.items() for problem in problems]
-    good = {patient: summary for patient, (problems, summary) in read.items() if not problems}
-    understood = _understood(source, splits, good)
+    understood = _understood(source, splits, {patient: summary for patient, (_, summary) in read.items() if summary})
     if not found and not allow_missing_classes:
         found += _missing_classes(source, understood["splits"])
     return found, describe(source, understood)
@@ -88,25 +87,17 @@ def prepare(
         BusyError: another process is writing the output.
     """
     output = Path(output)
-    splits = _choose_splits(source, seed, split_file, patients)
-    facts = {
-        "version": VERSION, "source": source.name, "input": source.path.name, "modalities": list(source.modalities),
-        "class_names": list(source.class_names), "size": source.size, "channels": len(source.modalities),
-        "dtype": "float16", "scale": 1, "field_mm": source.field_mm, "normalize": source.normalize,
-        "orientation": ORIENTATION, "has_masks": source.has_masks, "seed": seed,
-        "split_sha256": _digest(splits),
-    } | source.facts()  # fmt: skip
+    splits, facts = _choose(source, seed, split_file, patients)
     # Patients finished with the same options are found again under the same name.
     work = output / f"{WORK_FOLDER}{_digest(facts | {'input': str(source.path)})[:16]}"
     with alone_at(output.resolve()):
         make_folder(output)
         unfinished = list(output.glob(f"{WORK_FOLDER}*"))
-        if (output / PREPROCESSING_FILE).exists():
+        if (output / PREPROCESSING).exists():
             preprocessing = read_preprocessing(output)
-            if other := [name for name in facts if preprocessing.get(name) != facts[name]]:
-                told = "; ".join(
-                    f"{name} is {preprocessing.get(name)} there, {facts[name]} here" for name in other[:4]
-                )
+            other = [name for name in facts if preprocessing.get(name) != facts[name]]
+            told = "; ".join(f"{name} is {preprocessing.get(name)} there, {facts[name]} here" for name in other[:4])
+            if other:
                 raise InputError(f"{output}: holds a data set made with other options ({told}); choose another folder")
             logger.warning("%s: already prepared with the same options", output)
         else:
@@ -127,8 +118,11 @@ def _digest(value: dict) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _choose_splits(source: Source, seed: int, split_file, limit: int | None) -> dict[str, list[str]]:
-    fixed = source.fixed_splits()
+def _choose(
+    source: Source, seed: int = 0, split_file: str | Path | None = None, patients: int | None = None
+) -> tuple[dict[str, list[str]], dict]:
+    """Return the patients of each split, and what preprocessing.json says before any patient is read."""
+    fixed, limit = source.fixed_splits(), patients
     if limit is not None and (split_file is not None or fixed is not None):
         raise InputError("the number of patients can't be limited if a file or the source gives the splits")
     patients = [check_patient_id(name) for name in source.patients()][:limit]
@@ -144,7 +138,14 @@ def _choose_splits(source: Source, seed: int, split_file, limit: int | None) -> 
         raise InputError(f"{split_file or source.path}: no patient in any split")
     if empty := [name for name in SPLITS if not splits[name]]:
         logger.warning("%d patients: none is left for %s", len(patients), " and ".join(empty))
-    return splits
+    facts = {
+        "version": VERSION, "source": source.name, "input": source.path.name, "modalities": list(source.modalities),
+        "class_names": list(source.class_names), "size": source.size, "channels": len(source.modalities),
+        "dtype": "float16", "scale": 1, "field_mm": source.field_mm, "normalize": source.normalize,
+        "orientation": "anterior up, patient's left at the image's left", "has_masks": source.has_masks,
+        "seed": seed, "split_sha256": _digest(splits),
+    }  # fmt: skip
+    return splits, facts | source.facts()
 
 
 def _fill(
@@ -156,8 +157,8 @@ def _fill(
     waiting = [patient for patient in patients if not (work / f"{patient}.json").exists()]
     if len(waiting) < len(patients):
         logger.warning("%s: %d of %d patients are already done", output, len(patients) - len(waiting), len(patients))
-    written = _for_each(partial(_write_patient, source, work, facts), waiting, num_workers, "Preparing")
-    bad = {patient: problem for patient, problem in written if problem}
+    read = _for_each(partial(_read, source, facts, work), waiting, num_workers, "Preparing")
+    bad = {patient: in_brief(problems) for patient, (problems, _) in read if problems}
     if bad and (len(bad) == len(patients) or not skip_bad):
         which = f"{len(bad)} of {len(patients)} patients can't be used: {', '.join(bad)}: " if len(bad) > 1 else ""
         raise InputError(which + next(iter(bad.values())))
@@ -171,7 +172,7 @@ def _fill(
     preprocessing = facts | understood | {"skipped": sorted({*bad, *source.left_out})}
     shutil.rmtree(output / "data", ignore_errors=True)
     os.replace(work / "data", output / "data")
-    write_json(preprocessing, output / PREPROCESSING_FILE)
+    write_json(preprocessing, output / PREPROCESSING)
     return preprocessing
 
 
@@ -179,14 +180,9 @@ def _understood(source: Source, splits: dict[str, list[str]], summaries: dict[st
     """Return the counts of each split and the range of each modality, over the patients that have a summary."""
     counts, ranges = {}, {}
     for split, patients in splits.items():
-        found = [summaries[patient] for patient in patients if patient in summaries]
-        classes = {
-            name: {
-                "patients": sum(name in f["slices"] for f in found),
-                "slices": sum(f["slices"].get(name, 0) for f in found),
-            }
-            for name in source.class_names
-        }
+        found = [summaries[patient]["slices"] for patient in patients if patient in summaries]
+        classes = {name: [slices[name] for slices in found if name in slices] for name in source.class_names}
+        classes = {name: {"patients": len(slices), "slices": sum(slices)} for name, slices in classes.items()}
         slices = sum(count["slices"] for count in classes.values())
         unhealthy = slices - classes[source.class_names[0]]["slices"]
         counts[split] = {"patients": len(found), "slices": slices, "unhealthy": unhealthy, "classes": classes}
@@ -211,12 +207,7 @@ def _missing_classes(source: Source, counts: dict[str, dict]) -> list[str]:
 
 
 def describe(source: Source, understood: dict) -> list[str]:
-    """Return lines that say what was understood of a source.
-
-    Args:
-        source (`Source`): as given to [`prepare`].
-        understood (`dict`): preprocessing.json, or its `splits` and `value_range`.
-    """
+    """Return lines that say what was understood of a source: `splits` and `value_range` of preprocessing.json."""
     lines = [*source.summary, f"healthy class: {source.class_names[0]}"]
     for name, count in understood["splits"].items():
         line = f"{name}: {count['patients']} patients, {count['slices']} slices, {count['unhealthy']} unhealthy"
@@ -240,51 +231,41 @@ def _write_shards(work: Path, splits: dict[str, list[str]], summaries: dict[str,
     pixels = facts["size"] ** 2
     row_bytes = pixels * (facts["channels"] * np.dtype(facts["dtype"]).itemsize + facts["has_masks"])
     for split, patients in splits.items():
-        shards, filled = [], 0
-        for patient in (patient for patient in patients if patient in summaries):
-            own = sum(summaries[patient]["slices"].values()) * row_bytes
-            if not shards or filled + own > SHARD_BYTES:
-                shards, filled = [*shards, []], 0
-            shards[-1].append(work / f"{patient}.parquet")
-            filled += own
-        for number, shard in enumerate(shards):
-            tables = (pyarrow.parquet.read_table(path) for path in shard)
-            name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
-            write_tables(work / "data" / name, tables, facts["class_names"])
+        patients = [patient for patient in patients if patient in summaries]
+        ends = np.cumsum([sum(summaries[patient]["slices"].values()) for patient in patients]) * row_bytes
+        _, shard_of = np.unique((ends - 1) // SHARD_BYTES, return_inverse=True)
+        count = shard_of.max(initial=-1) + 1
+        for number in range(count):
+            own = [patient for patient, shard in zip(patients, shard_of, strict=True) if shard == number]
+            tables = (pyarrow.parquet.read_table(work / f"{patient}.parquet") for patient in own)
+            write_tables(work / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet", tables, facts["class_names"])
 
 
-def _summary(source: Source, slices: PatientSlices) -> dict:
+def _read(source: Source, facts: dict, work: Path | None, patient: str) -> tuple[list[str], dict | None]:
+    """Return the problems of a patient and, if there is none, its summary; write both its files into `work`."""
+    # One thread: workers would compete for the cores, and rounding would depend on the number of threads.
+    with threadpool_limits(1):
+        slices, problems = source.examine(patient)
+    if not problems:
+        with noting_errors(problems):
+            table = slices_to_table(slices, facts["class_names"], facts["dtype"], facts["scale"])
+    if problems:
+        return problems, None
     counts = zip(*np.unique(slices.labels, return_counts=True), strict=True)
-    return {
-        "slices": {source.class_names[label]: int(count) for label, count in counts},
-        "value_range": slices.value_range,
-    }
-
-
-def _examine_patient(source: Source, patient: str) -> tuple[list[str], dict | None]:
-    """Return the problems of a patient and, if there is none, its summary."""
-    slices, problems = source.examine(patient)
-    return problems, None if problems else _summary(source, slices)
-
-
-def _write_patient(source: Source, work: Path, facts: dict, patient: str) -> str | None:
-    """Write one patient's file and summary; return the problem if there is one."""
-    try:
-        slices = source.read(patient)
-        table = slices_to_table(slices, facts["class_names"], facts["dtype"], facts["scale"])
-    except InputError as error:
-        return str(error)
-    with new_file(work / f"{patient}.parquet") as temporary:
-        write_tables(temporary, [table], facts["class_names"])
-    write_json(_summary(source, slices), work / f"{patient}.json")  # last: it says that the patient is done
-    return None
+    of_class = {source.class_names[label]: int(count) for label, count in counts}
+    summary = {"slices": of_class, "value_range": slices.value_range}
+    if work is not None:
+        with new_file(work / f"{patient}.parquet") as temporary:
+            write_tables(temporary, [table], facts["class_names"])
+        write_json(summary, work / f"{patient}.json")  # last: it says that the patient is done
+    return [], summary
 
 
 def _for_each(function: Callable, patients: list[str], num_workers: int, title: str) -> Iterator[tuple[str, object]]:
     """Yield (patient, function(patient)) in the order of the patients, with a progress bar."""
     bar = partial(tqdm, total=len(patients), desc=title, unit="patient")
     if num_workers <= 1:
-        yield from bar((patient, _call(function, patient)) for patient in patients)
+        yield from bar((patient, function(patient)) for patient in patients)
         return
     # No fork of this process: its libraries may have started threads, and such a fork may hang.
     context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
@@ -293,22 +274,13 @@ def _for_each(function: Callable, patients: list[str], num_workers: int, title: 
         yield from bar(zip(patients, pool.map(_call_in_worker, patients), strict=True))
 
 
-def _call(function: Callable, patient: str) -> object:
-    # One thread: workers would compete for the cores, and rounding would depend on the number of threads.
-    with threadpool_limits(1):
-        return function(patient)
-
-
 def _start_worker(function: Callable) -> None:
     global _function
     _function = function
-
-    def exit_with_parent() -> None:  # a worker would wait for work forever if its parent is killed
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    # A worker would wait for work forever if its parent is killed.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _call_in_worker(patient: str) -> object:
-    return _call(_function, patient)
+    return _function(patient)

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.data.geometry import FIELD_MM, outside_field, slices_from_volume
+from diffusers_cf.data.geometry import outside_field, slices_from_volume
 from diffusers_cf.data.intensity import DEFAULT_NORMALIZE, intensity_problem
 from diffusers_cf.data.nifti import (
+    ALIASES,
     MODALITIES,
     Scan,
     canonical_modality,
     check_same_grid,
-    find_modality_files,
+    find_modality_file,
     nifti_suffix,
     read_nifti,
     to_canonical,
@@ -29,8 +30,7 @@ from diffusers_cf.files import read_json
 # A brain fills about half of its bounding box, and hardly any of the faces of one.
 MAX_FOREGROUND = 0.6
 MAX_FACE = 0.2
-MOST_OUTSIDE = 1e-3
-WHOLE = 1e-3  # how far a label id may be from a whole number
+MOST_OUTSIDE = 1e-3  # share of the foreground that may lie outside the field
 
 
 def check_patient_id(name: str) -> str:
@@ -41,29 +41,23 @@ def check_patient_id(name: str) -> str:
 
 
 def choose_modalities(path: Path, known: Sequence[str], wanted: Iterable[str]) -> tuple[str, ...]:
-    """Return the canonical names of the modalities that become the channels.
-
-    Raises:
-        InputError: a modality is unknown; the message names the file.
-    """
+    """Return the canonical names of the modalities that become the channels; raise `InputError` if one is unknown."""
     chosen = tuple(canonical_modality(name) for name in wanted)
-    absent = [name for name in chosen if name not in known]
-    if absent:
+    if absent := [name for name in chosen if name not in known]:
         raise InputError(f"{path}: no modality {', '.join(absent)} (there are {', '.join(known)})")
     return chosen
 
 
-def scan_errors(modality: str, scan: Scan) -> list[str]:
-    """Return why a modality can't be used: it is empty or its intensities are not raw."""
-    problem = intensity_problem(scan.data, DEFAULT_NORMALIZE)
-    return [f"{scan.path}: {modality}: {problem}"] if problem else []
-
-
-def skull_warnings(modality: str, scan: Scan) -> list[str]:
+def scan_warnings(modality: str, scan: Scan) -> list[str]:
     """Return a warning if tissue or noise fills a RAS scan's frame or its sides: it seems not to be skull-stripped.
 
     Only the left, right, anterior and posterior sides count. A slab of a brain fills the other two.
+
+    Raises:
+        InputError: the scan is empty or its intensities are not raw.
     """
+    if problem := intensity_problem(scan.data, DEFAULT_NORMALIZE):
+        raise InputError(f"{scan.path}: {modality}: {problem}")
     foreground = scan.data > 0
     share = foreground.mean()
     face = np.mean([foreground[0].mean(), foreground[-1].mean(), foreground[:, 0].mean(), foreground[:, -1].mean()])
@@ -92,7 +86,7 @@ def seg_problems(seg: Scan, known_ids: frozenset[int]) -> tuple[list[str], list[
     Ids within 1e-3 of a whole number are that number: header scaling and resampling leave 0.9999999.
     """
     values = np.unique(seg.data).astype(np.float64)
-    wrong = values[(np.abs(values - np.rint(values)) > WHOLE) | (np.rint(values) < 0)]
+    wrong = values[(np.abs(values - np.rint(values)) > 1e-3) | (np.rint(values) < 0)]
     if wrong.size:
         return [f"{seg.path}: labels must be whole numbers from 0 up, found {wrong[0]:.6g}"], []
     unknown = sorted({int(i) for i in np.rint(values)} - known_ids)
@@ -101,35 +95,24 @@ def seg_problems(seg: Scan, known_ids: frozenset[int]) -> tuple[list[str], list[
 
 
 class VolumeSource(Source):
-    """Base of the NIfTI sources. A subclass implements `patients`, `read_scans` and `seg_file`.
+    """Base of the NIfTI sources.
+
+    A subclass implements `patients`; `read_scans(patient, problems)`, which returns the RAS scans by modality without
+    those that can't be read, and notes why in `problems`; and `seg_file(patient)`, which returns a path or None.
 
     Args:
         path (`str` or `Path`): the folder with the data.
-        size, field_mm, normalize, labels: as in [`Source`]; patients without a segmentation require labels.
         lenient (`bool`): accept scans that seem not to be skull-stripped, and unknown label ids.
-
-    Raises:
-        InputError: the folder or the labels file can't be used.
+        **options: as in [`Source`]; patients without a segmentation require labels.
     """
 
     known_ids = frozenset(range(5))
 
-    def __init__(
-        self, path: str | Path, size: int = 128, field_mm: float = FIELD_MM, normalize: str = DEFAULT_NORMALIZE,
-        labels: str | Path | None = None, lenient: bool = False,
-    ):  # fmt: skip
-        super().__init__(path, size, field_mm, normalize, labels)
-        if normalize == "none":
+    def __init__(self, path: str | Path, lenient: bool = False, **options):
+        super().__init__(path, **options)
+        if self.normalize == "none":
             raise InputError("--normalize none: scanner units have no common scale, use median or p99")
         self.lenient = lenient
-
-    def read_scans(self, patient: str, problems: list[str]) -> dict[str, Scan]:
-        """Return the patient's RAS scans by modality, without those that can't be read; append why to `problems`."""
-        raise NotImplementedError
-
-    def seg_file(self, patient: str) -> Path | None:
-        """Return the file of a patient's segmentation; None if there is none."""
-        raise NotImplementedError
 
     @functools.cached_property
     def has_masks(self) -> bool:
@@ -141,27 +124,23 @@ class VolumeSource(Source):
 
     def load(self, patient: str, problems: list[str]) -> PatientSlices | None:
         scans, seg, doubts = self.read_scans(patient, problems), None, []
+        for modality, scan in scans.items():
+            with noting_errors(problems):
+                doubts += scan_warnings(modality, scan)
         with noting_errors(problems):
             path = self.seg_file(patient)
             if path is not None:
                 seg = to_canonical(read_nifti(path))
+                errors, unknown_ids = seg_problems(seg, self.known_ids)
+                problems += errors
+                doubts += unknown_ids
             elif self.labels is None:
                 raise InputError(f"{patient}: no segmentation, and no labels file instead of it (--labels)")
-        for modality, scan in scans.items():
-            errors = scan_errors(modality, scan)
-            problems += errors
-            doubts += [] if errors else skull_warnings(modality, scan)
-        if seg is not None:
-            errors, unknown_ids = seg_problems(seg, self.known_ids)
-            problems += errors
-            doubts += unknown_ids
         with noting_errors(problems):
             check_same_grid([*scans.values(), *([] if seg is None else [seg])])
         if not problems:
-            volume, spacing = (
-                np.stack([scans[name].data for name in self.modalities]),
-                scans[self.modalities[0]].spacing_mm,
-            )
+            volume = np.stack([scans[name].data for name in self.modalities])
+            spacing = scans[self.modalities[0]].spacing_mm
             doubts += field_warnings(patient, (volume > 0).any(axis=0), spacing, self.field_mm)
         problems += [] if self.lenient else doubts
         if problems:
@@ -205,12 +184,15 @@ class BratsSource(VolumeSource):
         scans = {}
         for modality in self.modalities:
             with noting_errors(problems):
-                path = find_modality_files(self.path / patient, [modality])[modality]
+                path = find_modality_file(self.path / patient, modality)
+                if path is None:
+                    names = ", ".join(ALIASES.get(modality, (modality,)))
+                    raise InputError(f"{self.path / patient}: modality missing: {modality} (names end in {names})")
                 scans[modality] = to_canonical(read_nifti(path))
         return scans
 
     def seg_file(self, patient: str) -> Path | None:
-        return find_modality_files(self.path / patient, ["seg"], required=False).get("seg")
+        return find_modality_file(self.path / patient, "seg")
 
 
 class DecathlonSource(VolumeSource):
@@ -223,9 +205,6 @@ class DecathlonSource(VolumeSource):
         modalities (`Iterable[str]`, *optional*): the modalities to use as channels, in this order; by default all of
             dataset.json, in alphabetical order: flair, t1, t1ce, t2.
         **options: as in [`VolumeSource`].
-
-    Raises:
-        InputError: dataset.json can't be used, or a modality is not in it.
     """
 
     name = "decathlon"
@@ -250,21 +229,17 @@ class DecathlonSource(VolumeSource):
         return sorted(self.entries)
 
     def read_scans(self, patient: str, problems: list[str]) -> dict[str, Scan]:
-        with noting_errors(problems):
-            image = to_canonical(read_nifti(self._inside(self.entries[patient]["image"]), dimensions=4))
-            count = image.data.shape[3]
-            if count != len(self.channels):
-                names = f"{len(self.channels)} modalities ({', '.join(self.channels)})"
-                raise InputError(f"{image.path}: {count} volumes, but {self.index.name} names {names}")
-            return {name: replace(image, data=image.data[..., self.channels.index(name)]) for name in self.modalities}
-        return {}
+        image = to_canonical(read_nifti(self._inside(self.entries[patient]["image"]), dimensions=4))
+        count = image.data.shape[3]
+        if count != len(self.channels):
+            names = f"{len(self.channels)} modalities ({', '.join(self.channels)})"
+            raise InputError(f"{image.path}: {count} volumes, but {self.index.name} names {names}")
+        return {name: replace(image, data=image.data[..., self.channels.index(name)]) for name in self.modalities}
 
     def seg_file(self, patient: str) -> Path | None:
-        if not (name := self.entries[patient].get("label")):
-            return None
-        path = self._inside(name)
+        name = self.entries[patient].get("label")
         # With a labels file the segmentation may be missing; without one, reading the missing file is an error.
-        return path if self.labels is None or path.is_file() else None
+        return self._inside(name) if name and (self.labels is None or self._inside(name).is_file()) else None
 
     def _inside(self, name: str) -> Path:
         """Return the path of an entry of dataset.json; refuse one that leads out of the folder."""

@@ -14,13 +14,11 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
-from diffusers_cf.data.download import dataset_folder
-from diffusers_cf.data.preprocessing import collate_rows, read_preprocessing, shards_of
+from diffusers_cf.data.preprocessing import collate_rows, dataset_folder, read_preprocessing, shards_of
 from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError, reading
 
 
-ORIENTATION = "anterior up, patient's left at the image's left"
 # Rows per row group: a reader that loads one at a time needs memory for little more than a patient.
 ROW_GROUP_SIZE = 256
 
@@ -64,7 +62,7 @@ def slices_to_table(
     Intensities are stored as intensity x `scale`, rounded and clipped where `dtype` is an integer type.
 
     Raises:
-        InputError: an intensity is too large for a float `dtype`, or a slice number for int32.
+        InputError: an intensity is too large for a float `dtype`.
     """
     images = patient.images.astype(np.float32) * np.float32(scale)
     if np.issubdtype(np.dtype(dtype), np.integer):
@@ -72,8 +70,6 @@ def slices_to_table(
         images = np.clip(np.rint(images), limits.min, limits.max)
     elif (most := float(np.abs(images).max(initial=0))) > np.finfo(dtype).max:
         raise InputError(f"{patient.patient}: an intensity of {most:g} can't be stored as {dtype}: choose --normalize")
-    if np.max(patient.slices, initial=0) > np.iinfo(np.int32).max:
-        raise InputError(f"{patient.patient}: slice number {np.max(patient.slices)} is too large")
     masks = [None] * len(images) if patient.masks is None else [m.astype(np.uint8).tobytes() for m in patient.masks]
     columns = {
         "image": [image.tobytes() for image in images.astype(dtype)],
@@ -112,9 +108,8 @@ class SliceDataset(torch.utils.data.Dataset):
     A split without patients has length 0.
 
     Args:
-        folder (`str` or `Path`): a folder written by `diffusers-cf prepare`, or a data set on the Hub,
-            `user/name[@revision]`, of which the files of this split are downloaded to the local cache. An existing folder
-            takes precedence.
+        folder (`str` or `Path`): a folder written by `diffusers-cf prepare`, or else `user/name[@revision]` on the Hub,
+            of which the files of this split are downloaded to the local cache.
         split (`str`): `train`, `validation` or `test`.
         cache_dir (`str` or `Path`, *optional*): where `datasets` keeps its memory-mapped copy; None for its default.
 
@@ -123,9 +118,7 @@ class SliceDataset(torch.utils.data.Dataset):
         commit (`str`, *optional*): the commit that was downloaded from the Hub, None for a folder.
         preprocessing (`dict`): the content of preprocessing.json.
         class_names (`tuple[str, ...]`): names of the classes, in the order of the labels.
-        labels (`np.ndarray`): int64 `(N,)`, class index of every slice.
-        patients (`np.ndarray`): str `(N,)`, patient of every slice.
-        slices (`np.ndarray`): int64 `(N,)`, axial index of every slice.
+        labels, patients, slices (`np.ndarray`): `(N,)`, class index, patient and axial index of every slice.
         has_masks (`bool`): whether there are lesion masks, which evaluation needs.
 
     Raises:
@@ -149,13 +142,10 @@ class SliceDataset(torch.utils.data.Dataset):
 
     def _open(self, path: Path, cache_dir: str | Path | None) -> datasets.Dataset:
         features, count = slice_features(self.class_names), self.preprocessing["splits"][self.split]["slices"]
-        if not count:
-            # A split without patients has no file, and `datasets` can't read zero rows.
-            return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
         shards = [(str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size) for f in shards_of(path, self.split)]
-        if not shards:
-            where = "" if self.commit is None else " in the repository or, without network, in the local cache"
-            raise InputError(f"{self.folder}: no data/{self.split}-*.parquet{where}")
+        if not shards:  # a split without patients has no file, and `datasets` can't read zero rows
+            check_count(self.folder, self.split, 0, count)
+            return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
         with reading(self.folder, "slice data set"):
             try:
                 # Not `load_dataset`, which treats a path as a pattern: it expands `*`, `[1]` and `$VAR`, splits at

@@ -1,15 +1,84 @@
-"""The interface between `prepare` and a kind of data."""
+"""The interface between `prepare` and a kind of data, and labels from a CSV file for images without masks.
 
-from collections.abc import Iterator
+The columns of the file are `patient,slice,label`. A row whose `slice` is empty, or a file without that column, labels
+whole patients. A number labels one axial slice, counted from 0 at the inferior end; it overrides the label of the
+patient. `label` is the name of a class.
+"""
+
+import csv
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers_cf.data.geometry import check_geometry
-from diffusers_cf.data.labels import CLASS_NAMES, LabelTable, apply_labels, read_labels
+import numpy as np
+
+from diffusers_cf.data.geometry import FIELD_MM, check_geometry
+from diffusers_cf.data.intensity import DEFAULT_NORMALIZE
 from diffusers_cf.data.slices import PatientSlices
-from diffusers_cf.errors import InputError
+from diffusers_cf.errors import InputError, reading
 from diffusers_cf.loading import sha256_of
+
+
+CLASS_NAMES = ("healthy", "unhealthy")
+
+
+@dataclass
+class LabelTable:
+    """Class indices by patient and slice number; None stands for the whole patient."""
+
+    path: Path
+    classes: dict[tuple[str, int | None], int]
+
+
+def read_labels(path: str | Path, class_names: Sequence[str]) -> LabelTable:
+    """Read a CSV file of labels, whose class indices follow the order of `class_names`.
+
+    Raises:
+        InputError: the file is missing or lacks a column, or a row has an unknown label, has a slice that is not a
+            number, or contradicts another row; the message names the line.
+    """
+    path, names, classes = Path(path), list(class_names), {}
+    # utf-8-sig: spreadsheet programs put a byte order mark before the first column's name.
+    with reading(path, "CSV file"), open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file, skipinitialspace=True)
+        if absent := {"patient", "label"} - set(rows.fieldnames or ()):
+            raise InputError(f"{path}: column missing: {', '.join(sorted(absent))} (columns: patient, slice, label)")
+        for row in rows:
+            patient, index, label = ((row.get(name) or "").strip() for name in ("patient", "slice", "label"))
+            where = f"{path}: line {rows.line_num}"
+            if not patient:
+                raise InputError(f"{where}: patient is empty")
+            if label not in names:
+                raise InputError(f"{where}: unknown label {label!r} (one of {', '.join(names)})")
+            if index and not index.isdecimal():
+                raise InputError(f"{where}: slice {index!r} is not a whole number")
+            given = names.index(label)
+            if classes.setdefault((patient, int(index) if index else None), given) != given:
+                raise InputError(f"{where}: contradicts an earlier label of {patient}")
+    return LabelTable(path, classes)
+
+
+def apply_labels(slices: PatientSlices, table: LabelTable) -> PatientSlices:
+    """Set the labels of the file; a slice without one keeps its mask's label, or is dropped if there is no mask.
+
+    Raises:
+        InputError: no slice of the patient is left, or the file has a label for a slice that the patient has not.
+    """
+    of_patient = {index: label for (name, index), label in table.classes.items() if name == slices.patient}
+    known = slices.slices.tolist() if slices.depth is None else range(slices.depth)
+    if unknown := sorted(of_patient.keys() - {None, *known}):
+        raise InputError(
+            f"{table.path}: {slices.patient} has no slice {unknown[0]}: its slices are {min(known)} to {max(known)},"
+            " from 0 at the inferior end"
+        )
+    given = np.array([of_patient.get(i, of_patient.get(None, -1)) for i in slices.slices.tolist()], dtype=np.int64)
+    keep = given >= 0
+    if slices.masks is not None:
+        return replace(slices, labels=np.where(keep, given, slices.labels))
+    if not keep.any():
+        raise InputError(f"{table.path}: no label for any slice of {slices.patient}")
+    return replace(slices, images=slices.images[keep], labels=given[keep], slices=slices.slices[keep])
 
 
 class Source:
@@ -20,7 +89,7 @@ class Source:
         size (`int`): pixels along each side of a slice.
         field_mm (`float`): side of the square field that a slice shows, in mm.
         normalize (`str`): intensity scale (`intensity.py`).
-        labels (`str` or `Path`, *optional*): CSV file of labels (`labels.py`).
+        labels (`str` or `Path`, *optional*): CSV file of labels.
 
     Attributes:
         name (`str`): value of `--source`.
@@ -32,7 +101,7 @@ class Source:
         summary (`list[str]`): lines that say what it found.
 
     Raises:
-        InputError: the geometry or the labels file can't be used.
+        InputError: the input, the labels file or an option can't be used. Subclasses raise it, too.
     """
 
     name = ""
@@ -41,11 +110,14 @@ class Source:
     has_masks = True
     left_out: dict[str, str] = {}
 
-    def __init__(self, path: str | Path, size: int, field_mm: float, normalize: str, labels: str | Path | None = None):
+    def __init__(
+        self, path: str | Path, size: int = 128, field_mm: float = FIELD_MM, normalize: str = DEFAULT_NORMALIZE,
+        labels: str | Path | None = None,
+    ):  # fmt: skip
         check_geometry(size, field_mm, normalize)
         self.unused, self.summary = [], []
         self.path, self.size, self.field_mm, self.normalize = Path(path), size, field_mm, normalize
-        self.labels: LabelTable | None = None if labels is None else read_labels(labels, self.class_names)
+        self.labels = None if labels is None else read_labels(labels, self.class_names)
 
     def check_labels(self) -> None:
         """Note the rows of the labels file whose patient there is not; raise `InputError` if that is every row."""
@@ -62,14 +134,9 @@ class Source:
         raise NotImplementedError
 
     def load(self, patient: str, problems: list[str]) -> PatientSlices | None:
-        """Read a patient without the labels file.
+        """Read a patient without the labels file; return None if there is a problem.
 
-        Args:
-            patient (`str`): id of the patient.
-            problems (`list[str]`): the method appends every problem, one line each, except an `InputError` it raises.
-
-        Returns:
-            `PatientSlices` or `None`: the slices; None if there is a problem.
+        Every problem is appended to `problems`, one line each, except an `InputError` that the method raises.
         """
         raise NotImplementedError
 
@@ -84,16 +151,11 @@ class Source:
                 slices = replace(slices, masks=None)
         return slices, problems
 
-    def problems(self, patient: str) -> list[str]:
-        """Return every problem of a patient, one line each."""
-        return self.examine(patient)[1]
-
     def read(self, patient: str) -> PatientSlices:
         """Return the slices of a patient, or raise `InputError` for its first problem."""
         slices, problems = self.examine(patient)
         if problems:
-            more = f" (and {len(problems) - 1} more; --check lists all)" if len(problems) > 1 else ""
-            raise InputError(problems[0] + more)
+            raise InputError(in_brief(problems))
         return slices
 
     def strata(self) -> dict[str, list[str]]:
@@ -107,6 +169,11 @@ class Source:
     def facts(self) -> dict:
         """Return what the source adds to preprocessing.json."""
         return {"labels_sha256": None if self.labels is None else sha256_of(self.labels.path)}
+
+
+def in_brief(problems: list[str]) -> str:
+    """Return the first problem of a patient, and how many more there are."""
+    return problems[0] + (f" (and {len(problems) - 1} more; --check lists all)" if problems[1:] else "")
 
 
 @contextmanager

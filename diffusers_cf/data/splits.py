@@ -63,10 +63,9 @@ def read_splits(split_file: str | Path, patients: list[str], left_out: Iterable[
         if not isinstance(content.get(chosen), dict):
             raise InputError(f"{path}: no split named {chosen} (there are {', '.join(content)})")
         content = content[chosen]
-    elif not set(content) & set(SPLITS) and any(isinstance(value, dict) for value in content.values()):
-        raise InputError(f"{path}: holds several splits, choose one: {Path(path).name}:{next(iter(content))}")
     if not content or not set(content) <= set(SPLITS):
-        raise InputError(f"{path}: splits are called {', '.join(SPLITS)}, not {_some(set(content) - set(SPLITS))}")
+        hint = "" if chosen else f"; for one of several splits, {Path(path).name}:NAME"
+        raise InputError(f"{path}: must have {', '.join(SPLITS)}, but has {_some(set(content))}{hint}")
     for name, ids in content.items():
         if not isinstance(ids, list) or not all(isinstance(patient, str) for patient in ids):
             raise InputError(f"{path}: {name} must be a list of patient ids")

@@ -10,8 +10,7 @@ from huggingface_hub.errors import HTTPError
 from PIL import Image
 from pyarrow.parquet import read_table
 
-from diffusers_cf.data.download import SPLITS_FILE
-from diffusers_cf.data.preprocessing import read_preprocessing, shards_of
+from diffusers_cf.data.preprocessing import SPLITS_FILE, read_preprocessing, shards_of
 from diffusers_cf.data.slices import check_count
 from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError, first_line, reading

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from diffusers_cf.data.geometry import display, from_ras, resample_slices, slices_from_volume, volume_from_slices
 from diffusers_cf.data.intensity import unit_in_words, unit_intensity
 from diffusers_cf.data.nifti import MAX_BYTES, Scan, check_same_grid, read_nifti, to_canonical
-from diffusers_cf.data.scans import field_warnings, scan_errors, seg_problems, skull_warnings
+from diffusers_cf.data.scans import field_warnings, scan_warnings, seg_problems
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.batching import map_in_batches
@@ -98,10 +98,7 @@ def read_volumes(
     for name, path in files.items():
         scan = read_scan(path, max_bytes=max_bytes, max_voxels=max_voxels)
         originals[name], scans[name] = replace(scan, data=None), to_canonical(scan)
-        if name == "seg":
-            errors, warnings = seg_problems(scan, KNOWN_IDS)
-        else:
-            errors, warnings = scan_errors(name, scan), skull_warnings(name, scans[name])
+        errors, warnings = seg_problems(scan, KNOWN_IDS) if name == "seg" else ([], scan_warnings(name, scans[name]))
         if errors:
             raise InputError(errors[0])
         doubts += warnings

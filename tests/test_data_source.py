@@ -1,19 +1,17 @@
 """Labels from a CSV file."""
 
-import numpy as np
 import pytest
 
-from diffusers_cf.data.labels import read_labels
+from diffusers_cf.data.source import read_labels
 from diffusers_cf.errors import InputError
 
 
-def test_lookup(tmp_path):
+def test_rows_label_patients_or_slices(tmp_path):
     (tmp_path / "labels.csv").write_text(
         "patient, slice, label\na, 4, unhealthy\na, , healthy\nb, 2, healthy\n", "utf-8-sig"
     )
     table = read_labels(tmp_path / "labels.csv", ("healthy", "unhealthy"))
-    assert table.lookup("a", np.arange(3, 6)).tolist() == [0, 1, 0]
-    assert table.lookup("b", np.arange(1, 4)).tolist() == [-1, 0, -1] and table.lookup("c", [0]).tolist() == [-1]
+    assert table.classes == {("a", 4): 1, ("a", None): 0, ("b", 2): 0}
 
 
 BAD_LABELS = {
