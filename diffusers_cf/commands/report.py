@@ -26,8 +26,8 @@ def run_report(args: argparse.Namespace) -> int:
     Raises:
         InputError: there is nothing to report.
     """
+    from diffusers_cf.segmentation.cohorts import read_summary
     from diffusers_cf.segmentation.report import write_report
-    from diffusers_cf.segmentation.results import read_summary
 
     output = Path(args.output)
     if output.suffix != ".html" or output.is_dir():

@@ -41,8 +41,8 @@ def run_segment(args: argparse.Namespace) -> int:
     """
     from diffusers_cf.evaluation.processes import share_of_work
     from diffusers_cf.inference import check_device_arguments, open_pipeline
+    from diffusers_cf.segmentation.cohorts import add_to_summary
     from diffusers_cf.segmentation.patient import segmentation_facts
-    from diffusers_cf.segmentation.results import add_to_summary
 
     share = share_of_work(args.shard)
     check_device_arguments(args, share)
@@ -76,8 +76,8 @@ def _find_all(given: list[str], modalities: list[str], output: str) -> tuple[lis
     for folder in given:
         try:
             found, problems = find_patients(folder, modalities, output)
-        except (InputError, OSError) as error:
-            found, problems = [], {folder: in_one_line(error)}
+        except InputError as error:
+            found, problems = [], {folder: str(error)}
         failures |= {path: {"state": "failed", "reason": problem} for path, problem in problems.items()}
         for name, patient in found:
             folders.setdefault(name, {}).setdefault(os.path.realpath(patient), patient)
