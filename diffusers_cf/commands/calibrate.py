@@ -25,8 +25,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", required=True, help=f"{DATASET}; thresholds are chosen without its masks")
     add("--output", required=True, metavar="RESULT.json", help="file for thresholds and Dice")
     add("--split", default="validation", choices=SPLITS, help="split to choose on; default: %(default)s")
-    text = "number of slices to choose on, evenly spread; default: %(default)s"
-    add("--max_slices", type=int, default=256, help=text)
+    add("--max_slices", type=int, default=256, help="slices to choose on, evenly spread; default: %(default)s")
     text = "share of healthy pixels below the threshold by the rule healthy-quantile, in (0, 1); default: %(default)s"
     add("--quantile", type=float, default=HEALTHY_QUANTILE, help=text)
     add("--measure", choices=SPLITS, help="split with masks on which Dice of each rule is measured; default: none")
@@ -36,12 +35,8 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store", nargs="?", const=RULES[0], choices=RULES, help=f"{text}%(const)s; default: write nothing")
 
 
-def run_calibrate(args: argparse.Namespace) -> int:
-    """Choose a threshold by every rule, write RESULT.json and print the thresholds.
-
-    Raises:
-        InputError: model, data set or options can't be used.
-    """
+def run_calibrate(args: argparse.Namespace) -> None:
+    """Choose a threshold by every rule, write RESULT.json and print the thresholds."""
     from diffusers_cf.evaluation.inputs import checked_settings, open_split, rows_of_both_labels
     from diffusers_cf.inference import check_device_arguments, open_pipeline
 
@@ -77,7 +72,6 @@ def run_calibrate(args: argparse.Namespace) -> int:
     if args.store:
         settings["threshold"] = thresholds[args.store]
         _store(args.model, settings, chosen_by | {"rule": args.store}, chosen_on.preprocessing["size"])
-    return 0
 
 
 def _maps(pipe, dataset, rows, settings: dict, batch_size: int) -> Iterator[tuple[np.ndarray, dict]]:

@@ -15,9 +15,6 @@ from diffusers_cf.files import alone_at, write_json
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
 
 
-SETTINGS = ("settings", "guidance_scale", "strength", "num_inference_steps", "map")
-
-
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf evaluate`."""
     add = parser.add_argument
@@ -37,12 +34,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_shard_argument(parser, "combines them into the result")
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
-    """Evaluate a method, write RESULT.json and RESULT.counts.npz, and print the main numbers.
-
-    Raises:
-        InputError: model, data set, options or output can't be used.
-    """
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Evaluate a method, write RESULT.json and RESULT.counts.npz, and print the main numbers."""
     from diffusers_cf.evaluation.inputs import open_split
     from diffusers_cf.evaluation.protocol import begin_parts, evaluate
     from diffusers_cf.inference import check_device_arguments
@@ -75,7 +68,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
         print(_summary(result, output))
     elif share.is_shard:
         print(f"shard {args.shard} is measured; the same command without --shard combines all shards -> {output}")
-    return 0
 
 
 def _open_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
@@ -84,7 +76,7 @@ def _open_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
     from diffusers_cf.inference import open_pipeline
 
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile, dataset=dataset)
-    settings = checked_settings(pipe, **{name: getattr(args, name) for name in (*SETTINGS, "threshold")})
+    settings = checked_settings(pipe, **{name: getattr(args, name) for name in (*options.SETTINGS, "threshold")})
     call = {name: value for name, value in settings.items() if name != "threshold"}
     method = {
         "anomaly_map": lambda images: pipe(images, **call).heatmaps,
@@ -97,7 +89,7 @@ def _make_baseline(args: argparse.Namespace, dataset) -> tuple[dict, dict, None]
     """Return a baseline's keyword arguments for `evaluate`, and its settings."""
     from diffusers_cf.baselines import make_baseline
 
-    for name in SETTINGS:
+    for name in options.SETTINGS:
         if getattr(args, name) is not None:
             raise InputError(f"--{name} is a setting of models, not of --method {args.method}")
     baseline = make_baseline(args.method, dataset.preprocessing["modalities"])

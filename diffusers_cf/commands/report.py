@@ -22,9 +22,6 @@ def run_report(args: argparse.Namespace) -> int:
 
     Returns:
         `int`: 0, or 2 if a patient can't be shown completely.
-
-    Raises:
-        InputError: there is nothing to report.
     """
     from diffusers_cf.segmentation.cohorts import read_summary
     from diffusers_cf.segmentation.report import write_report
