@@ -28,10 +28,8 @@ def run_demo(args: argparse.Namespace) -> None:
     from diffusers_cf.inference import check_device_arguments, open_pipeline
     from diffusers_cf.segmentation.patient import segment_patient
 
-    if args.seed == FROZEN_SEED:
-        raise InputError(f"--seed {args.seed} is the cohort that the model was trained and measured on: take another")
-    if args.seed < 0 or args.index < 0:
-        raise InputError("--seed and --index must be 0 or more")
+    if args.seed <= FROZEN_SEED or args.index < 0:
+        raise InputError("--seed must be 1 or more (the model was trained on cohort 0) and --index 0 or more")
     check_device_arguments(args)
     patient = make_patient(args.seed, args.index)
     if not patient.has_tumour:

@@ -5,8 +5,6 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-
 from diffusers_cf.commands import options
 from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
@@ -29,7 +27,6 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_settings_arguments(parser)
     text = "map value from which a pixel counts as lesion, for Dice per patient, in map units"
     add("--threshold", type=float, help=f"{text}; default: recommended by the model, else the ideal one of this split")
-    add("--max_patients", type=int, help="number of patients, the first in alphabetical order; default: all")
     add("--seed", type=int, default=0, help="seed of the bootstrap intervals; default: %(default)s")
     options.add_shard_argument(parser, "combines them into the result")
 
@@ -42,8 +39,6 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
     share = share_of_work(args.shard)
     check_device_arguments(args, share)
-    if args.max_patients is not None and args.max_patients < 1:
-        raise InputError(f"--max_patients must be at least 1, not {args.max_patients}")
     output = Path(args.output)
     if output.is_dir() or output.suffix != ".json":
         raise InputError(f"{output}: the output must be a file RESULT.json")
@@ -54,11 +49,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
     with _lock(output, share):
         # patients may be measured on different devices of one kind
         begin_parts(parts, facts | {"device": args.device.partition(":")[0], "fingerprint": fingerprint})
-        patients = np.unique(dataset.patients)[: args.max_patients]
         result = evaluate(
             dataset=dataset, threshold=settings["threshold"], batch_size=args.batch_size, device=args.device,
-            indices=np.flatnonzero(np.isin(dataset.patients, patients)), counts_path=output.with_suffix(".counts.npz"),
-            seed=args.seed, parts=parts, share=share, **method,
+            counts_path=output.with_suffix(".counts.npz"), seed=args.seed, parts=parts, share=share, **method,
         )  # fmt: skip
         if result is not None:
             made_by = {"model_sha256": fingerprint, "command": command_line(), "commit": package_commit()}
@@ -108,7 +101,7 @@ def _facts(args: argparse.Namespace, dataset, settings: dict) -> dict:
         "model" if args.model else "method": args.model or args.method,
         "settings": settings,
         "dataset": {"folder": args.dataset, **commit, "split": args.split, **dataset.preprocessing},
-        **{name: getattr(args, name) for name in ("max_patients", "seed", "device", "dtype")},
+        **{name: getattr(args, name) for name in ("seed", "device", "dtype")},
     }
 
 

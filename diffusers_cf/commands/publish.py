@@ -35,7 +35,6 @@ def _add_repository_arguments(add, license_text: str) -> None:
     add("--license", help=license_text)
     add("--private", action="store_true", default=None, help="make a new repository private; default: public")
     add("--token", help="access token of the Hub; default: the one that `hf auth login` stored")
-    add("--commit_message", default="Upload with diffusers-cf", help="message of the commit; default: %(default)s")
 
 
 def run_publish(args: argparse.Namespace) -> None:
@@ -65,7 +64,7 @@ def run_publish_dataset(args: argparse.Namespace) -> None:
 
 
 def _repository_options(args: argparse.Namespace) -> dict:
-    return {name: getattr(args, name) for name in ("token", "private", "license", "pictures", "commit_message")}
+    return {name: getattr(args, name) for name in ("token", "private", "license", "pictures")}
 
 
 def _read_result(path: Path, model: str) -> Mapping:
