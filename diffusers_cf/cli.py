@@ -8,7 +8,8 @@ from diffusers_cf import __version__
 from diffusers_cf.arguments import ArgumentParser, run_command
 
 
-# Name of a command: the module that has add_NAME_arguments and run_NAME, and what the command does.
+# Name of a command: the module that has add_NAME_arguments and run_NAME, and what the command does. Every run_NAME
+# raises InputError for options, models and data that can't be used.
 COMMANDS = {
     "prepare": ("diffusers_cf.commands.prepare", "make a slice data set from scans, arrays, pictures or the phantom"),
     "segment": ("diffusers_cf.commands.segment", "write heatmap, mask and counterfactual of patients as NIfTI"),

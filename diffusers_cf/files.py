@@ -51,7 +51,7 @@ def write_json(value: object, path: str | Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path, max_bytes: int = 16 << 20) -> dict:
+def read_json(path: str | Path) -> dict:
     """Read a JSON object.
 
     Raises:
@@ -59,8 +59,8 @@ def read_json(path: str | Path, max_bytes: int = 16 << 20) -> dict:
     """
     path = Path(path)
     with reading(path, "JSON file"):
-        if path.stat().st_size > max_bytes:
-            raise InputError(f"{path}: larger than {max_bytes >> 20} MiB")
+        if path.stat().st_size > 16 << 20:
+            raise InputError(f"{path}: larger than 16 MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")

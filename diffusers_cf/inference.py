@@ -93,7 +93,13 @@ def open_pipeline(
     finally:
         diffusers.utils.logging.enable_progress_bar()
     if dataset is not None:
-        _check_takes(pipe, model, dataset)
+        known, given = pipe.preprocessing, dataset.preprocessing
+        takes, holds, channels = known.get("modalities"), given["modalities"], pipe.unet.config.in_channels
+        if takes and list(takes) != list(holds):
+            raise InputError(f"{model} takes {', '.join(takes)}, but {dataset.folder} holds {', '.join(holds)}")
+        if channels != given["channels"]:
+            raise InputError(f"{model} takes {channels} channels, not the {given['channels']} given")
+        check_same_scale(model, known, dataset.folder, given)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)  # the fastest layout on CPUs and GPUs
     pipe.to(device)
@@ -101,16 +107,6 @@ def open_pipeline(
     if compile:
         compile_network(pipe)
     return pipe
-
-
-def _check_takes(pipe: CounterfactualDDIMPipeline, model: str, dataset: SliceDataset) -> None:
-    known, given = pipe.preprocessing, dataset.preprocessing
-    takes, holds = known.get("modalities", given["modalities"]), given["modalities"]
-    if list(takes) != list(holds):
-        raise InputError(f"{model} takes {', '.join(takes)}, but {dataset.folder} holds {', '.join(holds)}")
-    if pipe.unet.config.in_channels != given["channels"]:
-        raise InputError(f"{model} takes {pipe.unet.config.in_channels} channels, not the {given['channels']} given")
-    check_same_scale(model, known, dataset.folder, given)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ pickles are never read: diffusers loads from a temporary folder that holds only 
 """
 
 import hashlib
-import importlib
 import logging
 import os
 import re
@@ -47,7 +46,6 @@ CHECKSUMS = re.compile(r"checksums(?:\.\w+)?\.json")
 CONFIGS = ("config.json", "scheduler_config.json")
 _MAX_BYTES = (16 << 20, 8 << 30)  # of JSON; of weights and of data set shards
 _OF_DATASET = ("splits", "input", "skipped")  # entries of a data set that may name patients; models do not need them
-_PUSH_OPTIONS = ("repo_id", "token", "private", "commit_message", "create_pr")
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +109,8 @@ class ModelFolderMixin:
             for name in files:
                 target = Path(view, name)
                 target.parent.mkdir(exist_ok=True)
-                _link(Path(folder, name).resolve(), target, os.symlink)
-            write_json(
-                index, Path(view, MODEL_INDEX)
-            )  # replaces the link, because a folder with code names another class
-            for library, _ in filter(all, (index.get(name, (None, None)) for name in COMPONENTS)):
-                importlib.import_module(library)  # in COMPONENTS; diffusers needs it imported
+                target.symlink_to(Path(folder, name).resolve())
+            write_json(index, Path(view, MODEL_INDEX))  # replaces the link: a folder with code names another class
             pipe = super().from_pretrained(view, **(kwargs | safe))
             pipe.register_to_config(_name_or_path=folder)
             if missing := [name for name, value in pipe.unet.named_parameters() if value.is_meta]:
@@ -129,7 +123,6 @@ class ModelFolderMixin:
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Save components, preprocessing.json and checksums; arguments as in `DiffusionPipeline.save_pretrained`."""
         folder = Path(save_directory)
-        push = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
         super().save_pretrained(folder, **(kwargs | {"safe_serialization": True}))
         for path in (folder / MODEL_INDEX, *(folder / name / config for name in COMPONENTS for config in CONFIGS)):
             if path.exists() and "_name_or_path" in (config := read_json(path)):  # a path of this machine
@@ -138,10 +131,11 @@ class ModelFolderMixin:
             write_json(facts, folder / PREPROCESSING)
         write_checksums(folder)
         if push_to_hub:
-            self.push_to_hub(push.pop("repo_id", folder.resolve().name), variant=kwargs.get("variant"), **push)
+            kwargs.pop("max_shard_size", None)
+            self.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs)
 
 
-def find_model(name: str | os.PathLike, **options) -> str:
+def find_model(name: str | os.PathLike, variant: str | None = None, **options) -> str:
     """Return the folder of a model: `name` itself, that of a shipped model, or the download of `user/name`."""
     name = os.fspath(name)
     if not os.path.isdir(name):
@@ -152,20 +146,16 @@ def find_model(name: str | os.PathLike, **options) -> str:
         return str(PRETRAINED / name)
     if "/" not in name:
         raise InputError(f"{name}: no such folder, and no shipped model ({SHIPPED}); on the Hub a model is user/name")
-    known = ("variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
-    return download_model(name, **{key: options[key] for key in known if key in options})
-
-
-def download_model(repo_id: str, variant: str | None = None, **options) -> str:
-    """[`download`] the files of a model that loading needs; refuse a foreign model before its weights are downloaded."""
 
     def choose(names: list[str], options: dict) -> list[str]:
+        """Refuse a foreign model before its weights are downloaded."""
         if MODEL_INDEX not in names:
-            raise InputError(f"{repo_id}: the repository has no {MODEL_INDEX}, so it holds no pipeline")
-        components = read_components(Path(hf_hub_download(repo_id, MODEL_INDEX, **options)))
-        return _model_files(repo_id, names, components, variant)
+            raise InputError(f"{name}: the repository has no {MODEL_INDEX}, so it holds no pipeline")
+        components = read_components(Path(hf_hub_download(name, MODEL_INDEX, **options)))
+        return _model_files(name, names, components, variant)
 
-    return download(repo_id, choose, **options)
+    known = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+    return download(name, choose, **{key: options[key] for key in known if key in options})
 
 
 def download(
@@ -183,13 +173,13 @@ def download(
     Raises:
         InputError: the repository or revision is missing, a file is too large, or the download fails.
     """
-    asked = {name: options[name] for name in ("repo_type", "token") if name in options}
     info = None
     try:
         if local_files_only:  # whatever the cache holds; later checks name missing files
             return snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[], **options)
         # this call comes first, because without a network the others try for half a minute
-        info = HfApi().repo_info(repo_id, revision=revision, files_metadata=True, **asked)
+        kind, token = options.get("repo_type"), options.get("token")
+        info = HfApi().repo_info(repo_id, revision=revision, files_metadata=True, repo_type=kind, token=token)
         for file in info.siblings:
             if (file.size or 0) > (limit := _MAX_BYTES[file.rfilename.endswith((".safetensors", ".parquet"))]):
                 raise InputError(f"{repo_id}: {file.rfilename}: larger than {limit >> 20} MiB")
@@ -253,7 +243,11 @@ def check_model_folder(folder: str | os.PathLike, variant: str | None = None) ->
     for name in files:
         path = inside(folder, name)
         if name.endswith(".safetensors"):
-            _check_weights(folder, name)
+            with reading(path, "safetensors file"):
+                safe_open(path, framework="np").keys()  # fails unless the file has the length that it states
+            sums = folder / checksums_name(path.name)
+            if sums.exists() and read_json(inside(folder, sums.name)).get(name) != sha256_of(path):
+                raise InputError(f"{path}: damaged, its SHA-256 is not the one in {sums.name}")
         elif "quantization_config" in (value := read_json(path)):
             raise InputError(f"{path}: quantized networks can't be loaded")
         elif SHARD_INDEX.fullmatch(path.name):
@@ -262,18 +256,6 @@ def check_model_folder(folder: str | os.PathLike, variant: str | None = None) ->
                     raise InputError(f"{path}: names {min(lost)}, which is no file of weights in this folder")
     read_preprocessing(folder)
     return files
-
-
-def _check_weights(folder: Path, name: str) -> None:
-    path = folder / name
-    with path.open("rb") as file:
-        if file.read(24).startswith(b"version https://git-lfs"):
-            raise InputError(f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` in the clone")
-    with reading(path, "safetensors file"):
-        safe_open(path, framework="np").keys()  # fails unless the file has the length that it states
-    sums = folder / checksums_name(path.name)
-    if sums.exists() and read_json(inside(folder, sums.name)).get(name) != sha256_of(path):
-        raise InputError(f"{path}: damaged, its SHA-256 is not the one in {sums.name}")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -313,12 +295,12 @@ def replace_json(folder: str | os.PathLike, files: Mapping[str, Mapping]) -> Non
         with new_folder(folder) as copy:
             shutil.copytree(folder, copy, symlinks=True, copy_function=_link, dirs_exist_ok=True)
             for name, value in files.items():  # new files, so that nothing is written through a link
-                write_json({key: entry for key, entry in value.items() if key != "_name_or_path"}, copy / name)
+                write_json(value, copy / name)
 
 
-def _link(source: str | Path, target: str | Path, link: Callable = os.link) -> None:
+def _link(source: str, target: str) -> None:
     try:
-        link(source, target)
+        os.link(source, target)
     except OSError:  # a file system without links
         shutil.copy2(source, target)
 

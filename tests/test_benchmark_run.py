@@ -162,8 +162,8 @@ def test_seeds_train_anew_and_may_have_a_data_set_each(dataset, other_dataset, t
         (["--strengths", "0.5", "0"], "the strength 0.0"),
         (["--num_inference_steps", "1"], "the strength 0.5"),
         (["--strengths", "0.1"], "the strength 0.1"),
-        (["--first_seed", "-1"], "--first_seed is -1"),
-        (["--seeds", "0"], "--seeds is 0"),
+        (["--first_seed", "-1"], "--first_seed must be 0 or more"),
+        (["--seeds", "0"], "--seeds 1 or more"),
         (["--device", "tpu9"], "--device tpu9"),
     ],
 )

@@ -88,7 +88,7 @@ def test_a_patients_own_folder_is_one_patient_whatever_lies_below(tmp_path, monk
 
 @pytest.mark.parametrize(
     ("folder", "reason"),
-    [("A", "holds a scan"), ("B", "no such folder"), ("file.nii.gz", "a file; give the folder that holds it")],
+    [("A", "holds a scan"), ("B", "No such file"), ("file.nii.gz", "Not a directory")],
 )
 def test_folders_without_patients(tmp_path, folder, reason):
     touch(tmp_path, "A/a_adc.nii.gz", "file.nii.gz")
@@ -106,7 +106,7 @@ def test_each_modality_has_one_file(tmp_path):
     ):
         patient_files(tmp_path, ["t1", "adc", "t1ce"])
     touch(tmp_path, "x-t1w.nii")
-    with pytest.raises(InputError, match="several files are t1: P_T1n.nii.gz, x-t1w.nii"):
+    with pytest.raises(InputError, match="several scans are t1: P_T1n.nii.gz, x-t1w.nii"):
         patient_files(tmp_path, ["t1"])
 
 

@@ -64,7 +64,6 @@ def test_a_data_set_without_masks_gives_the_same_thresholds(files):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--quantile", 1], "--quantile is 1.0"),
         (["--max_slices", 0], "--max_slices must be at least 1"),
         (["--max_slices", 1], "slices chosen of the split validation are all healthy"),
         (["--num_inference_steps", 7], "7"),

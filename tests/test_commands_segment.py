@@ -13,13 +13,14 @@ from filelock import FileLock
 from segmentation_files import cli, error_lines, make_pipe
 
 from diffusers_cf.segmentation import patient as patient_module
-from diffusers_cf.segmentation.results import add_to_summary, read_summary
+from diffusers_cf.segmentation import volumes as volumes_module
+from diffusers_cf.segmentation.cohorts import add_to_summary, read_summary
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than everything else."""
-    monkeypatch.setattr(patient_module, "write_preview", lambda path, *_: path.touch())
+    monkeypatch.setattr(volumes_module, "write_preview", lambda path, *_: path.touch())
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_bad_patients_do_not_stop_the_others(model, tmp_path, capsys):
     options = ("--model", model, "--output", tmp_path / "out")
     assert cli("segment", *folders, tmp_path / "E", "x" * 300, *options) == 2
     errors = error_lines(capsys.readouterr())
-    reasons = ("A_t1.nii.gz: truncated", "modality missing: t1", "shape or geometry differ", "E: no such folder")
+    reasons = ("A_t1.nii.gz: truncated", "modality missing: t1", "shape or geometry differ", "E: No such file")
     assert len(errors) == 5 and all(reason in line for reason, line in zip(reasons, errors, strict=False))
     assert "x: File name too long" in errors[4]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["C", "summary.json"]
@@ -108,7 +109,7 @@ def test_a_cohort_goes_on_where_it_ended(cohort, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "1 done, 1 finished before, 0 failed"
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     failure = summary["patients"].pop(str(tmp_path / "none"))  # of the first run
-    assert failure["state"] == "failed" and "none: no such folder" in failure["reason"]
+    assert failure["state"] == "failed" and "none: No such file" in failure["reason"]
     assert summary == {
         "done": 1,
         "skipped": 1,
@@ -136,7 +137,7 @@ def test_the_process_that_writes_a_patient_reports_its_outcome(cohort, tmp_path,
 
 
 @pytest.mark.parametrize("error", [MemoryError("Unable to allocate 9 GiB"), OSError(28, "No space left on device")])
-@pytest.mark.parametrize("where", ["map_slices", "read_volumes", "write_preview"])
+@pytest.mark.parametrize("where", ["map_slices", "read_volumes", "write_results"])
 def test_errors_of_the_machine_do_not_stop_the_others(cohort, tmp_path, capsys, monkeypatch, where, error):
     original = getattr(patient_module, where)
 

@@ -78,7 +78,7 @@ def test_a_series_is_found_by_the_name_of_its_folder(series, tmp_path):
         patient_files(tmp_path / "P_01", ["flair", "t1"])
     series.rename(tmp_path / "P_01" / "t2f")
     write_series(tmp_path / "P_01" / "flair", np.ones(SHAPE), oblique_affine())
-    with pytest.raises(InputError, match="several series are flair: flair, t2f"):
+    with pytest.raises(InputError, match="several scans are flair: flair, t2f"):
         patient_files(tmp_path / "P_01", ["flair"])
 
 

@@ -159,7 +159,6 @@ DAMAGES = {
     "weights empty": (lambda f: os.truncate(f / UNET, 0), f"{UNET}: not a readable safetensors"),
     "weights grown": (lambda f: (f / UNET).open("ab").write(bytes(9)), f"{UNET}: not a readable safetensors"),
     "a tensor is missing": (lose_a_tensor, "weights of unet lack conv_in.weight"),
-    "LFS pointer": (write(UNET, b"version https://git-lfs.github.com/spec/v1\nsize 9\n"), f"{UNET}: a Git LFS pointer"),
     "flipped byte": (flip_a_byte, f"{UNET}: damaged, its SHA-256 is not the one in checksums.json"),
     "not in checksums": (write("checksums.json", b"{}"), "safetensors: damaged, its SHA-256"),
     "shard outside": (lambda f: shard_index(f, "../../outside.safetensors"), "names unet/../../outside.safetensors"),

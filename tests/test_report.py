@@ -20,9 +20,9 @@ from segmentation_files import (
 )  # fmt: skip
 
 from diffusers_cf.segmentation import report as report_module
+from diffusers_cf.segmentation.cohorts import add_to_summary
 from diffusers_cf.segmentation.patient import segment_patient
 from diffusers_cf.segmentation.report import ranges
-from diffusers_cf.segmentation.results import add_to_summary
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -111,7 +111,7 @@ def test_one_patient_is_in_memory_at_a_time(cohort, page, monkeypatch):
     ("file", "content", "message"),
     [
         ("report.json", "{", "report.json: not a readable JSON file"),
-        ("report.json", "{}", "report.json: not a report of segment: patient is missing"),
+        ("report.json", "{}", "report.json: not a report of segment"),
         ("mask.nii.gz", "damaged", "P_01/mask.nii.gz"),
     ],
 )
@@ -172,7 +172,7 @@ def test_patients_that_segment_failed_on_are_named(out, page):
         (["OUT", "--output", "report.pdf"], "report.pdf: the output must be a file REPORT.html"),
         (["nowhere", "--output", "report.html"], "nowhere: No such file"),
         (["OUT/../scans", "--output", "report.html"], "report.json is missing"),
-        (["OUT", "--scans", "nowhere", "--output", "report.html"], "nowhere: no such folder"),
+        (["OUT", "--scans", "nowhere", "--output", "report.html"], "nowhere: No such file"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(cohort, tmp_path, capsys, monkeypatch, arguments, message):

@@ -30,7 +30,6 @@ from diffusers_cf.settings import MAP_SETTINGS
 PATIENT = "patient"  # the page shows no patient's name
 RECENT = 8  # values that a cache keeps
 MARGIN_MM = 6.0  # of background around the brain in a picture
-CLOSED = "this patient was closed: load it again"
 
 
 @dataclass
@@ -120,13 +119,11 @@ class Explorer:
             settings (`Mapping`): as from `pipe.resolve_settings`; a threshold of None or 0 means no mask.
 
         Raises:
-            InputError: the patient was closed, a setting is out of range, or the model yields NaN.
+            InputError: a setting is out of range, or the model yields NaN.
         """
         with self._lock:
             key = (index, *(settings[name] for name in MAP_SETTINGS))
             maps = recent(self._maps, key, lambda: self._compute_maps(index, settings))
-        if self._closed:
-            raise InputError(CLOSED)
         one = slice(index, index + 1)
         seg = None if self.volumes.seg is None else self.volumes.seg[..., one]
         volumes = replace(self.volumes, volume=self.volumes.volume[..., one], seg=seg)
@@ -160,31 +157,25 @@ class Explorer:
 
         Raises:
             InputError: there is no threshold, or the patient was closed.
+            OSError: the files can't be written, for example because the patient was closed.
         """
         if not settings["threshold"]:
             raise InputError("no threshold: the model recommends none, so set one before segmenting the whole volume")
 
         def tell(share: float) -> None:
             if self._closed:
-                raise InputError(CLOSED)
+                raise InputError("this patient was closed: load it again")
             progress(share)
 
         options = {"model": self.facts["model"], "patient": PATIENT, "batch_size": self.batch_size, "progress": tell}
-        try:
-            with TemporaryDirectory(dir=self._folder.name) as output:
-                pipe = with_own_schedulers(self.pipe)  # `view` may be called meanwhile
-                report = segment_patient(pipe, self.scans, output, **options, **settings)
-                written = [Path(output, PATIENT, name) for name in ("heatmap.nii.gz", "mask.nii.gz")]
-                mask = to_canonical(read_nifti(written[1])).data > 0
-                self._results and self._results.cleanup()  # of an earlier call
-                self._results = TemporaryDirectory(prefix=secrets.token_hex(16), dir=self._served)
-                files = [Path(shutil.move(path, self._results.name)) for path in written]
-        except (InputError, OSError):
-            if not self._closed:
-                raise
-        if self._closed:
-            self.close()  # again: files may have been written since
-            raise InputError(CLOSED)
+        with TemporaryDirectory(dir=self._folder.name) as output:
+            pipe = with_own_schedulers(self.pipe)  # `view` may be called meanwhile
+            report = segment_patient(pipe, self.scans, output, **options, **settings)
+            written = [Path(output, PATIENT, name) for name in ("heatmap.nii.gz", "mask.nii.gz")]
+            mask = to_canonical(read_nifti(written[1])).data > 0
+            self._results and self._results.cleanup()  # of an earlier call
+            self._results = TemporaryDirectory(prefix=secrets.token_hex(16), dir=self._served)
+            files = [Path(shutil.move(path, self._results.name)) for path in written]
         self._finished = dict(settings), mask
         return VolumeFiles(report, *files, np.flatnonzero(mask.any(axis=(0, 1))).tolist())
 

@@ -54,34 +54,17 @@ def slice_html(view: SliceView, channel: int, modalities: Sequence[str], unit: s
 
 def verdict_html(view: SliceView, threshold: float | None) -> str:
     """Return whether any voxel of the slice reaches the threshold, and the slice's score."""
-    score = f"score {view.score:.4f} (mean heat over the brain in this slice)"
-    if view.mask is None:
-        return _verdict("none", "No verdict", f"the model recommends no threshold: set one; {score}")
-    if not view.mask.any():
-        return _verdict("healthy", "Slice: healthy", f"no lesion at the threshold of {threshold:.3g}; {score}")
-    area = view.mask.sum() * np.prod(view.pixel_mm) / 100
-    return _verdict(
-        "unhealthy", "Slice: unhealthy", f"{area:.1f} cm² at or above the threshold of {threshold:.3g}; {score}"
-    )
+    square_cm = None if view.mask is None else view.mask.sum() * np.prod(view.pixel_mm) / 100
+    return _verdict("slice", area=square_cm, threshold=threshold, score=view.score)
 
 
 def volume_html(files: VolumeFiles) -> str:
     """Return the verdict on the whole patient and the settings it was made with."""
-    report = files.report
-    values, dice = report["settings"], report.get("dice")
-    settings = (
-        f"guidance scale {values['guidance_scale']:g}, strength {values['strength']:g}, "
-        f"{values['num_inference_steps']} steps, threshold {report['threshold']:.3g}"
-    )
-    if not files.lesion_slices:
-        return _verdict("healthy", "Patient: healthy", f"no lesion in {report['n_slices']} slices ({settings})")
-    expert = "" if dice is None else f"; Dice with the expert’s mask {dice:.2f}"
-    found = f"{report['lesion_volume_ml']:.1f} ml in slices {ranges(files.lesion_slices)}{expert} ({settings})"
-    return _verdict("unhealthy", "Patient: unhealthy", found)
+    return _verdict("patient", report=files.report, slices=ranges(files.lesion_slices))
 
 
-def _verdict(kind: str, title: str, text: str) -> str:
-    return f'<div class="cf-verdict cf-{kind}" role="status"><b>{title}</b> · {text}</div>'
+def _verdict(of: str, **facts) -> str:
+    return TEMPLATES.get_template("verdict.html").render(of=of, **facts)
 
 
 def _grey(image: np.ndarray) -> str:

@@ -20,22 +20,23 @@ def add_app_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help=f"{MODEL}; default: phantom_small")
     add("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, for this machine only")
     add("--port", type=int, help="port to listen on, 1 to 65535; default: the first free port from 7860")
-    text = "largest size of a file in MB, both as uploaded and decompressed; default: %(default)s"
-    add("--max_upload_mb", type=int, default=256, help=text)
+    add(
+        "--max_upload_mb",
+        type=int,
+        default=256,
+        help="limit for a file in MB, also decompressed; default: %(default)s",
+    )
     add_device_arguments(parser)
 
 
 def run_app(args: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C, then delete all files of its users.
-
-    Raises:
-        InputError: gradio is missing, or an option or the model can't be used.
-    """
+    """Serve the page until Ctrl-C, then delete all files of its users."""
     if args.max_upload_mb < 1 or not (args.port is None or 0 < args.port < 65536):
         raise InputError("--max_upload_mb must be 1 or more, --port from 1 to 65535")
-    from diffusers_cf.inference import check_device_arguments
+    from diffusers_cf.inference import check_device_arguments, open_pipeline
 
     check_device_arguments(args)
+    model, max_bytes = args.model or "phantom_small", args.max_upload_mb << 20
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # gradio asks its own server whether it runs; a proxy of the environment could not reach it
     os.environ["no_proxy"] = f"{urllib.request.getproxies().get('no', '')},127.0.0.1,localhost,{args.host}"
@@ -43,33 +44,27 @@ def run_app(args: argparse.Namespace) -> None:
         root = Path(folder).resolve()
         (root / "uploads").mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")
-        _serve(args, root)
+        try:
+            import gradio
+        except ImportError:
+            raise InputError('app needs gradio: pip install "gradio>=6.31"') from None
+        from diffusers_cf.app.html import CSS
+        from diffusers_cf.app.page import Page
+        from diffusers_cf.segmentation.patient import segmentation_facts
 
-
-def _serve(args: argparse.Namespace, root: Path) -> None:
-    try:
-        import gradio
-    except ImportError:
-        raise InputError('app needs gradio: pip install "gradio>=6.31"') from None
-    from diffusers_cf.app.html import CSS
-    from diffusers_cf.app.page import Page
-    from diffusers_cf.inference import open_pipeline
-    from diffusers_cf.segmentation.patient import segmentation_facts
-
-    model, max_bytes = args.model or "phantom_small", args.max_upload_mb << 20
-    pipe = open_pipeline(model, args.device, args.dtype)
-    # others may see the page: only the last part of the model's path
-    facts = segmentation_facts(pipe, model=Path(model).name, needs_threshold=False)
-    logging.getLogger("diffusers_cf").setLevel(logging.ERROR)  # warnings name patients' files; the page shows them
-    page = Page(pipe, facts, root, args.batch_size, max_bytes).blocks
-    theme = gradio.themes.Base(spacing_size="sm", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"])
-    try:
-        _, url, _ = page.launch(
-            server_name=args.host, server_port=args.port, max_file_size=max_bytes, state_session_capacity=SESSIONS,
-            theme=theme, css=CSS, share=False, prevent_thread_lock=True, quiet=True, footer_links=[],
-            run_history=False, ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
-        )  # fmt: skip
-        print(f"{model} at {url} (stop by Ctrl-C)", flush=True)
-        page.block_thread()
-    finally:
-        page.close(verbose=False)
+        pipe = open_pipeline(model, args.device, args.dtype)
+        # others may see the page: only the last part of the model's path
+        facts = segmentation_facts(pipe, model=Path(model).name, needs_threshold=False)
+        logging.getLogger("diffusers_cf").setLevel(logging.ERROR)  # warnings name patients' files; the page shows them
+        page = Page(pipe, facts, root, args.batch_size, max_bytes).blocks
+        theme = gradio.themes.Base(spacing_size="sm", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"])
+        try:
+            _, url, _ = page.launch(
+                server_name=args.host, server_port=args.port, max_file_size=max_bytes, theme=theme, css=CSS,
+                state_session_capacity=SESSIONS, share=False, prevent_thread_lock=True, quiet=True, footer_links=[],
+                run_history=False, ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
+            )  # fmt: skip
+            print(f"{model} at {url} (stop by Ctrl-C)", flush=True)
+            page.block_thread()
+        finally:
+            page.close(verbose=False)

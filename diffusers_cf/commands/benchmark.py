@@ -16,8 +16,7 @@ TRAIN_TIMESTEPS = 1000  # of every diffusion model of the benchmark
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf benchmark`."""
     add = parser.add_argument
-    text = f"{DATASET}; it needs masks; several are splits of the same data, one per seed"
-    add("--dataset", required=True, nargs="+", help=text)
+    add("--dataset", required=True, nargs="+", help=f"{DATASET}; it needs masks; several: a split for each seed")
     add("--output", required=True, metavar="RESULTS", help="folder for tables, figures and a JSON per method and seed")
     add("--models", metavar="FOLDER", help="folder for trained networks; default: RESULTS/models")
     add("--methods", nargs="+", metavar="ID", help="methods such as ours, vae or threshold-t1; default: all")
@@ -25,27 +24,20 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--first_seed", type=int, default=1, help="number of the first seed, 0 or more; default: %(default)s")
     text = "sizes and budgets: smoke takes minutes, cpu takes hours, paper needs a GPU; default: %(default)s"
     add("--preset", choices=PRESET_NAMES, default="cpu", help=text)
-    text = "side of every network's input in pixels, a power of two from 16; default: the preset's"
-    add("--image_size", type=int, help=text)
+    add("--image_size", type=int, help="side of a network's input, a power of two from 16; default: the preset's")
     add("--train_seconds", type=float, help="training time of each network in seconds; default: the preset's")
     text = "train each network on as many images as for this seed of RESULTS; default: limit the training time"
     add("--images_of_seed", type=int, metavar="SEED", help=text)
-    text = f"steps of the diffusion methods, a divisor of {TRAIN_TIMESTEPS}; default: the preset's"
-    add("--num_inference_steps", type=int, help=text)
+    add("--num_inference_steps", type=int, help=f"steps, a divisor of {TRAIN_TIMESTEPS}; default: the preset's")
     add("--strengths", type=float, nargs="+", help="strengths L in (0, 1] to choose from; default: the preset's")
-    text = "train with small rotations, scales, shifts and gains; default: the preset's"
-    add("--augment", action="store_true", help=text)
+    add("--augment", action="store_true", help="train with random rotations, shifts and gains; default: the preset's")
     add("--no_pictures", action="store_true", help="leave out Fig. 1 and Fig. 2, which show slices; default: off")
     add_device_arguments(parser, batch_size=32, dtype="float32")
     add_shard_argument(parser, "writes tables and figures")
 
 
-def run_benchmark(args: argparse.Namespace) -> int:
-    """Run what is missing of the benchmark.
-
-    Raises:
-        InputError: a data set, method or option can't be used, or the output holds results of another benchmark.
-    """
+def run_benchmark(args: argparse.Namespace) -> None:
+    """Run what is missing of the benchmark."""
     from diffusers_cf.benchmark.networks import Method, Networks, methods_for
     from diffusers_cf.benchmark.protocol import KIND, BenchmarkData
     from diffusers_cf.benchmark.run import Benchmark, images_of_seed
@@ -60,8 +52,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
     for other in others:
         if different := [name for name in KIND if other.metadata[name] != first.metadata[name]]:
             raise InputError(f"{first.folder} and {other.folder} differ in {', '.join(different)}")
-    ids = args.methods and dict.fromkeys(args.methods)
-    methods = [Method.of(id) for id in ids] if ids else methods_for(first.modalities)
+    methods = [Method.of(id) for id in dict.fromkeys(args.methods or ())] or methods_for(first.modalities)
     output = Path(args.output)
     images = {} if args.images_of_seed is None else images_of_seed(output, args.images_of_seed, methods)
     networks = Networks(Path(args.models or output / "models"), preset, args.device, DTYPES[args.dtype], images)
@@ -72,7 +63,6 @@ def run_benchmark(args: argparse.Namespace) -> int:
         print(f"shard {args.shard} is measured; the same command without --shard writes tables and figures")
     elif share.is_main:
         print(f"tables and figures -> {output}")
-    return 0
 
 
 def _preset(args: argparse.Namespace):
@@ -101,10 +91,8 @@ def _preset(args: argparse.Namespace):
 def _datasets(args: argparse.Namespace) -> dict[int, str]:
     """Return the data set of each seed."""
     count = args.seeds if args.seeds is not None else len(args.dataset) if len(args.dataset) > 1 else 3
-    if args.first_seed < 0:
-        raise InputError(f"--first_seed is {args.first_seed}: it must be 0 or more")
-    if count < 1:
-        raise InputError(f"--seeds is {count}: it must be 1 or more")
+    if args.first_seed < 0 or count < 1:
+        raise InputError("--first_seed must be 0 or more and --seeds 1 or more")
     if len(args.dataset) not in (1, count):
         raise InputError(f"--seeds is {count}, but there are {len(args.dataset)} data sets: one per seed")
     seeds = range(args.first_seed, args.first_seed + count)

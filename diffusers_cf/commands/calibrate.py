@@ -25,10 +25,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", required=True, help=f"{DATASET}; thresholds are chosen without its masks")
     add("--output", required=True, metavar="RESULT.json", help="file for thresholds and Dice")
     add("--split", default="validation", choices=SPLITS, help="split to choose on; default: %(default)s")
-    text = "number of slices to choose on, evenly spread; default: %(default)s"
-    add("--max_slices", type=int, default=256, help=text)
-    text = "share of healthy pixels below the threshold by the rule healthy-quantile, in (0, 1); default: %(default)s"
-    add("--quantile", type=float, default=HEALTHY_QUANTILE, help=text)
+    add("--max_slices", type=int, default=256, help="slices to choose on, evenly spread; default: %(default)s")
     add("--measure", choices=SPLITS, help="split with masks on which Dice of each rule is measured; default: none")
     add_settings_arguments(parser)
     add_device_arguments(parser, batch_size=32)
@@ -36,18 +33,12 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store", nargs="?", const=RULES[0], choices=RULES, help=f"{text}%(const)s; default: write nothing")
 
 
-def run_calibrate(args: argparse.Namespace) -> int:
-    """Choose a threshold by every rule, write RESULT.json and print the thresholds.
-
-    Raises:
-        InputError: model, data set or options can't be used.
-    """
+def run_calibrate(args: argparse.Namespace) -> None:
+    """Choose a threshold by every rule, write RESULT.json and print the thresholds."""
     from diffusers_cf.evaluation.inputs import checked_settings, open_split, rows_of_both_labels
     from diffusers_cf.inference import check_device_arguments, open_pipeline
 
     check_device_arguments(args)
-    if not 0 < args.quantile < 1:
-        raise InputError(f"--quantile is {args.quantile}: it must lie between 0 and 1")
     if args.store and not Path(args.model).is_dir():
         raise InputError(f"{args.model}: a threshold can be stored in a model folder only")
     chosen_on = open_split(args.dataset, args.split, masks=False)
@@ -58,7 +49,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     settings = {name: settings[name] for name in MAP_SETTINGS}
     output = Path(args.output)
     make_folder(output.parent)
-    thresholds = thresholds_of_labels(_maps(pipe, chosen_on, rows, settings, args.batch_size), args.quantile)
+    thresholds = thresholds_of_labels(_maps(pipe, chosen_on, rows, settings, args.batch_size))
     scores = {}
     if measured_on:
         maps = _maps(pipe, measured_on, range(len(measured_on)), settings, args.batch_size)
@@ -66,7 +57,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     chosen_by = {"command": command_line(), "commit": package_commit(), "split": args.split, "n_slices": len(rows)}
     result = {
         "thresholds": thresholds, "dice": scores, "model": args.model, "model_sha256": model_fingerprint(pipe),
-        "settings": settings, "dtype": args.dtype, "data": chosen_on.preprocessing, "quantile": args.quantile,
+        "settings": settings, "dtype": args.dtype, "data": chosen_on.preprocessing, "quantile": HEALTHY_QUANTILE,
         "measured_on": args.measure, **chosen_by,
     }  # fmt: skip
     write_json(result, output)
@@ -77,7 +68,6 @@ def run_calibrate(args: argparse.Namespace) -> int:
     if args.store:
         settings["threshold"] = thresholds[args.store]
         _store(args.model, settings, chosen_by | {"rule": args.store}, chosen_on.preprocessing["size"])
-    return 0
 
 
 def _maps(pipe, dataset, rows, settings: dict, batch_size: int) -> Iterator[tuple[np.ndarray, dict]]:

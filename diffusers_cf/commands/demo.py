@@ -13,18 +13,13 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", default="demo_output", help="folder for scan, segmentation and scores; default: %(default)s")
     add("--model", default="phantom_small", help=f"{MODEL}; default: %(default)s")
-    text = "number of the phantom's cohort, 1 or more (the model was trained on cohort 0); default: %(default)s"
-    add("--seed", type=int, default=1, help=text)
+    add("--seed", type=int, default=1, help="number of the phantom's cohort, 1 or more; default: %(default)s")
     add("--index", type=int, default=0, help="number of the patient in the cohort, 0 or more; default: %(default)s")
     add_device_arguments(parser)
 
 
-def run_demo(args: argparse.Namespace) -> int:
-    """Write a phantom patient as NIfTI, segment it, and print its scores beside those of a FLAIR threshold.
-
-    Raises:
-        InputError: the patient belongs to the training cohort, is healthy, or the model can't be used.
-    """
+def run_demo(args: argparse.Namespace) -> None:
+    """Write a phantom patient as NIfTI, segment it, and print its scores beside those of a FLAIR threshold."""
     import nibabel
     import numpy as np
 
@@ -33,10 +28,8 @@ def run_demo(args: argparse.Namespace) -> int:
     from diffusers_cf.inference import check_device_arguments, open_pipeline
     from diffusers_cf.segmentation.patient import segment_patient
 
-    if args.seed == FROZEN_SEED:
-        raise InputError(f"--seed {args.seed} is the cohort that the model was trained and measured on: take another")
-    if args.seed < 0 or args.index < 0:
-        raise InputError("--seed and --index must be 0 or more")
+    if args.seed <= FROZEN_SEED or args.index < 0:
+        raise InputError("--seed must be 1 or more (the model was trained on cohort 0) and --index 0 or more")
     check_device_arguments(args)
     patient = make_patient(args.seed, args.index)
     if not patient.labels.any():
@@ -61,4 +54,3 @@ def run_demo(args: argparse.Namespace) -> int:
         print(f"{name:18}{row['auprc']:.3f}  {row['ideal_dice']:10.3f}")
     print(f"Dice of the mask at the recommended threshold: {report['dice']:.3f}")
     print(f"pictures: {result / 'preview.png'}")
-    return 0

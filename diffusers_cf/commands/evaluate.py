@@ -5,17 +5,12 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-
 from diffusers_cf.commands import options
 from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.processes import share_of_work
 from diffusers_cf.files import alone_at, write_json
 from diffusers_cf.provenance import command_line, model_fingerprint, package_commit
-
-
-SETTINGS = ("settings", "guidance_scale", "strength", "num_inference_steps", "map")
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,25 +27,18 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_settings_arguments(parser)
     text = "map value from which a pixel counts as lesion, for Dice per patient, in map units"
     add("--threshold", type=float, help=f"{text}; default: recommended by the model, else the ideal one of this split")
-    add("--max_patients", type=int, help="number of patients, the first in alphabetical order; default: all")
     add("--seed", type=int, default=0, help="seed of the bootstrap intervals; default: %(default)s")
     options.add_shard_argument(parser, "combines them into the result")
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
-    """Evaluate a method, write RESULT.json and RESULT.counts.npz, and print the main numbers.
-
-    Raises:
-        InputError: model, data set, options or output can't be used.
-    """
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Evaluate a method, write RESULT.json and RESULT.counts.npz, and print the main numbers."""
     from diffusers_cf.evaluation.inputs import open_split
     from diffusers_cf.evaluation.protocol import begin_parts, evaluate
     from diffusers_cf.inference import check_device_arguments
 
     share = share_of_work(args.shard)
     check_device_arguments(args, share)
-    if args.max_patients is not None and args.max_patients < 1:
-        raise InputError(f"--max_patients must be at least 1, not {args.max_patients}")
     output = Path(args.output)
     if output.is_dir() or output.suffix != ".json":
         raise InputError(f"{output}: the output must be a file RESULT.json")
@@ -61,11 +49,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     with _lock(output, share):
         # patients may be measured on different devices of one kind
         begin_parts(parts, facts | {"device": args.device.partition(":")[0], "fingerprint": fingerprint})
-        patients = np.unique(dataset.patients)[: args.max_patients]
         result = evaluate(
             dataset=dataset, threshold=settings["threshold"], batch_size=args.batch_size, device=args.device,
-            indices=np.flatnonzero(np.isin(dataset.patients, patients)), counts_path=output.with_suffix(".counts.npz"),
-            seed=args.seed, parts=parts, share=share, **method,
+            counts_path=output.with_suffix(".counts.npz"), seed=args.seed, parts=parts, share=share, **method,
         )  # fmt: skip
         if result is not None:
             made_by = {"model_sha256": fingerprint, "command": command_line(), "commit": package_commit()}
@@ -75,7 +61,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
         print(_summary(result, output))
     elif share.is_shard:
         print(f"shard {args.shard} is measured; the same command without --shard combines all shards -> {output}")
-    return 0
 
 
 def _open_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
@@ -84,7 +69,7 @@ def _open_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
     from diffusers_cf.inference import open_pipeline
 
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile, dataset=dataset)
-    settings = checked_settings(pipe, **{name: getattr(args, name) for name in (*SETTINGS, "threshold")})
+    settings = checked_settings(pipe, **{name: getattr(args, name) for name in (*options.SETTINGS, "threshold")})
     call = {name: value for name, value in settings.items() if name != "threshold"}
     method = {
         "anomaly_map": lambda images: pipe(images, **call).heatmaps,
@@ -97,7 +82,7 @@ def _make_baseline(args: argparse.Namespace, dataset) -> tuple[dict, dict, None]
     """Return a baseline's keyword arguments for `evaluate`, and its settings."""
     from diffusers_cf.baselines import make_baseline
 
-    for name in SETTINGS:
+    for name in options.SETTINGS:
         if getattr(args, name) is not None:
             raise InputError(f"--{name} is a setting of models, not of --method {args.method}")
     baseline = make_baseline(args.method, dataset.preprocessing["modalities"])
@@ -116,7 +101,7 @@ def _facts(args: argparse.Namespace, dataset, settings: dict) -> dict:
         "model" if args.model else "method": args.model or args.method,
         "settings": settings,
         "dataset": {"folder": args.dataset, **commit, "split": args.split, **dataset.preprocessing},
-        **{name: getattr(args, name) for name in ("max_patients", "seed", "device", "dtype")},
+        **{name: getattr(args, name) for name in ("seed", "device", "dtype")},
     }
 
 

@@ -2,11 +2,12 @@
 
 import argparse
 
-from diffusers_cf.settings import MAPS, NAMES
+from diffusers_cf.settings import MAP_SETTINGS, MAPS, NAMES
 
 
 MODEL = "model: a folder, user/name on the Hub, or the name of a shipped model"  # help text
 DATASET = "slice data set: a folder written by diffusers-cf prepare, or user/name[@revision] on the Hub"  # help text
+SETTINGS = ("settings", *MAP_SETTINGS)  # options of `add_settings_arguments`
 
 
 def add_device_arguments(
@@ -24,8 +25,7 @@ def add_device_arguments(
         text = "slices computed at a time, or auto: 64 on a CPU and the largest number that fits on a GPU"
         add("--batch_size", type=_batch_size, help=f"{text}; default: auto")
     if compile:
-        text = "compile the network first, which takes minutes and makes each slice faster; default: off"
-        add("--compile", action="store_true", help=text)
+        add("--compile", action="store_true", help="compile the network first, which takes minutes; default: off")
 
 
 def _batch_size(text: str) -> int | None:
@@ -35,17 +35,12 @@ def _batch_size(text: str) -> int | None:
 def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the inference settings, except for the threshold."""
     add, default = parser.add_argument, "default: recommended by the model"
-    text = "source of the settings that are not given: the model (recommended) or the paper; default: recommended"
-    add("--settings", choices=NAMES, help=text)
-    text = "weight w of the guidance towards healthy, 0 or more: 0 is unconditional, 1 is conditional"
-    add("--guidance_scale", type=float, help=f"{text}; {default}")
+    add("--settings", choices=NAMES, help="source of the settings that are not given; default: recommended")
+    add("--guidance_scale", type=float, help=f"weight w of the guidance towards healthy, 0 or more; {default}")
     add("--strength", type=float, help=f"share L of the noise levels to which an image is encoded, 0 to 1; {default}")
-    text = "number of steps over all noise levels, a divisor of the number of training timesteps"
-    add("--num_inference_steps", type=int, help=f"{text}; {default}")
-    text = (
-        "anomaly map: |image - counterfactual|, |reconstruction - counterfactual|, the change towards disease (signed)"
-    )
-    add("--map", choices=MAPS, help=f"{text}, or one that needs no counterfactual (forward); {default}")
+    add("--num_inference_steps", type=int, help=f"steps, a divisor of the number of training timesteps; {default}")
+    text = "anomaly map: |image - counterfactual|, |reconstruction - counterfactual|, the change towards disease "
+    add("--map", choices=MAPS, help=f"{text}(signed), or one that needs no counterfactual (forward); {default}")
 
 
 def add_shard_argument(parser: argparse.ArgumentParser, last: str) -> None:

@@ -30,14 +30,11 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     text += "1, as in the paper. none: values stay. Default: median; p99 for the phantom; none for pictures"
     add("--normalize", metavar="SCALE", help=text)
     add("--modalities", nargs="+", metavar="NAME", help="channels to use, in this order; default: all")
-    text = "classes of pictures, the names of their folders, the healthy one first; default: the folders, if one is called"
-    add("--class_names", nargs="+", metavar="NAME", help=f"{text} healthy, normal, control or no_tumor")
-    text = (
-        "regular expression for names of pictures without suffix, with the groups (?P<patient>..) and (?P<slice>..);"
-    )
-    add("--patient_pattern", metavar="REGEX", help=f"{text} default: PATIENT_NUMBER, or PATIENT alone")
-    text = "take each picture as a patient of its own; default: the patient is in the name"
-    add("--one_image_per_patient", action="store_true", help=text)
+    text = "classes of pictures, the names of their folders, the healthy one first; default: the folders, if one is"
+    add("--class_names", nargs="+", metavar="NAME", help=f"{text} called healthy, normal, control or no_tumor")
+    text = "regular expression of pictures' names without suffix, with the groups (?P<patient>..) and (?P<slice>..)"
+    add("--patient_pattern", metavar="REGEX", help=f"{text}; default: PATIENT_NUMBER, or PATIENT alone")
+    add("--one_image_per_patient", action="store_true", help="each picture is a patient; default: its name says which")
     text = "labels in the columns patient, slice (empty for a whole patient), label; default: from masks or folders"
     add("--labels", metavar="FILE.csv", help=text)
     add("--seed", type=int, default=0, help="seed of the split by patient, or of the phantom, 0 or more; default: 0")
@@ -45,20 +42,16 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     text = "patients of train, validation and test, as lists in JSON (under NAME); default: split by --seed"
     add("--split_file", metavar="FILE.json[:NAME]", help=text)
     add("--check", action="store_true", help="list every problem of the data and write nothing; default: off")
-    text = "accept splits without any slice of one of the classes; default: refuse them"
-    add("--allow_missing_classes", action="store_true", help=text)
+    add("--allow_missing_classes", action="store_true", help="accept splits that lack a class; default: refuse them")
     add("--skip_bad", action="store_true", help="leave out patients with a problem; default: refuse the data")
-    text = "accept scans that are not skull-stripped and unknown label ids; default: refuse them"
-    add("--lenient", action="store_true", help=text)
+    add(
+        "--lenient", action="store_true", help="accept scans with a skull, and unknown label ids; default: refuse them"
+    )
     add("--num_workers", type=int, default=0, help="number of worker processes; default: 0, no other process")
 
 
 def run_prepare(args: argparse.Namespace) -> int:
-    """Run `diffusers-cf prepare` and return the exit code.
-
-    Raises:
-        InputError: as in `prepare`, and for options that the source does not take.
-    """
+    """Run `diffusers-cf prepare` and return the exit code."""
     from diffusers_cf.data.prepare import SOURCES, check, describe, prepare
 
     for name, least in (("seed", 0), ("patients", 1), ("num_workers", 0)):

@@ -17,8 +17,7 @@ def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scores", nargs="+", default=[], metavar="RESULT.json", help=text)
     text = "publish the code too, for DiffusionPipeline.from_pretrained(.., trust_remote_code=True); default: off"
     add("--with_code", action="store_true", help=text)
-    text = "license of the training data, such as cc-by-4.0; default: that of their source, if it has one"
-    add("--data_license", help=text)
+    add("--data_license", help="license of the training data, such as cc-by-4.0; default: that of their source")
     _add_repository_arguments(add, "license of the weights, by its id on the Hub such as apache-2.0; default: none")
 
 
@@ -32,20 +31,14 @@ def add_publish_dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_repository_arguments(add, license_text: str) -> None:
     add("--repo_id", required=True, metavar="USER/NAME", help="repository on the Hub; created if it does not exist")
-    text = "pictures for the card, of data that may be shown; default: none"
-    add("--pictures", nargs="+", default=[], metavar="FILE.png", help=text)
+    add("--pictures", nargs="+", default=[], metavar="FILE.png", help="of data that may be shown; default: none")
     add("--license", help=license_text)
     add("--private", action="store_true", default=None, help="make a new repository private; default: public")
     add("--token", help="access token of the Hub; default: the one that `hf auth login` stored")
-    add("--commit_message", default="Upload with diffusers-cf", help="message of the commit; default: %(default)s")
 
 
-def run_publish(args: argparse.Namespace) -> int:
-    """Push the model and print the commit's address.
-
-    Raises:
-        InputError: the folder, a result or a picture can't be published, or the Hub refuses.
-    """
+def run_publish(args: argparse.Namespace) -> None:
+    """Push the model and print the commit's address."""
     from diffusers_cf.hub.publishing import push_model
 
     if not Path(args.model).is_dir():
@@ -56,15 +49,10 @@ def run_publish(args: argparse.Namespace) -> int:
         **_repository_options(args),
     )  # fmt: skip
     print(f"{args.model} -> {address}")
-    return 0
 
 
-def run_publish_dataset(args: argparse.Namespace) -> int:
-    """Push the data set, or only its splits and settings if its images must not be shared, and print the address.
-
-    Raises:
-        InputError: the folder or a picture can't be published, or the Hub refuses.
-    """
+def run_publish_dataset(args: argparse.Namespace) -> None:
+    """Push the data set, or only its splits and settings if its images must not be shared, and print the address."""
     from diffusers_cf.hub.cards import SOURCES
     from diffusers_cf.hub.publishing import push_dataset
 
@@ -73,11 +61,10 @@ def run_publish_dataset(args: argparse.Namespace) -> int:
         words = SOURCES[read_json(Path(args.dataset) / "preprocessing.json")["source"]].words
         print(f"{args.dataset}: images not pushed ({words}) Pushed are splits.json, settings and how to use them")
     print(f"{args.dataset} -> {address}")
-    return 0
 
 
 def _repository_options(args: argparse.Namespace) -> dict:
-    return {name: getattr(args, name) for name in ("token", "private", "license", "pictures", "commit_message")}
+    return {name: getattr(args, name) for name in ("token", "private", "license", "pictures")}
 
 
 def _read_result(path: Path, model: str) -> Mapping:

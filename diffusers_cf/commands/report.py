@@ -22,12 +22,9 @@ def run_report(args: argparse.Namespace) -> int:
 
     Returns:
         `int`: 0, or 2 if a patient can't be shown completely.
-
-    Raises:
-        InputError: there is nothing to report.
     """
+    from diffusers_cf.segmentation.cohorts import read_summary
     from diffusers_cf.segmentation.report import write_report
-    from diffusers_cf.segmentation.results import read_summary
 
     output = Path(args.output)
     if output.suffix != ".html" or output.is_dir():

@@ -6,28 +6,23 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from diffusers_cf.commands.options import MODEL, add_device_arguments, add_settings_arguments, add_shard_argument
+from diffusers_cf.commands import options
 from diffusers_cf.errors import BusyError, InputError, in_one_line
 from diffusers_cf.files import make_folder
-
-
-SETTINGS = ("settings", "guidance_scale", "strength", "num_inference_steps", "map", "threshold")
 
 
 def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf segment`."""
     add = parser.add_argument
-    text = "folder of a patient, with a NIfTI file or DICOM series for each modality, or folder of a cohort"
-    add("folders", nargs="+", metavar="FOLDER", help=text)
-    add("--model", required=True, help=MODEL)
+    add("folders", nargs="+", metavar="FOLDER", help="a patient (NIfTI files or DICOM series) or a cohort")
+    add("--model", required=True, help=options.MODEL)
     add("--output", required=True, metavar="OUT", help="folder for the results; each patient gets a folder in it")
-    add_settings_arguments(parser)
-    text = "map value from which a voxel counts as lesion, in map units; default: recommended by the model"
-    add("--threshold", type=float, help=text)
-    add_device_arguments(parser, compile=True)
+    options.add_settings_arguments(parser)
+    add("--threshold", type=float, help="map value from which a voxel is lesion; default: recommended by the model")
+    options.add_device_arguments(parser, compile=True)
     text = "segment finished patients again; default: skip them, or fail if model, settings, dtype or scans changed"
     add("--overwrite", action="store_true", help=text)
-    add_shard_argument(parser, "segments what is missing")
+    options.add_shard_argument(parser, "segments what is missing")
 
 
 def run_segment(args: argparse.Namespace) -> int:
@@ -35,19 +30,16 @@ def run_segment(args: argparse.Namespace) -> int:
 
     Returns:
         `int`: 0, or 2 if a patient failed; then stderr ends with a line for each failure, as does OUT/summary.json.
-
-    Raises:
-        InputError: model, options or output can't be used.
     """
     from diffusers_cf.evaluation.processes import share_of_work
     from diffusers_cf.inference import check_device_arguments, open_pipeline
+    from diffusers_cf.segmentation.cohorts import add_to_summary
     from diffusers_cf.segmentation.patient import segmentation_facts
-    from diffusers_cf.segmentation.results import add_to_summary
 
     share = share_of_work(args.shard)
     check_device_arguments(args, share)
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile)
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name) for name in (*options.SETTINGS, "threshold")}
     modalities = segmentation_facts(pipe, args.model, **settings)["preprocessing"]["modalities"]
     patients, not_found = _find_all(args.folders, modalities, args.output)
     if patients:
@@ -76,8 +68,8 @@ def _find_all(given: list[str], modalities: list[str], output: str) -> tuple[lis
     for folder in given:
         try:
             found, problems = find_patients(folder, modalities, output)
-        except (InputError, OSError) as error:
-            found, problems = [], {folder: in_one_line(error)}
+        except InputError as error:
+            found, problems = [], {folder: str(error)}
         failures |= {path: {"state": "failed", "reason": problem} for path, problem in problems.items()}
         for name, patient in found:
             folders.setdefault(name, {}).setdefault(os.path.realpath(patient), patient)
@@ -94,14 +86,14 @@ def _segment_all(pipe, patients: list, args: argparse.Namespace, settings: dict,
 
     from diffusers_cf.segmentation.patient import segment_patient
 
-    options = {"model": args.model, "batch_size": args.batch_size, "overwrite": args.overwrite, "progress": talks}
+    given = {"model": args.model, "batch_size": args.batch_size, "overwrite": args.overwrite, "progress": talks}
     outcomes = {}
     bar = tqdm(patients, desc="Patients", unit="patient", disable=not talks or len(patients) < 2)
     for name, folder in bar:
         target = Path(args.output) / name
         state = "skipped" if target.exists() and not args.overwrite else "done"
         try:
-            report = segment_patient(pipe, folder, args.output, patient=name, **options, **settings)
+            report = segment_patient(pipe, folder, args.output, patient=name, **given, **settings)
         except (InputError, OSError, MemoryError) as error:
             line, state = in_one_line(error), "busy" if isinstance(error, BusyError) else "failed"
             outcomes[name] = {"state": state, "reason": line if name in line else f"{target}: {line}"}

@@ -26,10 +26,8 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", required=True, help=f"{DATASET}; it needs masks")
     add("--output", required=True, metavar="RESULTS", help="folder for sweep.json and sweep.png")
     add("--split", default="validation", choices=SPLITS, help="split to measure on; default: %(default)s")
-    text = "guidance weights w to try, 0 or more; default: %(default)s"
-    add("--guidance_scales", type=float, nargs="+", default=GUIDANCE_SCALES, help=text)
-    text = "strengths L to try, above 0 and at most 1; default: %(default)s"
-    add("--strengths", type=float, nargs="+", default=STRENGTHS, help=text)
+    add("--guidance_scales", type=float, nargs="+", default=GUIDANCE_SCALES, help="weights w; default: %(default)s")
+    add("--strengths", type=float, nargs="+", default=STRENGTHS, help="strengths L, in (0, 1]; default: %(default)s")
     add("--maps", nargs="+", choices=MAPS, help="kinds of anomaly map to try; default: all that the model can compute")
     text = "numbers of steps over all noise levels, divisors of the number of training timesteps; default: 100"
     add("--num_inference_steps", type=int, nargs="+", default=[100], help=text)
@@ -37,8 +35,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--solver_order", type=int, nargs="+", choices=(1, 2), help=text)
     text = "orders of the solver that decodes; 2 helps where encoding has it, too; default: the model's own"
     add("--decoding_solver_order", type=int, nargs="+", choices=(1, 2), help=text)
-    text = "number of slices to measure on, evenly spread; default: %(default)s as in the paper"
-    add("--max_slices", type=int, default=256, help=text)
+    add("--max_slices", type=int, default=256, help="slices to measure on, evenly spread; default: %(default)s")
     add("--max_evaluations", type=int, help="largest number of network passes per slice to try; default: no limit")
     add_device_arguments(parser, batch_size=32)
     text = "write into the model folder the best setting as recommended, with its solver orders if they are swept; "
@@ -46,12 +43,8 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store", nargs="?", const="recommended", choices=NAMES, help=text)
 
 
-def run_sweep(args: argparse.Namespace) -> int:
-    """Measure the settings, write RESULTS/sweep.json and sweep.png, and print the best one.
-
-    Raises:
-        InputError: model, data set or options can't be used.
-    """
+def run_sweep(args: argparse.Namespace) -> None:
+    """Measure the settings, write RESULTS/sweep.json and sweep.png, and print the best one."""
     from diffusers_cf.evaluation.sweep import learn_signs, sweep
     from diffusers_cf.inference import check_device_arguments
     from diffusers_cf.plots import plot_sweep
@@ -81,7 +74,6 @@ def run_sweep(args: argparse.Namespace) -> int:
     print(f"best: {asdict(best)}")
     if args.store:
         store_point(args.model, args.store, best, chosen_by, more)
-    return 0
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -149,14 +141,10 @@ def _set_solver_orders(pipe, encoding: int, decoding: int) -> None:
 
 
 def store_point(model: str, name: str, point, chosen_by: dict, more: dict) -> None:
-    """Write a point of a sweep into a model folder, all of it or nothing.
+    """Write a [`SweepPoint`] into a model folder, all of it or nothing.
 
-    Args:
-        model (`str`): the folder.
-        name (`str`): `recommended`: all settings of the point, and its solver orders; `paper`: its threshold.
-        point ([`SweepPoint`]): the setting with its scores.
-        chosen_by (`dict`): command, commit and slices of the sweep.
-        more (`dict`): further entries of preprocessing.json, such as `signs`.
+    The point becomes the recommended setting, with its solver orders; or for the name `paper`, its threshold becomes
+    that of the paper's setting. `more` holds further entries of preprocessing.json, such as `signs`.
     """
     from diffusers_cf.loading import PREPROCESSING, read_preprocessing, replace_json
 

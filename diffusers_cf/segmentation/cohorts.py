@@ -1,4 +1,4 @@
-"""Find the patients in a cohort's folder, in BraTS, BIDS or any other nesting, and the scans of each patient."""
+"""Cohorts: find the patients in a folder of any nesting and the scans of each, and keep OUT/summary.json."""
 
 import os
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusers_cf.data.nifti import ALIASES, canonical_modality, nifti_suffix
 from diffusers_cf.errors import InputError, in_one_line
+from diffusers_cf.files import alone_at, read_json, write_json
 from diffusers_cf.segmentation.dicom import is_series
 
 
@@ -13,6 +14,8 @@ DEPTH = 5  # levels of folders below the given one: site, subject, session, anat
 NOT_RAW = {"code", "derivatives", "sourcedata", "stimuli"}  # BIDS folders without raw scans
 UNNAMED = {"anat"}  # BIDS folders that are no part of a patient's name
 RESULT = {"report.json", "heatmap.nii.gz"}  # written by `segment`
+SUMMARY = "summary.json"
+STATES = ("done", "skipped", "failed")
 
 
 def _scans_among(paths: Sequence[Path], modalities: Sequence[str]) -> dict[str, list[Path]]:
@@ -41,18 +44,14 @@ def patient_files(folder: Path, modalities: Sequence[str]) -> dict[str, Path]:
     Raises:
         InputError: a modality is missing, or there are several scans of one.
     """
-    if folder.is_file():
-        raise InputError(f"{folder}: a file; give the folder that holds the patient's scans")
     found = _scans_among(sorted(folder.iterdir()), [*modalities, "seg"])
     if missing := [name for name in modalities if name not in found]:
-        accepted = "; ".join(
-            f"{name}: {', '.join(ALIASES.get(canonical_modality(name), (name,)))}" for name in missing
-        )
+        spellings = {name: ALIASES.get(canonical_modality(name), (name,)) for name in missing}
+        accepted = "; ".join(f"{name}: {', '.join(known)}" for name, known in spellings.items())
         raise InputError(f"{folder}: modality missing: {', '.join(missing)} (names end in {accepted})")
     for name, paths in found.items():
         if len(paths) > 1:
-            kind, listed = "series" if paths[0].is_dir() else "files", ", ".join(path.name for path in paths)
-            raise InputError(f"{folder}: several {kind} are {name}: {listed}")
+            raise InputError(f"{folder}: several scans are {name}: {', '.join(path.name for path in paths)}")
     return {name: path for name, (path,) in found.items()}
 
 
@@ -74,12 +73,9 @@ def find_patients(
         read and each link whose target is missing.
 
     Raises:
-        InputError: there is no such folder, or no patient in it.
+        InputError: the folder can't be read, or there is no patient in it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        reason = "a file; give the folder that holds it" if folder.exists() else "no such folder"
-        raise InputError(f"{folder}: {reason}")
     seen = {os.path.realpath(output)} if output else set()
     patients, problems = [], {}
     # Links are followed last, so that a folder in the cohort that a link leads to keeps its own name.
@@ -113,3 +109,23 @@ def find_patients(
     parts = [[part for part in path.relative_to(folder).parts if part not in UNNAMED] for path in sorted(patients)]
     names = ["_".join(part) or own_name for part in parts]
     return list(zip(names, sorted(patients), strict=True)), problems
+
+
+def add_to_summary(output: Path, outcomes: dict[str, dict[str, str]]) -> None:
+    """Add outcomes to OUT/summary.json. The new outcome of a patient replaces the old one.
+
+    Args:
+        output (`Path`): OUT.
+        outcomes (`dict`): by patient, or by path where there is no patient: `state`, one of `STATES`, and for a
+            failure its `reason`.
+    """
+    with alone_at(output / SUMMARY, timeout=60):  # shards may end at the same time
+        patients = read_summary(output) | outcomes
+        counts = {state: sum(outcome["state"] == state for outcome in patients.values()) for state in STATES}
+        write_json(counts | {"patients": dict(sorted(patients.items()))}, output / SUMMARY)
+
+
+def read_summary(output: Path) -> dict[str, dict[str, str]]:
+    """Return the outcomes in OUT/summary.json; an empty dict if there is no such file."""
+    path = output / SUMMARY
+    return read_json(path)["patients"] if path.exists() else {}

@@ -6,32 +6,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.data.scans import check_patient_id
-from diffusers_cf.errors import InputError, in_one_line
-from diffusers_cf.evaluation.pixel_counts import PixelCounts
-from diffusers_cf.evaluation.protocol import dice
-from diffusers_cf.files import alone_at, new_folder, write_json
+from diffusers_cf.errors import InputError
+from diffusers_cf.files import alone_at, new_folder, read_json, write_json
 from diffusers_cf.inference import computing_dtype, usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.provenance import model_fingerprint
 from diffusers_cf.segmentation.cohorts import patient_files
-from diffusers_cf.segmentation.dicom import write_dicom
-from diffusers_cf.segmentation.results import REPORT, read_report
-from diffusers_cf.segmentation.volumes import (
-    PatientVolumes,
-    SliceMaps,
-    counterfactual_volume,
-    heat_volume,
-    lesion_mask,
-    map_slices,
-    read_volumes,
-    scan_sha256,
-    write_preview,
-    write_volume,
-)
+from diffusers_cf.segmentation.volumes import map_slices, read_volumes, scan_sha256, write_results
 
 
 # Entries of report.json that must agree for a finished patient to be skipped, and how messages name them.
@@ -99,10 +82,10 @@ def segment_patient(
         volumes = read_volumes(patient, files)
         maps = map_slices(pipe, volumes, facts, batch_size, progress)
         with new_folder(target) as temporary:
-            measured = _write_results(temporary, volumes, maps, facts)
+            measured = write_results(temporary, volumes, maps, facts)
             seconds = round(time.perf_counter() - start, 3)
             report = {"patient": patient, **facts, **measured, "warnings": volumes.warnings, "seconds": seconds}
-            write_json(report, temporary / REPORT)
+            write_json(report, temporary / "report.json")
     return report
 
 
@@ -147,46 +130,11 @@ def _finished_report(target: Path, facts: dict, overwrite: bool) -> dict | None:
         return None
     if target.is_symlink() or not target.is_dir():
         raise InputError(f"{target}: not a folder that segment has written; choose another output folder")
-    names = {path.name for path in target.iterdir()}
-    if foreign := sorted(name for name in names if not _OWN_FILES.fullmatch(name)):
+    if foreign := sorted(path.name for path in target.iterdir() if not _OWN_FILES.fullmatch(path.name)):
         raise InputError(f"{target}: holds {foreign[0]}, which segment did not write; choose another output folder")
     if overwrite:
         return None
-    try:
-        report = read_report(target)
-    except InputError as error:
-        raise InputError(f"{error}; --overwrite replaces the folder") from None
+    report = read_json(target / "report.json")
     if differing := [text for key, text in _MUST_AGREE.items() if report.get(key) != facts[key]]:
         raise InputError(f"{target}: finished with {' and '.join(differing)}; --overwrite replaces it")
-    volumes = ("heatmap", "mask", *(f"counterfactual_{name}" for name in facts["preprocessing"]["modalities"]))
-    if missing := [f"{name}.nii.gz" for name in volumes if f"{name}.nii.gz" not in names]:
-        raise InputError(f"{target}: {missing[0]} is missing; --overwrite replaces the folder")
     return report
-
-
-def _write_results(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts: dict) -> dict:
-    """Write volumes and preview, and return the entries of the report that are measured on them."""
-    field_mm, normalize = facts["preprocessing"]["field_mm"], facts["preprocessing"]["normalize"]
-    first = next(iter(volumes.files.values()))
-    heat = heat_volume(volumes, maps, maps.heatmaps, field_mm)
-    mask = lesion_mask(volumes, maps, heat, facts)
-    write_volume(folder / "heatmap.nii.gz", heat, first, np.float32)
-    write_volume(folder / "mask.nii.gz", mask, first, np.uint8)
-    for channel, (modality, like) in enumerate(volumes.files.items()):
-        counterfactual = counterfactual_volume(volumes, maps, channel, field_mm, normalize)
-        write_volume(folder / f"counterfactual_{modality}.nii.gz", counterfactual, like, np.float32)
-    millilitres = float(mask.sum() * abs(np.linalg.det(first.affine[:3, :3])) / 1000)
-    title = f"{volumes.patient}: {millilitres:.1f} ml above {facts['threshold']:.3g}"
-    measured = {"lesion_volume_ml": millilitres, "n_slices": len(maps.found.slices)}
-    if first.path.is_dir():
-        try:
-            write_dicom(folder, mask, heat, first, volumes.patient, unit_in_words(normalize))
-        except InputError as error:  # the NIfTI files stay
-            measured["dicom_error"] = in_one_line(error)
-    if volumes.seg is not None:
-        counts = PixelCounts()
-        counts.update(heat, volumes.seg)
-        measured |= {"dice": dice(mask, volumes.seg), "auprc": counts.average_precision()}
-        title += "" if measured["dice"] is None else f", Dice {measured['dice']:.2f}"
-    write_preview(folder / "preview.png", volumes, maps, mask, facts, title)
-    return measured

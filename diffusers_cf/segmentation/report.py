@@ -5,7 +5,6 @@ import itertools
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel
@@ -14,31 +13,9 @@ from tqdm.auto import tqdm
 
 from diffusers_cf.data.nifti import Scan, read_nifti, to_canonical
 from diffusers_cf.errors import InputError, in_one_line, reading
-from diffusers_cf.files import new_file
+from diffusers_cf.files import new_file, read_json
 from diffusers_cf.segmentation.cohorts import find_patients, patient_files
-from diffusers_cf.segmentation.results import read_report
 from diffusers_cf.segmentation.volumes import read_scan, scan_sha256
-
-
-@dataclass
-class PatientSummary:
-    """The numbers of one patient on the page.
-
-    Attributes:
-        folder (`Path`): OUT/PATIENT.
-        report (`dict`): the content of report.json.
-        areas_mm2 (`np.ndarray`): `(Z,)`, area of the mask in each axial slice, lowest slice first.
-        lesion_slices (`list[int]`): axial indices of the slices with lesion.
-        max_heat (`float`): the highest heat.
-        bright_heat (`float`): the 99.5th percentile of all heat above 0; 0 if there is none.
-    """
-
-    folder: Path
-    report: dict
-    areas_mm2: np.ndarray
-    lesion_slices: list[int]
-    max_heat: float
-    bright_heat: float
 
 
 def write_report(
@@ -75,11 +52,11 @@ def write_report(
         raise InputError(failures[0])
     folders_of_scans = {}
     for folder in scans:
-        found, unread = find_patients(folder, patients[0].report["preprocessing"]["modalities"])
+        found, unread = find_patients(folder, patients[0]["report"]["preprocessing"]["modalities"])
         folders_of_scans |= dict(found)
         failures += unread.values()
     # one colour scale, so that patients can be compared
-    vmax = max(max(patient.bright_heat, 1.5 * patient.report["threshold"]) for patient in patients)
+    vmax = max(max(patient["bright_heat"], 1.5 * patient["report"]["threshold"]) for patient in patients)
     environment = Environment(loader=PackageLoader("diffusers_cf"), autoescape=True, trim_blocks=True)
     page = environment.get_template("report.html").stream(
         patients=patients, failures=tuple(failures), unsegmented=unsegmented, ranges=ranges,
@@ -91,45 +68,56 @@ def write_report(
     return len(patients), failures
 
 
-def read_patient(folder: Path) -> PatientSummary:
-    """Read what `segment` has written about a patient in the folder OUT/PATIENT.
+def read_patient(folder: Path) -> dict:
+    """Return the numbers of one patient on the page.
+
+    Args:
+        folder (`Path`): OUT/PATIENT.
+
+    Returns:
+        `dict`: `folder`; `report`, the content of report.json; `areas_mm2` `(Z,)`, the area of the mask in each axial
+        slice, lowest slice first; `lesion_slices`, the indices of those with lesion; `max_heat`; `bright_heat`, the
+        99.5th percentile of all heat above 0, or 0 if there is none.
 
     Raises:
         InputError: a file is missing, damaged, or not what `segment` writes.
     """
-    report = read_report(folder)
+    report = read_json(folder / "report.json")
+    if "lesion_volume_ml" not in report:
+        raise InputError(f"{folder / 'report.json'}: not a report of segment")
     heat, mask = (to_canonical(read_nifti(folder / f"{name}.nii.gz")) for name in ("heatmap", "mask"))
     areas_mm2 = (mask.data > 0).sum(axis=(0, 1)) * float(mask.spacing_mm[0] * mask.spacing_mm[1])
-    positive, max_heat = heat.data[heat.data > 0], float(heat.data.max())
-    bright_heat = float(np.percentile(positive, 99.5)) if positive.size else 0.0
-    return PatientSummary(folder, report, areas_mm2, np.flatnonzero(areas_mm2).tolist(), max_heat, bright_heat)
+    positive = heat.data[heat.data > 0]
+    return {
+        "folder": folder, "report": report, "areas_mm2": areas_mm2,
+        "lesion_slices": np.flatnonzero(areas_mm2).tolist(), "max_heat": float(heat.data.max()),
+        "bright_heat": float(np.percentile(positive, 99.5)) if positive.size else 0.0,
+    }  # fmt: skip
 
 
-def _sections(
-    patients: Sequence[PatientSummary], scans: Mapping[str, Path], vmax: float, failures: list[str]
-) -> Iterator[dict]:
+def _sections(patients: Sequence[dict], scans: Mapping[str, Path], vmax: float, failures: list[str]) -> Iterator[dict]:
     """Yield the content of each patient's section when the template asks for it, and add its failure to `failures`."""
     for patient in tqdm(patients, desc="Viewers", unit="patient"):
-        section, name = {"patient": patient}, patient.report["patient"]
-        modality = patient.report["preprocessing"]["modalities"][0]
+        folder, report = patient["folder"], patient["report"]
+        section, name, modality = {"patient": patient}, report["patient"], report["preprocessing"]["modalities"][0]
         try:
-            section["preview"] = base64.b64encode((patient.folder / "preview.png").read_bytes()).decode()
-            heat = to_canonical(read_nifti(patient.folder / "heatmap.nii.gz"))
+            section["preview"] = base64.b64encode((folder / "preview.png").read_bytes()).decode()
+            heat = to_canonical(read_nifti(folder / "heatmap.nii.gz"))
             if name in scans:
                 path, section["background"] = patient_files(scans[name], [modality])[modality], modality
-                if scan_sha256(path) != patient.report["inputs"][modality]:
+                if scan_sha256(path) != report["inputs"][modality]:
                     raise InputError(f"{path}: not the {modality} that was segmented as {name}")
             else:
-                path = patient.folder / f"counterfactual_{modality}.nii.gz"
+                path = folder / f"counterfactual_{modality}.nii.gz"
                 section["background"] = f"the counterfactual of {modality} (--scans shows the scan itself)"
-            section["viewer"] = volume_viewer(patient, heat, to_canonical(read_scan(path)), vmax)
+            section["viewer"] = volume_viewer(report, heat, to_canonical(read_scan(path)), vmax)
         except (InputError, OSError, MemoryError) as error:
             section["failure"] = in_one_line(error)
             failures.append(section["failure"])
         yield section
 
 
-def volume_viewer(patient: PatientSummary, heat: Scan, scan: Scan, vmax: float) -> str:
+def volume_viewer(report: Mapping, heat: Scan, scan: Scan, vmax: float) -> str:
     """Return a page of nilearn to scroll through the heat over a scan, from the threshold to `vmax`.
 
     Raises:
@@ -141,8 +129,8 @@ def volume_viewer(patient: PatientSummary, heat: Scan, scan: Scan, vmax: float) 
     with reading(heat.path, "volume for the viewer"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about empty maps and the number of open views
         view = view_img(
-            images[0], bg_img=images[1], threshold=patient.report["threshold"], vmax=vmax, cmap="inferno",
-            symmetric_cmap=False, black_bg=True, opacity=0.6, width_view=900, title=patient.report["patient"],
+            images[0], bg_img=images[1], threshold=report["threshold"], vmax=vmax, cmap="inferno",
+            symmetric_cmap=False, black_bg=True, opacity=0.6, width_view=900, title=report["patient"],
         )  # fmt: skip
     return re.sub(r"<link[^>]*favicon[^>]*>", "", view.html)  # the only thing that it would load from the network
 

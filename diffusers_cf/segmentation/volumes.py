@@ -1,8 +1,8 @@
 """The volumes of one patient: read scans, run the pipeline on all slices, and bring its maps back to the scans' grid."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel
@@ -15,12 +15,14 @@ from diffusers_cf.data.intensity import unit_in_words, unit_intensity
 from diffusers_cf.data.nifti import MAX_BYTES, Scan, check_same_grid, read_nifti, to_canonical
 from diffusers_cf.data.scans import field_warnings, scan_warnings, seg_problems
 from diffusers_cf.data.slices import PatientSlices
-from diffusers_cf.errors import InputError
+from diffusers_cf.errors import InputError, in_one_line
 from diffusers_cf.evaluation.batching import map_in_batches
+from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.postprocessing import MIN_COMPONENT_SIZE, postprocess_maps, remove_small_components
+from diffusers_cf.evaluation.protocol import dice
 from diffusers_cf.loading import sha256_of
 from diffusers_cf.plots import plot_slices
-from diffusers_cf.segmentation.dicom import read_series, series_sha256
+from diffusers_cf.segmentation.dicom import read_series, series_sha256, write_dicom
 
 
 logger = logging.getLogger(__name__)
@@ -31,23 +33,14 @@ KNOWN_IDS = frozenset(range(5))
 
 @dataclass
 class PatientVolumes:
-    """The scans of one patient on one grid.
-
-    Attributes:
-        patient (`str`): name of the patient.
-        volume (`np.ndarray`): float32 `(C, X, Y, Z)`, RAS, scanner units, channels in the model's order.
-        seg (`np.ndarray` or `None`): bool `(X, Y, Z)`, RAS, the expert's lesion; None without a seg file.
-        spacing_mm (`np.ndarray`): `(3,)`, voxel size along x, y and z.
-        files (`dict[str, Scan]`): by modality the affine and header of its file, without voxels.
-        warnings (`list[str]`): what is doubtful about the scans, one line each.
-    """
+    """The scans of one patient on one grid."""
 
     patient: str
-    volume: np.ndarray
-    seg: np.ndarray | None
-    spacing_mm: np.ndarray
-    files: dict[str, Scan]
-    warnings: list[str] = field(default_factory=list)
+    volume: np.ndarray  # float32 (C, X, Y, Z), RAS, scanner units, channels in the model's order
+    seg: np.ndarray | None  # bool (X, Y, Z), RAS, the expert's lesion; None without a seg file
+    spacing_mm: np.ndarray  # (3,), voxel size along x, y and z
+    files: dict[str, Scan]  # by modality the affine and header of its file, without voxels
+    warnings: Sequence[str] = ()  # what is doubtful about the scans, one line each
 
     @property
     def foreground(self) -> np.ndarray:
@@ -57,17 +50,11 @@ class PatientVolumes:
 
 @dataclass
 class SliceMaps:
-    """The pipeline's output for the slices of one patient, in display orientation over the in-plane field.
+    """The pipeline's output for the slices of one patient, in display orientation over the in-plane field."""
 
-    Attributes:
-        found (`PatientSlices`): the slices that the pipeline was given.
-        heatmaps (`np.ndarray`): float32 `(S, H, W)`, on the model's intensity scale.
-        changes (`np.ndarray`): float32 `(S, C, H, W)`, counterfactual minus input, on the same scale.
-    """
-
-    found: PatientSlices
-    heatmaps: np.ndarray
-    changes: np.ndarray
+    found: PatientSlices  # the slices that the pipeline was given
+    heatmaps: np.ndarray  # float32 (S, H, W), on the model's intensity scale
+    changes: np.ndarray  # float32 (S, C, H, W), counterfactual minus input, on the same scale
 
 
 def scan_sha256(path: Path) -> str:
@@ -122,11 +109,7 @@ def network_slices(volumes: PatientVolumes, facts: dict) -> PatientSlices:
 
 
 def map_slices(
-    pipe,
-    volumes: PatientVolumes,
-    facts: dict,
-    batch_size: int | None,
-    progress: bool | Callable[[float], None] = True,
+    pipe, volumes: PatientVolumes, facts: dict, batch_size: int | None, progress: bool | Callable[[float], None]
 ) -> SliceMaps:
     """Run the pipeline on every axial slice from the first to the last one with content.
 
@@ -260,3 +243,31 @@ def write_preview(
         channel_names=list(volumes.files), row_names=[f"axial slice {slices[row]}" for row in rows],
         title=f"{title}\nL, R: the patient's left and right", sides=True, unit=unit_in_words(preprocessing["normalize"]),
     )  # fmt: skip
+
+
+def write_results(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts: dict) -> dict:
+    """Write volumes and preview, and return the entries of the report that are measured on them."""
+    field_mm, normalize = facts["preprocessing"]["field_mm"], facts["preprocessing"]["normalize"]
+    first = next(iter(volumes.files.values()))
+    heat = heat_volume(volumes, maps, maps.heatmaps, field_mm)
+    mask = lesion_mask(volumes, maps, heat, facts)
+    write_volume(folder / "heatmap.nii.gz", heat, first, np.float32)
+    write_volume(folder / "mask.nii.gz", mask, first, np.uint8)
+    for channel, (modality, like) in enumerate(volumes.files.items()):
+        counterfactual = counterfactual_volume(volumes, maps, channel, field_mm, normalize)
+        write_volume(folder / f"counterfactual_{modality}.nii.gz", counterfactual, like, np.float32)
+    millilitres = float(mask.sum() * abs(np.linalg.det(first.affine[:3, :3])) / 1000)
+    title = f"{volumes.patient}: {millilitres:.1f} ml above {facts['threshold']:.3g}"
+    measured = {"lesion_volume_ml": millilitres, "n_slices": len(maps.found.slices)}
+    if first.path.is_dir():
+        try:
+            write_dicom(folder, mask, heat, first, volumes.patient, unit_in_words(normalize))
+        except InputError as error:  # the NIfTI files stay
+            measured["dicom_error"] = in_one_line(error)
+    if volumes.seg is not None:
+        counts = PixelCounts()
+        counts.update(heat, volumes.seg)
+        measured |= {"dice": dice(mask, volumes.seg), "auprc": counts.average_precision()}
+        title += "" if measured["dice"] is None else f", Dice {measured['dice']:.2f}"
+    write_preview(folder / "preview.png", volumes, maps, mask, facts, title)
+    return measured
