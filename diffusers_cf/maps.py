@@ -53,14 +53,9 @@ def check_forward(pipe) -> None:
 
 @torch.no_grad()
 def forward_maps(
-    pipe,
-    latents: torch.Tensor,
-    strength: float,
-    num_inference_steps: int,
-    guidance_scales: Sequence[float],
-    target: str | Sequence[str] | None = None,
-    callback: Callable | None = None,
-) -> Iterator[tuple[torch.Tensor, dict[float, tuple[torch.Tensor, torch.Tensor]]]]:
+    pipe, latents: torch.Tensor, strength: float, num_inference_steps: int, guidance_scales: Sequence[float],
+    target: str | Sequence[str] | None = None, callback: Callable | None = None,
+) -> Iterator[tuple[torch.Tensor, dict[float, tuple[torch.Tensor, torch.Tensor]]]]:  # fmt: skip
     """Encode with the null condition and compare the clean images that null and target predict on the way.
 
     This follows AnoFPDM (Che et al. 2025), which compares with the image itself and chooses weights and end by itself.

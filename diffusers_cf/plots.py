@@ -12,19 +12,10 @@ HEAT_MAXIMUM = 0.25  # heatmap value with the brightest colour, the same in all 
 
 
 def plot_slices(
-    path: str | Path,
-    images: np.ndarray,
-    counterfactuals: np.ndarray,
-    heatmaps: np.ndarray,
-    masks: np.ndarray | None = None,
-    channel_names: Sequence[str] = (),
-    title: str = "",
-    row_names: Sequence[str] = (),
-    mask_name: str = "lesion",
-    references: np.ndarray | None = None,
-    sides: bool = False,
-    unit: str = "",
-) -> None:
+    path: str | Path, images: np.ndarray, counterfactuals: np.ndarray, heatmaps: np.ndarray,
+    masks: np.ndarray | None = None, channel_names: Sequence[str] = (), title: str = "", row_names: Sequence[str] = (),
+    mask_name: str = "lesion", references: np.ndarray | None = None, sides: bool = False, unit: str = "",
+) -> None:  # fmt: skip
     """Write a PNG with one row per slice: input, counterfactual, heatmap over the input and, if given, the mask.
 
     Args:

@@ -151,12 +151,9 @@ def write_figure3(benchmark, made: Callable[[str], AnomalyMethod], data: Benchma
 
 
 def plot_process(
-    path: str | Path,
-    encoding: Mapping[str, np.ndarray],
-    decoding: Mapping[str, np.ndarray],
-    heatmap: np.ndarray,
+    path: str | Path, encoding: Mapping[str, np.ndarray], decoding: Mapping[str, np.ndarray], heatmap: np.ndarray,
     mask: np.ndarray,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Write Fig. 1: encoding in the upper row, from left to right, and decoding in the lower row, from right to left.
 
     Args:

@@ -18,11 +18,9 @@ CPU_BATCH, LARGEST_BATCH = 64, 1024
 
 def map_in_batches(
     function: Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]],
-    volumes: Iterable[tuple[Hashable, np.ndarray]],
-    batch_size: int | None,
-    device: str | torch.device = "cpu",
+    volumes: Iterable[tuple[Hashable, np.ndarray]], batch_size: int | None, device: str | torch.device = "cpu",
     progress=None,
-) -> Iterator[tuple[Hashable, tuple[np.ndarray, ...], float]]:
+) -> Iterator[tuple[Hashable, tuple[np.ndarray, ...], float]]:  # fmt: skip
     """Yield `(key, results, seconds)` of each volume in order, as soon as its last slice is computed.
 
     A batch may hold slices of several volumes. It is started before the results of the previous batch are read, so an

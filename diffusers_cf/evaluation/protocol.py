@@ -31,21 +31,12 @@ LESION_SIZES = {"small": (0.0, 0.03), "medium": (0.03, 0.08), "large": (0.08, 1.
 
 
 def evaluate(
-    anomaly_map: Callable[[torch.Tensor], torch.Tensor],
-    dataset,
-    *,
-    batch_size: int | None = 32,
-    whole_patients: bool = False,
-    device: str | torch.device = "cpu",
-    threshold: float | dict[str, float] | None = None,
-    indices: Sequence[int] | None = None,
-    network_evaluations_per_slice: float = 0,
-    counts_path: str | Path | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    parts: str | Path | None = None,
-    share: Share | None = None,
-) -> dict | None:
+    anomaly_map: Callable[[torch.Tensor], torch.Tensor], dataset, *, batch_size: int | None = 32,
+    whole_patients: bool = False, device: str | torch.device = "cpu",
+    threshold: float | dict[str, float] | None = None, indices: Sequence[int] | None = None,
+    network_evaluations_per_slice: float = 0, counts_path: str | Path | None = None, seed: int = 0,
+    progress: bool = True, parts: str | Path | None = None, share: Share | None = None,
+) -> dict | None:  # fmt: skip
     """Measure one method on a split: the same pixels, resolution and post-processing for every method.
 
     Each patient's counts go to a file, so memory does not grow with the split. Without a threshold the files also hold

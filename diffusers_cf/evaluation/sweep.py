@@ -49,16 +49,10 @@ class SweepPoint:
 
 
 def sweep(
-    pipe: CounterfactualDDIMPipeline,
-    dataset: SliceDataset,
-    indices: Sequence[int],
-    guidance_scales: Sequence[float],
-    strengths: Sequence[float],
-    maps: Sequence[str],
-    num_inference_steps: int = 100,
-    batch_size: int = 32,
+    pipe: CounterfactualDDIMPipeline, dataset: SliceDataset, indices: Sequence[int], guidance_scales: Sequence[float],
+    strengths: Sequence[float], maps: Sequence[str], num_inference_steps: int = 100, batch_size: int = 32,
     max_evaluations: int | None = None,
-) -> list[SweepPoint]:
+) -> list[SweepPoint]:  # fmt: skip
     """Measure every combination of settings. One encoding serves all decoded maps, another one all maps `forward`.
 
     Args:
@@ -103,13 +97,9 @@ def sweep(
 
 
 def settings_of_sweep(
-    pipe: CounterfactualDDIMPipeline,
-    guidance_scales: Sequence[float],
-    strengths: Sequence[float],
-    maps: Sequence[str],
-    num_inference_steps: int,
-    max_evaluations: int | None = None,
-) -> dict[tuple[float, float, str], SweepPoint]:
+    pipe: CounterfactualDDIMPipeline, guidance_scales: Sequence[float], strengths: Sequence[float],
+    maps: Sequence[str], num_inference_steps: int, max_evaluations: int | None = None,
+) -> dict[tuple[float, float, str], SweepPoint]:  # fmt: skip
     """Return `(strength, guidance_scale, map)` -> point without scores for each setting of a [`sweep`].
 
     Raises:

@@ -42,18 +42,11 @@ OF_MODEL = (
 
 
 def push_model(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    license: str | None = None,
-    data_license: str | None = None,
-    results: Sequence[Mapping] = (),
-    pictures: Sequence[str | Path] = (),
-    commit_message: str = "Upload CounterfactualDDIMPipeline",
+    folder: str | Path, repo_id: str, *, token: str | None = None, private: bool | None = None,
+    license: str | None = None, data_license: str | None = None, results: Sequence[Mapping] = (),
+    pictures: Sequence[str | Path] = (), commit_message: str = "Upload CounterfactualDDIMPipeline",
     with_code: bool = False,
-) -> str:
+) -> str:  # fmt: skip
     """Push a model folder with a card as one commit and return the commit's address.
 
     Files that the Hub already has are not sent again. Code of an earlier push, and weights of the same variants that the
@@ -102,15 +95,9 @@ def push_model(
 
 
 def push_dataset(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    license: str | None = None,
-    token: str | None = None,
-    private: bool | None = None,
-    pictures: Sequence[str | Path] = (),
-    commit_message: str = "Upload slice data set",
-) -> tuple[str, bool]:
+    folder: str | Path, repo_id: str, *, license: str | None = None, token: str | None = None,
+    private: bool | None = None, pictures: Sequence[str | Path] = (), commit_message: str = "Upload slice data set",
+) -> tuple[str, bool]:  # fmt: skip
     """Push a slice data set with a card as one commit; arguments as in [`push_model`].
 
     If the source does not allow sharing its images, only splits.json and preprocessing.json are pushed; the card says how

@@ -26,17 +26,10 @@ _OWN_FILES = re.compile(r"(heatmap|mask|counterfactual_.+)\.nii\.gz|(heatmap|mas
 
 
 def segment_patient(
-    pipe: CounterfactualDDIMPipeline,
-    folder: str | Path,
-    output: str | Path,
-    *,
-    model: str = "",
-    patient: str = "",
-    batch_size: int | None = None,
-    overwrite: bool = False,
-    progress: bool | Callable[[float], None] = True,
+    pipe: CounterfactualDDIMPipeline, folder: str | Path, output: str | Path, *, model: str = "", patient: str = "",
+    batch_size: int | None = None, overwrite: bool = False, progress: bool | Callable[[float], None] = True,
     **settings,
-) -> dict:
+) -> dict:  # fmt: skip
     """Segment one patient and write the folder `output/PATIENT`, as a whole or not at all.
 
     The folder holds `heatmap.nii.gz` (float32, on the model's intensity scale, 0 outside the foreground, before any
