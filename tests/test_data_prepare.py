@@ -201,7 +201,9 @@ def test_limit_of_patients(tmp_path):
     (tmp_path / "splits.json").write_text('{"train": ["p00"]}')
     with pytest.raises(InputError, match="can't be limited"):
         prepare(source, tmp_path / "other", patients=3, split_file=tmp_path / "splits.json")
-    assert check(MadeSource(3, bad=("p01",)), patients=1)[0] == []
+    assert check(MadeSource(3, bad=("p01",)), patients=1, allow_missing_classes=True)[0] == []
+    with pytest.raises(InputError, match="train has 0 patients and no healthy slice"):  # the only one is for the test
+        prepare(MadeSource(1), tmp_path / "one")
 
 
 def command(*arguments) -> int:

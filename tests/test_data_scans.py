@@ -146,9 +146,9 @@ def test_lenient_takes_what_is_only_doubtful(tmp_path):
 
 def test_a_brain_outside_the_field_is_only_taken_on_purpose(tmp_path):
     write_brats(tmp_path)
-    (problem,) = BratsSource(tmp_path, field_mm=20).problems("P_01")
+    (problem,) = BratsSource(tmp_path, field_mm=20).examine("P_01")[1]
     assert "P_01: " in problem and "% of the foreground lies outside the central field of 20 mm" in problem
-    assert BratsSource(tmp_path, field_mm=20, lenient=True).problems("P_01") == []
+    assert BratsSource(tmp_path, field_mm=20, lenient=True).examine("P_01")[1] == []
 
 
 def test_healthy_patient_and_any_label_id_is_lesion(tmp_path):

@@ -194,7 +194,7 @@ def _understood(source: Source, splits: dict[str, list[str]], summaries: dict[st
 
 
 def _missing_classes(source: Source, counts: dict[str, dict]) -> list[str]:
-    """Return a line for each split with patients that lacks a class."""
+    """Return a line for each split, except empty ones that are not for training, that lacks a class."""
     hint = "if that is meant, --allow_missing_classes"
     if source.name == "folder":
         hint += "; if each image is a patient of its own, --one_image_per_patient"
@@ -202,7 +202,7 @@ def _missing_classes(source: Source, counts: dict[str, dict]) -> list[str]:
         f"{source.path}: {split} has {count['patients']} patients and no {name} slice ({hint})"
         for split, count in counts.items()
         for name, of_class in count["classes"].items()
-        if count["patients"] and not of_class["slices"]
+        if (count["patients"] or split == "train") and not of_class["slices"]
     ]
 
 

@@ -44,8 +44,7 @@ OF_MODEL = (
 def push_model(
     folder: str | Path, repo_id: str, *, token: str | None = None, private: bool | None = None,
     license: str | None = None, data_license: str | None = None, results: Sequence[Mapping] = (),
-    pictures: Sequence[str | Path] = (), commit_message: str = "Upload CounterfactualDDIMPipeline",
-    with_code: bool = False,
+    pictures: Sequence[str | Path] = (), with_code: bool = False,
 ) -> str:  # fmt: skip
     """Push a model folder with a card as one commit and return the commit's address.
 
@@ -61,7 +60,6 @@ def push_model(
         data_license (`str`, *optional*): of the training data, if their source does not have one.
         results (`Sequence[Mapping]`): contents of RESULT.json files, for the card.
         pictures (`Sequence[str | Path]`): PNG or JPEG files for the card.
-        commit_message (`str`): message of the commit.
         with_code (`bool`): add the code, for users without this package.
 
     Raises:
@@ -91,12 +89,12 @@ def push_model(
     files["README.md"] = card.encode()
     weights = {name: match["variant"] for name in there if (match := _weights(Path(name).name))}
     stale = [name for name in there if is_code(name) or (name in weights and weights[name] in variants)]
-    return _push(repo_id, files, stale, token, commit_message)
+    return _push(repo_id, files, stale, token, "Upload CounterfactualDDIMPipeline")
 
 
 def push_dataset(
     folder: str | Path, repo_id: str, *, license: str | None = None, token: str | None = None,
-    private: bool | None = None, pictures: Sequence[str | Path] = (), commit_message: str = "Upload slice data set",
+    private: bool | None = None, pictures: Sequence[str | Path] = (),
 ) -> tuple[str, bool]:  # fmt: skip
     """Push a slice data set with a card as one commit; arguments as in [`push_model`].
 
@@ -130,7 +128,7 @@ def push_dataset(
     repo_id, there = open_repository(repo_id, token, private, "dataset")
     files["README.md"] = dataset_card(facts, repo_id, license, list(pictures), source.shareable).encode()
     stale = [name for name in there if Path(name).match("data/*.parquet")]
-    return _push(repo_id, files, stale, token, commit_message, "dataset"), source.shareable
+    return _push(repo_id, files, stale, token, "Upload slice data set", "dataset"), source.shareable
 
 
 def open_repository(
