@@ -12,9 +12,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from training_data import STEPS, options, run_here, train, write_training_set
+from training_data import STEPS, forget_accelerator, options, run_here, train, write_training_set
 
 import train_counterfactual
 from diffusers_cf import CounterfactualDDIMPipeline
@@ -103,8 +102,7 @@ def assert_same_weights(first, second, tolerance=0.0):
 
 
 def set_up_run(dataset, output, **changes):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
     args = parse_args(options(dataset, output, **changes))
     return set_up(args, start_accelerator(args, output), output)
 
@@ -281,7 +279,7 @@ def test_adagn_in_bf16_on_slices_without_masks(data_without_masks, tmp_path):
     given = [option.replace("_", "-") for option in options("D", "O", max_train_steps=2, validation_steps=2)[2:]]
     given += "--conditioning adagn --prediction-type v_prediction --snr-gamma 5 --gradient-checkpointing".split()
     given += "--random-flip --augment --mixed-precision bf16 --num-validation-slices 2".split()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     main(parse_args([f"--dataset={data_without_masks}", f"--output-dir={tmp_path / 'out'}", *given]))
     pipe = CounterfactualDDIMPipeline.from_pretrained(tmp_path / "out")
     assert pipe.scheduler.config.prediction_type == pipe.inverse_scheduler.config.prediction_type == "v_prediction"

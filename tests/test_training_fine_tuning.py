@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from model_files import tiny_pipeline
-from training_data import write_training_set
+from training_data import forget_accelerator, write_training_set
 
 import train_counterfactual
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
@@ -18,12 +17,9 @@ SETTINGS = {"guidance_scale": 6.0, "strength": 0.5, "num_inference_steps": 10, "
 
 @pytest.fixture(autouse=True)
 def _new_accelerator():
-    """Forget the accelerator of earlier tests, which had a precision of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
 
 
 def save_base(folder, **facts):

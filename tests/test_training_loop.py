@@ -8,29 +8,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
+from training_data import TwoImages, forget_accelerator
 
 from diffusers_cf.errors import InputError
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.training import loop
 from diffusers_cf.training.batches import TrainingSlices
 from diffusers_cf.training.loop import Training
-
-
-class MadeSlices:
-    """Two images in memory: one with a foreground of 20 x 12 pixels, one that is filled."""
-
-    folder, labels = "made", (0, 1)
-
-    def __getitems__(self, indices):
-        return indices
-
-    def collate(self, rows):
-        images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) + 0.1
-        images[0, :, :5] = images[0, :, 25:] = images[0, :, :, :10] = images[0, :, :, 22:] = 0
-        return {"images": images[rows], "labels": torch.tensor(rows)}
 
 
 class Line(torch.nn.Module):
@@ -48,13 +34,12 @@ class Line(torch.nn.Module):
 
 
 def training_of(line, folder="unused", parts=1, share=0.0, **options):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts)
     optimizers = {
         name: accelerator.prepare(torch.optim.SGD([getattr(line, name)], 0.1)) for name in ("first", "second")
     }
-    slices = TrainingSlices(MadeSlices(), 0, (32, 32), crop_background=share, halvings=3)
+    slices = TrainingSlices(TwoImages(), 0, (32, 32), crop_background=share, halvings=3)
     given = {"metadata": {"seed": 0}, "batch_size": 4, "max_steps": 6, "num_workers": 0} | options
     accelerator.register_for_checkpointing(line)
     return Training(accelerator, line, line.losses, optimizers, slices, folder, **given)
@@ -119,7 +104,7 @@ def test_each_image_weighs_the_same_wherever_it_is_cut(share):
         images, ids, noise, timesteps = (part[key] for key in ("images", "labels", "noise", "timesteps"))
         return noise_prediction_loss(network, scheduler, images, ids, noise, timesteps, 5.0)
 
-    slices = TrainingSlices(MadeSlices(), 0, (32, 32), crop_background=share)
+    slices = TrainingSlices(TwoImages(), 0, (32, 32), crop_background=share)
     parts = slices.collate_parts(slices.__getitems__(list(range(10))))
     assert len(parts) == (2 if share else 1)
     singles = [{k: v[i : i + 1] for k, v in part.items()} for part in parts for i in range(len(part["labels"]))]
