@@ -86,13 +86,14 @@ def test_the_network_computes_windows_alone(large, images, record_calls):
     assert {tuple(call.sample.shape) for call in calls} == {(5, 2, 48, 48), (10, 2, 48, 48)}
 
 
-def test_a_window_equals_an_image_of_its_size(large, images):
-    cropped = large(images[1:2], **SHORT)
+@pytest.mark.parametrize("map", ["counterfactual", "forward"])
+def test_a_window_equals_an_image_of_its_size(large, images, map):
+    cropped = large(images[1:2], map=map, **SHORT)
     (group,) = large.windows(2 * images[1:2] - 1)
     (top, left), (height, width) = group.corners[0], group.size
     large.register_to_config(crop_background=False)
     large.unet.register_to_config(sample_size=(height, width))
-    alone = large(group.cut(images[1:2]), **SHORT)
+    alone = large(group.cut(images[1:2]), map=map, **SHORT)
     part = (slice(None), slice(top, top + height), slice(left, left + width))
     torch.testing.assert_close(cropped.heatmaps[part], alone.heatmaps, rtol=0, atol=1e-5)
     torch.testing.assert_close(group.cut(cropped.counterfactuals), alone.counterfactuals, rtol=0, atol=1e-5)

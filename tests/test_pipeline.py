@@ -141,32 +141,27 @@ def test_a_batch_equals_its_samples(pipe, images, map):
     assert_close(pipe(images, map=map, **SHORT).heatmaps[::2], together.heatmaps[::2])  # the first class by default
 
 
-def test_heatmaps_are_mean_absolute_differences_in_input_units(pipe, images):
-    out = pipe(images, **SHORT)
-    assert_close(out.heatmaps, (images - out.counterfactuals).abs().mean(dim=1))
-    again = pipe(images, map="reconstruction", **SHORT)
-    null = pipe.denoise(out.latents, guidance_scale=0, **SHORT)
-    assert_close(again.heatmaps, (null - out.counterfactuals).abs().mean(dim=1))
-    assert_close(again.counterfactuals, out.counterfactuals)
-
-
-def test_one_encoding_serves_many_decodings(pipe, images):
+def test_one_encoding_serves_decodings_whose_mean_absolute_differences_are_the_heatmaps(pipe, images):
     latents = pipe.invert(images, **SHORT)
-    assert not latents.requires_grad and not pipe.denoise(latents, **SHORT).requires_grad
+    null = pipe.denoise(latents, guidance_scale=0, **SHORT)
+    assert not latents.requires_grad and not null.requires_grad
     for target, scale in (("healthy", 3.0), ("unhealthy", 1.5), ("healthy", 0)):
         out = pipe(images, target, guidance_scale=scale, **SHORT)
         assert torch.equal(out.latents, latents)
         assert_close(pipe.denoise(latents, target, guidance_scale=scale, **SHORT), out.counterfactuals)
-    assert torch.equal(latents, pipe.invert(images, **SHORT))  # decoding left them as they were
+        assert_close(out.heatmaps, (images - out.counterfactuals).abs().mean(dim=1))
+        again = pipe(images, target, guidance_scale=scale, map="reconstruction", **SHORT)
+        assert_close(again.heatmaps, (null - out.counterfactuals).abs().mean(dim=1))
+        assert_close(again.counterfactuals, out.counterfactuals)
 
 
 @pytest.mark.parametrize("size", [16, 20, 4])
 def test_input_of_another_size(pipe, size):
     images = torch.rand(2, 2, size, size, generator=torch.Generator().manual_seed(2))
-    mode = {"mode": "area"} if size > 8 else {"mode": "bilinear", "align_corners": False}
-    seen = functional.interpolate(images, (8, 8), **mode)
+    shrink, grow = {"mode": "area"}, {"mode": "bilinear", "align_corners": False}
+    there, back = (shrink, grow) if size > 8 else (grow, shrink)
+    seen = functional.interpolate(images, (8, 8), **there)
     out, inner = pipe(images, **SHORT), pipe(seen, **SHORT)
-    back = {"mode": "bilinear", "align_corners": False} if size > 8 else {"mode": "area"}
     assert out.heatmaps.shape == (2, size, size) and out.latents.shape == (2, 2, 8, 8)
     assert_close(out.heatmaps, functional.interpolate(inner.heatmaps[:, None], (size, size), **back)[:, 0])
     # detail of the input stays: only the change is resampled
@@ -199,12 +194,10 @@ def test_bad_images_are_refused(pipe, record_calls, images, message):
         ({"target": ["healthy", "sick", "healthy", "healthy"]}, "class 'sick' is unknown"),
         ({"target": ["healthy"]}, "1 names for 4 images"),
         ({"strength": 1.01}, "strength is 1.01"),
-        ({"strength": -0.1}, "strength is -0.1"),
         ({"strength": float("nan")}, "strength is nan"),
         ({"guidance_scale": -1}, "guidance_scale is -1"),
         ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
         ({"num_inference_steps": 30}, "num_inference_steps is 30"),
-        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"map": "sum"}, "map is 'sum': it must be one of counterfactual, reconstruction, signed, forward"),
         ({"output_type": "pil"}, "output_type is 'pil': it must be one of pt, np"),
         ({"settings": "papers"}, "settings is 'papers': it must be one of recommended, paper"),
@@ -267,10 +260,9 @@ def test_callback_sees_each_step_and_may_replace_the_latents(pipe, images):
     assert torch.equal(pipe(images, callback_on_step_end=watch, **SHORT).heatmaps, plain.heatmaps)
     assert steps == [(0, 0), (1, 100), (2, 200), (3, 300), (0, 300), (1, 200), (2, 100), (3, 0)]
 
-    last = pipe.invert(images, callback_on_step_end=lambda p, i, t, v: {"latents": v["latents"] * 0 + i}, **SHORT)
-    assert torch.equal(last, torch.full_like(last, 3))
-    decoded = pipe.denoise(last, callback_on_step_end=lambda p, i, t, v: {"latents": v["latents"] * 0 + i}, **SHORT)
-    assert torch.equal(decoded, torch.full_like(decoded, 2))
+    replacing = {"callback_on_step_end": lambda p, i, t, v: {"latents": v["latents"] * 0 + i}} | SHORT
+    last = pipe.invert(images, **replacing)
+    assert (last == 3).all() and (pipe.denoise(last, **replacing) == 2).all()
 
 
 def test_stock_schedulers_are_accepted(make_pipeline, images):

@@ -8,13 +8,13 @@ from diffusers import (
     DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
 )
-from gaussian_data import ALPHAS, noise
+from gaussian_data import ALPHAS, STD, exact_epsilon, noise
 
 from diffusers_cf import DynamicDDIMInverseScheduler, DynamicDDIMScheduler, dynamic_normalize
 from diffusers_cf.schedulers import authors_schedulers
 
 
-TRAILING = {"timestep_spacing": "trailing"}
+TRAILING, RAW = {"timestep_spacing": "trailing"}, {"clip_sample": False}
 BOTH = (DynamicDDIMScheduler, DynamicDDIMInverseScheduler)
 SHORT = {"num_inference_steps": 10, "strength": 0.4}
 
@@ -23,6 +23,22 @@ def with_timesteps(steps, *schedulers):
     for scheduler in schedulers:
         scheduler.set_timesteps(steps)
     return schedulers
+
+
+PAIRS = [(*BOTH, {}), (*BOTH, {"steps_offset": 3}), (*BOTH, TRAILING), (DDIMScheduler, DDIMInverseScheduler, RAW)]
+
+
+@pytest.mark.parametrize("forward, inverse, options", PAIRS)
+def test_round_trip_error_halves_with_the_step_size(forward, inverse, options):
+    image, errors = STD * noise(2, 2, 16, 16), []
+    for steps in (50, 100, 200):
+        x = image
+        for direction in with_timesteps(steps, inverse(**options), forward(**options)):
+            for t in direction.timesteps:
+                x = direction.step(exact_epsilon(x, t), t, x).prev_sample
+        errors.append((x - image).abs().mean().item())
+    assert errors[0] < 0.033
+    assert 1.85 < errors[0] / errors[1] < 2.15 and 1.9 < errors[1] / errors[2] < 2.1
 
 
 @pytest.mark.parametrize("steps", [100, 200])
