@@ -12,12 +12,8 @@ from hub_server import HubServer
 from model_files import UNCONDITIONAL, tiny_unet
 from training_data import write_training_set
 
-from diffusers_cf import (
-    ClassTokenEncoder,
-    CounterfactualDDIMPipeline,
-    DynamicDDIMInverseScheduler,
-    DynamicDDIMScheduler,
-)
+from diffusers_cf import ClassTokenEncoder, CounterfactualDDIMPipeline
+from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 
 
 # With several threads, rounding depends on the memory addresses of the weights, and parallel test runs and the processes

@@ -63,14 +63,6 @@ def test_a_window_has_three_quarters_of_a_side_rounded_up_for_the_network():
     assert window_side((32, 64), 3) == 48 and window_side((48, 48), 2) == 36
 
 
-def test_paste_puts_back_what_cut_returns(images):
-    numbered, copy = torch.rand(6, 2, SIDE, SIDE) + 1, torch.zeros(6, 2, SIDE, SIDE)
-    for group in foreground_windows((images > 0).any(dim=1), 24):
-        group.paste(copy, group.cut(numbered))
-    assert torch.equal(copy[images > 0], numbered[images > 0])
-    assert ((copy == numbered) | (copy == 0)).all() and not copy[2].any()
-
-
 def test_the_network_computes_windows_alone(large, images, record_calls):
     calls = record_calls(large)
     out = large(images, **SHORT)

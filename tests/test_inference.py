@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from gaussian_data import noise
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -31,11 +32,7 @@ SHORT = {"guidance_scale": 3.0, "strength": 0.6}
 
 @pytest.fixture
 def predict():
-    """`(dtype, whole) -> (pipe, function)`, where the function returns the shipped network's prediction of noise.
-
-    With `whole`, all parts of the network have the dtype.
-    """
-    noise = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    """Return a pipeline and a function that predicts noise; with `whole`, all parts of the network have the dtype."""
 
     def make(dtype: str, whole: bool = False):
         pipe = open_pipeline(str(PRETRAINED / "phantom_small"), dtype="float32" if whole else dtype)
@@ -44,7 +41,7 @@ def predict():
 
         @torch.no_grad()
         def prediction() -> torch.Tensor:
-            return pipe.predict_noise(noise, 300, pipe.encode_classes("healthy", len(noise)))
+            return pipe.predict_noise(noise(2, 4, 64, 64), 300, pipe.encode_classes("healthy", 2))
 
         return pipe, prediction
 

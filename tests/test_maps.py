@@ -1,15 +1,10 @@
 """Heatmaps of small images by hand; the forward map in closed form for Gaussian classes, its network calls, its cost."""
 
-import itertools
-
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
-from trivial_phantom import train_briefly, trivial_auprc
 
 from diffusers_cf import ClassTokenEncoder, DynamicDDIMInverseScheduler, implicit_guidance
-from diffusers_cf.baselines.diffusion import CounterfactualDiffusion, CounterfactualMap
 from diffusers_cf.evaluation.trajectories import heatmaps_of_settings
 from diffusers_cf.maps import anomaly_heatmap, heatmap, signed_heatmap
 from diffusers_cf.models import predict_noise
@@ -79,7 +74,8 @@ def test_the_map_of_an_untrained_network_step_by_step(pipe, images, target):
     torch.testing.assert_close(out.heatmaps, sizes * inside, rtol=1e-4, atol=1e-6)
     expected = images + sum(changes) / 4 * inside[:, None]
     torch.testing.assert_close(out.counterfactuals, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(out.latents, pipe.invert(images, 0.4, 10), rtol=1e-4, atol=1e-5)
+    for latents in (out.latents, pipe.invert(images, 0.4, 10)):
+        torch.testing.assert_close(latents, x, rtol=1e-4, atol=1e-5)
     assert not out.heatmaps.requires_grad
 
 
@@ -96,17 +92,6 @@ def test_the_forward_map_encodes_with_both_conditions_in_one_batch(pipe, images,
     torch.testing.assert_close(out.latents, latents, rtol=0, atol=1e-4)
     counted = sum(len(call.sample) for call in calls) / len(images)
     assert pipe.network_evaluations(**SHORT) == counted == 2 * 4
-
-
-def test_one_encoding_serves_all_settings_of_a_grid(pipe, images, record_calls):
-    calls, scales, strengths = record_calls(pipe), [1.0, 3.0], [0.0, 0.4, 0.2]
-    found = dict(heatmaps_of_settings(pipe, images, itertools.product(strengths, scales, ["forward"]), 10))
-    assert [len(call.sample) for call in calls] == [2 * len(images)] * 4
-    assert set(found) == {(strength, scale, "forward") for strength in strengths for scale in scales}
-    for (strength, scale, _), heat in found.items():
-        single = pipe(images, None, scale, strength, 10, "forward").heatmaps.numpy()
-        np.testing.assert_allclose(heat, single, rtol=1e-5, atol=1e-7)
-    assert len({round(float(heat.sum()), 5) for heat in found.values()}) == 1 + 4  # strength 0 changes nothing
 
 
 def test_the_forward_map_needs_classes_and_unrefined_steps_of_our_scheduler(make_pipeline, pipe, images):
@@ -130,12 +115,3 @@ def test_other_maps_work_where_the_recommended_forward_map_does_not(pipe, images
     assert pipe(images, settings="paper", num_inference_steps=4).heatmaps.any()
     with pytest.raises(ValueError, match="map is 'forward'"):
         pipe(images)
-
-
-@pytest.mark.slow
-def test_the_forward_map_finds_the_square_of_the_trivial_phantom():
-    torch.manual_seed(0)
-    method = CounterfactualMap(train_briefly(CounterfactualDiffusion(num_channels=1, image_size=16), steps=60))
-    method.settings = SHORT | {"num_inference_steps": 20}
-    auprc, prevalence = trivial_auprc(method)
-    assert auprc > 5 * prevalence

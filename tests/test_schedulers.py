@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-from diffusers import (
-    DDIMInverseScheduler,
-    DDIMScheduler,
-    DPMSolverMultistepInverseScheduler,
-    DPMSolverMultistepScheduler,
-)
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DPMSolverMultistepInverseScheduler
 from gaussian_data import ALPHAS, STD, exact_epsilon, noise
 
 from diffusers_cf import DynamicDDIMInverseScheduler, DynamicDDIMScheduler, dynamic_normalize
@@ -106,12 +101,6 @@ def test_dynamic_normalisation_is_the_formula(shape, ratio):
         threshold = quantile.reshape(quantile.shape + (1,) * (x.ndim - start)).expand_as(x)
         expected = torch.maximum(torch.minimum(x, threshold), -threshold) / threshold
         torch.testing.assert_close(dynamic_normalize(x, ratio, per_channel), expected, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("scale", [0.1, 1, 3, 100])
-def test_dynamic_normalisation_is_idempotent(scale):
-    once = dynamic_normalize(scale * noise(2, 3, 16, 16))
-    assert once.abs().max() <= 1 and torch.equal(dynamic_normalize(once), once)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -245,14 +234,6 @@ def test_every_argument_survives_saving(scheduler_class, last, tmp_path):
     assert not torch.equal(loaded.alphas_cumprod, default.alphas_cumprod)
 
 
-def test_each_direction_is_made_from_the_other():
-    there = DynamicDDIMInverseScheduler.from_config(DynamicDDIMScheduler(**CHANGED).config)
-    assert {k: there.config[k] for k in CHANGED} == CHANGED
-    assert there.config.num_fixed_point_iterations == 0
-    back = DynamicDDIMScheduler.from_config(there.config)
-    assert {k: back.config[k] for k in CHANGED} == CHANGED
-
-
 def test_made_from_a_stock_configuration():
     options = {"beta_start": 2e-4, "beta_end": 0.03, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}
     stock = DDIMScheduler(**options, steps_offset=1, prediction_type="v_prediction")
@@ -280,7 +261,6 @@ OURS_DIFFER = {
         (DynamicDDIMScheduler(timestep_spacing="trailing"), DynamicDDIMInverseScheduler()),
         (DynamicDDIMScheduler(thresholding=False), DynamicDDIMInverseScheduler()),
         (DDIMScheduler(timestep_spacing="trailing"), DDIMInverseScheduler()),
-        (DDIMScheduler(timestep_spacing="linspace"), DDIMInverseScheduler()),
         (DDIMScheduler(num_train_timesteps=500), DDIMInverseScheduler()),
         (DDIMScheduler(clip_sample_range=2.0), DDIMInverseScheduler()),
         (DDIMScheduler.from_config(SAVED), DDIMInverseScheduler.from_config(SAVED)),
@@ -290,7 +270,7 @@ OURS_DIFFER = {
         (DDIMScheduler.from_config(SAVED), DynamicDDIMInverseScheduler()),
         (DDIMScheduler(clip_sample=True), DynamicDDIMInverseScheduler(**STATIC)),
         (DDIMScheduler(), DynamicDDIMInverseScheduler(**STATIC, use_clipped_model_output=False)),
-        (DPMSolverMultistepScheduler(**TRAILING), DPMSolverMultistepInverseScheduler(**TRAILING)),
+        (DDIMScheduler(**TRAILING), DPMSolverMultistepInverseScheduler(**TRAILING)),
     ],
 )
 def test_schedulers_that_do_not_mirror_each_other_are_refused(make_pipeline, images, forward, inverse):

@@ -12,10 +12,8 @@ FACTS = {"settings": {"map": "reconstruction", "threshold": 0.1}, "paper_thresho
     ("name", "given", "threshold"),
     [
         (None, {}, 0.1),
-        (None, {"map": "reconstruction"}, 0.1),
         (None, {"map": None, "strength": 0.3}, 0.1),
         (None, {"map": "forward"}, None),
-        (None, {"map": "counterfactual"}, None),
         (None, {"map": "forward", "threshold": 0.3}, 0.3),
         ("paper", {}, 0.2),
         ("paper", {"map": "counterfactual"}, 0.2),
@@ -23,7 +21,6 @@ FACTS = {"settings": {"map": "reconstruction", "threshold": 0.1}, "paper_thresho
     ],
 )
 def test_a_threshold_goes_with_its_map(name, given, threshold):
-    """Each map has a scale of its own."""
     assert settings_in_use(FACTS, given, name)["threshold"] == threshold
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -94,8 +95,7 @@ def set_up_run(dataset, output, **changes):
 
 
 def test_weights_are_laid_out_as_the_device_trains_fastest(data, tmp_path):
-    weight = set_up_run(data, tmp_path / "out")[0].network.unet.mid_block.resnets[0].conv1.weight
-    assert weight.is_contiguous()
+    assert set_up_run(data, tmp_path / "out")[0].network.unet.mid_block.resnets[0].conv1.weight.is_contiguous()
     devices, fastest = [torch.device(name) for name in ("cpu", "cuda")], train_counterfactual.fastest_layout
     layouts = [fastest(device, compiled) for device in devices for compiled in (False, True)]
     assert layouts == 3 * [torch.contiguous_format] + [torch.channels_last]
@@ -175,12 +175,6 @@ def test_two_processes_give_the_same_weights(reference, data, tmp_path, monkeypa
     assert_same_weights(tmp_path / "out", reference / "checkpoint-4" / "pipeline", 1e-5)
 
 
-def wait_for(path, process):
-    while not path.exists():
-        assert process.poll() is None, "ended before its first checkpoint"
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_run_resumes_as_if_never_killed(reference, data, tmp_path):
@@ -188,7 +182,9 @@ def test_a_killed_run_resumes_as_if_never_killed(reference, data, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, ROOT / "train_counterfactual.py", *options(data, output, checkpoints_total_limit=2)]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-        wait_for(output / "checkpoint-4", process)
+        while not (output / "checkpoint-4").exists():
+            assert process.poll() is None, "ended before its first checkpoint"
+            time.sleep(0.02)
         delay = random.uniform(0, 0.4)
         time.sleep(delay)
         process.kill()
@@ -221,15 +217,11 @@ def test_resuming_restores_random_numbers_optimiser_rate_and_average(data, tmp_p
 
 def test_the_first_steps_see_the_lowest_timesteps(data, tmp_path, monkeypatch):
     """8 steps from a tenth of the timesteps: below 100 for a quarter of them, then rising to all."""
-    seen = []
-
-    def loss(model, scheduler, images, class_ids, noise, timesteps, snr_gamma):
-        seen.append(int(timesteps.max()))
-        return noise_prediction_loss(model, scheduler, images, class_ids, noise, timesteps, snr_gamma)
-
+    loss = Mock(wraps=noise_prediction_loss)
     monkeypatch.setattr(train_counterfactual, "noise_prediction_loss", loss)
     run, _ = set_up_run(data, tmp_path / "model", first_timesteps=0.1, max_train_steps=8, train_batch_size=16)
     assert list(run.steps()) == list(range(1, 9))
+    seen = [int(call.args[5].max()) for call in loss.call_args_list]
     assert max(seen[:3]) < 100 and 100 < seen[4] < 550 and max(seen[6:]) > 550
 
 
@@ -284,9 +276,8 @@ def test_fine_tuning_starts_from_the_given_weights(reference, data, tmp_path):
 )
 def test_a_diverging_run_stops_and_keeps_its_checkpoints(changes, words, data, tmp_path, capsys):
     output = tmp_path / "out"
-    code = run_here(data, output, lr_warmup_steps=2, checkpointing_steps=1, max_train_steps=9, **changes)
+    assert run_here(data, output, lr_warmup_steps=2, checkpointing_steps=1, max_train_steps=9, **changes) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert code == 2
     assert last.startswith(f"error: {words}") and "--learning_rate" in last
     kept = finished_checkpoints(output)
     assert 1 <= len(kept) < 9 and not (output / "model_index.json").exists()

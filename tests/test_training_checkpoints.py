@@ -5,18 +5,11 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-import torch
 from safetensors import SafetensorError
 from training_data import stub_accelerator
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.training.checkpoints import (
-    STATE_FILE,
-    check_weights,
-    find_checkpoint,
-    finished_checkpoints,
-    save_checkpoint,
-)
+from diffusers_cf.training.checkpoints import STATE_FILE, find_checkpoint, finished_checkpoints, save_checkpoint
 
 
 FACTS = {"seed": 3, "global_batch": 8, "slices": 16}
@@ -73,9 +66,8 @@ def test_what_to_resume_from(tmp_path):
     assert find_checkpoint(tmp_path, None, FACTS) is None
     assert find_checkpoint(tmp_path, "latest", FACTS) is None
     assert find_checkpoint(tmp_path / "none", "latest", FACTS) is None
-    save(tmp_path, 6)
-    save(tmp_path, 8)
-    save(tmp_path, 10)
+    for step in (6, 8, 10):
+        save(tmp_path, step)
     by_name, by_path = (find_checkpoint(tmp_path, n, FACTS) for n in ("checkpoint-6", str(tmp_path / "checkpoint-6")))
     assert by_name == by_path == (tmp_path / "checkpoint-6", FACTS | {"step": 6})
     for half_written in (".checkpoint-30.tmp", "checkpoint-40-copy", "checkpoint-x"):
@@ -103,10 +95,3 @@ def test_checkpoints_that_cannot_be_resumed(tmp_path, state, reason):
     with pytest.raises(InputError) as error:
         find_checkpoint(tmp_path, "checkpoint-6", FACTS)
     assert str(error.value).startswith(f"{tmp_path / 'checkpoint-6'}: {reason}")
-
-
-def test_broken_weights_are_refused():
-    check_weights([torch.ones(3), torch.zeros(2)], 5)
-    for bad in (float("nan"), float("inf")):
-        with pytest.raises(InputError, match="^the weights became NaN or infinite by step 5: "):
-            check_weights([torch.ones(3), torch.tensor([0.0, bad])], 5)

@@ -52,18 +52,24 @@ def write_training_set(folder, channels=2, masks=True, classes=CLASSES, size=16,
     return folder
 
 
-class TwoImages:
-    """Two images in memory, read as a `SliceDataset` is: a foreground of 20 x 12 pixels, and one that is filled."""
+class MadeSlices:
+    """Slices in memory, read as a `SliceDataset` is."""
 
-    folder, labels = "made", (0, 1)
+    def __init__(self, images, labels):
+        self.folder, self.images, self.labels = "made", images, np.array(labels)
 
     def __getitems__(self, indices):
         return indices
 
     def collate(self, rows):
-        images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) + 0.1
-        images[0, :, :5] = images[0, :, 25:] = images[0, :, :, :10] = images[0, :, :, 22:] = 0
-        return {"images": images[rows], "labels": torch.tensor(rows)}
+        return {"images": self.images[rows], "labels": torch.from_numpy(self.labels[rows])}
+
+
+def two_slices():
+    """One image with a foreground of 20 x 12 pixels, and one that is filled."""
+    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) + 0.1
+    images[0, :, :5] = images[0, :, 25:] = images[0, :, :, :10] = images[0, :, :, 22:] = 0
+    return MadeSlices(images, (0, 1))
 
 
 def forget_accelerator():
