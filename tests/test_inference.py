@@ -30,22 +30,14 @@ FLOAT32 = ("conv_in", "conv_out", "time_embedding.", "down_blocks.0.", "up_block
 SHORT = {"guidance_scale": 3.0, "strength": 0.6}
 
 
-@pytest.fixture
-def predict():
-    """Return a pipeline and a function that predicts noise; with `whole`, all parts of the network have the dtype."""
+def shipped(dtype: str):
+    """Return the shipped model with a network that computes in a dtype."""
+    return open_pipeline(str(PRETRAINED / "phantom_small"), dtype=dtype)
 
-    def make(dtype: str, whole: bool = False):
-        pipe = open_pipeline(str(PRETRAINED / "phantom_small"), dtype="float32" if whole else dtype)
-        if whole:
-            pipe.to(getattr(torch, dtype))
 
-        @torch.no_grad()
-        def prediction() -> torch.Tensor:
-            return pipe.predict_noise(noise(2, 4, 64, 64), 300, pipe.encode_classes("healthy", 2))
-
-        return pipe, prediction
-
-    return make
+@torch.no_grad()
+def prediction(pipe) -> torch.Tensor:
+    return pipe.predict_noise(noise(2, 4, 64, 64), 300, pipe.encode_classes("healthy", 2))
 
 
 def dtypes_of_outputs(unet: nn.Module, call) -> dict[str, torch.dtype]:
@@ -59,14 +51,14 @@ def dtypes_of_outputs(unet: nn.Module, call) -> dict[str, torch.dtype]:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_ends_finest_level_time_and_shortcuts_stay_float32(predict, dtype):
-    pipe, prediction = predict(dtype)
-    found = dtypes_of_outputs(pipe.unet, prediction)
+def test_ends_finest_level_time_and_shortcuts_stay_float32(dtype):
+    pipe = shipped(dtype)
+    found = dtypes_of_outputs(pipe.unet, lambda: prediction(pipe))
     for name, output in found.items():
         stays = name.startswith(FLOAT32) or name.endswith("conv_shortcut")
         assert output == (torch.float32 if stays else getattr(torch, dtype)), name
     assert {getattr(torch, dtype), torch.float32} == set(found.values())
-    assert prediction().dtype == torch.float32
+    assert prediction(pipe).dtype == torch.float32
     assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float32}
     assert computing_dtype(pipe.unet) == dtype
 
@@ -82,8 +74,9 @@ def test_convolutions_between_levels_stay_float32(conditioning):
     assert between and {found[name] for name in between} == {torch.float32}
 
 
-def test_the_error_is_less_than_half_of_that_of_a_whole_network_in_bfloat16(predict):
-    exact, mixed, whole = (predict(*given)[1]() for given in (("float32",), ("bfloat16",), ("bfloat16", True)))
+def test_the_error_is_less_than_half_of_that_of_a_whole_network_in_bfloat16():
+    pipes = shipped("float32"), shipped("bfloat16"), shipped("float32").to(torch.bfloat16)
+    exact, mixed, whole = map(prediction, pipes)
     assert 0 < (mixed - exact).abs().mean() < (whole - exact).abs().mean() / 2
 
 
@@ -96,11 +89,11 @@ def test_float32_changes_nothing():
 
 
 @pytest.mark.slow
-def test_a_network_in_half_precision_compiles_as_one_graph(predict):
-    pipe, prediction = predict("bfloat16")
-    expected = prediction()
+def test_a_network_in_half_precision_compiles_as_one_graph():
+    pipe = shipped("bfloat16")
+    expected = prediction(pipe)
     pipe.unet.compile(fullgraph=True, dynamic=True, backend="eager")
-    assert torch.equal(prediction(), expected)
+    assert torch.equal(prediction(pipe), expected)
 
 
 @pytest.fixture
@@ -174,7 +167,7 @@ def test_emulated_bfloat16_is_warned_of(monkeypatch, caplog, computes):
 
 
 def test_a_model_in_use_is_laid_out_for_convolutions():
-    weight = open_pipeline(str(PRETRAINED / "phantom_small")).unet.conv_in.weight
+    weight = shipped("float32").unet.conv_in.weight
     assert weight.dtype == torch.float32 and weight.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -188,7 +181,7 @@ def test_bfloat16_finds_what_float32_finds():
     images, masks = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     inside, scores = foreground_mask(images), []
     for dtype in ("float32", "bfloat16"):
-        maps = open_pipeline(str(PRETRAINED / "phantom_small"), "cpu", dtype)(torch.from_numpy(images)).heatmaps
+        maps = shipped(dtype)(torch.from_numpy(images)).heatmaps
         counts = PixelCounts()
         counts.update(postprocess_maps(maps.float().numpy(), images)[inside], masks[inside])
         scores.append(counts.average_precision())

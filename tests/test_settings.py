@@ -5,9 +5,6 @@ import pytest
 from diffusers_cf.settings import settings_in_use
 
 
-FACTS = {"settings": {"map": "reconstruction", "threshold": 0.1}, "paper_threshold": 0.2}
-
-
 @pytest.mark.parametrize(
     ("name", "given", "threshold"),
     [
@@ -21,10 +18,8 @@ FACTS = {"settings": {"map": "reconstruction", "threshold": 0.1}, "paper_thresho
     ],
 )
 def test_a_threshold_goes_with_its_map(name, given, threshold):
-    assert settings_in_use(FACTS, given, name)["threshold"] == threshold
-
-
-def test_a_model_that_names_no_map_has_the_papers():
-    for facts in ({"settings": {"threshold": 0.1}}, {"settings": {"threshold": 0.1, "map": None}}):
-        assert settings_in_use(facts, {"map": "counterfactual"})["threshold"] == 0.1
-        assert settings_in_use(facts, {"map": "signed"})["threshold"] is None
+    facts = {"settings": {"map": "reconstruction", "threshold": 0.1}, "paper_threshold": 0.2}
+    assert settings_in_use(facts, given, name)["threshold"] == threshold
+    for unnamed in ({"threshold": 0.1}, {"threshold": 0.1, "map": None}):  # has the map of the paper
+        assert settings_in_use({"settings": unnamed}, {"map": "counterfactual"})["threshold"] == 0.1
+        assert settings_in_use({"settings": unnamed}, {"map": "signed"})["threshold"] is None
