@@ -16,8 +16,8 @@ from diffusers_cf import ClassTokenEncoder, CounterfactualDDIMPipeline
 from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 
 
-# With several threads, rounding depends on the memory addresses of the weights, and parallel test runs and the processes
-# that tests start compete for the processors.
+# With several threads, rounding depends on the memory addresses of the weights, and parallel test runs and the
+# processes that tests start compete for the processors.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -1,5 +1,7 @@
 """Eq. 1 and the dropout of the condition, compared with values computed by hand."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -47,14 +49,10 @@ def test_min_snr_weight_by_hand(kind, divisor, gamma, capped):
 
 def test_each_sample_has_its_own_timestep_weight_and_condition():
     levels, images, noise = scheduler(alphas=(0.64, 0.36)), IMAGE.repeat(2, 1, 1, 1), NOISE.repeat(2, 1, 1, 1)
-    timesteps, class_ids, seen = torch.tensor([0, 1]), torch.tensor([1, 2]), []
-
-    def network(noisy, given_timesteps, given_ids):
-        seen.append((noisy, given_timesteps, given_ids))
-        return torch.zeros_like(noisy)
-
+    timesteps, class_ids = torch.tensor([0, 1]), torch.tensor([1, 2])
+    network = Mock(side_effect=lambda noisy, timesteps, class_ids: torch.zeros_like(noisy))
     loss = noise_prediction_loss(network, levels, images, class_ids, noise, timesteps, snr_gamma=1.0)
-    ((noisy, given_timesteps, given_ids),) = seen
+    noisy, given_timesteps, given_ids = network.call_args.args
     torch.testing.assert_close(noisy.flatten(), torch.tensor([1.1, 0.4, 1.0, 1.0]))
     assert torch.equal(given_timesteps, timesteps) and torch.equal(given_ids, class_ids)
     # snr 1.78 and 0.5625: only the first is above gamma; the noise has the mean square 2.125

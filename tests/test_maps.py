@@ -1,4 +1,4 @@
-"""Heatmaps of small images by hand; the forward map in closed form for Gaussian classes, its network calls, its cost."""
+"""Heatmaps of small images by hand; the forward map in closed form for Gaussian classes, its network calls."""
 
 import pytest
 import torch

@@ -22,7 +22,7 @@ def moved_off_zero(module):
     return module.eval()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def small():
     torch.manual_seed(0)
     return moved_off_zero(counterfactual_unet("small", image_size=16)), class_token_encoder("small").eval()
@@ -58,11 +58,10 @@ def test_every_attention_layer_concatenates_the_tokens_to_keys_and_values(small)
         seen.append((layer, args[0], kwargs["encoder_hidden_states"], output))
 
     layers = [module for module in unet.modules() if isinstance(module, Attention)]
-    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    for layer in layers:
+        layer.register_forward_hook(note, with_kwargs=True)
     condition = encoder(torch.tensor([0, 1]))
     predict_noise(unet, noise(2, 4, 16, 16), torch.tensor(500), condition)
-    for hook in hooks:
-        hook.remove()
     # two levels with one layer down and two up, and the middle
     assert len(seen) == len(layers) == 7
     for layer, image, tokens, output in seen:

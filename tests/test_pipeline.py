@@ -253,8 +253,9 @@ def test_callback_sees_each_step_and_may_replace_the_latents(pipe, images):
     assert (last == 3).all() and (pipe.denoise(last, **replacing) == 2).all()
 
 
-def test_stock_schedulers_are_accepted(make_pipeline, images):
-    stock = make_pipeline((DDIMScheduler(clip_sample=False), DDIMInverseScheduler(clip_sample=False)))
+def test_stock_schedulers_are_accepted_as_the_refusal_of_others_advises(make_pipeline, images):
+    scheduler = DDIMScheduler.from_config(DynamicDDIMScheduler(thresholding=True).config, thresholding=False)
+    stock = make_pipeline((scheduler, DDIMInverseScheduler.from_config(scheduler.config)))
     ours = make_pipeline(thresholding=False)
     assert stock.network_evaluations() == 225
     expected, actual = ours(images, **SHORT), stock(images, **SHORT)

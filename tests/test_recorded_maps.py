@@ -1,4 +1,4 @@
-"""Recorded outputs: of the shipped model (`python tests/test_recorded_maps.py` records them) and of the authors' code."""
+"""Recorded outputs of the shipped model (`python tests/test_recorded_maps.py` records them) and the authors' code."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ AUTHORS = Path(__file__).parent / "recorded_authors.npz"
 
 @pytest.mark.parametrize("suffix, settings", [("", (0.75, 3.0)), ("_b", (0.3, 1.5))])
 def test_the_authors_sampler(suffix, settings):
-    """Latents and counterfactuals of Diff-SCM (vios-s/Diff-SCM) around this network, with random weights, agree to 1e-4.
+    """Latents and counterfactuals of Diff-SCM (vios-s/Diff-SCM) around this network, of random weights, agree.
 
     The file holds weights, images in the network's range and outputs of their code on the CPU in float32.
     """

@@ -286,12 +286,6 @@ def test_normalisation_of_the_same_kind_mirrors_itself(make_pipeline, images, op
     assert make_pipeline(schedulers)(images, **SHORT).heatmaps.isfinite().all()
 
 
-def test_a_stock_pair_is_accepted_as_its_refusal_advises(make_pipeline, images):
-    scheduler = DDIMScheduler.from_config(SAVED, thresholding=False)
-    pipe = make_pipeline((scheduler, DDIMInverseScheduler.from_config(scheduler.config)))
-    assert pipe(images, **SHORT).heatmaps.isfinite().all()
-
-
 def test_a_static_clip_like_that_of_the_stock_scheduler_mirrors_it(make_pipeline, images):
     options = {**STATIC, "use_clipped_model_output": False, "threshold_clean_sample": True}
     inverses = DynamicDDIMInverseScheduler(**options), DDIMInverseScheduler()

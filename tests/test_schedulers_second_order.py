@@ -40,6 +40,7 @@ def test_steps_of_second_order_written_out():
     """From the clean image one of first order, then one that is repeated by the trapezoidal rule, then two more."""
     inverse = DynamicDDIMInverseScheduler(solver_order=2, thresholding=False)
     inverse.set_timesteps(20)
+    assert inverse.timesteps[:4].tolist() == [0, 0, 50, 100] and len(inverse.timesteps) == 20
     timesteps, slopes = (0, 50, 100, 150), [noise(1, 1, 4, 4, seed=i) for i in range(4)]
     image = x = STD * noise(1, 1, 4, 4, seed=9)
     for t, slope in zip(inverse.timesteps[:4], slopes, strict=True):
@@ -60,21 +61,6 @@ def test_the_step_to_the_clean_image_is_of_first_order():
     expected = (x - (1 - ALPHAS[0]).sqrt() * noise(1, 1, 8, 8, seed=7)) / ALPHAS[0].sqrt()
     reached = scheduler.step(noise(1, 1, 8, 8, seed=7), 0, x).prev_sample
     torch.testing.assert_close(reached, expected.float(), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "options, timesteps",
-    [
-        ({}, [0, 50, 100, 150]),
-        ({"solver_order": 2}, [0, 0, 50, 100]),
-        ({"num_fixed_point_iterations": 1}, [0, 0, 50, 50]),
-    ],
-)
-def test_timesteps_and_grid_of_encoding(options, timesteps):
-    inverse = DynamicDDIMInverseScheduler(**options)
-    inverse.set_timesteps(20)
-    assert inverse.timesteps[:4].tolist() == timesteps and len(inverse.timesteps) == 20 * inverse.order
-    assert inverse.grid[:3].tolist() == [0, 50, 100]
 
 
 def test_predict_original_is_the_clean_image_at_the_start_of_the_next_step():

@@ -289,10 +289,10 @@ def test_an_error_of_the_command_is_one_line(tmp_path):
 BASE = {"dataset": "{data}", "pretrained_model": "{model}"}
 WRONG_INPUTS = {
     "output is taken": ({"output_dir": "{model}"}, "{model} already holds checkpoint-12: go on from it with --resume"),
-    "other classes": (BASE | {"dataset": "{other}"}, "{model}: knows the classes ['healthy', 'unhealthy'], {other} has"),
+    "other classes": (BASE | {"dataset": "{other}"}, "{model}: knows the classes ['healthy', 'unhealthy'], {other}"),
     "other resolution": (BASE | {"resolution": 32}, "{model}: was trained with --resolution 16, this run has 32"),
     "other prediction": (
-        BASE | {"prediction_type": "v_prediction"}, "{model}: was trained with --prediction_type epsilon, this run has",
+        BASE | {"prediction_type": "v_prediction"}, "{model}: was trained with --prediction_type epsilon, this run",
     ),
     "one class": ({"max_train_samples": 5}, "{data}: no slice to train on is labelled unhealthy"),
     "not prepared": ({"dataset": "{tmp}"}, "{tmp} is no finished slice data set: preprocessing.json is missing"),

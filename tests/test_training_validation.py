@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -19,10 +20,7 @@ def test_validation(tmp_path, monkeypatch, masks):
     args = SimpleNamespace(dataset=str(folder), validation_steps=2, num_validation_slices=5, max_train_steps=5)
     acc = stub_accelerator()
     acc.log = lambda values, step: acc.logged.append((step, values))
-    pictures = []
-    draws = SimpleNamespace(
-        name="other", log_images=lambda values, step: pictures.append((step, values["validation"]))
-    )
+    draws = SimpleNamespace(name="other", log_images=Mock())
     acc.trackers = [draws, SimpleNamespace(name="without pictures")]
     pipe = tiny_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -49,7 +47,8 @@ def test_validation(tmp_path, monkeypatch, masks):
     again = validation.run(pipe, 4)
     expected = [curve[0], {"step": 4, "images": 32, **again}]
     assert json.loads((folder / "scores.json").read_text()) == expected
-    (step, image), _ = pictures
+    picture, _ = draws.log_images.call_args_list
+    (step, image) = picture.kwargs["step"], picture.args[0]["validation"]
     assert step == 4 and image.dtype == np.uint8 and image.ndim == 4 and image.shape[-1] == 3 and image.std() > 5
 
 
