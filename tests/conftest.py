@@ -5,22 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from hub_client import client_process
 from hub_server import HubServer
+from model_files import UNCONDITIONAL, tiny_unet
 from training_data import write_training_set
 
-from diffusers_cf import (
-    ClassTokenEncoder,
-    CounterfactualDDIMPipeline,
-    DynamicDDIMInverseScheduler,
-    DynamicDDIMScheduler,
-)
+from diffusers_cf import ClassTokenEncoder, CounterfactualDDIMPipeline
+from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 
 
-# With several threads, rounding depends on the memory addresses of the weights, and parallel test runs and the processes
-# that tests start compete for the processors.
+# With several threads, rounding depends on the memory addresses of the weights, and parallel test runs and the
+# processes that tests start compete for the processors.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -41,27 +38,6 @@ class GaussianNoisePredictor(ModelMixin, ConfigMixin):
         return SimpleNamespace(sample=(1 - alpha).sqrt() * sample / (alpha * self.config.std**2 + 1 - alpha))
 
 
-def tiny_unet(**changes) -> UNet2DConditionModel:
-    """Return a network of 2 channels, 8 x 8 pixels, tokens of width 8 and a class vector of width 32."""
-    config = {
-        "sample_size": 8, "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 16), "layers_per_block": 1,
-        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        "resnet_time_scale_shift": "scale_shift", "norm_num_groups": 4, "cross_attention_dim": 8,
-        "attention_head_dim": 8, "class_embed_type": "identity",
-    }  # fmt: skip
-    unet = UNet2DConditionModel(**config | changes)
-    unet.conv_out.weight.data *= 0.3  # small outputs, so that nothing overflows
-    return unet
-
-
-UNCONDITIONAL = {
-    "class_embed_type": None, "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2D", "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
-}  # fmt: skip
-
-
 @pytest.fixture
 def make_pipeline():
     """Return a function that makes a pipeline without progress bar, from two schedulers or from options for ours.
@@ -75,11 +51,8 @@ def make_pipeline():
             DynamicDDIMScheduler(**options),
             DynamicDDIMInverseScheduler(num_fixed_point_iterations=fixed_point, **options),
         )
+        unet = GaussianNoisePredictor() if gaussian else tiny_unet(**UNCONDITIONAL if unconditional else {})
         encoder = None
-        if gaussian:
-            unet = GaussianNoisePredictor()
-        else:
-            unet = tiny_unet(**UNCONDITIONAL if unconditional else {})
         if not (gaussian or unconditional):
             encoder = ClassTokenEncoder(num_tokens=2, token_dim=8, vector_dim=32, embedding_dim=8)
             encoder.to_vector[2].weight.data *= 5  # classes that matter, without training
@@ -114,10 +87,8 @@ def record_calls():
         calls = []
 
         def note(module, args, kwargs):
-            calls.append(SimpleNamespace(
-                sample=args[0], timestep=int(args[1]), tokens=kwargs["encoder_hidden_states"],
-                vector=kwargs["class_labels"],
-            ))  # fmt: skip
+            tokens, vector = kwargs["encoder_hidden_states"], kwargs["class_labels"]
+            calls.append(SimpleNamespace(sample=args[0], timestep=int(args[1]), tokens=tokens, vector=vector))
 
         pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
         return calls

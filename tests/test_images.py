@@ -63,14 +63,6 @@ def test_a_window_has_three_quarters_of_a_side_rounded_up_for_the_network():
     assert window_side((32, 64), 3) == 48 and window_side((48, 48), 2) == 36
 
 
-def test_paste_puts_back_what_cut_returns(images):
-    numbered, copy = torch.rand(6, 2, SIDE, SIDE) + 1, torch.zeros(6, 2, SIDE, SIDE)
-    for group in foreground_windows((images > 0).any(dim=1), 24):
-        group.paste(copy, group.cut(numbered))
-    assert torch.equal(copy[images > 0], numbered[images > 0])
-    assert ((copy == numbered) | (copy == 0)).all() and not copy[2].any()
-
-
 def test_the_network_computes_windows_alone(large, images, record_calls):
     calls = record_calls(large)
     out = large(images, **SHORT)
@@ -86,13 +78,14 @@ def test_the_network_computes_windows_alone(large, images, record_calls):
     assert {tuple(call.sample.shape) for call in calls} == {(5, 2, 48, 48), (10, 2, 48, 48)}
 
 
-def test_a_window_equals_an_image_of_its_size(large, images):
-    cropped = large(images[1:2], **SHORT)
+@pytest.mark.parametrize("map", ["counterfactual", "forward"])
+def test_a_window_equals_an_image_of_its_size(large, images, map):
+    cropped = large(images[1:2], map=map, **SHORT)
     (group,) = large.windows(2 * images[1:2] - 1)
     (top, left), (height, width) = group.corners[0], group.size
     large.register_to_config(crop_background=False)
     large.unet.register_to_config(sample_size=(height, width))
-    alone = large(group.cut(images[1:2]), **SHORT)
+    alone = large(group.cut(images[1:2]), map=map, **SHORT)
     part = (slice(None), slice(top, top + height), slice(left, left + width))
     torch.testing.assert_close(cropped.heatmaps[part], alone.heatmaps, rtol=0, atol=1e-5)
     torch.testing.assert_close(group.cut(cropped.counterfactuals), alone.counterfactuals, rtol=0, atol=1e-5)

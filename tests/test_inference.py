@@ -1,10 +1,12 @@
 """Device, number type and compilation of a network at inference."""
 
 import argparse
+import itertools
 
 import numpy as np
 import pytest
 import torch
+from gaussian_data import noise
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -28,26 +30,14 @@ FLOAT32 = ("conv_in", "conv_out", "time_embedding.", "down_blocks.0.", "up_block
 SHORT = {"guidance_scale": 3.0, "strength": 0.6}
 
 
-@pytest.fixture
-def predict():
-    """`(dtype, whole) -> (pipe, function)`, where the function returns the shipped network's prediction of noise.
+def shipped(dtype: str):
+    """Return the shipped model with a network that computes in a dtype."""
+    return open_pipeline(str(PRETRAINED / "phantom_small"), dtype=dtype)
 
-    With `whole`, all parts of the network have the dtype.
-    """
-    noise = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
 
-    def make(dtype: str, whole: bool = False):
-        pipe = open_pipeline(str(PRETRAINED / "phantom_small"), dtype="float32" if whole else dtype)
-        if whole:
-            pipe.to(getattr(torch, dtype))
-
-        @torch.no_grad()
-        def prediction() -> torch.Tensor:
-            return pipe.predict_noise(noise, 300, pipe.encode_classes("healthy", len(noise)))
-
-        return pipe, prediction
-
-    return make
+@torch.no_grad()
+def prediction(pipe) -> torch.Tensor:
+    return pipe.predict_noise(noise(2, 4, 64, 64), 300, pipe.encode_classes("healthy", 2))
 
 
 def dtypes_of_outputs(unet: nn.Module, call) -> dict[str, torch.dtype]:
@@ -61,14 +51,14 @@ def dtypes_of_outputs(unet: nn.Module, call) -> dict[str, torch.dtype]:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_ends_finest_level_time_and_shortcuts_stay_float32(predict, dtype):
-    pipe, prediction = predict(dtype)
-    found = dtypes_of_outputs(pipe.unet, prediction)
+def test_ends_finest_level_time_and_shortcuts_stay_float32(dtype):
+    pipe = shipped(dtype)
+    found = dtypes_of_outputs(pipe.unet, lambda: prediction(pipe))
     for name, output in found.items():
         stays = name.startswith(FLOAT32) or name.endswith("conv_shortcut")
         assert output == (torch.float32 if stays else getattr(torch, dtype)), name
     assert {getattr(torch, dtype), torch.float32} == set(found.values())
-    assert prediction().dtype == torch.float32
+    assert prediction(pipe).dtype == torch.float32
     assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float32}
     assert computing_dtype(pipe.unet) == dtype
 
@@ -84,8 +74,9 @@ def test_convolutions_between_levels_stay_float32(conditioning):
     assert between and {found[name] for name in between} == {torch.float32}
 
 
-def test_the_error_is_less_than_half_of_that_of_a_whole_network_in_bfloat16(predict):
-    exact, mixed, whole = (predict(*given)[1]() for given in (("float32",), ("bfloat16",), ("bfloat16", True)))
+def test_the_error_is_less_than_half_of_that_of_a_whole_network_in_bfloat16():
+    pipes = shipped("float32"), shipped("bfloat16"), shipped("float32").to(torch.bfloat16)
+    exact, mixed, whole = map(prediction, pipes)
     assert 0 < (mixed - exact).abs().mean() < (whole - exact).abs().mean() / 2
 
 
@@ -98,11 +89,11 @@ def test_float32_changes_nothing():
 
 
 @pytest.mark.slow
-def test_a_network_in_half_precision_compiles_as_one_graph(predict):
-    pipe, prediction = predict("bfloat16")
-    expected = prediction()
+def test_a_network_in_half_precision_compiles_as_one_graph():
+    pipe = shipped("bfloat16")
+    expected = prediction(pipe)
     pipe.unet.compile(fullgraph=True, dynamic=True, backend="eager")
-    assert torch.equal(prediction(), expected)
+    assert torch.equal(prediction(pipe), expected)
 
 
 @pytest.fixture
@@ -141,68 +132,56 @@ def test_a_failed_compilation_is_one_line(compile_with):
     assert "\n" not in str(caught.value)
 
 
+def checked(device="cpu", dtype="auto"):
+    """Return the dtype that is used for these options of the command line."""
+    args = argparse.Namespace(device=device, batch_size=1, dtype=dtype)
+    check_device_arguments(args)
+    return args.dtype
+
+
 @pytest.mark.parametrize(("device", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])])
 def test_a_numbered_gpu_becomes_the_current_one(device, current, monkeypatch):
     # Accelerate trains on the current GPU, whatever the command line says
     found = []
     monkeypatch.setattr("diffusers_cf.inference.torch.zeros", lambda *_, device: None)
     monkeypatch.setattr("diffusers_cf.inference.torch.cuda.set_device", found.append)
-    check_device_arguments(argparse.Namespace(device=device, batch_size=1, dtype="auto"))
+    checked(device)
     assert found == current
 
 
-@pytest.mark.parametrize("features", [set(), {"_is_avx512_bf16_supported"}, {"_is_amx_tile_supported"}])
+@pytest.mark.parametrize("features", [None, set(), {"_is_avx512_bf16_supported"}, {"_is_amx_tile_supported"}])
 def test_auto_is_bfloat16_where_the_processor_computes_in_it(monkeypatch, features):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in features)
-    for given, found in (("auto", "bfloat16" if features else "float32"), ("float32", "float32")):
-        args = argparse.Namespace(device="cpu", batch_size=1, dtype=given)
-        check_device_arguments(args)
-        assert args.dtype == found
+        if features is None:  # a build of torch that tells nothing
+            monkeypatch.delattr(torch.cpu, name)
+        else:
+            monkeypatch.setattr(torch.cpu, name, lambda name=name: name in features)
+    assert checked() == ("bfloat16" if features else "float32") and checked(dtype="float32") == "float32"
 
 
 @pytest.mark.parametrize("computes", [True, False])
 def test_emulated_bfloat16_is_warned_of(monkeypatch, caplog, computes):
     monkeypatch.setattr("diffusers_cf.inference.computes_in_bfloat16", lambda device: computes)
-    args = argparse.Namespace(device="cpu", batch_size=1, dtype="bfloat16")
-    check_device_arguments(args)
-    assert args.dtype == "bfloat16"
-    assert [record.message for record in caplog.records if "emulated" in record.message] == [
-        "bfloat16 is emulated on this machine and many times slower than --dtype auto"
-    ] * (not computes)
-
-
-def test_a_processor_that_torch_tells_nothing_about_computes_in_float32(monkeypatch):
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.delattr(torch.cpu, name)
-    args = argparse.Namespace(device="cpu", batch_size=1, dtype="auto")
-    check_device_arguments(args)
-    assert args.dtype == "float32"
+    assert checked(dtype="bfloat16") == "bfloat16"
+    assert ("bfloat16 is emulated on this machine" in caplog.text) != computes
 
 
 def test_a_model_in_use_is_laid_out_for_convolutions():
-    weight = open_pipeline(str(PRETRAINED / "phantom_small")).unet.conv_in.weight
+    weight = shipped("float32").unet.conv_in.weight
     assert weight.dtype == torch.float32 and weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def phantom_slices():
-    """Every sixth slice of three phantom patients with a lesion, 64 x 64: images and masks."""
-    source, found = PhantomSource(FROZEN_SEED, size=64), []
-    for patient in map(source.read, source.fixed_splits()["validation"]):
-        found += [patient] * bool(patient.masks.any())
-        if len(found) == 3:
-            break
-    return (np.concatenate([getattr(patient, name)[::6] for patient in found]) for name in ("images", "masks"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not computes_in_bfloat16("cpu"), reason="bfloat16 is emulated here")
 def test_bfloat16_finds_what_float32_finds():
-    """Within one point of AUPRC in the foreground after post-processing."""
-    images, masks = phantom_slices()
+    """Within one point of AUPRC in the foreground after post-processing, on three phantom patients with a lesion."""
+    source = PhantomSource(FROZEN_SEED, size=64)
+    patients = filter(lambda p: p.masks.any(), map(source.read, source.fixed_splits()["validation"]))
+    pairs = [(patient.images[::6], patient.masks[::6]) for patient in itertools.islice(patients, 3)]
+    images, masks = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     inside, scores = foreground_mask(images), []
     for dtype in ("float32", "bfloat16"):
-        maps = open_pipeline(str(PRETRAINED / "phantom_small"), "cpu", dtype)(torch.from_numpy(images)).heatmaps
+        maps = shipped(dtype)(torch.from_numpy(images)).heatmaps
         counts = PixelCounts()
         counts.update(postprocess_maps(maps.float().numpy(), images)[inside], masks[inside])
         scores.append(counts.average_precision())

@@ -5,34 +5,24 @@ import math
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from gaussian_data import noise
 
-from diffusers_cf import (
-    ClassTokenEncoder,
-    CounterfactualDDIMPipeline,
-    DynamicDDIMInverseScheduler,
-    DynamicDDIMScheduler,
-    class_token_encoder,
-    counterfactual_unet,
-    noise_prediction_loss,
-    unet_config,
-)
-from diffusers_cf.models import CONDITIONINGS, ConditionalNoisePredictor, predict_noise
+from diffusers_cf import ClassTokenEncoder, CounterfactualDDIMPipeline, class_token_encoder, counterfactual_unet
+from diffusers_cf.losses import noise_prediction_loss
+from diffusers_cf.models import CONDITIONINGS, ConditionalNoisePredictor, predict_noise, unet_config
+from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
 
 
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def moved_off_zero(module, seed=0):
+def moved_off_zero(module):
     """Replace parameters that start at zero by small random values, as if training had moved them."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     for parameter in module.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     return module.eval()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def small():
     torch.manual_seed(0)
     return moved_off_zero(counterfactual_unet("small", image_size=16)), class_token_encoder("small").eval()
@@ -68,11 +58,10 @@ def test_every_attention_layer_concatenates_the_tokens_to_keys_and_values(small)
         seen.append((layer, args[0], kwargs["encoder_hidden_states"], output))
 
     layers = [module for module in unet.modules() if isinstance(module, Attention)]
-    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    for layer in layers:
+        layer.register_forward_hook(note, with_kwargs=True)
     condition = encoder(torch.tensor([0, 1]))
     predict_noise(unet, noise(2, 4, 16, 16), torch.tensor(500), condition)
-    for hook in hooks:
-        hook.remove()
     # two levels with one layer down and two up, and the middle
     assert len(seen) == len(layers) == 7
     for layer, image, tokens, output in seen:
@@ -117,18 +106,13 @@ def test_unconditional_takes_no_condition():
         predict_noise(counterfactual_unet("small", "adagn", 16), x, t, None)
 
 
-@pytest.mark.parametrize("size, conditioning, millions", [
-    ("paper", "attention", (27.1, 27.2)),
-    ("paper", "adagn", (20, 27)),
-    ("paper", "unconditional", (20, 27)),
-    ("small", "attention", (1, 4)),
-    ("small", "adagn", (1, 4)),
-    ("small", "unconditional", (1, 4)),
-])  # fmt: skip
-def test_number_of_parameters(size, conditioning, millions):
+def test_number_of_parameters():
     with torch.device("meta"):
-        total = count(counterfactual_unet(size, conditioning)) + count(class_token_encoder(size))
-    assert millions[0] <= total / 1e6 <= millions[1]
+        for conditioning in CONDITIONINGS:
+            low, high = (27.1, 27.2) if conditioning == "attention" else (20, 27)
+            for size, least, most in (("paper", low, high), ("small", 1, 4)):
+                total = count(counterfactual_unet(size, conditioning)) + count(class_token_encoder(size))
+                assert least <= total / 1e6 <= most
 
 
 def test_paper_preset_is_the_authors_network():
@@ -189,26 +173,21 @@ def test_unknown_presets_are_refused(call):
 @pytest.mark.parametrize("size, conditioning", [("small", "attention"), ("small", "adagn"), ("paper", "attention")])
 def test_gradient_reaches_every_parameter(size, conditioning):
     torch.manual_seed(0)
-    channels = 4
-    unet = counterfactual_unet(size, conditioning, 8, channels)
-    encoder = class_token_encoder(size)
+    unet, encoder = counterfactual_unet(size, conditioning, 8), class_token_encoder(size)
     if conditioning == "adagn":
         encoder.tokens.requires_grad_(False)
     model = ConditionalNoisePredictor(unet, encoder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(3):  # two steps move what begins at zero: the last convolution, then the blocks' own
         optimizer.zero_grad(set_to_none=True)
-        loss = noise_prediction_loss(
-            model, DynamicDDIMScheduler(), noise(3, channels, 8, 8, seed=step), torch.tensor([0, 1, 2]),
-            noise(3, channels, 8, 8, seed=step + 10), torch.tensor([100, 500, 900]),
-        )  # fmt: skip
-        loss.backward()
+        image, epsilon = noise(3, 4, 8, 8, seed=step), noise(3, 4, 8, 8, seed=step + 10)
+        ids, timesteps = torch.tensor([0, 1, 2]), torch.tensor([100, 500, 900])
+        noise_prediction_loss(model, DynamicDDIMScheduler(), image, ids, epsilon, timesteps).backward()
         if step < 2:
             optimizer.step()
     unreached = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert unreached == []
-    null = encoder.embedding.weight[encoder.null_id]
-    assert bool(null.any()) == (size == "small")
+    assert bool(encoder.embedding.weight[encoder.null_id].any()) == (size == "small")
 
 
 @torch.no_grad()
@@ -219,8 +198,6 @@ def test_paper_tokens_are_the_outer_product_of_the_vector():
     assert tokens.shape == (3, 32, 32) and vector.shape == (3, 32)
     for token, e in zip(tokens, vector, strict=True):
         assert torch.equal(token, torch.outer(e, e))
-        assert torch.linalg.matrix_rank(token) == 1
-    assert encoder.tokens is None
     assert not encoder.embedding.weight[2].any() and encoder.embedding.weight[:2].any(dim=1).all()
     # the null vector comes from the biases: it is neither zero nor that of a class
     assert vector[2].abs().max() > 1e-3
@@ -232,8 +209,7 @@ def test_learned_tokens_are_one_table_row_a_class():
     torch.manual_seed(0)
     encoder = ClassTokenEncoder(num_tokens=3, token_dim=5, vector_dim=7, embedding_dim=6)
     tokens, vector = encoder(torch.tensor([2, 0, 1, 0]))
-    assert tokens.shape == (4, 3, 5) and vector.shape == (4, 7)
-    assert torch.equal(tokens[1], tokens[3])
+    assert tokens.shape == (4, 3, 5) and vector.shape == (4, 7) and torch.equal(tokens[1], tokens[3])
     torch.testing.assert_close(vector[1], vector[3])
     for rows in (tokens, vector):
         for one, other in ((0, 1), (0, 2), (1, 2)):
@@ -257,19 +233,6 @@ def test_classes_have_names():
         class_token_encoder("medium")
 
 
-@pytest.mark.parametrize("num_tokens", [2, None])
-@torch.no_grad()
-def test_encoder_survives_saving(num_tokens, tmp_path):
-    names = ("fine", "ill", "worse")
-    encoder = ClassTokenEncoder(names, num_tokens, token_dim=8, vector_dim=8, embedding_dim=4)
-    encoder.save_pretrained(tmp_path)
-    loaded = ClassTokenEncoder.from_pretrained(tmp_path)
-    assert [loaded.class_id(name) for name in names] == [0, 1, 2]
-    for one, other in zip(encoder(torch.arange(4)), loaded(torch.arange(4)), strict=True):
-        assert torch.equal(one, other)
-    assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
-
-
 @pytest.mark.slow
 def test_one_training_and_one_inference_step_at_paper_size():
     torch.manual_seed(0)
@@ -282,9 +245,7 @@ def test_one_training_and_one_inference_step_at_paper_size():
     loss.backward()
     optimizer.step()
     model.eval()
-    pipe = CounterfactualDDIMPipeline(
-        model.unet, model.class_encoder, DynamicDDIMScheduler(), DynamicDDIMInverseScheduler()
-    )
-    pipe.set_progress_bar_config(disable=True)
+    schedulers = DynamicDDIMScheduler(), DynamicDDIMInverseScheduler()
+    pipe = CounterfactualDDIMPipeline(model.unet, model.class_encoder, *schedulers)
     out = pipe(torch.rand(1, 4, 64, 64), strength=0.01)
     assert out.heatmaps.shape == (1, 64, 64) and out.heatmaps.isfinite().all() and out.heatmaps.max() > 0

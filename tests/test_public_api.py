@@ -48,20 +48,15 @@ def test_arguments_of_the_pipeline():
 def test_module_paths_and_configuration_in_published_models(pipe, tmp_path):
     """Published models name these module paths, so they never move."""
     pipe.save_pretrained(tmp_path)
-    index, config = (
-        json.loads((tmp_path / name).read_text(encoding="utf-8"))
-        for name in ("model_index.json", "class_encoder/config.json")
-    )
+    places = tmp_path / "model_index.json", tmp_path / "class_encoder" / "config.json"
+    index, config = (json.loads(place.read_text(encoding="utf-8")) for place in places)
     del index["_diffusers_version"], config["_diffusers_version"]
     assert index == {
-        "_class_name": "CounterfactualDDIMPipeline",
-        "clip_input": True,
-        "crop_background": False,
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "class_encoder": ["diffusers_cf.models", "ClassTokenEncoder"],
+        "_class_name": "CounterfactualDDIMPipeline", "clip_input": True, "crop_background": False,
+        "unet": ["diffusers", "UNet2DConditionModel"], "class_encoder": ["diffusers_cf.models", "ClassTokenEncoder"],
         "scheduler": ["diffusers_cf.schedulers", "DynamicDDIMScheduler"],
         "inverse_scheduler": ["diffusers_cf.schedulers", "DynamicDDIMInverseScheduler"],
-    }
+    }  # fmt: skip
     assert config == {
         "_class_name": "ClassTokenEncoder", "class_names": ["healthy", "unhealthy"], "num_tokens": 2, "token_dim": 8,
         "vector_dim": 32, "embedding_dim": 8,

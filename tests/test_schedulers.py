@@ -1,33 +1,16 @@
 """Dynamic normalisation against its formula, and encoding as the inverse of decoding."""
 
-import functools
-
 import pytest
 import torch
-from diffusers import (
-    DDIMInverseScheduler,
-    DDIMScheduler,
-    DPMSolverMultistepInverseScheduler,
-    DPMSolverMultistepScheduler,
-)
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DPMSolverMultistepInverseScheduler
 from gaussian_data import ALPHAS, STD, exact_epsilon, noise
 
 from diffusers_cf import DynamicDDIMInverseScheduler, DynamicDDIMScheduler, dynamic_normalize
-from diffusers_cf.schedulers import authors_schedulers, check_mirrored
+from diffusers_cf.schedulers import authors_schedulers
 
 
-OFFSET, TRAILING, RAW = {"steps_offset": 3}, {"timestep_spacing": "trailing"}, {"clip_sample": False}
-PAIRS = {
-    "dynamic-leading": (DynamicDDIMScheduler, DynamicDDIMInverseScheduler, {}),
-    "dynamic-offset": (DynamicDDIMScheduler, DynamicDDIMInverseScheduler, OFFSET),
-    "dynamic-trailing": (DynamicDDIMScheduler, DynamicDDIMInverseScheduler, TRAILING),
-    "stock-leading": (DDIMScheduler, DDIMInverseScheduler, RAW),
-    "stock-offset": (DDIMScheduler, DDIMInverseScheduler, RAW | OFFSET),
-    "stock-trailing": (DDIMScheduler, DDIMInverseScheduler, RAW | TRAILING),
-}
-OURS = [name for name in PAIRS if name.startswith("dynamic")]
+TRAILING, RAW = {"timestep_spacing": "trailing"}, {"clip_sample": False}
 BOTH = (DynamicDDIMScheduler, DynamicDDIMInverseScheduler)
-STRENGTHS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 SHORT = {"num_inference_steps": 10, "strength": 0.4}
 
 
@@ -37,55 +20,26 @@ def with_timesteps(steps, *schedulers):
     return schedulers
 
 
-def pair(name, steps, **options):
-    """Return scheduler and inverse scheduler with their timesteps set."""
-    forward, inverse, base = PAIRS[name]
-    return with_timesteps(steps, forward(**base), inverse(**base, **options))
+PAIRS = [(*BOTH, {}), (*BOTH, {"steps_offset": 3}), (*BOTH, TRAILING), (DDIMScheduler, DDIMInverseScheduler, RAW)]
 
 
-@functools.cache
-def encodings(name, steps, fixed_point):
-    """Return Gaussian data, and the result of each encoding step."""
-    _, inverse = pair(name, steps, **({"num_fixed_point_iterations": fixed_point} if fixed_point else {}))
-    levels = [STD * noise(2, 2, 16, 16)]
-    for t in inverse.timesteps:
-        levels.append(inverse.step(exact_epsilon(levels[-1], t), t, levels[-1]).prev_sample)
-    return levels[:: 1 + fixed_point]
-
-
-@functools.cache
-def round_trip_error(name, steps, strength, fixed_point=0):
-    """Return the mean of |decode(encode(x)) - x| for Gaussian data."""
-    scheduler, _ = pair(name, steps)
-    walked = round(steps * strength)
-    image, x = (encodings(name, steps, fixed_point)[i] for i in (0, walked))
-    for t in scheduler.timesteps[steps - walked :]:
-        x = scheduler.step(exact_epsilon(x, t), t, x).prev_sample
-    return (x - image).abs().mean().item()
-
-
-@pytest.mark.parametrize("strength", STRENGTHS)
-@pytest.mark.parametrize("name", PAIRS)
-def test_round_trip_error_halves_with_the_step_size(name, strength):
-    assert round_trip_error(name, 50, strength) < 0.033
-    assert 1.85 < round_trip_error(name, 50, strength) / round_trip_error(name, 100, strength) < 2.15
-    if strength in (0.1, 0.5, 1.0):
-        assert 1.9 < round_trip_error(name, 100, strength) / round_trip_error(name, 200, strength) < 2.1
-
-
-@pytest.mark.parametrize("strength", STRENGTHS)
-@pytest.mark.parametrize("name", OURS)
-def test_fixed_point_iterations_make_the_round_trip_exact(name, strength):
-    errors = [round_trip_error(name, 50, strength, fixed_point=k) for k in (0, 1, 3)]
-    assert errors[2] < 1e-4
-    if strength == 1:
-        assert errors[1] < errors[0] / 5 and errors[2] < errors[1] / 25
+@pytest.mark.parametrize("forward, inverse, options", PAIRS)
+def test_round_trip_error_halves_with_the_step_size(forward, inverse, options):
+    image, errors = STD * noise(2, 2, 16, 16), []
+    for steps in (50, 100, 200):
+        x = image
+        for direction in with_timesteps(steps, inverse(**options), forward(**options)):
+            for t in direction.timesteps:
+                x = direction.step(exact_epsilon(x, t), t, x).prev_sample
+        errors.append((x - image).abs().mean().item())
+    assert errors[0] < 0.033
+    assert 1.85 < errors[0] / errors[1] < 2.15 and 1.9 < errors[1] / errors[2] < 2.1
 
 
 @pytest.mark.parametrize("steps", [100, 200])
-@pytest.mark.parametrize("name", PAIRS)
-def test_each_step_walks_between_the_two_noise_levels(name, steps):
-    scheduler, inverse = pair(name, steps)
+@pytest.mark.parametrize("options", [{}, {"steps_offset": 3}, TRAILING])
+def test_each_step_walks_between_the_two_noise_levels(options, steps):
+    scheduler, inverse = with_timesteps(steps, *(scheduler_class(**options) for scheduler_class in BOTH))
     x0, epsilon = noise(1, 2, 8, 8, dtype=torch.float64).clamp(-1, 1), noise(1, 2, 8, 8, seed=1, dtype=torch.float64)
     for t in inverse.timesteps[:: steps // 100].tolist():
         levels = [torch.tensor(1.0, dtype=torch.float64) if i < 0 else ALPHAS[i] for i in (t - 1000 // steps, t)]
@@ -95,11 +49,11 @@ def test_each_step_walks_between_the_two_noise_levels(name, steps):
 
 
 @pytest.mark.parametrize("train_steps", [1000, 240])
-@pytest.mark.parametrize("spacing, offset", [("leading", 0), ("leading", 1), ("leading", "last"), ("trailing", 0)])
+@pytest.mark.parametrize("spacing, offset", [("leading", 0), ("leading", 1), ("leading", 999), ("trailing", 999)])
 def test_timesteps_mirror_each_other(train_steps, spacing, offset):
     for steps in [n for n in range(1, train_steps + 1) if train_steps % n == 0]:
         stride = train_steps // steps
-        shift = stride - 1 if "trailing" in spacing or offset == "last" else min(offset, stride - 1)
+        shift = min(offset, stride - 1)
         options = {"num_train_timesteps": train_steps, "timestep_spacing": spacing}
         options["steps_offset"] = shift if spacing == "leading" else 0
         scheduler, inverse = with_timesteps(steps, *(scheduler_class(**options) for scheduler_class in BOTH))
@@ -109,40 +63,27 @@ def test_timesteps_mirror_each_other(train_steps, spacing, offset):
 
 
 @pytest.mark.parametrize(
-    "steps, options, named",
+    "options, steps, named",
     [
-        (30, {}, "num_inference_steps is 30"),
-        (2000, {}, "num_inference_steps is 2000"),
-        (0, {}, "num_inference_steps is 0"),
-        (-10, {}, "num_inference_steps is -10"),
-        (100, {"timestep_spacing": "linspace"}, "timestep_spacing is 'linspace'"),
-        (100, {"steps_offset": 10}, r"steps_offset is 10: it must lie in \[0, 10\)"),
-        (100, {"steps_offset": -1}, "steps_offset is -1"),
+        ({}, 30, "num_inference_steps is 30"),
+        ({}, 0, "num_inference_steps is 0"),
+        ({"timestep_spacing": "linspace"}, 100, "timestep_spacing is 'linspace'"),
+        ({"steps_offset": 10}, 100, r"steps_offset is 10: it must lie in \[0, 10\)"),
+        ({"steps_offset": -1}, 100, "steps_offset is -1"),
+        ({"dynamic_thresholding_ratio": 0}, 100, "dynamic_thresholding_ratio is 0: "),
+        ({"dynamic_thresholding_ratio": 1.01}, 100, "dynamic_thresholding_ratio is 1.01"),
+        ({"num_fixed_point_iterations": -1}, 100, "num_fixed_point_iterations is -1"),
+        ({"solver_order": 3}, 100, "solver_order is 3"),
+        ({"solver_order": 2, "rescale_betas_zero_snr": True}, 100, "infinite at zero terminal SNR"),
+        ({"solver_order": 2, "num_fixed_point_iterations": 1}, 100, "num_fixed_point_iterations"),
+        ({"solver_order": 2, "image_at_first_timestep": True}, 100, "image_at_first_timestep needs solver_order=1"),
+        ({"thresholdin": True}, 100, "thresholdin"),
     ],
 )
 @pytest.mark.parametrize("scheduler_class", BOTH)
-def test_grids_without_a_mirror_image_are_refused(scheduler_class, steps, options, named):
-    with pytest.raises(ValueError, match=named):
+def test_bad_arguments_and_grids_without_a_mirror_image_are_refused(scheduler_class, options, steps, named):
+    with pytest.raises((TypeError, ValueError), match=named):
         scheduler_class(**options).set_timesteps(steps)
-
-
-@pytest.mark.parametrize(
-    "options, error, named",
-    [
-        ({"dynamic_thresholding_ratio": 0}, ValueError, "dynamic_thresholding_ratio is 0: "),
-        ({"dynamic_thresholding_ratio": 1.01}, ValueError, "dynamic_thresholding_ratio is 1.01"),
-        ({"num_fixed_point_iterations": -1}, ValueError, "num_fixed_point_iterations is -1"),
-        ({"solver_order": 3}, ValueError, "solver_order is 3"),
-        ({"solver_order": 2, "rescale_betas_zero_snr": True}, ValueError, "infinite at zero terminal SNR"),
-        ({"solver_order": 2, "num_fixed_point_iterations": 1}, ValueError, "num_fixed_point_iterations"),
-        ({"sample_max_value": 1}, TypeError, "sample_max_value"),
-        ({"thresholdin": True}, TypeError, "thresholdin"),
-    ],
-)
-@pytest.mark.parametrize("scheduler_class", BOTH)
-def test_bad_arguments_are_refused(scheduler_class, options, error, named):
-    with pytest.raises(error, match=named):
-        scheduler_class(**options)
 
 
 @pytest.mark.parametrize("scheduler_class", BOTH)
@@ -162,12 +103,6 @@ def test_dynamic_normalisation_is_the_formula(shape, ratio):
         torch.testing.assert_close(dynamic_normalize(x, ratio, per_channel), expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("scale", [0.1, 1, 3, 100])
-def test_dynamic_normalisation_is_idempotent(scale):
-    once = dynamic_normalize(scale * noise(2, 3, 16, 16))
-    assert once.abs().max() <= 1 and torch.equal(dynamic_normalize(once), once)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
     x, epsilon = (3 * noise(1, 2, 16, 16)).to(dtype), noise(1, 2, 16, 16, seed=1).to(dtype)
@@ -179,11 +114,9 @@ def test_half_precision_is_computed_in_float32(dtype):
             assert half.prev_sample.dtype == half.pred_original_sample.dtype == dtype
             assert torch.equal(half.prev_sample, full.prev_sample.to(dtype))
     refined = []
-    for kind in (dtype, torch.float32):
+    for given in ((epsilon, 500, x), (epsilon.float(), 500, x.float())):
         (inverse,) = with_timesteps(100, DynamicDDIMInverseScheduler(num_fixed_point_iterations=1))
-        sample = x.to(kind)
-        inverse.step(epsilon.to(kind), 500, sample)
-        refined.append(inverse.step(epsilon.to(kind), 500, sample).prev_sample)
+        refined.append([inverse.step(*given).prev_sample for _ in range(2)][1])
     assert torch.equal(refined[0], refined[1].to(dtype))
 
 
@@ -213,18 +146,6 @@ def test_options_of_decoding_equal_the_stock_scheduler(ours, stock, extra, kind)
         torch.testing.assert_close(actual.pred_original_sample, expected.pred_original_sample, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_options_of_encoding_equal_the_stock_scheduler(clip):
-    options = {"clip_sample": clip}
-    inverse = DynamicDDIMInverseScheduler(**options, thresholding=False, use_clipped_model_output=False)
-    reference = DDIMInverseScheduler(**options)
-    with_timesteps(50, inverse, reference)
-    for t in (20, 500, 980):
-        output, x = noise(2, 2, 8, 8, seed=t), 1.5 * noise(2, 2, 8, 8, seed=t + 1)
-        expected = reference.step(output, t, x)
-        torch.testing.assert_close(inverse.step(output, t, x).prev_sample, expected.prev_sample, atol=1e-4, rtol=1e-5)
-
-
 @pytest.mark.parametrize("scheduler_class", BOTH)
 def test_epsilon_is_derived_again_from_the_normalised_image_or_kept_raw(scheduler_class):
     t, x, epsilon = 500, 2 * noise(1, 2, 16, 16), noise(1, 2, 16, 16, seed=1)
@@ -233,8 +154,7 @@ def test_epsilon_is_derived_again_from_the_normalised_image_or_kept_raw(schedule
     derived = (x - start.sqrt() * x0) / (1 - start).sqrt()
     assert (derived - epsilon).abs().max() > 0.5
     for option, used in ((True, derived), (False, epsilon)):
-        scheduler = scheduler_class(use_clipped_model_output=option)
-        scheduler.set_timesteps(100)
+        (scheduler,) = with_timesteps(100, scheduler_class(use_clipped_model_output=option))
         expected = end.sqrt() * x0 + (1 - end).sqrt() * used
         torch.testing.assert_close(scheduler.step(epsilon, t, x).prev_sample, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(scheduler.step(epsilon, t, x, return_dict=False)[1], x0, atol=1e-5, rtol=1e-4)
@@ -244,17 +164,15 @@ def test_peaks_survive_the_first_encoding_step_unless_asked_otherwise():
     image, epsilon = 2 * noise(1, 2, 16, 16), noise(1, 2, 16, 16, seed=1)
     assert image.abs().max() > 3
     for option, x0 in ((False, image), (True, dynamic_normalize(image))):
-        inverse = DynamicDDIMInverseScheduler(threshold_clean_sample=option)
-        inverse.set_timesteps(100)
-        expected = ALPHAS[0].sqrt() * x0 + (1 - ALPHAS[0]).sqrt() * epsilon
-        torch.testing.assert_close(inverse.step(epsilon, 0, image).prev_sample, expected.float(), atol=1e-5, rtol=0)
-        assert torch.equal(inverse.step(epsilon, 0, image).pred_original_sample, x0)
+        (inverse,) = with_timesteps(100, DynamicDDIMInverseScheduler(threshold_clean_sample=option))
+        out, expected = inverse.step(epsilon, 0, image), ALPHAS[0].sqrt() * x0 + (1 - ALPHAS[0]).sqrt() * epsilon
+        torch.testing.assert_close(out.prev_sample, expected.float(), atol=1e-5, rtol=0)
+        assert torch.equal(out.pred_original_sample, x0)
 
 
 @pytest.mark.parametrize("scheduler_class", BOTH)
 def test_without_alpha_one_the_image_is_the_first_level(scheduler_class):
-    scheduler = scheduler_class(set_alpha_to_one=False)
-    scheduler.set_timesteps(100)
+    (scheduler,) = with_timesteps(100, scheduler_class(set_alpha_to_one=False))
     x = 0.3 * noise(1, 1, 8, 8)
     torch.testing.assert_close(scheduler.step(noise(1, 1, 8, 8, seed=1), 0, x).prev_sample, x, atol=1e-6, rtol=0)
 
@@ -287,18 +205,6 @@ def test_the_authors_walk():
     expected = end.sqrt() * (x - (1 - start).sqrt() * epsilon) / start.sqrt() + (1 - end).sqrt() * epsilon
     torch.testing.assert_close(inverse.step(epsilon, 500, x).prev_sample, expected.float(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(inverse.step(epsilon, 990, x).prev_sample, epsilon)
-    with pytest.raises(ValueError, match="image_at_first_timestep needs solver_order=1"):
-        DynamicDDIMInverseScheduler(image_at_first_timestep=True, solver_order=2)
-
-
-@pytest.mark.parametrize("thresholding", [False, True])
-def test_a_stock_pair_is_accepted_without_thresholding_and_told_how(thresholding):
-    stock = DDIMScheduler.from_config(DynamicDDIMScheduler(thresholding=True).config, thresholding=thresholding)
-    pair = with_timesteps(10, stock, DDIMInverseScheduler.from_config(stock.config))
-    if not thresholding:
-        return check_mirrored(*pair)
-    with pytest.raises(ValueError, match=r"need DDIMScheduler.from_config\(config, thresholding=False\)"):
-        check_mirrored(*pair)
 
 
 CHANGED = {
@@ -318,23 +224,14 @@ def test_every_argument_survives_saving(scheduler_class, last, tmp_path):
     options, default = CHANGED | last, scheduler_class()
     if "solver_order" in last:
         del options["rescale_betas_zero_snr"]  # can't be combined
-    assert {k for k in default.config if not k.startswith("_")} - {"trained_betas"} == {
-        *CHANGED, "num_fixed_point_iterations", "solver_order", "image_at_first_timestep",
-    }  # fmt: skip
+    names = {*CHANGED, "num_fixed_point_iterations", "solver_order", "image_at_first_timestep"}
+    assert {k for k in default.config if not k.startswith("_")} - {"trained_betas"} == names
     assert all(default.config[k] != value for k, value in options.items())
     scheduler_class(**options).save_pretrained(tmp_path)
     loaded = scheduler_class.from_pretrained(tmp_path)
     assert {k: loaded.config[k] for k in options} == options
     assert torch.equal(loaded.alphas_cumprod, scheduler_class(**options).alphas_cumprod)
     assert not torch.equal(loaded.alphas_cumprod, default.alphas_cumprod)
-
-
-def test_each_direction_is_made_from_the_other():
-    there = DynamicDDIMInverseScheduler.from_config(DynamicDDIMScheduler(**CHANGED).config)
-    assert {k: there.config[k] for k in CHANGED} == CHANGED
-    assert there.config.num_fixed_point_iterations == 0
-    back = DynamicDDIMScheduler.from_config(there.config)
-    assert {k: back.config[k] for k in CHANGED} == CHANGED
 
 
 def test_made_from_a_stock_configuration():
@@ -364,7 +261,6 @@ OURS_DIFFER = {
         (DynamicDDIMScheduler(timestep_spacing="trailing"), DynamicDDIMInverseScheduler()),
         (DynamicDDIMScheduler(thresholding=False), DynamicDDIMInverseScheduler()),
         (DDIMScheduler(timestep_spacing="trailing"), DDIMInverseScheduler()),
-        (DDIMScheduler(timestep_spacing="linspace"), DDIMInverseScheduler()),
         (DDIMScheduler(num_train_timesteps=500), DDIMInverseScheduler()),
         (DDIMScheduler(clip_sample_range=2.0), DDIMInverseScheduler()),
         (DDIMScheduler.from_config(SAVED), DDIMInverseScheduler.from_config(SAVED)),
@@ -374,12 +270,11 @@ OURS_DIFFER = {
         (DDIMScheduler.from_config(SAVED), DynamicDDIMInverseScheduler()),
         (DDIMScheduler(clip_sample=True), DynamicDDIMInverseScheduler(**STATIC)),
         (DDIMScheduler(), DynamicDDIMInverseScheduler(**STATIC, use_clipped_model_output=False)),
-        (DPMSolverMultistepScheduler(**TRAILING), DPMSolverMultistepInverseScheduler(**TRAILING)),
+        (DDIMScheduler(**TRAILING), DPMSolverMultistepInverseScheduler(**TRAILING)),
     ],
 )
 def test_schedulers_that_do_not_mirror_each_other_are_refused(make_pipeline, images, forward, inverse):
-    reason = "inverse_scheduler is a DPMSolver|scheduler and inverse_scheduler differ in"
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError, match="inverse_scheduler is a DPMSolver|scheduler and inverse_scheduler differ in"):
         make_pipeline((forward, inverse))(images, **SHORT)
 
 
@@ -393,6 +288,7 @@ def test_normalisation_of_the_same_kind_mirrors_itself(make_pipeline, images, op
 
 def test_a_static_clip_like_that_of_the_stock_scheduler_mirrors_it(make_pipeline, images):
     options = {**STATIC, "use_clipped_model_output": False, "threshold_clean_sample": True}
-    pairs = [(DDIMScheduler(), DynamicDDIMInverseScheduler(**options)), (DDIMScheduler(), DDIMInverseScheduler())]
-    mixed, stock = (make_pipeline(schedulers)(images, **SHORT).heatmaps for schedulers in pairs)
-    torch.testing.assert_close(mixed, stock, atol=1e-4, rtol=0)
+    inverses = DynamicDDIMInverseScheduler(**options), DDIMInverseScheduler()
+    mixed, stock = (make_pipeline((DDIMScheduler(), inverse))(images, **SHORT) for inverse in inverses)
+    torch.testing.assert_close(mixed.heatmaps, stock.heatmaps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(mixed.latents, stock.latents, atol=1e-4, rtol=0)

@@ -5,17 +5,12 @@ import pytest
 from diffusers_cf.settings import settings_in_use
 
 
-FACTS = {"settings": {"map": "reconstruction", "threshold": 0.1}, "paper_threshold": 0.2}
-
-
 @pytest.mark.parametrize(
     ("name", "given", "threshold"),
     [
         (None, {}, 0.1),
-        (None, {"map": "reconstruction"}, 0.1),
         (None, {"map": None, "strength": 0.3}, 0.1),
         (None, {"map": "forward"}, None),
-        (None, {"map": "counterfactual"}, None),
         (None, {"map": "forward", "threshold": 0.3}, 0.3),
         ("paper", {}, 0.2),
         ("paper", {"map": "counterfactual"}, 0.2),
@@ -23,11 +18,8 @@ FACTS = {"settings": {"map": "reconstruction", "threshold": 0.1}, "paper_thresho
     ],
 )
 def test_a_threshold_goes_with_its_map(name, given, threshold):
-    """Each map has a scale of its own."""
-    assert settings_in_use(FACTS, given, name)["threshold"] == threshold
-
-
-def test_a_model_that_names_no_map_has_the_papers():
-    for facts in ({"settings": {"threshold": 0.1}}, {"settings": {"threshold": 0.1, "map": None}}):
-        assert settings_in_use(facts, {"map": "counterfactual"})["threshold"] == 0.1
-        assert settings_in_use(facts, {"map": "signed"})["threshold"] is None
+    facts = {"settings": {"map": "reconstruction", "threshold": 0.1}, "paper_threshold": 0.2}
+    assert settings_in_use(facts, given, name)["threshold"] == threshold
+    for unnamed in ({"threshold": 0.1}, {"threshold": 0.1, "map": None}):  # has the map of the paper
+        assert settings_in_use({"settings": unnamed}, {"map": "counterfactual"})["threshold"] == 0.1
+        assert settings_in_use({"settings": unnamed}, {"map": "signed"})["threshold"] is None

@@ -5,29 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from training_data import MadeSlices
 
 from diffusers_cf.errors import InputError
 from diffusers_cf.training.batches import PositionBatches, TrainingSlices, augment_images
 
 
-class MadeSlices:
-    """Slices in memory, read as a `SliceDataset` is."""
-
-    folder = "made"
-
-    def __init__(self, labels, channels=2):
-        self.labels = np.asarray(labels)
-        self.images = torch.rand(len(labels), channels, 8, 8, generator=torch.Generator().manual_seed(0))
-
-    def __getitems__(self, indices):
-        return indices
-
-    def collate(self, rows):
-        return {"images": self.images[rows], "labels": torch.from_numpy(self.labels[rows])}
-
-
 def training_slices(labels=(0, 0, 0, 1), seed=0, **options):
-    return TrainingSlices(MadeSlices(labels), seed, (8, 8), **options)
+    images = torch.rand(len(labels), 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    return TrainingSlices(MadeSlices(images, labels), seed, (8, 8), **options)
 
 
 def batch_at(slices, positions):
@@ -35,19 +21,12 @@ def batch_at(slices, positions):
 
 
 def test_classes_come_evenly_however_rare_one_is():
-    slices = training_slices([0] * 90 + [1] * 10)
-    drawn = np.array([slices.index_at(position) for position in range(6000, 10_000)])
-    assert abs((drawn >= 90).sum() - 2000) < 5 * math.sqrt(4000 / 4)
-    # within a class every slice has the same chance: 2000 / 10 and 2000 / 90 draws each
-    for class_counts in (np.bincount(drawn, minlength=100)[90:], np.bincount(drawn, minlength=100)[:90]):
-        expected = 2000 / len(class_counts)
-        assert (np.abs(class_counts - expected) < 5 * math.sqrt(expected)).all()
-
-
-def test_three_classes_one_third_each():
-    slices = training_slices([0] * 50 + [1] * 5 + [2] * 2)
-    classes = slices.labels[[slices.index_at(position) for position in range(3000)]]
-    assert (np.abs(np.bincount(classes) - 1000) < 5 * math.sqrt(3000 * 2 / 9)).all()
+    slices = training_slices([0] * 90 + [1] * 10 + [2] * 2)
+    drawn = np.array([slices.index_at(position) for position in range(6000, 12_000)])
+    for counts in np.split(np.bincount(drawn, minlength=102), [90, 100]):
+        assert abs(counts.sum() - 2000) < 5 * math.sqrt(6000 * 2 / 9)
+        expected = 2000 / len(counts)  # within a class every slice has the same chance
+        assert (np.abs(counts - expected) < 5 * math.sqrt(expected)).all()
 
 
 def test_an_index_is_a_function_of_seed_and_position():
@@ -57,12 +36,6 @@ def test_an_index_is_a_function_of_seed_and_position():
     assert [jumped.index_at(position) for position in positions] == [in_order[position] for position in positions]
     other = training_slices(range(40), seed=1)
     assert [other.index_at(p) for p in range(50)] != [jumped.index_at(p) for p in range(50)]
-
-
-def test_only_the_first_samples_are_drawn():
-    slices = training_slices([0, 1] * 50, max_samples=6)
-    assert slices.num_slices == 6
-    assert {slices.index_at(position) for position in range(200)} == set(range(6))
 
 
 def test_an_empty_split_is_refused():
@@ -93,26 +66,17 @@ def test_noise_timesteps_and_uniform_have_their_distributions():
     n = batch["noise"].numel()
     assert abs(batch["noise"].mean()) < 5 / math.sqrt(n) and abs(batch["noise"].std() - 1) < 5 / math.sqrt(2 * n)
     # drawn from one generator, yet independent of one another and of the class
-    table = torch.stack(
-        [batch[key].double() for key in ("timesteps", "uniform", "labels")] + [batch["noise"][:, 0, 0, 0]]
-    )
-    assert (torch.corrcoef(table) - torch.eye(4)).abs().max() < 5 / math.sqrt(2000)
+    columns = [batch[key].double() for key in ("timesteps", "uniform", "labels")] + [batch["noise"][:, 0, 0, 0]]
+    assert (torch.corrcoef(torch.stack(columns)) - torch.eye(4)).abs().max() < 5 / math.sqrt(2000)
     assert batch_at(training_slices(), range(2000))["timesteps"].max() > 990
 
 
-def test_images_fill_the_range_of_the_network():
-    slices = MadeSlices([0, 1])
-    slices.images[:] = torch.tensor([0.0, 1.5])[:, None, None, None]
-    batch = batch_at(TrainingSlices(slices, 0, (4, 4)), range(6))
+@pytest.mark.parametrize("options, peak", [({}, 1.0), ({"clip_input": False}, 2.0)])
+def test_images_fill_the_range_of_the_network_and_peaks_stay_where_they_are_not_cut(options, peak):
+    images = torch.tensor([0.0, 1.5]).reshape(2, 1, 1, 1).expand(2, 2, 8, 8)
+    batch = batch_at(TrainingSlices(MadeSlices(images, [0, 1]), 0, (4, 4), **options), range(6))
     assert batch["images"].shape == batch["noise"].shape == (6, 2, 4, 4)
-    torch.testing.assert_close(batch["images"][:, 0, 0, 0], torch.where(batch["labels"] == 0, -1.0, 1.0))
-
-
-def test_peaks_stay_where_they_are_not_cut():
-    slices = MadeSlices([0, 1])
-    slices.images[:] = torch.tensor([0.0, 1.5])[:, None, None, None]
-    batch = batch_at(TrainingSlices(slices, 0, (4, 4), clip_input=False), range(6))
-    torch.testing.assert_close(batch["images"][:, 0, 0, 0], torch.where(batch["labels"] == 0, -1.0, 2.0))
+    torch.testing.assert_close(batch["images"][:, 0, 0, 0], torch.where(batch["labels"] == 0, -1.0, peak))
 
 
 def positions_of(first, last, batch_size, parts, world):
@@ -135,9 +99,6 @@ def test_positions_are_the_same_however_a_batch_is_split():
     assert positions_of(3, 5, 2, 2, 2) == {step: whole[step] for step in (3, 4)}
 
 
-NEUTRAL = torch.full((1, 6 + 3), 0.5)
-
-
 def picture(height=24, width=40):
     """A block away from the centre, nothing around it: (1, 3, H, W)."""
     images = torch.zeros(1, 3, height, width)
@@ -146,7 +107,7 @@ def picture(height=24, width=40):
 
 
 def drawn(**changes):
-    draws = NEUTRAL.clone()
+    draws = torch.full((1, 6 + 3), 0.5)
     names = ("flip", "rotation", "scale_y", "scale_x", "shift_y", "shift_x", "gain0", "gain1", "gain2")
     for name, value in changes.items():
         draws[:, names.index(name)] = value

@@ -2,20 +2,14 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-import torch
 from safetensors import SafetensorError
 from training_data import stub_accelerator
 
 from diffusers_cf.errors import InputError
-from diffusers_cf.training.checkpoints import (
-    STATE_FILE,
-    check_weights,
-    find_checkpoint,
-    finished_checkpoints,
-    save_checkpoint,
-)
+from diffusers_cf.training.checkpoints import STATE_FILE, find_checkpoint, finished_checkpoints, save_checkpoint
 
 
 FACTS = {"seed": 3, "global_batch": 8, "slices": 16}
@@ -37,15 +31,12 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
     assert find_checkpoint(tmp_path, "latest", FACTS) == (tmp_path / "checkpoint-2", FACTS | {"step": 2})
 
     for error in (OSError("disk full"), RuntimeError("unexpected pos: disk full"), SafetensorError("disk full")):
-
-        def fail(folder, error=error):
-            raise error
-
+        fail = Mock(side_effect=error)
         for step in (2, 4):
             with pytest.raises(OSError, match=f"can't be written .*disk full.*checkpoint-{step}"):
                 save(tmp_path, step, save_model=fail)
             assert find_checkpoint(tmp_path, "latest", FACTS) == (tmp_path / "checkpoint-2", FACTS | {"step": 2})
-            assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
+            assert names(tmp_path) == ["checkpoint-2"]
 
 
 def test_the_limit_takes_the_oldest_and_never_the_new_one(tmp_path):
@@ -71,23 +62,20 @@ def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in finished_checkpoints(tmp_path)] == ["checkpoint-10"]
 
 
-def test_half_written_checkpoints_are_not_found(tmp_path):
-    for name in ("checkpoint-9", "checkpoint-10", ".checkpoint-30.tmp", "checkpoint-40-copy", "checkpoint-x"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / STATE_FILE).write_text(json.dumps({"step": 1} | FACTS))
-    (tmp_path / "checkpoint-20").mkdir()
-    assert [path.name for path in finished_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
-    assert find_checkpoint(tmp_path, "latest", FACTS)[0].name == "checkpoint-10"
-
-
 def test_what_to_resume_from(tmp_path):
     assert find_checkpoint(tmp_path, None, FACTS) is None
     assert find_checkpoint(tmp_path, "latest", FACTS) is None
     assert find_checkpoint(tmp_path / "none", "latest", FACTS) is None
-    save(tmp_path, 6)
-    save(tmp_path, 8)
+    for step in (6, 8, 10):
+        save(tmp_path, step)
     by_name, by_path = (find_checkpoint(tmp_path, n, FACTS) for n in ("checkpoint-6", str(tmp_path / "checkpoint-6")))
     assert by_name == by_path == (tmp_path / "checkpoint-6", FACTS | {"step": 6})
+    for half_written in (".checkpoint-30.tmp", "checkpoint-40-copy", "checkpoint-x"):
+        (tmp_path / "checkpoint-6").rename(tmp_path / half_written)
+        save(tmp_path, 6)
+    (tmp_path / "checkpoint-20").mkdir()
+    assert [path.name for path in finished_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (6, 8, 10)]
+    assert find_checkpoint(tmp_path, "latest", FACTS)[0].name == "checkpoint-10"
 
 
 @pytest.mark.parametrize(
@@ -95,10 +83,8 @@ def test_what_to_resume_from(tmp_path):
     [
         (None, "can't be read (No such file or directory)"),
         ('{"step": 6, "se', "not a readable complete checkpoint ("),
-        ("[]", "not a readable complete checkpoint ("),
         ('{"seed": 3}', "not a readable complete checkpoint ("),
         (json.dumps({"step": 6} | FACTS | {"seed": 4}), "made with seed = 4, this run has 3"),
-        (json.dumps({"step": 6} | FACTS | {"global_batch": 4}), "made with global_batch = 4, this run has 8"),
         (json.dumps({"step": 6} | FACTS | {"slices": 99}), "made with slices = 99, this run has 16"),
     ],
 )
@@ -109,10 +95,3 @@ def test_checkpoints_that_cannot_be_resumed(tmp_path, state, reason):
     with pytest.raises(InputError) as error:
         find_checkpoint(tmp_path, "checkpoint-6", FACTS)
     assert str(error.value).startswith(f"{tmp_path / 'checkpoint-6'}: {reason}")
-
-
-def test_broken_weights_are_refused():
-    check_weights([torch.ones(3), torch.zeros(2)], 5)
-    for bad in (float("nan"), float("inf")):
-        with pytest.raises(InputError, match="^the weights became NaN or infinite by step 5: "):
-            check_weights([torch.ones(3), torch.tensor([0.0, bad])], 5)

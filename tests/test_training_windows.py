@@ -3,13 +3,11 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from training_data import write_training_set
+from training_data import forget_accelerator, two_slices, write_training_set
 
 import train_counterfactual
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
-from diffusers_cf.models import class_token_encoder, counterfactual_unet
 from diffusers_cf.training.batches import PositionBatches, TrainingSlices
 from train_counterfactual import parse_args
 
@@ -17,22 +15,8 @@ from train_counterfactual import parse_args
 SIDE, COUNT = 32, 200
 
 
-class MadeSlices:
-    """Two images in memory: one with a foreground of 20 x 12 pixels, one that is filled."""
-
-    folder, labels = "made", (0, 1)
-
-    def __getitems__(self, indices):
-        return indices
-
-    def collate(self, rows):
-        images = torch.rand(2, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) + 0.1
-        images[0, :, :5] = images[0, :, 25:] = images[0, :, :, :10] = images[0, :, :, 22:] = 0
-        return {"images": images[rows], "labels": torch.tensor(rows)}
-
-
 def parts_of(share, positions=range(COUNT)):
-    slices = TrainingSlices(MadeSlices(), 0, (SIDE, SIDE), crop_background=share)
+    slices = TrainingSlices(two_slices(), 0, (SIDE, SIDE), crop_background=share)
     return slices.collate_parts(slices.__getitems__(list(positions)))
 
 
@@ -78,16 +62,12 @@ def test_a_pipeline_trained_on_windows_computes_windows(pipe, tmp_path, given, o
     options = ["--dataset", str(data), "--output_dir", str(tmp_path / "out"), "--resolution", "32"]
     options += ["--crop_background", given] if given else []
     if of_base:
-        made = train_counterfactual.build_pipeline(
-            parse_args([*options, "--crop_background", "1"]), counterfactual_unet(image_size=32, num_channels=2),
-            class_token_encoder(), SliceDataset(data, "train").preprocessing,
-        )  # fmt: skip
-        assert made.config.crop_background
-        made.save_pretrained(tmp_path / "base")
+        pipe.unet.register_to_config(sample_size=32)
+        pipe.register_to_config(crop_background=True)
+        pipe.save_pretrained(tmp_path / "base")
         options += ["--pretrained_model", str(tmp_path / "base")]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    args = parse_args(options)
-    run, pipeline = train_counterfactual.set_up(args, Accelerator(cpu=True), tmp_path / "out")
+    forget_accelerator()
+    run, pipeline = train_counterfactual.set_up(parse_args(options), Accelerator(cpu=True), tmp_path / "out")
     assert run.slices.crop_background == expected
     assert pipeline().config.crop_background is bool(expected) and pipeline().config.clip_input
     assert run.metadata["crop_background"] == (expected or None)
@@ -95,9 +75,8 @@ def test_a_pipeline_trained_on_windows_computes_windows(pipe, tmp_path, given, o
 
 
 def test_windows_are_those_of_the_network(pipe):
-    slices = TrainingSlices(
-        MadeSlices(), 0, (16, 16), crop_background=0.5, halvings=len(pipe.unet.config.down_block_types) - 1
-    )
+    halvings = len(pipe.unet.config.down_block_types) - 1
+    slices = TrainingSlices(two_slices(), 0, (16, 16), crop_background=0.5, halvings=halvings)
     pipe.unet.register_to_config(sample_size=16)
     inside = torch.zeros(1, 2, 16, 16)
     inside[:, :, 4:6, 4:6] = 1
@@ -108,4 +87,4 @@ def test_windows_are_those_of_the_network(pipe):
 
 def test_images_that_are_too_small_for_windows_are_refused():
     with pytest.raises(InputError, match="^--crop_background: images of 8 pixels are too small to be cut to windows$"):
-        TrainingSlices(MadeSlices(), 0, (8, 8), crop_background=0.5)
+        TrainingSlices(two_slices(), 0, (8, 8), crop_background=0.5)

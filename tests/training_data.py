@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_cf.arguments import run_command
@@ -32,16 +33,7 @@ def made_patient(index: int, channels: int, masks: bool, size: int, area: float 
     return PatientSlices(f"p{index}", images.astype(np.float32), labels, np.arange(8) + 30, drawn if masks else None)
 
 
-def write_training_set(
-    folder,
-    channels: int = 2,
-    masks: bool = True,
-    classes=CLASSES,
-    size: int = 16,
-    test: tuple[int, ...] = (),
-    area: float = 0.8,
-    **changes,
-):
+def write_training_set(folder, channels=2, masks=True, classes=CLASSES, size=16, test=(), area=0.8, **changes):
     """Patients 0 and 1 for training, 2 for validation, those of `test` for test; returns the folder."""
     (folder / "data").mkdir(parents=True)
     splits = {}
@@ -58,6 +50,32 @@ def write_training_set(
     }  # fmt: skip
     (folder / "preprocessing.json").write_text(json.dumps(facts | changes))
     return folder
+
+
+class MadeSlices:
+    """Slices in memory, read as a `SliceDataset` is."""
+
+    def __init__(self, images, labels):
+        self.folder, self.images, self.labels = "made", images, np.array(labels)
+
+    def __getitems__(self, indices):
+        return indices
+
+    def collate(self, rows):
+        return {"images": self.images[rows], "labels": torch.from_numpy(self.labels[rows])}
+
+
+def two_slices():
+    """One image with a foreground of 20 x 12 pixels, and one that is filled."""
+    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) + 0.1
+    images[0, :, :5] = images[0, :, 25:] = images[0, :, :, :10] = images[0, :, :, 22:] = 0
+    return MadeSlices(images, (0, 1))
+
+
+def forget_accelerator():
+    """Let the next accelerator have another precision and another number of parts."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def stub_accelerator():
@@ -82,8 +100,7 @@ def options(dataset, output, **changes):
 
 def run_here(dataset, output, **changes):
     """Exit code of a run in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
     return run_command(lambda: main(parse_args(options(dataset, output, **changes))))
 
 
