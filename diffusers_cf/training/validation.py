@@ -22,13 +22,13 @@ NUM_PICTURES = 8
 
 
 class Validation:
-    """Runs the pipeline on slices of the validation split: the same ones each time, spread evenly over the split.
+    """Run the pipeline on slices of the validation split: always the same ones, spread evenly over the split.
 
     Args:
-        args: options of the training script (`dataset`, `validation_steps`, `num_validation_slices`).
-        accelerator: its trackers log what is measured; the main process alone works.
+        args (`Namespace`): options of the training script.
+        accelerator (`Accelerator`): its trackers log the scores; only the main process computes.
         output (`Path`): pictures and the scores of all steps, scores.json, go to `output/validation`.
-        global_batch (`int`): images an optimiser step.
+        global_batch (`int`): images per optimiser step.
     """
 
     def __init__(self, args, accelerator, output: Path, global_batch: int):
@@ -43,11 +43,11 @@ class Validation:
             self.indices = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))
 
     def is_due(self, step: int) -> bool:
-        """Whether this step is to be validated."""
+        """Return whether this step is to be validated."""
         return self.dataset is not None and (step == self.last or step % self.steps == 0)
 
     def is_done(self, step: int) -> bool:
-        """Whether this step's scores are written."""
+        """Return whether the scores of this step are written."""
         return step in [row["step"] for row in self._curve()]
 
     def _curve(self) -> list[dict]:
@@ -55,7 +55,7 @@ class Validation:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
     def run(self, pipe, step: int) -> dict[str, float]:
-        """Scores of the pipeline at a step, logged; empty where there is nothing to validate on."""
+        """Measure the pipeline at a step, log its scores and return them; {} if there is nothing to validate on."""
         if self.dataset is None:
             return {}
 
@@ -72,7 +72,7 @@ class Validation:
         return scores
 
     def _add_to_curve(self, step: int, scores: dict[str, float]) -> None:
-        """A run that goes on from a checkpoint replaces what came after it."""
+        """Add the scores of a step; those of later steps, from before a resume, are replaced."""
         before = [row for row in self._curve() if row["step"] < step]
         write_json(
             before + [{"step": step, "images": step * self.global_batch, **scores}], self.folder / "scores.json"
