@@ -26,7 +26,7 @@ from diffusers_cf import class_token_encoder, counterfactual_unet
 from diffusers_cf.arguments import ArgumentParser
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.models import UNET_SIZES, ConditionalNoisePredictor
-from diffusers_cf.training.options import parse_args
+from train_counterfactual import parse_args
 
 
 WAYS = ("ours", "plain")

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from diffusers_cf.provenance import command_line, public_command
-from diffusers_cf.training.options import command_of, parse_args
+from train_counterfactual import command_of, parse_args
 
 
 @pytest.mark.parametrize(

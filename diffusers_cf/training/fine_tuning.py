@@ -12,7 +12,6 @@ from diffusers_cf.inference import modalities_of
 from diffusers_cf.maps import check_signs
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.provenance import package_commit
-from diffusers_cf.training.options import command_of
 
 
 WINDOWS_OF_BASE = 0.7  # share of the images that go on in windows, where the base computes in them
@@ -91,14 +90,14 @@ def _check_fits(args, pipe: CounterfactualDDIMPipeline, dataset: SliceDataset) -
             raise InputError(f"{args.pretrained_model}: was trained with --{option} {theirs}, this run has {ours}")
 
 
-def model_metadata(args, slices, global_batch: int, base: CounterfactualDDIMPipeline | None) -> dict:
+def model_metadata(args, slices, global_batch: int, base: CounterfactualDDIMPipeline | None, command: str) -> dict:
     """Return the model's preprocessing.json: the data set's, at the network's size, and how it was trained.
 
     Of a base model it keeps the recommended settings and signs, but no threshold: that belongs to the base's maps.
     """
     metadata = {k: v for k, v in slices.slices.preprocessing.items() if k != "splits"} | {"size": slices.image_size[0]}
     training = {
-        "command": command_of(args),
+        "command": command,
         "commit": package_commit(),
         "images": args.max_train_steps * global_batch,
         "slices": slices.num_slices,

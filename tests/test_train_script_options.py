@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusers_cf.training.options import parse_args
+from train_counterfactual import parse_args
 
 
 @pytest.mark.parametrize(
