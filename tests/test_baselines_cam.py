@@ -2,20 +2,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from trivial_phantom import trivial_batch, trivial_slices
-
-from diffusers_cf.baselines.cam import ClassActivationMap
-
-
-def tiny_cam(**changes):
-    torch.manual_seed(0)
-    sizes = {"num_channels": 1, "image_size": 16, "embedding_size": 16, "hidden_sizes": (32,), "depths": (2,)}
-    return ClassActivationMap(**(sizes | changes))
+from trivial_phantom import tiny, trivial_batch, trivial_slices
 
 
 def constant_cam(bias_difference):
     """A classifier whose logits differ by its biases, whatever it sees."""
-    method = tiny_cam()
+    method = tiny("cam")
     head = method.resnet.classifier[-1]
     nn.init.zeros_(head.weight)
     head.bias.data = torch.tensor([0.5, 0.5 + bias_difference])
@@ -24,7 +16,7 @@ def constant_cam(bias_difference):
 
 @pytest.mark.parametrize(("stages", "side"), [({}, 4), ({"hidden_sizes": (16, 24), "depths": (1, 1)}, 2)])
 def test_the_mean_of_the_map_is_the_difference_of_the_logits(stages, side):
-    method, images = tiny_cam(**stages).eval(), trivial_slices(5, 0, True)[0]
+    method, images = tiny("cam", **stages).eval(), trivial_slices(5, 0, True)[0]
     method.resnet.classifier[-1].bias.data = torch.tensor([0.3, -1.1])
     logits, maps = method.resnet(images).logits, method.activation_map(images)
     assert maps.shape == (5, side, side)
@@ -41,7 +33,7 @@ def test_maps_are_minus_log_p_healthy_in_the_foreground(bias_difference):
 
 
 def test_maps_keep_the_order_of_negative_evidence_above_the_background():
-    method, images = tiny_cam().eval(), trivial_slices(2, 0, True)[0]
+    method, images = tiny("cam").eval(), trivial_slices(2, 0, True)[0]
     method.resnet.classifier[-1].bias.data = torch.tensor([20.0, 0.0])
     maps, tissue = method.anomaly_map(images), images[:, 0] > 0
     with torch.no_grad():
@@ -53,7 +45,7 @@ def test_maps_keep_the_order_of_negative_evidence_above_the_background():
 
 
 def test_images_are_clipped_and_resized_for_the_network():
-    method, images = tiny_cam().eval(), 2 * torch.rand(3, 1, 32, 32)
+    method, images = tiny("cam").eval(), 2 * torch.rand(3, 1, 32, 32)
     expected = method.anomaly_map(functional.avg_pool2d(images.clamp(max=1), 2))
     torch.testing.assert_close(method.anomaly_map(images), expected)
 
@@ -69,7 +61,7 @@ def test_the_loss_is_the_cross_entropy_of_healthy_against_all_others():
 
 
 def test_training_and_inference_show_the_network_the_same_range():
-    method, batch = tiny_cam().eval(), trivial_batch(4, 0, "all")
+    method, batch = tiny("cam").eval(), trivial_batch(4, 0, "all")
     with torch.no_grad():
         logits = method.activation_map(method.network_input((batch["images"] + 1) / 2)).mean((1, 2))
     expected = functional.binary_cross_entropy_with_logits(logits, batch["labels"].float())

@@ -1,14 +1,9 @@
 """How the diffusion models of the tables are trained."""
 
 import torch
-from trivial_phantom import trivial_batch
+from trivial_phantom import tiny, trivial_batch
 
 from diffusers_cf.baselines import network_of_data
-
-
-def tiny(name):
-    torch.manual_seed(0)
-    return network_of_data(name, "small", 1, 16, ("healthy", "unhealthy"))
 
 
 def test_the_classifier_sees_as_much_noise_as_it_is_told():

@@ -4,11 +4,27 @@ import torch
 from accelerate import Accelerator
 from sklearn.metrics import average_precision_score
 
+from diffusers_cf.baselines import NETWORKS, network_of_data
 from diffusers_cf.baselines.method import TrainableMethod
 from diffusers_cf.training.loop import Training
 
 
 SIDE, SQUARE = 16, 4
+RATES = {"learning_rate": 1e-3, "encoder_learning_rate": 1e-3}
+TINY = {
+    "fanogan": {"block_out_channels": (8, 16, 16), "latent_dim": 32} | RATES,
+    "vae": {"base_channels": 16},
+    "dae": {"block_out_channels": (8, 16, 32)},
+    "cam": {"embedding_size": 16, "hidden_sizes": (32,), "depths": (2,)},
+}
+
+
+def tiny(name: str, **changes) -> TrainableMethod:
+    """Return an untrained network of `NETWORKS` for the trivial slices."""
+    torch.manual_seed(0)
+    if name in TINY:
+        return NETWORKS[name].cls(**{"num_channels": 1, "image_size": SIDE} | TINY[name] | changes)
+    return network_of_data(name, "small", 1, SIDE, ("healthy", "unhealthy"))
 
 
 def trivial_slices(count: int, seed: int, lesions: bool) -> tuple[torch.Tensor, torch.Tensor]:
