@@ -4,8 +4,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from model_files import edit_json
 from training_data import write_training_set
 
 from diffusers_cf.baselines import NETWORKS, training
@@ -218,8 +220,7 @@ def test_a_finished_network_is_used_again_and_figures_train_nothing(results, dat
 
 def test_data_sets_of_one_table_are_of_one_kind(dataset, tmp_path, capsys):
     other = shutil.copytree(dataset, tmp_path / "copy")
-    facts = json.loads((other / "preprocessing.json").read_text())
-    (other / "preprocessing.json").write_text(json.dumps(facts | {"source": "folder"}))
+    edit_json(other / "preprocessing.json", source="folder")
     options = ["--dataset", str(dataset), str(other), "--preset", "smoke", "--output", str(tmp_path / "out")]
     assert main(["benchmark", *options]) == 2
     assert "differ in source" in capsys.readouterr().err
@@ -243,19 +244,15 @@ def test_an_output_that_is_a_file_is_named(dataset, tmp_path, capsys):
 
 
 def test_settings_whose_maps_are_not_finite_are_not_chosen(dataset):
-    class Spoiled:
-        candidates = ({"bad": True}, {"bad": False})
-        settings = None
-
-        def maps_of_candidates(self, images):
-            yield 1, images[:, 0]
-            yield 0, images[:, 0] * float("nan")
-
-    method, data = Spoiled(), BenchmarkData(str(dataset), PRESETS["smoke"])
+    method, data = (
+        SimpleNamespace(candidates=[{"bad": True}, {"bad": False}]),
+        BenchmarkData(dataset, PRESETS["smoke"]),
+    )
+    method.maps_of_candidates = lambda images: [(1, images[:, 0]), (0, images[:, 0] * float("nan"))]
     assert [found["auprc"] is None for found in choose_settings(method, data)["tried"]] == [True, False]
     assert method.settings == {"bad": False}
-    Spoiled.maps_of_candidates = lambda self, images: ((i, images[:, 0] * float("inf")) for i in range(2))
-    with pytest.raises(InputError, match="Spoiled"):
+    method.maps_of_candidates = lambda images: [(i, images[:, 0] * float("inf")) for i in range(2)]
+    with pytest.raises(InputError, match="the maps of every setting"):
         choose_settings(method, data)
 
 

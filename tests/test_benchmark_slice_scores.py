@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 
 from diffusers_cf.benchmark.slice_scores import diffusion_classifier_scores, position_scores, relative_positions
 
@@ -70,16 +69,7 @@ def test_the_diffusion_classifier_in_closed_form(images, gaussian):
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-3)
     for noise in noises:  # the same for all slices, another for each t
         torch.testing.assert_close(noise, noise[:1].expand_as(noise), rtol=0, atol=1e-4)
-    assert (noises[0] - noises[1]).abs().mean() > 0.5
-
-
-def test_the_diffusion_classifier_tells_gaussian_classes_apart(gaussian):
-    (pipe, _), timesteps = gaussian, (200, 400, 600)
-    noise = torch.randn(2, 16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    images = torch.cat([((mean + STD * part + 1) / 2).clamp(0.01, 1) for mean, part in zip(MEANS, noise, strict=True)])
-    scores = diffusion_classifier_scores(pipe, images, timesteps, seed=0)
-    assert scores.shape == (32,) and not scores.requires_grad
-    assert roc_auc_score([0] * 16 + [1] * 16, scores) > 0.99
+    assert (noises[0] - noises[1]).abs().mean() > 0.5 and not scores.requires_grad
 
 
 def test_a_score_depends_on_seed_and_slice_alone(pipe, images):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluation_data import FakeDataset
 
 from diffusers_cf.baselines import ROWS
 from diffusers_cf.benchmark.networks import Method, methods_for
@@ -17,28 +18,17 @@ RESULTS = Path(__file__).parent.parent / "results"
 PATIENTS, SLICES, SIDE = 4, 3, 16
 
 
-class Slices:
-    """What `evaluate` needs of a data set: every slice but the first of each patient has a lesion; patient p3 is healthy."""
-
-    has_masks = True
+class Slices(FakeDataset):
+    """Every slice but the first of each patient has a lesion; patient p3 is healthy."""
 
     def __init__(self):
         self.patients = np.repeat([f"p{i}" for i in range(PATIENTS)], SLICES)
         self.slices = np.tile(np.arange(SLICES), PATIENTS)
         self.labels = ((self.slices > 0) & (self.patients != "p3")).astype(int)
-        self.masks = np.zeros((len(self), SIDE, SIDE), dtype=np.uint8)
+        self.masks = np.zeros((PATIENTS * SLICES, SIDE, SIDE), dtype=np.uint8)
         self.masks[self.labels > 0, 5:11, 5:10] = 1
-        self.images = np.zeros((len(self), 1, SIDE, SIDE), dtype=np.float32)
+        self.images = np.zeros((PATIENTS * SLICES, 1, SIDE, SIDE), dtype=np.float32)
         self.images[:, :, 1:-1, 1:-1] = 0.5
-
-    def __len__(self):
-        return len(self.patients)
-
-    def __getitems__(self, rows):
-        return rows
-
-    def collate(self, rows):
-        return {name: getattr(self, name)[rows] for name in ("images", "masks", "labels", "slices")}
 
 
 def write_cell(folder, method, seed, signal, threshold=0.8, patients=PATIENTS, **facts):
