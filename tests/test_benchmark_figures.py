@@ -31,10 +31,8 @@ def test_process_runs_right_above_and_left_below(tmp_path):
     assert is_png(tmp_path / "f.png")
     *rows, end = sorted(figure.axes, key=lambda axis: axis.get_position().x0)
     below, above = ([a for a in rows if (a.get_position().y0 > 0.4) == upper] for upper in (False, True))
-    for axis, expected in zip(above, [image, image, *steps[:2]], strict=True):
-        np.testing.assert_array_equal(shown(axis), expected)
-    for axis, expected in zip(below, [heat, counterfactual, *steps[2:]], strict=True):
-        np.testing.assert_array_equal(shown(axis), expected)
+    np.testing.assert_array_equal([shown(axis) for axis in above], [image, image, *steps[:2]])
+    np.testing.assert_array_equal([shown(axis) for axis in below], [heat, counterfactual, *steps[2:]])
     np.testing.assert_array_equal(shown(end), latent)
     assert {a.images[0].get_clim() for a in [*above, *below[1:], end]} == {(GREY["vmin"], GREY["vmax"])}
     assert below[0].images[0].get_clim() == (0, np.percentile(heat, 99.9))
@@ -50,8 +48,7 @@ def test_every_map_is_shown_in_one_unit_per_method(tmp_path):
     assert is_png(tmp_path / "f.png")
     axes = np.array(figure.axes[:-1]).reshape(3, 4)
     for i, row in enumerate(axes):
-        np.testing.assert_array_equal(shown(row[0]), images[i])
-        np.testing.assert_array_equal(shown(row[1]), images[i])
+        np.testing.assert_array_equal([shown(row[0]), shown(row[1])], [images[i]] * 2)
         for axis, values in zip(row[2:], maps.values(), strict=True):
             np.testing.assert_allclose(shown(axis), values[i] / np.percentile(values, 99.9))
             assert axis.images[0].get_clim() == (0, 1)  # the same colours for all rows: a faint slice stays dark
@@ -67,24 +64,22 @@ def test_the_unit_of_maps_is_positive():
     assert figures.scale_of_maps(single) == 5 and figures.scale_of_maps(0 * single) == 1
 
 
-def points(guidance, scales, dice):
-    settings = [(scale, strength) for scale in scales for strength in (0.8, 0.4, 0.6)]
-    return [
-        {"guidance": guidance, "guidance_scale": scale, "strength": strength, "ideal_dice": value}
-        for (scale, strength), value in zip(settings, dice, strict=True)
-    ]
-
-
-IMPLICIT = points("implicit", (1.5, 3.0), (0.5, 0.6, 0.7, 0.5, 0.6, 0.7))
-CLASSIFIER = points("classifier", (10.0,), (0.2, 0.2, 0.8))
-
-
 def test_strengths_has_a_curve_for_each_guidance_and_scale(tmp_path):
-    figure = figures.plot_strengths(tmp_path / "f.png", IMPLICIT + CLASSIFIER)
+    dice = {
+        ("implicit", 1.5): (0.6, 0.7, 0.5),
+        ("implicit", 3.0): (0.5, 0.8, 0.4),
+        ("classifier", 10.0): (0.2, 0.8, 0.1),
+    }
+    points = [
+        {"guidance": guidance, "guidance_scale": scale, "strength": (0.4, 0.6, 0.8)[i], "ideal_dice": values[i]}
+        for (guidance, scale), values in dice.items()
+        for i in (2, 0, 1)
+    ]
+    figure = figures.plot_strengths(tmp_path / "f.png", points)
     assert is_png(tmp_path / "f.png")
     curves = figure.axes[0].lines
     assert [list(line.get_xdata()) for line in curves] == [[0.4, 0.6, 0.8]] * 3
-    assert [list(line.get_ydata()) for line in curves] == [[0.6, 0.7, 0.5]] * 2 + [[0.2, 0.8, 0.2]]
+    assert [tuple(line.get_ydata()) for line in curves] == list(dice.values())
     # guidance differs in colour and line style, scales in marker
     assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == 2
     assert curves[0].get_marker() != curves[1].get_marker()

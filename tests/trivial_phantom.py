@@ -2,7 +2,6 @@
 
 import torch
 from accelerate import Accelerator
-from sklearn.metrics import average_precision_score
 
 from diffusers_cf.baselines import NETWORKS, network_of_data
 from diffusers_cf.baselines.method import TrainableMethod
@@ -50,12 +49,9 @@ def trivial_batch(count: int, seed: int, trained_on: str) -> dict[str, torch.Ten
         labels[1::2] = 1
         images[1::2] = trivial_slices(count, seed + 1, True)[0][1::2]
     return {
-        "images": images * 2 - 1,
-        "labels": labels,
-        "noise": torch.randn(images.shape, generator=generator),
-        "timesteps": torch.randint(1000, (count,), generator=generator),
-        "uniform": torch.rand(count, generator=generator),
-    }
+        "images": images * 2 - 1, "labels": labels, "noise": torch.randn(images.shape, generator=generator),
+        "timesteps": torch.randint(1000, (count,), generator=generator), "uniform": torch.rand(count, generator=generator),
+    }  # fmt: skip
 
 
 def training_step(method: TrainableMethod, optimizers: dict, batch: dict, progress: float) -> None:
@@ -75,10 +71,3 @@ def train_briefly(method: TrainableMethod, steps: int) -> TrainableMethod:
     for step in range(steps):
         training_step(method, optimizers, trivial_batch(16, 1000 + 2 * step, method.trained_on), step / steps)
     return method.eval()
-
-
-def trivial_auprc(method) -> tuple[float, float]:
-    """Return the AUPRC of a method's maps over all pixels of unseen slices with a square, and the prevalence."""
-    images, masks = trivial_slices(24, 7, True)
-    maps = method.anomaly_map(images).detach().float()
-    return average_precision_score(masks.numpy().ravel(), maps.numpy().ravel()), masks.mean().item()
