@@ -39,7 +39,7 @@ def test_training_draws_the_code_from_the_posterior_by_the_noise_of_the_batch():
     code = mean + torch.exp(log_variance).sqrt() * batch["noise"].reshape(4, -1)[:, :8]
     ((name, loss),) = vae.losses(batch, 0.0)
     torch.testing.assert_close(loss, vae.negative_elbo(images, code, mean, log_variance).mean())
-    assert name in vae.optimizers()
+    assert name in vae.optimizers() and vae.config.kl_weight == 1e-3
 
 
 @torch.no_grad()
