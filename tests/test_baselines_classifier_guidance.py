@@ -138,18 +138,13 @@ def test_scale_0_is_the_plain_pipeline_and_encoding_always_is(guided_pipe, make_
 
 
 @pytest.mark.parametrize(
-    "settings, evaluations",
-    [
-        ({"guidance_scale": 0}, 8),
-        ({"guidance_scale": 1}, 12),  # the classifier is asked at 1, too
-        ({"guidance_scale": 30.0}, 12),
-        ({"guidance_scale": 30.0, "map": "reconstruction"}, 16),
-    ],
+    "scale, kind, evaluations",
+    [(0, "counterfactual", 8), (1, "counterfactual", 12), (30, "counterfactual", 12), (30, "reconstruction", 16)],
 )
-def test_network_evaluations_are_those_that_happen(guided_pipe, images, settings, evaluations):
-    counts = count_calls(guided_pipe)
-    guided_pipe(images, **settings, **SHORT)
-    assert guided_pipe.network_evaluations(**settings, **SHORT) == evaluations == counts.total() / len(images)
+def test_network_evaluations_are_those_that_happen(guided_pipe, images, scale, kind, evaluations):
+    counts, settings = count_calls(guided_pipe), SHORT | {"guidance_scale": scale, "map": kind}
+    guided_pipe(images, **settings)
+    assert guided_pipe.network_evaluations(**settings) == evaluations == counts.total() / len(images)
 
 
 def test_many_settings_share_one_encoding(guided_pipe, images):

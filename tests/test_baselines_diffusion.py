@@ -43,9 +43,7 @@ def test_the_papers_recipe_has_no_weights_no_cosine_and_no_cut_input():
     assert small.learning_rate_factor(0.5) == 0.5 and small.clip_input is True
     small.register_to_config(snr_gamma=None, clip_input=False)
     batch = trivial_batch(4, 0, "all")
-    predicted = small.network(
-        small.noise_scheduler.add_noise(batch["images"], batch["noise"], batch["timesteps"]), batch["timesteps"],
-        batch["labels"],
-    )  # fmt: skip
+    noisy = small.noise_scheduler.add_noise(batch["images"], batch["noise"], batch["timesteps"])
+    predicted = small.network(noisy, batch["timesteps"], batch["labels"])
     torch.testing.assert_close(small.validation_loss(batch), (predicted - batch["noise"]).pow(2).mean())
     assert small.pipeline().config.clip_input is False

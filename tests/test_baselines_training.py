@@ -82,9 +82,7 @@ def test_the_learning_rate_follows_the_method(splits, tmp_path):
     ("target", "comparable_from", "converged"),
     [(0.0, 0, True), (0.0, 0.75, True), (0.0, 0.8, False), (1.0, 0, False)],  # it begins at 0: nothing gets better
 )
-def test_a_training_says_whether_it_converged_and_uses_its_budget(
-    splits, tmp_path, target, comparable_from, converged
-):
+def test_a_training_says_whether_it_converged(splits, tmp_path, target, comparable_from, converged):
     method = Line(target=target)
     method.comparable_from = comparable_from
     _, record = train(splits, tmp_path, method)

@@ -23,8 +23,7 @@ def is_png(path):
 
 def test_process_runs_right_above_and_left_below(tmp_path):
     image, latent, counterfactual, heat, *steps = RNG.random((8, 16, 16))
-    mask = np.zeros((16, 16))
-    mask[3:8, 3:8] = 1
+    mask = np.pad(np.ones((5, 5)), 5)[:16, :16]
     encoding = {"image": image, "t = 1": steps[0], "t = 2": steps[1], "latent": latent}
     decoding = {"counterfactual": counterfactual, "t = 1": steps[2], "t = 2": steps[3]}
     figure = figures.plot_process(tmp_path / "f.png", encoding, decoding, heat, mask)
@@ -65,11 +64,7 @@ def test_the_unit_of_maps_is_positive():
 
 
 def test_strengths_has_a_curve_for_each_guidance_and_scale(tmp_path):
-    dice = {
-        ("implicit", 1.5): (0.6, 0.7, 0.5),
-        ("implicit", 3.0): (0.5, 0.8, 0.4),
-        ("classifier", 10.0): (0.2, 0.8, 0.1),
-    }
+    dice = {("implicit", 1): (0.6, 0.7, 0.5), ("implicit", 3): (0.5, 0.8, 0.4), ("classifier", 9): (0.2, 0.8, 0.1)}
     points = [
         {"guidance": guidance, "guidance_scale": scale, "strength": (0.4, 0.6, 0.8)[i], "ideal_dice": values[i]}
         for (guidance, scale), values in dice.items()

@@ -66,15 +66,14 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def figures(folder):
-    return {path.name for path in folder.glob("*.png")}
-
-
 def test_every_method_has_a_cell_and_a_row(results):
     assert set(cells(results)) == {f"{method}-seed1" for method in SOME}
     table = json.loads((results / "table1.json").read_text())
     assert {row["method"] for row in table["rows"]} == set(SOME) and "ours (no cell)" in table["missing"]
-    assert figures(results) == {"figure2.png", "figure4.png"}  # the others show diffusion models
+    assert {path.name for path in results.glob("*.png")} == {
+        "figure2.png",
+        "figure4.png",
+    }  # the others show diffusion models
     assert names(results / "models") == {"cam-seed1", "vae-seed1"}
     files = {path.name for path in (results / "models").rglob("*") if path.is_file()}
     assert files == {"config.json", "diffusion_pytorch_model.safetensors", "training.json"}  # no checkpoint
@@ -118,11 +117,9 @@ def test_several_processes_share_the_networks(dataset, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "diffusers_cf.cli", "benchmark", "--dataset", str(dataset), "--preset", "smoke", "--seeds", "1"]
     command += ["--output", str(tmp_path / "two"), "--methods", *methods]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.count("tables and figures -> ") == 1
-    table = json.loads((tmp_path / "two" / "table1.json").read_text())
-    assert {row["method"] for row in table["rows"]} == set(methods)
+    assert set(cells(tmp_path / "two")) == {f"{method}-seed1" for method in methods}
     assert names(tmp_path / "two" / "models") == {"vae-seed1", "dae-seed1"}
 
 
@@ -163,7 +160,6 @@ def test_seeds_train_anew_and_may_have_a_data_set_each(dataset, other_dataset, t
         (["--num_inference_steps", "30"], "--num_inference_steps is 30"),
         (["--strengths", "0.5", "0"], "the strength 0.0"),
         (["--num_inference_steps", "1"], "the strength 0.5"),
-        (["--strengths", "0.1"], "the strength 0.1"),
         (["--first_seed", "-1"], "--first_seed is -1"),
         (["--seeds", "0"], "--seeds is 0"),
         (["--device", "tpu9"], "--device tpu9"),
@@ -215,7 +211,8 @@ def test_a_finished_network_is_used_again_and_figures_train_nothing(results, dat
         (model / name).mkdir()
     assert run(dataset, tmp_path / "results", "--methods", "cam", "--seeds", 1, "--models", model.parent) == 0
     assert names(model) == names(results / "models" / "cam-seed1") and names(model.parent) == {"cam-seed1"}
-    assert figures(tmp_path / "results") == {"figure2.png", "figure4.png"}  # of cells whose network is there
+    pictures = {path.name for path in (tmp_path / "results").glob("*.png")}
+    assert pictures == {"figure2.png", "figure4.png"}  # of cells whose network is there
 
 
 def test_data_sets_of_one_table_are_of_one_kind(dataset, tmp_path, capsys):
@@ -235,10 +232,8 @@ def test_data_without_lesions_can_not_be_measured(dataset, tmp_path, monkeypatch
 
 
 def test_settings_whose_maps_are_not_finite_are_not_chosen(dataset):
-    method, data = (
-        SimpleNamespace(candidates=[{"bad": True}, {"bad": False}]),
-        BenchmarkData(dataset, PRESETS["smoke"]),
-    )
+    method = SimpleNamespace(candidates=[{"bad": True}, {"bad": False}])
+    data = BenchmarkData(dataset, PRESETS["smoke"])
     method.maps_of_candidates = lambda images: [(1, images[:, 0]), (0, images[:, 0] * float("nan"))]
     assert [found["auprc"] is None for found in choose_settings(method, data)["tried"]] == [True, False]
     assert method.settings == {"bad": False}

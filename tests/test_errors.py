@@ -44,9 +44,7 @@ def test_a_command_runs_without_an_error_stream(monkeypatch, tmp_path):
     assert run_command(lambda: read_json(tmp_path / "missing")) == 2
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "line"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
-)
+@pytest.mark.parametrize("number, code, line", [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
 def test_a_stopped_command_cleans_up_and_says_so(number, code, line, tmp_path):
     text = (
         "import os, sys; from diffusers_cf.arguments import run_command; from diffusers_cf.files import new_file\n"

@@ -9,9 +9,13 @@ from diffusers_cf.training.loop import Training
 
 
 SIDE, SQUARE = 16, 4
-RATES = {"learning_rate": 1e-3, "encoder_learning_rate": 1e-3}
 TINY = {
-    "fanogan": {"block_out_channels": (8, 16, 16), "latent_dim": 32} | RATES,
+    "fanogan": {
+        "block_out_channels": (8, 16, 16),
+        "latent_dim": 32,
+        "learning_rate": 1e-3,
+        "encoder_learning_rate": 1e-3,
+    },
     "vae": {"base_channels": 16},
     "dae": {"block_out_channels": (8, 16, 32)},
     "cam": {"embedding_size": 16, "hidden_sizes": (32,), "depths": (2,)},
