@@ -1,14 +1,9 @@
 """How the diffusion models of the tables are trained."""
 
 import torch
-from trivial_phantom import trivial_batch
+from trivial_phantom import tiny, trivial_batch
 
 from diffusers_cf.baselines import network_of_data
-
-
-def tiny(name):
-    torch.manual_seed(0)
-    return network_of_data(name, "small", 1, 16, ("healthy", "unhealthy"))
 
 
 def test_the_classifier_sees_as_much_noise_as_it_is_told():
@@ -48,10 +43,8 @@ def test_the_papers_recipe_has_no_weights_no_cosine_and_no_cut_input():
     assert small.learning_rate_factor(0.5) == 0.5 and small.clip_input is True
     small.register_to_config(snr_gamma=None, clip_input=False)
     batch = trivial_batch(4, 0, "all")
-    predicted = small.network(
-        small.noise_scheduler.add_noise(batch["images"], batch["noise"], batch["timesteps"]), batch["timesteps"],
-        batch["labels"],
-    )  # fmt: skip
+    noisy = small.noise_scheduler.add_noise(batch["images"], batch["noise"], batch["timesteps"])
+    predicted = small.network(noisy, batch["timesteps"], batch["labels"])
     torch.testing.assert_close(small.validation_loss(batch), (predicted - batch["noise"]).pow(2).mean())
     guided = tiny("cdpm-classifier")
     guided.register_to_config(clip_input=False)

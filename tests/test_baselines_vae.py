@@ -1,15 +1,13 @@
 import pytest
 import torch
-from trivial_phantom import train_briefly, trivial_batch, trivial_slices
+from trivial_phantom import tiny, train_briefly, trivial_batch, trivial_slices
 
-from diffusers_cf.baselines.method import residual_map
 from diffusers_cf.baselines.vae import VAERestoration, VariationalAutoencoder, total_variation
 
 
 @pytest.fixture(scope="module")
 def trained():
-    torch.manual_seed(0)
-    return train_briefly(VariationalAutoencoder(num_channels=1, image_size=16, base_channels=16), 150)
+    return train_briefly(tiny("vae"), 150)
 
 
 def restored(vae, images, **changes):
@@ -39,17 +37,9 @@ def test_training_draws_the_code_from_the_posterior_by_the_noise_of_the_batch():
     images = (batch["images"] + 1) / 2
     mean, log_variance = vae.encode(images)
     code = mean + torch.exp(log_variance).sqrt() * batch["noise"].reshape(4, -1)[:, :8]
-    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance)
     ((name, loss),) = vae.losses(batch, 0.0)
-    torch.testing.assert_close(loss, (images - vae.decode(code)).square().mean() + 1e-3 * kl.mean())
-    assert name in vae.optimizers()
-
-
-def test_reconstruction_is_that_of_the_mean_code():
-    vae, images = VariationalAutoencoder(1, 16, base_channels=4, latent_dim=8).eval(), trivial_slices(4, 3, True)[0]
-    with torch.no_grad():
-        expected = residual_map(images, vae.decode(vae.encode(images)[0]))
-    torch.testing.assert_close(vae.anomaly_map(images), expected)
+    torch.testing.assert_close(loss, vae.negative_elbo(images, code, mean, log_variance).mean())
+    assert name in vae.optimizers() and vae.config.kl_weight == 1e-3
 
 
 @torch.no_grad()
@@ -75,14 +65,11 @@ def test_restoration_lowers_its_objective_of_every_image(trained, tv_weight):
 
 def test_a_step_goes_down_the_gradient_by_its_size(trained):
     images, _ = trivial_slices(1, 3, True)
-    pixel, shift, ends = (0, 0, 8, 8), 1e-2, []
-    for sign in (1, -1):
-        moved = images.clone()
-        moved[pixel] += sign * shift
-        ends.append(VAERestoration(trained).objective(moved, images, 0.0).detach())
-    slope = (ends[0] - ends[1]).item() / (2 * shift)
-    change = (restored(trained, images, num_steps=1, step_size=0.05, tv_weight=0.2) - images)[pixel]
-    assert change.item() == pytest.approx(-0.05 * slope, rel=0.05)
+    shift = torch.zeros_like(images)
+    shift[0, 0, 8, 8] = 1e-2
+    ends = [VAERestoration(trained).objective(images + s * shift, images, 0.0).item() for s in (1, -1)]
+    change = (restored(trained, images, num_steps=1, step_size=0.05, tv_weight=0.2) - images)[0, 0, 8, 8]
+    assert change.item() == pytest.approx(-0.05 * (ends[0] - ends[1]) / 2e-2, rel=0.05)
 
 
 def test_choose_takes_the_candidate_that_changes_healthy_slices_least(trained):

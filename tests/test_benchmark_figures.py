@@ -5,14 +5,6 @@ import pytest
 import torch
 
 from diffusers_cf.benchmark import figures
-from diffusers_cf.benchmark.figures import (
-    plot_method_maps,
-    plot_process,
-    plot_quality,
-    plot_strengths,
-    scale_of_maps,
-    write_figures,
-)
 from diffusers_cf.files import write_json
 from diffusers_cf.plots import GREY
 
@@ -31,18 +23,15 @@ def is_png(path):
 
 def test_process_runs_right_above_and_left_below(tmp_path):
     image, latent, counterfactual, heat, *steps = RNG.random((8, 16, 16))
-    mask = np.zeros((16, 16))
-    mask[3:8, 3:8] = 1
+    mask = np.pad(np.ones((5, 5)), 5)[:16, :16]
     encoding = {"image": image, "t = 1": steps[0], "t = 2": steps[1], "latent": latent}
     decoding = {"counterfactual": counterfactual, "t = 1": steps[2], "t = 2": steps[3]}
-    figure = plot_process(tmp_path / "f.png", encoding, decoding, heat, mask)
+    figure = figures.plot_process(tmp_path / "f.png", encoding, decoding, heat, mask)
     assert is_png(tmp_path / "f.png")
     *rows, end = sorted(figure.axes, key=lambda axis: axis.get_position().x0)
     below, above = ([a for a in rows if (a.get_position().y0 > 0.4) == upper] for upper in (False, True))
-    for axis, expected in zip(above, [image, image, *steps[:2]], strict=True):
-        np.testing.assert_array_equal(shown(axis), expected)
-    for axis, expected in zip(below, [heat, counterfactual, *steps[2:]], strict=True):
-        np.testing.assert_array_equal(shown(axis), expected)
+    np.testing.assert_array_equal([shown(axis) for axis in above], [image, image, *steps[:2]])
+    np.testing.assert_array_equal([shown(axis) for axis in below], [heat, counterfactual, *steps[2:]])
     np.testing.assert_array_equal(shown(end), latent)
     assert {a.images[0].get_clim() for a in [*above, *below[1:], end]} == {(GREY["vmin"], GREY["vmax"])}
     assert below[0].images[0].get_clim() == (0, np.percentile(heat, 99.9))
@@ -54,12 +43,11 @@ def test_every_map_is_shown_in_one_unit_per_method(tmp_path):
     masks[:2, 4:9, 4:9] = 1
     maps = {"ours": RNG.random((3, 16, 16)), "restoration": 40 * RNG.random((3, 8, 8))}
     maps["ours"][1] *= 0.1
-    figure = plot_method_maps(tmp_path / "f.png", images, masks, maps, "flair")
+    figure = figures.plot_method_maps(tmp_path / "f.png", images, masks, maps, "flair")
     assert is_png(tmp_path / "f.png")
     axes = np.array(figure.axes[:-1]).reshape(3, 4)
     for i, row in enumerate(axes):
-        np.testing.assert_array_equal(shown(row[0]), images[i])
-        np.testing.assert_array_equal(shown(row[1]), images[i])
+        np.testing.assert_array_equal([shown(row[0]), shown(row[1])], [images[i]] * 2)
         for axis, values in zip(row[2:], maps.values(), strict=True):
             np.testing.assert_allclose(shown(axis), values[i] / np.percentile(values, 99.9))
             assert axis.images[0].get_clim() == (0, 1)  # the same colours for all rows: a faint slice stays dark
@@ -71,28 +59,22 @@ def test_every_map_is_shown_in_one_unit_per_method(tmp_path):
 def test_the_unit_of_maps_is_positive():
     maps, single = np.arange(100.0).reshape(10, 10), np.zeros((100, 100))
     single[0, 0] = 5
-    assert scale_of_maps(maps) == pytest.approx(np.percentile(maps, 99.9))
-    assert scale_of_maps(single) == 5 and scale_of_maps(0 * single) == 1
-
-
-def points(guidance, scales, dice):
-    settings = [(scale, strength) for scale in scales for strength in (0.8, 0.4, 0.6)]
-    return [
-        {"guidance": guidance, "guidance_scale": scale, "strength": strength, "ideal_dice": value}
-        for (scale, strength), value in zip(settings, dice, strict=True)
-    ]
-
-
-IMPLICIT = points("implicit", (1.5, 3.0), (0.5, 0.6, 0.7, 0.5, 0.6, 0.7))
-CLASSIFIER = points("classifier", (10.0,), (0.2, 0.2, 0.8))
+    assert figures.scale_of_maps(maps) == pytest.approx(np.percentile(maps, 99.9))
+    assert figures.scale_of_maps(single) == 5 and figures.scale_of_maps(0 * single) == 1
 
 
 def test_strengths_has_a_curve_for_each_guidance_and_scale(tmp_path):
-    figure = plot_strengths(tmp_path / "f.png", IMPLICIT + CLASSIFIER)
+    dice = {("implicit", 1): (0.6, 0.7, 0.5), ("implicit", 3): (0.5, 0.8, 0.4), ("classifier", 9): (0.2, 0.8, 0.1)}
+    points = [
+        {"guidance": guidance, "guidance_scale": scale, "strength": (0.4, 0.6, 0.8)[i], "ideal_dice": values[i]}
+        for (guidance, scale), values in dice.items()
+        for i in (2, 0, 1)
+    ]
+    figure = figures.plot_strengths(tmp_path / "f.png", points)
     assert is_png(tmp_path / "f.png")
     curves = figure.axes[0].lines
     assert [list(line.get_xdata()) for line in curves] == [[0.4, 0.6, 0.8]] * 3
-    assert [list(line.get_ydata()) for line in curves] == [[0.6, 0.7, 0.5]] * 2 + [[0.2, 0.8, 0.2]]
+    assert [tuple(line.get_ydata()) for line in curves] == list(dice.values())
     # guidance differs in colour and line style, scales in marker
     assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == 2
     assert curves[0].get_marker() != curves[1].get_marker()
@@ -107,7 +89,7 @@ def cell(method, evaluations, auprc, seed=0, tables=(1,)):
 def test_quality_is_the_mean_over_seeds_at_its_cost(tmp_path):
     cells = [cell("threshold", 0, 0.4), cell("ours", 45, 0.6), cell("ours", 45, 0.7, seed=1)]
     cells += [cell("ours-clipped", 60, 0.5, tables=[2]), cell("ours-unclipped", 60, 0.2, tables=[2])]
-    figure = plot_quality(tmp_path / "f.png", cells)
+    figure = figures.plot_quality(tmp_path / "f.png", cells)
     assert is_png(tmp_path / "f.png")
     axis = figure.axes[0]
     found = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axis.containers}
@@ -122,25 +104,15 @@ def test_quality_is_the_mean_over_seeds_at_its_cost(tmp_path):
 
 def test_a_result_older_than_a_setting_keeps_the_method_s_own(tmp_path, monkeypatch):
     """Early results of the forward map do not name their map."""
-    seen = []
-
-    class Method:
-        whole_patient = False
-        settings = {"guidance_scale": 1.5, "strength": 0.2, "num_inference_steps": 20, "map": "forward"}
-
-        def anomaly_map(self, images):
-            seen.append(self.settings)
-            return images[:, 0]
-
-    def collate(rows):
-        return {"images": torch.ones(len(rows), 1, 4, 4), "masks": torch.zeros(len(rows), 4, 4)}
-
+    seen, method = [], SimpleNamespace(whole_patient=False, settings={"strength": 0.2, "map": "forward"})
+    method.anomaly_map = lambda images: seen.append(method.settings) or images[:, 0]
     settings = {"guidance_scale": 16.0, "strength": 0.75, "num_inference_steps": 10}
     (tmp_path / "cells").mkdir()
     write_json(cell("forward-map", 10, 0.5, seed=1) | {"settings": settings}, tmp_path / "cells" / "x.json")
-    test = SimpleNamespace(patients=np.array(["A", "B"]), __getitems__=lambda rows: rows, collate=collate)
-    networks = SimpleNamespace(is_ready=lambda *_: True, make=lambda *_: (Method(), {}))
+    batch = {"images": torch.ones(2, 1, 4, 4), "masks": torch.zeros(2, 4, 4)}
+    test = SimpleNamespace(patients=np.array(["A", "B"]), __getitems__=lambda rows: rows, collate=lambda _: batch)
+    networks = SimpleNamespace(is_ready=lambda *_: True, make=lambda *_: (method, {}))
     monkeypatch.setattr(figures, "example_rows", lambda *_: [0, 1])
     data = SimpleNamespace(test=test, modalities=["flair"])
-    write_figures(SimpleNamespace(output=tmp_path, networks=networks), {1: data}, pictures=True)
+    figures.write_figures(SimpleNamespace(output=tmp_path, networks=networks), {1: data}, pictures=True)
     assert seen == [settings | {"map": "forward"}] * 2 and is_png(tmp_path / "figure2.png")

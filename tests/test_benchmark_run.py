@@ -4,8 +4,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from model_files import edit_json
 from training_data import write_training_set
 
 from diffusers_cf.baselines import NETWORKS, training
@@ -44,7 +46,7 @@ def other_dataset(tmp_path_factory):
 
 
 def run(dataset, output, *more):
-    options = ["--dataset", dataset, "--preset", "smoke", "--output", output, *more]
+    options = ["--preset", "smoke", "--output", output, "--dataset", dataset, *more]
     return main(["benchmark", *map(str, options)])
 
 
@@ -64,15 +66,14 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def figures(folder):
-    return {path.name for path in folder.glob("*.png")}
-
-
 def test_every_method_has_a_cell_and_a_row(results):
     assert set(cells(results)) == {f"{method}-seed1" for method in SOME}
     table = json.loads((results / "table1.json").read_text())
     assert {row["method"] for row in table["rows"]} == set(SOME) and "ours (no cell)" in table["missing"]
-    assert figures(results) == {"figure2.png", "figure4.png"}  # the others show diffusion models
+    assert {path.name for path in results.glob("*.png")} == {
+        "figure2.png",
+        "figure4.png",
+    }  # the others show diffusion models
     assert names(results / "models") == {"cam-seed1", "vae-seed1"}
     files = {path.name for path in (results / "models").rglob("*") if path.is_file()}
     assert files == {"config.json", "diffusion_pytorch_model.safetensors", "training.json"}  # no checkpoint
@@ -116,11 +117,9 @@ def test_several_processes_share_the_networks(dataset, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "diffusers_cf.cli", "benchmark", "--dataset", str(dataset), "--preset", "smoke", "--seeds", "1"]
     command += ["--output", str(tmp_path / "two"), "--methods", *methods]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.count("tables and figures -> ") == 1
-    table = json.loads((tmp_path / "two" / "table1.json").read_text())
-    assert {row["method"] for row in table["rows"]} == set(methods)
+    assert set(cells(tmp_path / "two")) == {f"{method}-seed1" for method in methods}
     assert names(tmp_path / "two" / "models") == {"vae-seed1", "dae-seed1"}
 
 
@@ -142,8 +141,8 @@ def test_seeds_train_anew_and_may_have_a_data_set_each(dataset, other_dataset, t
     seeds = cells(tmp_path / "two")
     assert seeds["cam-seed1"]["auprc"] != seeds["cam-seed2"]["auprc"]
     assert seeds["threshold-flair-seed1"]["auprc"] == seeds["threshold-flair-seed2"]["auprc"]
-    options = ["--dataset", str(dataset), str(other_dataset), "--preset", "smoke", "--methods", "threshold-t1"]
-    assert main(["benchmark", *options, "--output", str(tmp_path / "splits"), "--no_pictures"]) == 0
+    options = ["--methods", "threshold-t1", "--no_pictures"]
+    assert run(dataset, tmp_path / "splits", other_dataset, *options) == 0
     splits = cells(tmp_path / "splits")
     assert set(splits) == {"threshold-t1-seed1", "threshold-t1-seed2"}
     assert splits["threshold-t1-seed1"]["auprc"] != splits["threshold-t1-seed2"]["auprc"]
@@ -161,7 +160,6 @@ def test_seeds_train_anew_and_may_have_a_data_set_each(dataset, other_dataset, t
         (["--num_inference_steps", "30"], "--num_inference_steps is 30"),
         (["--strengths", "0.5", "0"], "the strength 0.0"),
         (["--num_inference_steps", "1"], "the strength 0.5"),
-        (["--strengths", "0.1"], "the strength 0.1"),
         (["--first_seed", "-1"], "--first_seed must be 0 or more"),
         (["--seeds", "0"], "--seeds 1 or more"),
         (["--device", "tpu9"], "--device tpu9"),
@@ -213,15 +211,14 @@ def test_a_finished_network_is_used_again_and_figures_train_nothing(results, dat
         (model / name).mkdir()
     assert run(dataset, tmp_path / "results", "--methods", "cam", "--seeds", 1, "--models", model.parent) == 0
     assert names(model) == names(results / "models" / "cam-seed1") and names(model.parent) == {"cam-seed1"}
-    assert figures(tmp_path / "results") == {"figure2.png", "figure4.png"}  # of cells whose network is there
+    pictures = {path.name for path in (tmp_path / "results").glob("*.png")}
+    assert pictures == {"figure2.png", "figure4.png"}  # of cells whose network is there
 
 
 def test_data_sets_of_one_table_are_of_one_kind(dataset, tmp_path, capsys):
     other = shutil.copytree(dataset, tmp_path / "copy")
-    facts = json.loads((other / "preprocessing.json").read_text())
-    (other / "preprocessing.json").write_text(json.dumps(facts | {"source": "folder"}))
-    options = ["--dataset", str(dataset), str(other), "--preset", "smoke", "--output", str(tmp_path / "out")]
-    assert main(["benchmark", *options]) == 2
+    edit_json(other / "preprocessing.json", source="folder")
+    assert run(dataset, tmp_path / "out", other) == 2
     assert "differ in source" in capsys.readouterr().err
 
 
@@ -234,28 +231,14 @@ def test_data_without_lesions_can_not_be_measured(dataset, tmp_path, monkeypatch
     assert "the split validation has unhealthy labels but no lesion pixels" in capsys.readouterr().err
 
 
-def test_an_output_that_is_a_file_is_named(dataset, tmp_path, capsys):
-    file = tmp_path / "file"
-    file.write_text("")
-    for output, options in ((file, ["threshold-t1"]), (tmp_path / "results", ["cam", "--models", file])):
-        assert run(dataset, output, "--methods", *options) == 2
-        assert f"error: {file}" in capsys.readouterr().err
-
-
 def test_settings_whose_maps_are_not_finite_are_not_chosen(dataset):
-    class Spoiled:
-        candidates = ({"bad": True}, {"bad": False})
-        settings = None
-
-        def maps_of_candidates(self, images):
-            yield 1, images[:, 0]
-            yield 0, images[:, 0] * float("nan")
-
-    method, data = Spoiled(), BenchmarkData(str(dataset), PRESETS["smoke"])
+    method = SimpleNamespace(candidates=[{"bad": True}, {"bad": False}])
+    data = BenchmarkData(dataset, PRESETS["smoke"])
+    method.maps_of_candidates = lambda images: [(1, images[:, 0]), (0, images[:, 0] * float("nan"))]
     assert [found["auprc"] is None for found in choose_settings(method, data)["tried"]] == [True, False]
     assert method.settings == {"bad": False}
-    Spoiled.maps_of_candidates = lambda self, images: ((i, images[:, 0] * float("inf")) for i in range(2))
-    with pytest.raises(InputError, match="Spoiled"):
+    method.maps_of_candidates = lambda images: [(i, images[:, 0] * float("inf")) for i in range(2)]
+    with pytest.raises(InputError, match="the maps of every setting"):
         choose_settings(method, data)
 
 

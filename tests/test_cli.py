@@ -70,15 +70,10 @@ def test_bad_usage_is_exit_code_2(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    "options, reason",
-    [
-        (["--seed", "0"], "trained"),
-        (["--index", "-1"], "0 or more"),
-        (["--seed", "7", "--index", "2", "--model", "missing"], "missing"),
-    ],
+    "option, reason", [("--seed=0", "trained"), ("--index=-1", "0 or more"), ("--model=missing", "missing")]
 )
-def test_the_demo_refuses_what_it_can_not_show(options, reason, tmp_path, capsys):
-    assert main(["demo", "--output", str(tmp_path / "out"), *options]) == 2
+def test_the_demo_refuses_what_it_can_not_show(option, reason, tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path / "out"), option]) == 2
     error = capsys.readouterr().err
     assert reason in error.splitlines()[-1] and "Traceback" not in error
 

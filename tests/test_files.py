@@ -62,8 +62,7 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
 
 
 def test_another_process_is_kept_off_and_its_work_stays(tmp_path):
-    (tmp_path / ".P.tmp-x").mkdir()
-    (tmp_path / ".P.tmp-x" / "half").touch()
+    (tmp_path / ".P.tmp-x" / "half").mkdir(parents=True)
     with FileLock(tmp_path / ".P.lock"), pytest.raises(InputError, match="P: another process is writing it"):
         write(tmp_path / "P", "mine")
     assert names(tmp_path / ".P.tmp-x") == ["half"]
@@ -127,12 +126,7 @@ def test_no_link_is_followed(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [
-        (b"{", "not a readable JSON file"),
-        (b"[1]", "not a JSON object"),
-        (b"\xff", "not a readable"),
-        (None, "can't be"),
-    ],
+    [(b"{", "not a readable JSON"), (b"[1]", "not a JSON object"), (b"\xff", "not a readable"), (None, "can't be")],
 )
 def test_json_that_is_no_object(tmp_path, content, reason):
     if content is not None:

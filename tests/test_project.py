@@ -85,12 +85,6 @@ def normalise(requirement):
     return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", requirement).group()).lower()
 
 
-def fenced_commands(text):
-    """Lines of the shell blocks of a Markdown text."""
-    blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """A folder like site-packages that holds the unpacked wheel, built from a copy of the sources."""
@@ -125,33 +119,28 @@ def test_metadata(metadata):
     assert metadata.metadata["Name"] == "diffusers_cf"
     assert metadata.version == diffusers_cf.__version__
     assert metadata.metadata["Requires-Python"] == ">=3.11"
-    assert [(entry.name, entry.value) for entry in metadata.entry_points] == [
-        ("diffusers-cf", "diffusers_cf.cli:main")
-    ]
+    (script,) = metadata.entry_points
+    assert (script.name, script.value) == ("diffusers-cf", "diffusers_cf.cli:main")
     assert {"phantom", "app", "dicom", "train", "test", "dev"} <= set(metadata.metadata.get_all("Provides-Extra"))
     assert f"\n## {diffusers_cf.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_wheel_works_outside_the_checkout(site, tmp_path):
-    code = "\n".join(
-        [
-            "import pathlib, sys",
-            "import diffusers_cf, train_counterfactual",
-            "package = pathlib.Path(diffusers_cf.__file__).parent",
-            "assert package.parent == pathlib.Path(train_counterfactual.__file__).parent == pathlib.Path(sys.argv[1])",
-            "for folder in sys.argv[2:]:",
-            "    diffusers_cf.CounterfactualDDIMPipeline.from_pretrained(package.parent / folder)",
-        ]
+    code = (
+        "import pathlib, sys; import diffusers_cf, train_counterfactual\n"
+        "for module in (diffusers_cf, train_counterfactual): assert module.__file__.startswith(sys.argv[1])\n"
+        "diffusers_cf.CounterfactualDDIMPipeline.from_pretrained(sys.argv[2])"
     )
-    models = [path.parent for path in package_files() if path.name == "model_index.json"]
     environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code, site, *models], cwd=tmp_path, env=environment, check=True)
+    command = [sys.executable, "-c", code, site, site / SHIPPED_MODEL]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
 
 
 def test_every_import_is_a_declared_dependency(metadata):
+    """So nothing imports the scripts `train_counterfactual` and `setup`."""
     declared = {normalise(requirement) for requirement in metadata.requires}
     distributions = importlib.metadata.packages_distributions()
-    own = {"diffusers_cf", "train_counterfactual", *sys.stdlib_module_names}
+    own = {"diffusers_cf", *sys.stdlib_module_names}
     undeclared = {
         f"{path}: {name[0]}"
         for path in [*package_files(), Path("train_counterfactual.py")]
@@ -171,11 +160,11 @@ def test_constraints_pin_whatever_make_installs(metadata):
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    commands = fenced_commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
     assert os.access(ROOT / ".ci/run", os.X_OK)
     assert ci[-1] == "make test-all" and 'export CI="${CI-true}"' in ci  # so that no browser is a failure there
-    assert {"make test", "make test-all", "make demo"} <= {command.split("  #")[0].strip() for command in commands}
+    assert {"make test", "make test-all", "make demo"} <= {line.split("#")[0].strip() for line in readme}
 
 
 def test_documented_make_targets_exist():
@@ -183,11 +172,6 @@ def test_documented_make_targets_exist():
     for document in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
         assert set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE)) <= targets
-
-
-def test_python_files_stay_readable():
-    counts = {path: len((ROOT / path).read_bytes().splitlines()) for path in project_files() if path.suffix == ".py"}
-    assert {path: count for path, count in counts.items() if count > 400} == {}
 
 
 def test_every_module_imports_only_from_lower_levels():
@@ -211,27 +195,17 @@ def test_every_module_imports_only_from_lower_levels():
 
 
 def test_sizes():
-    """The package stays small enough to be read, its core in an evening."""
-
-    def lines(paths):
-        return sum(len((ROOT / path).read_bytes().splitlines()) for path in paths)
-
-    modules = modules_of_package()
-    core = tuple(f"diffusers_cf.{name}" for name in CORE)
+    """Every file stays readable, the package small enough to be read, its core in an evening."""
+    lines = {path: len((ROOT / path).read_bytes().splitlines()) for path in project_files() if path.suffix == ".py"}
+    assert {path: count for path, count in lines.items() if count > 400} == {}
+    modules, core = modules_of_package(), tuple(f"diffusers_cf.{name}." for name in CORE)
     found = {
-        "core": lines(path for name, path in modules.items() if f"{name}.".startswith(tuple(f"{c}." for c in core))),
-        "package": lines(modules.values()),
+        "core": sum(lines[path] for name, path in modules.items() if f"{name}.".startswith(core)),
+        "package": sum(lines[path] for path in modules.values()),
         "modules at the root": sum(len(path.parts) == 2 for path in modules.values()),
-        "tests": lines(path for path in project_files() if path.parts[0] == "tests" and path.suffix == ".py"),
+        "tests": sum(count for path, count in lines.items() if path.parts[0] == "tests"),
     }
     assert {name: count for name, count in found.items() if count > MOST_LINES[name]} == {}
-
-
-def test_nothing_imports_the_scripts():
-    importers = {path for path in package_files() if path.suffix == ".py"}
-    assert {
-        path for path in importers if {"train_counterfactual", "setup"} & {name[0] for name in imported_names(path)}
-    } == set()
 
 
 def test_no_file_names_a_path_of_one_machine():

@@ -19,17 +19,23 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+def run_example(script, folder, *stages, **settings):
+    """Run the stages of a shell script of `examples/` in a folder, with the commands of this environment."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | settings | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    for stage in stages or [""]:
+        command = ["bash", str(ROOT / "examples" / script), stage]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("block", BLOCKS or [""])
 def test_python_blocks_of_the_readme(block, monkeypatch):
     monkeypatch.chdir(ROOT)
     names = {}
     exec(block, names)  # noqa: S102
     assert names["out"].heatmaps.shape == (1, 128, 128)
     assert names["out"].counterfactuals.shape == (1, 4, 128, 128)
-
-
-def test_the_readme_has_python_to_run():
-    assert BLOCKS
 
 
 def test_quickstart_writes_its_picture(tmp_path):
@@ -39,11 +45,8 @@ def test_quickstart_writes_its_picture(tmp_path):
 
 def test_the_way_from_phantom_to_scores(tmp_path):
     """examples/train_phantom.sh at its smallest: a few patients, two steps, a coarse grid."""
-    small = {"OUT": str(tmp_path), "STEPS": "2", "PATIENTS": "3", "GRID": "10", "SLICES": "4"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["bash", str(ROOT / "examples" / "train_phantom.sh")]
-    done = subprocess.run(command, env=os.environ | small | {"PATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    small = {"OUT": ".", "STEPS": "2", "PATIENTS": "3", "GRID": "10", "SLICES": "4"}
+    run_example("train_phantom.sh", tmp_path, **small)
     assert {"model.json", "threshold-flair.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -51,38 +54,27 @@ def test_the_way_from_phantom_to_scores(tmp_path):
 def test_the_walk_through_of_fine_tuning(tmp_path):
     """examples/fine_tune.sh on three phantoms with labels in place of masks, and a model that takes seconds."""
     pipe = tiny_pipeline(channels=4)
-    settings = {"guidance_scale": 3.0, "strength": 0.2, "num_inference_steps": 10, "threshold": 0.05}
-    names = ["flair", "t1", "t1ce", "t2"]
-    pipe.preprocessing = {"modalities": names, "settings": settings | {"map": "reconstruction"}}
+    settings = {"guidance_scale": 3.0, "strength": 0.2, "num_inference_steps": 10, "map": "reconstruction"}
+    pipe.preprocessing = {"modalities": ["flair", "t1", "t1ce", "t2"], "settings": settings | {"threshold": 0.05}}
     pipe.save_pretrained(tmp_path / "model")
     lines = ["patient,slice,label"]
     for index in range(3):
-        patient = make_patient(7, index)
-        write_patient(patient, tmp_path / "scans")
-        folder = sorted((tmp_path / "scans").iterdir())[-1]
+        folder = write_patient(make_patient(7, index), tmp_path / "scans")
         next(folder.glob("*seg*")).unlink()
         lines += [f"{folder.name},{number},{('unhealthy', 'healthy')[number % 3 == 0]}" for number in range(12, 40)]
     (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
     settings = {"MODEL": "model", "SCANS": "scans", "LABELS": "labels.csv", "STEPS": "20", "SIZE": "32", "WORK": "out"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | settings | {"PATH": path, "PYTHONPATH": str(ROOT)}
-    for stage in ("prepare", "train", "compare"):
-        command = ["bash", str(ROOT / "examples" / "fine_tune.sh"), stage]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    run_example("fine_tune.sh", tmp_path, "prepare", "train", "compare", **settings)
     facts = json.loads((tmp_path / "out" / "model" / "preprocessing.json").read_text())
     assert facts["training"]["base_model"] == "model" and facts["settings"]["map"] == "reconstruction"
     assert facts["settings"]["threshold"] > 0 and facts["threshold_chosen_by"]["rule"] == "slice-labels"
     assert {"before.html", "after.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
-    environment |= {"MODALITIES": "t1 flair", "WORK": "some", "COMPARE": "after", "STEPS": "1"}
+    settings |= {"MODALITIES": "t1 flair", "WORK": "some", "COMPARE": "after", "STEPS": "1"}
     for patient in (tmp_path / "scans").iterdir():
         for name in ("t1ce", "t2"):
             next(patient.glob(f"*{name}.nii.gz")).unlink()
-    for stage in ("prepare", "train", "compare"):
-        command = ["bash", str(ROOT / "examples" / "fine_tune.sh"), stage]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    run_example("fine_tune.sh", tmp_path, "prepare", "train", "compare", **settings)
     made = json.loads((tmp_path / "some" / "after" / "summary.json").read_text())
     assert (tmp_path / "some" / "after.html").exists() and not (tmp_path / "some" / "before").exists(), made
 

@@ -2,13 +2,32 @@
 
 import torch
 from accelerate import Accelerator
-from sklearn.metrics import average_precision_score
 
+from diffusers_cf.baselines import NETWORKS, network_of_data
 from diffusers_cf.baselines.method import TrainableMethod
 from diffusers_cf.training.loop import Training
 
 
 SIDE, SQUARE = 16, 4
+TINY = {
+    "fanogan": {
+        "block_out_channels": (8, 16, 16),
+        "latent_dim": 32,
+        "learning_rate": 1e-3,
+        "encoder_learning_rate": 1e-3,
+    },
+    "vae": {"base_channels": 16},
+    "dae": {"block_out_channels": (8, 16, 32)},
+    "cam": {"embedding_size": 16, "hidden_sizes": (32,), "depths": (2,)},
+}
+
+
+def tiny(name: str, **changes) -> TrainableMethod:
+    """Return an untrained network of `NETWORKS` for the trivial slices."""
+    torch.manual_seed(0)
+    if name in TINY:
+        return NETWORKS[name].cls(**{"num_channels": 1, "image_size": SIDE} | TINY[name] | changes)
+    return network_of_data(name, "small", 1, SIDE, ("healthy", "unhealthy"))
 
 
 def trivial_slices(count: int, seed: int, lesions: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,12 +53,9 @@ def trivial_batch(count: int, seed: int, trained_on: str) -> dict[str, torch.Ten
         labels[1::2] = 1
         images[1::2] = trivial_slices(count, seed + 1, True)[0][1::2]
     return {
-        "images": images * 2 - 1,
-        "labels": labels,
-        "noise": torch.randn(images.shape, generator=generator),
-        "timesteps": torch.randint(1000, (count,), generator=generator),
-        "uniform": torch.rand(count, generator=generator),
-    }
+        "images": images * 2 - 1, "labels": labels, "noise": torch.randn(images.shape, generator=generator),
+        "timesteps": torch.randint(1000, (count,), generator=generator), "uniform": torch.rand(count, generator=generator),
+    }  # fmt: skip
 
 
 def training_step(method: TrainableMethod, optimizers: dict, batch: dict, progress: float) -> None:
@@ -59,10 +75,3 @@ def train_briefly(method: TrainableMethod, steps: int) -> TrainableMethod:
     for step in range(steps):
         training_step(method, optimizers, trivial_batch(16, 1000 + 2 * step, method.trained_on), step / steps)
     return method.eval()
-
-
-def trivial_auprc(method) -> tuple[float, float]:
-    """Return the AUPRC of a method's maps over all pixels of unseen slices with a square, and the prevalence."""
-    images, masks = trivial_slices(24, 7, True)
-    maps = method.anomaly_map(images).detach().float()
-    return average_precision_score(masks.numpy().ravel(), maps.numpy().ravel()), masks.mean().item()
