@@ -36,7 +36,7 @@ CORE = (
     "pipeline_counterfactual_ddim", "schedulers", "models", "maps", "images", "losses", "settings", "loading",
     "data.slices", "training", "evaluation.protocol", "evaluation.pixel_counts",
 )  # fmt: skip
-MOST_LINES = {"core": 3410, "package": 13750, "modules at the root": 18, "tests": 14200}
+MOST_LINES = {"core": 3100, "package": 12500, "modules at the root": 18, "tests": 12550}
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home|Users)/")
 
 
