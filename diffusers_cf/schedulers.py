@@ -352,7 +352,8 @@ def check_mirrored(scheduler: SchedulerMixin, inverse_scheduler: SchedulerMixin)
     if differing:
         names, advice = ", ".join(differing), "make one from_config of the other"
         if type(scheduler) is DDIMScheduler or type(inverse_scheduler) is DDIMInverseScheduler:
-            advice = "stock schedulers need DDIMScheduler.from_config(config, thresholding=False) and its inverse"
+            options = "thresholding=False, clip_sample=False"
+            advice = f"stock schedulers need DDIMScheduler.from_config(config, {options}) and its inverse"
         raise ValueError(f"scheduler and inverse_scheduler differ in {names}: {advice}")
 
 

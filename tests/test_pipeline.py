@@ -254,7 +254,7 @@ def test_callback_sees_each_step_and_may_replace_the_latents(pipe, images):
 
 
 def test_stock_schedulers_are_accepted_as_the_refusal_of_others_advises(make_pipeline, images):
-    scheduler = DDIMScheduler.from_config(DynamicDDIMScheduler(clip_sample=False).config, thresholding=False)
+    scheduler = DDIMScheduler.from_config(DynamicDDIMScheduler().config, thresholding=False, clip_sample=False)
     stock = make_pipeline((scheduler, DDIMInverseScheduler.from_config(scheduler.config)))
     ours = make_pipeline(thresholding=False)
     assert stock.network_evaluations() == 225
