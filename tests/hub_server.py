@@ -152,7 +152,8 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives `sto
             return self.commit(repository, repo_id, kind, revision)
         if action == "tree":
             return self.tree(files, folder)
-        siblings = [{"rfilename": name, "size": len(files[name])} for name in sorted(files)]
+        sizes = {name: len(files[name]) for name in files} | self.hub.claimed_sizes
+        siblings = [{"rfilename": name, "size": sizes[name]} for name in sorted(files)]
         sha = repository.refs.get(revision, revision)
         return self.json({"id": repo_id, "sha": sha, "siblings": siblings, "private": repository.private})
 

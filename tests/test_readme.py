@@ -43,6 +43,7 @@ def test_quickstart_writes_its_picture(tmp_path):
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_way_from_phantom_to_scores(tmp_path):
     """examples/train_phantom.sh at its smallest: a few patients, two steps, a coarse grid."""
     small = {"OUT": ".", "STEPS": "2", "PATIENTS": "3", "GRID": "10", "SLICES": "4"}

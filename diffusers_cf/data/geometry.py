@@ -114,14 +114,21 @@ def slices_from_volume(
         normalize (`str`): the intensity scale (`intensity.py`).
 
     Raises:
-        InputError: a channel has no voxel above 0.
+        InputError: a channel has no voxel above 0, or a voxel is infinite on the scale.
     """
     filled = np.flatnonzero((volume > 0).any(axis=(0, 1, 2)))
     first, last = int(filled[0]), int(filled[-1]) + 1
     images = np.empty((last - first, len(volume), size, size), dtype=np.float32)
     for index, channel in enumerate(volume):
-        scaled = np.clip(display(channel[..., first:last]), 0, None) / np.float32(unit_intensity(channel, normalize))
-        images[:, index] = resample_slices(scaled, spacing_mm, size, field_mm)
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
+            scaled = np.clip(display(channel[..., first:last]), 0, None) / np.float32(
+                unit_intensity(channel, normalize)
+            )
+            images[:, index] = resample_slices(scaled, spacing_mm, size, field_mm)
+    if not np.isfinite(images).all():  # a scale near 0 turns the brightest voxels infinite
+        raise InputError(
+            f"{patient}: the range of intensities is too large: some are infinite on the scale {normalize}"
+        )
     labels, masks = np.zeros(last - first, dtype=np.int64), None
     if mask is not None:
         lesion = display(mask[..., first:last] > 0)
