@@ -40,6 +40,7 @@ class HubServer:
         self.requests: list[str] = []  # "METHOD path"
         self.forbidden: set[str] = set()  # names of repositories and owners that no token may write to
         self.puts_left: int | None = None  # LFS files that are accepted before uploads fail
+        self.claimed_sizes: dict[str, int] = {}  # by name of a file, instead of its own size
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self.url = "http://{}:{}".format(*self._server.server_address)
 
