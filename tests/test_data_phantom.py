@@ -33,8 +33,6 @@ def patient(index: int, tumour: bool = True) -> phantom.PhantomPatient:
 
 def test_the_test_set_is_frozen():
     assert phantom.PHANTOM_VERSION == 1
-    assert phantom.FROZEN_SEED == 0
-    assert phantom.FROZEN_SPLITS == {"train": 300, "validation": 16, "test": 24}
     source = PhantomSource()
     found = {}
     for name in FROZEN_SHA256:
@@ -46,10 +44,7 @@ def test_the_test_set_is_frozen():
     assert found == FROZEN_SHA256
 
 
-def test_the_same_arguments_give_the_same_patient():
-    again = make_patient(0, SICK)
-    np.testing.assert_array_equal(again.volumes, patient(SICK).volumes)
-    np.testing.assert_array_equal(again.labels, patient(SICK).labels)
+def test_another_index_or_seed_gives_another_brain():
     brains = [patient(SICK).volumes > 0, patient(HEALTHY).volumes > 0, make_patient(1, SICK).volumes > 0]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (brains[a] != brains[b]).sum() > 1000

@@ -28,12 +28,8 @@ def write_decathlon(folder: Path, axes: str = "RAS", order=("flair", "t1", "t1ce
     save(folder / "labelsTr" / "P_01.nii.gz", mask, axes)
     spelled = {"flair": "FLAIR", "t1": "T1w", "t1ce": "t1gd", "t2": "T2w"}
     entry = {"image": "./imagesTr/P_01.nii.gz", "label": "./labelsTr/P_01.nii.gz"}
-    described = {
-        "modality": {str(i): spelled[name] for i, name in enumerate(order)},
-        "labels": {"0": "background", "1": "edema"},
-        "training": [entry],
-    }
-    (folder / "dataset.json").write_text(json.dumps(described))
+    modality, labels = {str(i): spelled[name] for i, name in enumerate(order)}, {"0": "background", "1": "edema"}
+    (folder / "dataset.json").write_text(json.dumps({"modality": modality, "labels": labels, "training": [entry]}))
     return folder
 
 
@@ -65,11 +61,6 @@ def resave(path, change):
     save(path, np.asarray(change(data.astype(np.float32)), dtype=np.float32))
 
 
-def with_nan(data):
-    data[0, 0, 0] = np.nan
-    return data
-
-
 def with_noise(data):
     return data + np.random.default_rng(0).integers(1, 5, data.shape)
 
@@ -94,8 +85,6 @@ BAD_PATIENTS = {
     "missing modality": ("t1ce", Path.unlink, "modality missing: t1ce (names end in t1ce, t1gd, t1c)"),
     "missing segmentation": ("seg", Path.unlink, "no segmentation, and no labels file"),
     "truncated": ("t2", truncate, "truncated"),
-    "truncated segmentation": ("seg", truncate, "truncated"),
-    "NaN": ("flair", lambda p: resave(p, with_nan), "1 of 9984 voxels are NaN"),
     "empty": ("t1", lambda p: resave(p, np.zeros_like), "t1: empty: no value above 0"),
     "z-scored": ("t1", lambda p: resave(p, lambda d: np.where(d > 0, d - 400, 0)), "are negative"),
     "other shape": ("t1", lambda p: resave(p, lambda d: d[..., :-1]), "P_01_t1.nii.gz is 26x32x11"),
@@ -171,12 +160,8 @@ def test_folders_that_hold_no_patients(tmp_path):
     (tmp_path / "b" / "one two").mkdir(parents=True)
     with pytest.raises(InputError, match="'one two' can't be a patient's id"):
         check(BratsSource(tmp_path / "b"))
-    for option, reason in (
-        ({"size": 0}, "size must be at least 1"),
-        ({"normalize": "none"}, "--normalize none: scanner"),
-    ):
-        with pytest.raises(InputError, match=reason):
-            BratsSource(tmp_path, **option)
+    with pytest.raises(InputError, match="--normalize none: scanner"):
+        BratsSource(tmp_path, normalize="none")
 
 
 def unlabelled(tmp_path, text):
@@ -236,9 +221,7 @@ def test_labels_of_empty_slices_are_no_problem(tmp_path):
 
 
 def test_patients_of_the_labels_file_that_there_are_not(tmp_path):
-    with pytest.raises(
-        InputError, match="labels.csv: no row is about a patient of .*: it names P_1.nii.gz, and .* P_01"
-    ):
+    with pytest.raises(InputError, match="labels.csv: no row is about a patient .* names P_1.nii.gz, and .* P_01"):
         check(unlabelled(tmp_path / "none", "patient,label\nP_1.nii.gz,healthy\n"))
     source = unlabelled(tmp_path, "patient,label\nP_01,healthy\nP_99,healthy\n")
     _, lines = check(source, allow_missing_classes=True)
