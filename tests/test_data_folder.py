@@ -104,19 +104,15 @@ def test_patients_and_slices_from_names(tmp_path):
     assert source.read("unhealthy_image__1_").labels.tolist() == [1]
 
 
-def test_labels_of_slices_need_their_numbers(tmp_path):
-    write_images(tmp_path / "images", ["p1_a.png", "p1_b.png"])
-    (tmp_path / "labels.csv").write_text("patient,slice,label\np1,1,healthy\n")
-    with pytest.raises(InputError, match=r"labels.csv: labels slices, but .* has no group \(\?P<slice>"):
-        FolderSource(tmp_path / "images", labels=tmp_path / "labels.csv", patient_pattern="(?P<patient>p1).*")
-
-
 def test_folder_with_labels(tmp_path):
     write_images(tmp_path / "images", ["p1_1.png", "p1_2.png", "p2_1.png"])
     (tmp_path / "labels.csv").write_text("patient,slice,label\np1,2,b\np1,,a\n")
-    source = FolderSource(tmp_path / "images", size=12, labels=tmp_path / "labels.csv", class_names=("a", "b"))
+    options = {"size": 12, "labels": tmp_path / "labels.csv", "class_names": ("a", "b")}
+    source = FolderSource(tmp_path / "images", **options)
     assert source.read("p1").labels.tolist() == [0, 1] and source.class_names == ("a", "b")
     assert "no label for any slice of p2" in source.examine("p2")[1][0]
+    with pytest.raises(InputError, match=r"labels.csv: labels slices, but .* has no group \(\?P<slice>"):
+        FolderSource(tmp_path / "images", **options, patient_pattern="(?P<patient>p.).*")
 
 
 def test_bad_image_folders(tmp_path):

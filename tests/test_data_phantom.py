@@ -82,15 +82,12 @@ def test_confounders_do_not_depend_on_the_tumour():
 
 @pytest.mark.slow
 def test_a_flair_threshold_finds_it_hard():
-    pixels, lesion = [], []
     source = PhantomSource()
-    for index in range(316, 322):
-        slices = source.read(f"phantom-s0-{index:04d}")
-        brain = (slices.images > 0).any(axis=1)
-        pixels.append(slices.images.transpose(1, 0, 2, 3)[:, brain])
-        lesion.append(slices.masks[brain])
-    pixels, lesion = np.concatenate(pixels, axis=1), np.concatenate(lesion)
-    auprc = dict(zip(MODALITIES, (average_precision_score(lesion, channel) for channel in pixels), strict=True))
+    parts = [source.read(f"phantom-s0-{index:04d}") for index in range(316, 322)]
+    images, masks = (np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "masks"))
+    brain = (images > 0).any(axis=1)
+    lesion = masks[brain]
+    auprc = {name: average_precision_score(lesion, images[:, i][brain]) for i, name in enumerate(MODALITIES)}
     assert 0.35 < auprc["flair"] < 0.7
     assert max(auprc["t1"], auprc["t1ce"], auprc["t2"]) < 0.35
     assert 0.01 < lesion.mean() < 0.10
@@ -100,9 +97,7 @@ def test_write_patient_makes_brats_files_without_loss(tmp_path):
     sick = patient(SICK)
     folder = write_patient(sick, tmp_path)
     assert folder == tmp_path / "phantom-s0-0317"
-    assert sorted(p.name for p in folder.iterdir()) == [
-        f"phantom-s0-0317_{name}.nii.gz" for name in ("flair", "seg", "t1", "t1ce", "t2")
-    ]
+    assert len(list(folder.iterdir())) == 5
     for name, expected in zip((*MODALITIES, "seg"), (*sick.volumes, sick.labels), strict=True):
         image = nib.load(folder / f"phantom-s0-0317_{name}.nii.gz")
         np.testing.assert_array_equal(image.affine, sick.affine)

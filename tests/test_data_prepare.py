@@ -49,10 +49,8 @@ def test_written_scans_become_a_data_set(tmp_path):
         dataset = SliceDataset(tmp_path / "set", name, cache_dir=tmp_path / "cache")
         batch = dataset.collate(dataset.__getitems__(list(range(len(dataset)))))
         expected = [source.read(patient) for patient in sorted(patients[name])]
-        np.testing.assert_allclose(batch["images"], np.concatenate([e.images for e in expected]), atol=1e-3)
-        np.testing.assert_array_equal(batch["masks"], np.concatenate([e.masks for e in expected]))
-        np.testing.assert_array_equal(dataset.labels, np.concatenate([e.labels for e in expected]))
-        np.testing.assert_array_equal(dataset.slices, np.concatenate([e.slices for e in expected]))
+        for key in ("images", "masks", "labels", "slices"):
+            np.testing.assert_allclose(batch[key], np.concatenate([getattr(e, key) for e in expected]), atol=1e-3)
         counts = {"patients": len(expected), "slices": len(dataset), "unhealthy": int(dataset.labels.sum())}
         classes = {"patients": len(expected), "slices": counts["unhealthy"]}
         assert counts.items() <= preprocessing["splits"][name].items()
