@@ -82,7 +82,7 @@ def test_a_rewritten_file_is_read_again(tmp_path):
     assert set(SliceDataset(folder, "train", cache_dir=tmp_path / "cache").patients) == {"p3", "p4"}
 
 
-@pytest.mark.parametrize("changes", [{"size": 4}, {"channels": 3}])
+@pytest.mark.parametrize("changes", [{"size": 4}, {"channels": 3, "modalities": list("abc")}])
 def test_rows_that_do_not_fit_preprocessing(changes, tmp_path):
     edit_json(write_training_set(tmp_path / "set") / "preprocessing.json", **changes)
     dataset = SliceDataset(tmp_path / "set", "train", cache_dir=tmp_path / "cache")
