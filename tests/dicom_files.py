@@ -5,21 +5,21 @@ import pydicom
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 
-def oblique_affine(spacing=(1.5, 2.0, 3.0), angle=0.3):
+def oblique_affine(angle=0.3):
     """Index (column, row, slice) to LPS millimetres: rotated about the patient's long axis and tilted."""
     c, s = np.cos(angle), np.sin(angle)
     turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
     affine = np.eye(4)
-    affine[:3, :3] = turn * np.array(spacing)
+    affine[:3, :3] = turn * np.array([1.5, 2.0, 3.0])
     affine[:3, 3] = (-20.0, 11.0, 5.0)
     return affine
 
 
-def write_series(folder, voxels, affine, study=None, seed=0, slope=2.0):
+def write_series(folder, voxels, affine, slope=2.0):
     """Write voxels (columns, rows, slices) as a series of files with random names that store voxels / slope."""
     folder.mkdir(parents=True)
-    study, series, frame = study or generate_uid(), generate_uid(), generate_uid()
-    random = np.random.default_rng(seed)
+    study, series, frame = generate_uid(), generate_uid(), generate_uid()
+    random = np.random.default_rng(0)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     directions = affine[:3, :3] / spacing
     for number in random.permutation(voxels.shape[2]):
@@ -52,13 +52,8 @@ def write_enhanced(folder, voxels, affine, order):
     (path,) = folder.iterdir()
     image = pydicom.dcmread(path)
     orientation, spacing = image.ImageOrientationPatient, image.PixelSpacing
-    for name in (
-        "ImagePositionPatient",
-        "ImageOrientationPatient",
-        "PixelSpacing",
-        "RescaleSlope",
-        "RescaleIntercept",
-    ):
+    moved = ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"]
+    for name in moved:
         delattr(image, name)
     image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = pydicom.uid.EnhancedMRImageStorage
     image.ImageType = ["ORIGINAL", "PRIMARY", "OTHER", "NONE"]
@@ -80,22 +75,15 @@ def write_enhanced(folder, voxels, affine, order):
     ]
     thickness = float(np.linalg.norm(affine[:3, 2]))
     measures = item(PixelSpacing=spacing, SliceThickness=thickness, SpacingBetweenSlices=thickness)
-    image.SharedFunctionalGroupsSequence = [
-        item(
-            PixelMeasuresSequence=[measures],
-            PlaneOrientationSequence=[item(ImageOrientationPatient=orientation)],
-            PixelValueTransformationSequence=[item(RescaleIntercept=0.0, RescaleSlope=1.0, RescaleType="US")],
-        )
-    ]
-    image.PerFrameFunctionalGroupsSequence = [
-        item(
-            FrameContentSequence=[
-                item(StackID="1", InStackPositionNumber=number + 1, DimensionIndexValues=[1, number + 1])
-            ],
-            PlanePositionSequence=[item(ImagePositionPatient=(affine @ [0, 0, number, 1])[:3].tolist())],
-        )
-        for number in order
-    ]
+    shared = item(PixelMeasuresSequence=[measures])
+    shared.PlaneOrientationSequence = [item(ImageOrientationPatient=orientation)]
+    shared.PixelValueTransformationSequence = [item(RescaleIntercept=0.0, RescaleSlope=1.0, RescaleType="US")]
+    image.SharedFunctionalGroupsSequence, frames = [shared], []
+    for number in order:
+        content = item(StackID="1", InStackPositionNumber=number + 1, DimensionIndexValues=[1, number + 1])
+        position = item(ImagePositionPatient=(affine @ [0, 0, number, 1])[:3].tolist())
+        frames.append(item(FrameContentSequence=[content], PlanePositionSequence=[position]))
+    image.PerFrameFunctionalGroupsSequence = frames
     image.save_as(path, enforce_file_format=True)
     return folder
 

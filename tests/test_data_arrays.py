@@ -49,11 +49,9 @@ def test_arrays_are_scaled_patient_by_patient(tmp_path, dtype):
     np.savez(tmp_path / "x.npz", **arrays(images=images))
     source = ArraysSource(tmp_path / "x.npz")
     assert source.normalize == "median" and "dtype" not in source.facts()
-    for patient, rows in (("a", slice(3, 6)), ("b", slice(0, 3))):
+    for patient, rows in (("a", [3, 4, 5]), ("b", [1, 2, 0])):
         t2, flair = images[rows].swapaxes(0, 1)
         found = source.read(patient).images
-        if patient == "b":
-            t2, flair = t2[[1, 2, 0]], flair[[1, 2, 0]]
         np.testing.assert_allclose(found[:, 0], flair / (2.5 * np.median(flair[flair > 0])), rtol=1e-5)
         np.testing.assert_allclose(found[:, 1], t2 / (2.5 * np.median(t2[t2 > 0])), rtol=1e-5)
     bright = ArraysSource(tmp_path / "x.npz", normalize="p99").read("a").images
@@ -111,16 +109,11 @@ BAD_ARRAYS = {
     "not square": (arrays(images=np.zeros((6, 2, 8, 9))), "H = W"),
     "no slices": (arrays(images=np.zeros((0, 2, 8, 8))), r"images must be \(N, C, H, W\)"),
     "masks of other size": (arrays(masks=np.zeros((6, 4, 4))), r"masks must have the shape \(6, 8, 8\)"),
-    "too few patients": (arrays(patient=np.array(["a"])), r"patient must have the shape \(6,\)"),
-    "modalities": (arrays(modalities=np.array(["t1"])), r"modalities must have the shape \(2,\)"),
     "complex": (arrays(images=np.zeros((6, 2, 8, 8), complex)), "must be numbers, not complex128"),
     "two scales": (arrays(scale=np.array([1.0, 2.0])), r"scale must have the shape \(\)"),
     "masks of text": (arrays(masks=np.full((6, 8, 8), "x")), "masks must be numbers"),
     "half a slice": (arrays(slice=np.arange(6) + 0.5), "slice must be whole numbers from 0 up, found 0.5"),
-    "NaN as slice": (
-        arrays(slice=np.array([0, 1, np.nan, 3, 4, 5])),
-        "slice must be whole numbers from 0 up, found nan",
-    ),
+    "NaN as slice": (arrays(slice=np.array([0, 1, np.nan, 3, 4, 5])), "whole numbers from 0 up, found nan"),
     "huge slice": (arrays(slice=np.array([0, 1, 2, 3, 4, 2**40])), f"found {2**40}"),
     "negative slice": (arrays(slice=np.arange(6) - 1), "found -1"),
     "text as slice": (arrays(slice=np.array(list("abcdef"))), "slice must be numbers"),

@@ -47,9 +47,7 @@ def test_folder_of_three_classes_and_colours(tmp_path):
     assert not found[:, :2].any() and not found[:, 8:].any()
 
 
-@pytest.mark.parametrize(
-    "names", [("Diseased", "Healthy"), ("abnormal", "normal"), ("glioma", "no tumor", "pituitary")]
-)
+@pytest.mark.parametrize("names", [("abnormal", "Normal"), ("glioma", "no tumor", "pituitary")])
 def test_the_healthy_class_is_known_by_its_name(names, tmp_path):
     write_images(tmp_path, [f"{name}/{i}.png" for i, name in enumerate(names)])
     assert FolderSource(tmp_path).class_names == (names[1], *(name for name in names if name != names[1]))
@@ -70,12 +68,10 @@ def test_kinds_of_images(tmp_path):
     for name in ("1.png", "5.jpg", "6.TIFF", "7.bmp"):
         expected = np.asarray(Image.open(grey / "normal" / name)) / 255
         np.testing.assert_allclose(source.read(name[0]).images[0, 0], expected, atol=1e-6)
-    assert source.summary[0] == "7 images: 3 .png, 1 .jpg, 1 .tiff, 1 .bmp, 1 .npy"
-    assert source.unused == ["b/notes.txt"]
+    assert source.unused == ["b/notes.txt"] and source.summary[0].startswith("7 images: 3 .png, 1 .jpg, 1 .tiff")
 
 
 def test_an_alpha_channel_is_no_channel(tmp_path):
-    """Opaque pixels keep their values, transparent ones are background."""
     grey = np.random.default_rng(0).integers(1, 256, (4, 4), dtype=np.uint8)
     alpha = np.full((4, 4), 255, np.uint8)
     alpha[0] = 0
@@ -108,21 +104,15 @@ def test_patients_and_slices_from_names(tmp_path):
     assert source.read("unhealthy_image__1_").labels.tolist() == [1]
 
 
-def test_labels_of_slices_need_their_numbers(tmp_path):
-    write_images(tmp_path / "images", ["p1_a.png", "p1_b.png"])
-    (tmp_path / "labels.csv").write_text("patient,slice,label\np1,1,healthy\n")
-    with pytest.raises(
-        InputError, match=r"labels.csv: labels slices, but --patient_pattern has no group \(\?P<slice>"
-    ):
-        FolderSource(tmp_path / "images", labels=tmp_path / "labels.csv", patient_pattern="(?P<patient>p1).*")
-
-
 def test_folder_with_labels(tmp_path):
     write_images(tmp_path / "images", ["p1_1.png", "p1_2.png", "p2_1.png"])
     (tmp_path / "labels.csv").write_text("patient,slice,label\np1,2,b\np1,,a\n")
-    source = FolderSource(tmp_path / "images", size=12, labels=tmp_path / "labels.csv", class_names=("a", "b"))
+    options = {"size": 12, "labels": tmp_path / "labels.csv", "class_names": ("a", "b")}
+    source = FolderSource(tmp_path / "images", **options)
     assert source.read("p1").labels.tolist() == [0, 1] and source.class_names == ("a", "b")
     assert "no label for any slice of p2" in source.examine("p2")[1][0]
+    with pytest.raises(InputError, match=r"labels.csv: labels slices, but .* has no group \(\?P<slice>"):
+        FolderSource(tmp_path / "images", **options, patient_pattern="(?P<patient>p.).*")
 
 
 def test_bad_image_folders(tmp_path):

@@ -14,7 +14,6 @@ from diffusers_cf.data.geometry import (
     undisplay,
     volume_from_slices,
 )
-from diffusers_cf.errors import InputError
 
 
 @pytest.mark.parametrize("field_mm, share", [(40.0, 0.0), (20.0, 0.5), (10.0, 0.7)])
@@ -86,17 +85,14 @@ def test_mask_resampling_invents_no_lesion():
         assert area[found.masks == 1].min() > 0.49 and area[found.masks == 0].max() < 0.51
 
 
-def test_whole_factor_equals_area_interpolation():
+def test_whole_factor_equals_area_interpolation_and_growing_bilinear():
     slices = np.random.default_rng(0).random((3, 2, 24, 24)).astype(np.float32)
     expected = interpolate(torch.from_numpy(slices), size=(8, 8), mode="area")
     np.testing.assert_allclose(resample_slices(slices, (10, 10, 1), 8), expected, atol=1e-6)
-
-
-def test_growing_equals_bilinear_interpolation():
-    slices = np.random.default_rng(0).random((3, 2, 8, 8)).astype(np.float32)
-    expected = interpolate(torch.from_numpy(slices), size=(24, 24), mode="bilinear", align_corners=False)
+    small = slices[..., :8, :8]
+    expected = interpolate(torch.from_numpy(small), size=(24, 24), mode="bilinear", align_corners=False)
     # Inside; at the rim ours blends with the background outside the frame.
-    found = resample_slices(slices, (30, 30, 1), 24)
+    found = resample_slices(small, (30, 30, 1), 24)
     np.testing.assert_allclose(found[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], atol=1e-6)
 
 
@@ -132,13 +128,6 @@ def test_map_at_the_scans_own_resolution_returns_exactly():
 def test_map_is_zero_outside_the_field_and_full_inside():
     back = volume_from_slices(np.ones((1, 16, 16)), np.array([0]), (30, 20, 1), (10, 10, 3))
     assert (back[3:27] == 1).all() and not back[:3].any() and not back[27:].any()
-
-
-def test_empty_channel_is_an_error():
-    volume, mask = brain()
-    volume[3] = 0
-    with pytest.raises(InputError, match="the scan is empty"):
-        slices_from_volume("p", volume, mask, SPACING_MM, 16)
 
 
 def test_whole_numbers_give_the_same_slices_as_floats():

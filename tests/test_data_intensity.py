@@ -27,6 +27,11 @@ def test_unknown_scale(name):
         unit_intensity(np.ones(3), name)
 
 
+def test_an_empty_scan_has_no_scale():
+    with pytest.raises(ValueError, match="the scan is empty"):
+        unit_intensity(np.zeros(3), "median")
+
+
 def test_older_files_name_a_percentile():
     older = ({"percentile": 98.5}, {"percentile": None}, {})
     assert [normalize_of(facts) for facts in older] == ["p98.5", "none", "p99"]

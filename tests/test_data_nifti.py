@@ -9,14 +9,7 @@ import pytest
 from data_files import brain, ras_affine, save
 
 from diffusers_cf.data.geometry import from_ras
-from diffusers_cf.data.nifti import (
-    canonical_modality,
-    check_same_grid,
-    find_modality_file,
-    nifti_suffix,
-    read_nifti,
-    to_canonical,
-)
+from diffusers_cf.data.nifti import canonical_modality, check_same_grid, nifti_suffix, read_nifti, to_canonical
 from diffusers_cf.errors import InputError
 from diffusers_cf.segmentation.volumes import write_volume
 
@@ -35,13 +28,6 @@ def nifti_bytes(data=DATA, **fields) -> bytes:
     return bytes(raw)
 
 
-def with_voxels(values: dict) -> bytes:
-    data = DATA.astype(np.float32)
-    for index, value in values.items():
-        data[index] = value
-    return nifti_bytes(data)
-
-
 def flipped(packed: bytes, position: int) -> bytes:
     changed = bytearray(packed)
     changed[position] ^= 0x10
@@ -54,20 +40,16 @@ HUGE = nifti_bytes(dim=[3, 32000, 32000, 32000, 1, 1, 1, 1])
 BAD_FILES = {
     "truncated": (PACKED[: int(0.7 * len(PACKED))], "truncated"),
     "last byte missing": (PACKED[:-1], "truncated"),
-    "byte flipped": (flipped(PACKED, len(PACKED) // 2), "CRC check failed"),
     "only the CRC wrong": (flipped(PACKED, -8), "CRC check failed"),
-    "only the length wrong": (flipped(PACKED, -1), "Incorrect length"),
     "garbage behind the stream": (PACKED + b"garbage", "Not a gzipped file"),
     "plain and truncated": (PLAIN[:-30], "Expected 240 bytes, got 210"),
     "empty": (b"", "0 bytes"),
-    "packed nothing": (gzip.compress(b""), "0 bytes"),
     "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(600), "not a single-file NIfTI"),
-    "NaN": (with_voxels({(0, 0, 0): np.nan, (1, 1, 1): np.nan}), "2 of 120 voxels are NaN or infinite"),
-    "infinite": (with_voxels({(0, 0, 0): -np.inf}), "1 of 120 voxels are NaN or infinite"),
+    "NaN": (nifti_bytes(np.where(DATA == 7, np.nan, DATA)), "1 of 120 voxels are NaN or infinite"),
+    "infinite": (nifti_bytes(np.where(DATA < 2, -np.inf, DATA)), "2 of 120 voxels are NaN or infinite"),
     "claims 65 TB": (HUGE, "asks for 65536000000352 bytes"),
     "claims 65 TB, packed": (gzip.compress(HUGE), "asks for 65536000000352 bytes"),
     "negative dimension": (nifti_bytes(dim=[3, 6, -5, 4, 1, 1, 1, 1]), "shape (6, -5, 4)"),
-    "dimension 0": (nifti_bytes(dim=[3, 6, 0, 4, 1, 1, 1, 1]), "shape (6, 0, 4)"),
     "no dimensions": (nifti_bytes(dim=[0, 6, 5, 4, 1, 1, 1, 1]), "0 dimensions"),
     "unknown data type": (nifti_bytes(datatype=77), "77 not recognized"),
     "complex": (nifti_bytes(DATA.astype(np.complex64)), "magnitude image"),
@@ -100,11 +82,6 @@ def test_no_flipped_byte_goes_unnoticed(tmp_path):
         (tmp_path / "scan.nii.gz").write_bytes(flipped(PACKED, position))
         with pytest.raises(InputError, match="scan.nii.gz"):
             read_nifti(tmp_path / "scan.nii.gz")
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match="absent.nii.gz: can't be read"):
-        read_nifti(tmp_path / "absent.nii.gz")
 
 
 def test_gzip_bomb_stops_at_the_limit(tmp_path):
@@ -177,13 +154,6 @@ def test_integers_take_no_more_memory_than_in_the_file(tmp_path):
     assert peak < 2.5 * voxels.nbytes
 
 
-def test_four_dimensions_where_they_are_expected(tmp_path):
-    (tmp_path / "scan.nii").write_bytes(nifti_bytes(np.stack([DATA, DATA + 1], axis=-1)))
-    assert read_nifti(tmp_path / "scan.nii", dimensions=4).data.shape == (6, 5, 4, 2)
-    (tmp_path / "scan.nii").write_bytes(PLAIN)
-    assert read_nifti(tmp_path / "scan.nii", dimensions=4).data.shape == (6, 5, 4, 1)
-
-
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "PSR", "IRA", "SLA"])
 def test_canonical_and_back(axes, tmp_path):
     volume = brain()[0][0]
@@ -197,6 +167,7 @@ def test_canonical_and_back(axes, tmp_path):
     four = to_canonical(read_nifti(tmp_path / "four.nii", dimensions=4))
     np.testing.assert_array_equal(four.data[..., 1], volume + 1)
     assert check_same_grid([canonical, four, to_canonical(read_nifti(save(tmp_path / "ras.nii", volume)))]) is None
+    assert read_nifti(tmp_path / "ras.nii", dimensions=4).data.shape == (26, 32, 12, 1)
 
 
 def test_names_of_files_and_modalities():
@@ -207,17 +178,6 @@ def test_names_of_files_and_modalities():
     suffixes |= {"a.b_Seg.NII.GZ": "seg", "sub-01_ce-X_T1w.nii.gz": "t1ce", "sub-01_T1w.nii.gz": "t1w"}
     suffixes |= {"._x_t1.nii.gz": "", "x_t1.nii.gz.part": "", "x_t1.png": ""}
     assert {name: nifti_suffix(name) for name in suffixes} == suffixes
-
-
-def test_modality_files_are_found(tmp_path):
-    for name in ("p-t1n.nii.gz", "p-t1c.nii.gz", "p-T2F.nii", "p-seg.nii.gz", "notes.txt"):
-        (tmp_path / name).touch()
-    names = {"t1ce": "p-t1c.nii.gz", "flair": "p-T2F.nii", "seg": "p-seg.nii.gz"}
-    assert {key: find_modality_file(tmp_path, key).name for key in names} == names
-    assert find_modality_file(tmp_path, "t2") is None
-    (tmp_path / "p_t1gd.nii.gz").touch()
-    with pytest.raises(InputError, match="several files are t1ce: p-t1c.nii.gz, p_t1gd.nii.gz"):
-        find_modality_file(tmp_path, "t1ce")
 
 
 def scans_with(tmp_path, shape=(6, 5, 4), shift=0.0, scale=1.0, tilt=0.0):

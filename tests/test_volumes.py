@@ -13,13 +13,7 @@ from diffusers_cf.evaluation.postprocessing import postprocess_maps, remove_smal
 from diffusers_cf.plots import plot_slices
 from diffusers_cf.segmentation import volumes as volumes_module
 from diffusers_cf.segmentation.patient import segment_patient
-from diffusers_cf.segmentation.volumes import (
-    PatientVolumes,
-    SliceMaps,
-    heat_volume,
-    lesion_mask,
-    most_suspicious,
-)  # fmt: skip
+from diffusers_cf.segmentation.volumes import PatientVolumes, SliceMaps, heat_volume, lesion_mask, most_suspicious
 
 
 @pytest.mark.parametrize("voxels_per_pixel", [1, 2])
