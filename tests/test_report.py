@@ -3,13 +3,13 @@
 import json
 import shutil
 import weakref
+from unittest.mock import DEFAULT, Mock
 
 import nibabel
 import numpy as np
 import pytest
 from segmentation_files import (
     CUBE,
-    SETTINGS,
     BrightnessPipeline,
     cli,
     error_lines,
@@ -17,7 +17,7 @@ from segmentation_files import (
     make_pipe,
     text_of,
     write_cube,
-)  # fmt: skip
+)
 
 from diffusers_cf.segmentation import report as report_module
 from diffusers_cf.segmentation.cohorts import add_to_summary
@@ -34,11 +34,11 @@ SCRIPT = "<script>alert(1)</script>"
 def cohort(tmp_path_factory):
     """Scans of two patients with a bright cube, and what `segment` makes of them by brightness."""
     folder = tmp_path_factory.mktemp("cohort")
-    pipe = make_pipe(BrightnessPipeline, settings=SETTINGS | {"threshold": 0.5})
+    pipe = make_pipe(BrightnessPipeline)
     (folder / "scans").mkdir()
     for name in ("P_01", "P_02"):
         scans = write_cube(folder / "scans" / name, "RAS", "LPS")
-        segment_patient(pipe, scans, folder / "out", model="models/<b>bold", progress=False)
+        segment_patient(pipe, scans, folder / "out", model="models/<b>bold", threshold=0.5, progress=False)
     return folder
 
 
@@ -129,15 +129,9 @@ def test_a_patient_that_can_not_be_read_is_named(out, page, capsys, file, conten
 def test_a_patient_without_a_viewer_is_in_the_table(out, page, capsys, monkeypatch, file):
     from nilearn import plotting
 
-    view_img = plotting.view_img
-
-    def picky(*args, title, **options):
-        if title == "P_01":
-            raise ValueError("zero-size array")
-        return view_img(*args, title=title, **options)
-
     if file == "heatmap.nii.gz":
-        monkeypatch.setattr(plotting, "view_img", picky)
+        view_img = Mock(wraps=plotting.view_img, side_effect=[ValueError("zero-size array"), DEFAULT])
+        monkeypatch.setattr(plotting, "view_img", view_img)
     else:
         (out / "P_01" / file).unlink()
     assert cli("report", out, "--output", page) == 2
