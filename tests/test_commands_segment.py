@@ -61,7 +61,6 @@ def test_the_papers_settings_by_name(model, patient, tmp_path, capsys):
         (["--guidance-scale", "-1"], "guidance_scale is -1.0"),
         (["--threshold", "nan"], "threshold is nan"),
         (["--batch_size", "0"], "--batch_size"),
-        (["--device", "nonsense"], "--device nonsense"),
         (["--model", "DATA"], "model_index.json"),
     ],
 )

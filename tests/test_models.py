@@ -22,12 +22,6 @@ def moved_off_zero(module):
     return module.eval()
 
 
-@pytest.fixture
-def small():
-    torch.manual_seed(0)
-    return moved_off_zero(counterfactual_unet("small", image_size=16)), class_token_encoder("small").eval()
-
-
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -50,8 +44,8 @@ def written_out_attention(layer, image, tokens):
 
 
 @torch.no_grad()
-def test_every_attention_layer_concatenates_the_tokens_to_keys_and_values(small):
-    unet, encoder = small
+def test_every_attention_layer_concatenates_the_tokens_to_keys_and_values():
+    unet, encoder = moved_off_zero(counterfactual_unet("small", image_size=16)), class_token_encoder("small")
     seen = []
 
     def note(layer, args, kwargs, output):
@@ -68,22 +62,6 @@ def test_every_attention_layer_concatenates_the_tokens_to_keys_and_values(small)
         assert torch.equal(tokens, condition[0])
         torch.testing.assert_close(output, written_out_attention(layer, image, tokens), atol=2e-5, rtol=1e-5)
         assert (output - image).abs().max() > 1e-2
-
-
-@torch.no_grad()
-def test_tokens_and_vector_both_matter_and_null_differs_from_both_classes(small):
-    unet, encoder = small
-    x, t = noise(1, 4, 16, 16), torch.tensor(500)
-    tokens, vector = encoder(torch.arange(3))
-
-    def output(token_row, vector_row):
-        return predict_noise(unet, x, t, (tokens[[token_row]], vector[[vector_row]]))
-
-    outputs = [output(row, row) for row in range(3)]
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert (outputs[one] - outputs[other]).abs().max() > 1e-3
-        assert (output(one, one) - output(other, one)).abs().max() > 1e-4
-        assert (output(one, one) - output(one, other)).abs().max() > 1e-4
 
 
 @torch.no_grad()

@@ -72,13 +72,6 @@ def test_the_page_says_what_segment_found(cohort, page, capsys):
     assert "over flair" in text and text.count("Scroll through the volume") == 2
 
 
-def test_dice_is_shown_if_segment_has_measured_it(out, page):
-    edit(out / "P_01", dice=0.875)
-    assert cli("report", out / "P_01", "--output", page) == 0
-    text = text_of(page.read_text())
-    assert "Lesions of P_01" in text and "over the counterfactual of flair" in text and " 0.88 " in text
-
-
 def test_the_page_loads_nothing_and_escapes_names(cohort, out, page):
     edit(out / "P_02", patient=SCRIPT)
     assert cli("report", out, "--scans", cohort / "scans", "--output", page) == 0
@@ -150,14 +143,16 @@ def test_other_scans_are_not_shown(cohort, page, tmp_path, capsys):
     assert "Scroll through the volume" not in text_of(page.read_text())
 
 
-def test_patients_that_segment_failed_on_are_named(out, page):
+def test_failures_and_dice_of_segment_are_shown(out, page):
     outcomes = {"P_07": {"state": "failed", "reason": f"t1.nii.gz: truncated {SCRIPT}"}, "P_01": {"state": "done"}}
     add_to_summary(out, outcomes)
     (out / ".P_04.tmp-x").mkdir()  # of a running process
     (out / ".P_04.tmp-x" / "report.json").write_text("{")
+    edit(out / "P_01", dice=0.875)
     assert cli("report", out, "--output", page) == 0
     content = page.read_text()
     assert "Not segmented: P_07: t1.nii.gz: truncated" in text_of(content) and SCRIPT not in content
+    assert " 0.88 " in text_of(content) and "over the counterfactual of flair" in text_of(content)
 
 
 @pytest.mark.parametrize(
