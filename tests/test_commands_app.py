@@ -32,7 +32,6 @@ def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
     [
         (["--max-upload-mb", "0"], "--max_upload_mb must be 1 or more"),
         (["--port", "70000"], "--port from 1 to 65535"),
-        (["--device", "nowhere"], "--device nowhere can't be used"),
     ],
 )
 def test_bad_options_are_one_line(options, message, capsys):

@@ -81,6 +81,8 @@ def test_a_slider_costs_only_what_it_changes(explorer, settings, record_calls):
     for index in range(1, 1 + RECENT):  # only what was viewed last is kept
         cost(index=index, strength=0.1)
     assert cost(index=1, strength=0.1)[0] == 0 and cost(index=9, guidance_scale=3.0)[0] == 2 * STEPS
+    with pytest.raises(InputError, match="num_inference_steps"):
+        cost(num_inference_steps=7)
 
 
 def score_of_the_pipeline(explorer, **settings):
@@ -97,9 +99,8 @@ def test_what_depends_on_no_guidance_is_decoded_once(explorer, settings, record_
     longer = 3 * STEPS + 3 * round(0.5 * settings["num_inference_steps"])
     assert len(calls) == longer
     guided = explorer.view(INDEX, chosen | {"guidance_scale": 5.0})  # of a part of the longer encoding
-    assert len(calls) == longer + STEPS and guided.score == score_of_the_pipeline(
-        explorer, map="reconstruction", guidance_scale=5.0
-    )
+    assert len(calls) == longer + STEPS
+    assert guided.score == score_of_the_pipeline(explorer, map="reconstruction", guidance_scale=5.0)
 
 
 def test_the_forward_map_is_what_the_pipeline_makes(explorer, settings, record_calls):
@@ -124,8 +125,7 @@ def test_a_view_shows_what_segment_writes(explorer, settings, pipe, tmp_path):
     for channel, modality in enumerate(MODALITIES):
         shown = view.counterfactuals[channel] * explorer._scales[channel]
         np.testing.assert_allclose(shown, written[f"counterfactual_{modality}"], atol=1e-3 * explorer._scales[channel])
-    assert view.score == score_of_the_pipeline(explorer)
-    assert not view.of_volume
+    assert view.score == score_of_the_pipeline(explorer) and not view.of_volume
 
 
 def test_the_whole_volume_is_that_of_segment(explorer, settings, pipe, tmp_path):
@@ -138,8 +138,7 @@ def test_the_whole_volume_is_that_of_segment(explorer, settings, pipe, tmp_path)
         assert nib.load(ours).header == nib.load(theirs).header
         np.testing.assert_array_equal(voxels(ours), voxels(theirs))
     assert files.report["lesion_volume_ml"] == report["lesion_volume_ml"] > 0 and files.lesion_slices
-    view = explorer.view(INDEX, chosen)
-    assert view.of_volume and not explorer.view(INDEX, settings).of_volume
+    assert explorer.view(INDEX, chosen).of_volume and not explorer.view(INDEX, settings).of_volume
     assert explorer.segment(settings, print).mask != files.mask and not files.mask.exists()
     assert f"Patient: unhealthy</b> · {report['lesion_volume_ml']:.1f} ml" in volume_html(files)
     assert "Patient: healthy" in volume_html(replace(files, lesion_slices=[]))
@@ -188,11 +187,6 @@ def test_an_explorer_that_is_dropped_leaves_nothing(open_explorer, tmp_path):
         del explorer
         gc.collect()
     assert [path.name for path in tmp_path.iterdir()] == ["served"] and not list((tmp_path / "served").iterdir())
-
-
-def test_settings_out_of_range_are_one_line(explorer, settings):
-    with pytest.raises(InputError, match="num_inference_steps"):
-        explorer.view(INDEX, settings | {"num_inference_steps": 7})
 
 
 def test_decompressed_files_and_their_voxels_have_a_limit(open_explorer, explorer):
