@@ -101,9 +101,7 @@ def test_each_modality_has_one_file(tmp_path):
     files = patient_files(tmp_path, ["t1", "t2w", "FLAIR"])
     assert list(files) == ["t1", "t2w", "FLAIR", "seg"]  # spelled and ordered as asked for
     assert [path.name for path in files.values()] == ["P_T1n.nii.gz", "P-t2.nii", "P_FLAIR.nii.gz", "P_seg.nii.gz"]
-    with pytest.raises(
-        InputError, match=r"modality missing: adc, t1ce \(names end in adc: adc; t1ce: t1ce, t1gd, t1c\)"
-    ):
+    with pytest.raises(InputError, match="modality missing: adc, t1ce .*adc: adc; t1ce: t1ce, t1gd, t1c"):
         patient_files(tmp_path, ["t1", "adc", "t1ce"])
     touch(tmp_path, "x-t1w.nii")
     with pytest.raises(InputError, match="several scans are t1: P_T1n.nii.gz, x-t1w.nii"):

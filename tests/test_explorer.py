@@ -15,7 +15,6 @@ from diffusers_cf.app.explorer import RECENT, Explorer, with_own_schedulers
 from diffusers_cf.app.html import slice_html, verdict_html, volume_html
 from diffusers_cf.data.geometry import display, to_ras
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.trajectories import decode_images, encode_images
 from diffusers_cf.segmentation.patient import segment_patient, segmentation_facts
 
 
@@ -57,20 +56,6 @@ def settings(explorer):
     return explorer.facts["settings"]
 
 
-@pytest.mark.parametrize("kind", ["counterfactual", "reconstruction"])
-def test_a_decoding_of_a_longer_encoding_is_what_the_pipeline_makes(pipe, kind):
-    images = torch.rand(3, len(MODALITIES), 16, 16, generator=torch.Generator().manual_seed(1))
-    images[2] = 0
-    images[1, :, :, 10:] = 0
-    settings = pipe.resolve_settings(map=kind)
-    changes, heat = decode_images(pipe, encode_images(pipe, images, 1.0, settings["num_inference_steps"]), settings)
-    out = pipe(images, map=kind)
-    assert torch.allclose(heat, out.heatmaps, atol=1e-6) and torch.allclose(
-        images + changes, out.counterfactuals, atol=1e-6
-    )
-    assert heat[:2].sum() > 0 and not heat[2].any()
-
-
 def test_a_slider_costs_only_what_it_changes(explorer, settings, record_calls):
     calls = record_calls(explorer.pipe)
 
@@ -96,6 +81,8 @@ def test_a_slider_costs_only_what_it_changes(explorer, settings, record_calls):
     for index in range(1, 1 + RECENT):  # only what was viewed last is kept
         cost(index=index, strength=0.1)
     assert cost(index=1, strength=0.1)[0] == 0 and cost(index=9, guidance_scale=3.0)[0] == 2 * STEPS
+    with pytest.raises(InputError, match="num_inference_steps"):
+        cost(num_inference_steps=7)
 
 
 def score_of_the_pipeline(explorer, **settings):
@@ -108,10 +95,11 @@ def test_what_depends_on_no_guidance_is_decoded_once(explorer, settings, record_
     calls, chosen = record_calls(explorer.pipe), settings | {"map": "reconstruction"}
     explorer.view(INDEX, chosen)
     assert len(calls) == 3 * STEPS
-    guided = explorer.view(INDEX, chosen | {"guidance_scale": 5.0})
-    assert len(calls) == 4 * STEPS
     explorer.view(INDEX, chosen | {"strength": 0.5})
-    assert len(calls) == 4 * STEPS + 3 * round(0.5 * settings["num_inference_steps"])
+    longer = 3 * STEPS + 3 * round(0.5 * settings["num_inference_steps"])
+    assert len(calls) == longer
+    guided = explorer.view(INDEX, chosen | {"guidance_scale": 5.0})  # of a part of the longer encoding
+    assert len(calls) == longer + STEPS
     assert guided.score == score_of_the_pipeline(explorer, map="reconstruction", guidance_scale=5.0)
 
 
@@ -137,26 +125,21 @@ def test_a_view_shows_what_segment_writes(explorer, settings, pipe, tmp_path):
     for channel, modality in enumerate(MODALITIES):
         shown = view.counterfactuals[channel] * explorer._scales[channel]
         np.testing.assert_allclose(shown, written[f"counterfactual_{modality}"], atol=1e-3 * explorer._scales[channel])
-    assert view.score == score_of_the_pipeline(explorer)
-    assert not view.of_volume
+    assert view.score == score_of_the_pipeline(explorer) and not view.of_volume
 
 
 def test_the_whole_volume_is_that_of_segment(explorer, settings, pipe, tmp_path):
-    shares = []
-    chosen = settings | {"guidance_scale": 4.0, "threshold": 0.1}
-    files = explorer.segment(chosen, shares.append)
-    report = segment_patient(
-        pipe, explorer.scans, tmp_path, patient="P", guidance_scale=4.0, threshold=0.1, progress=False
-    )
+    changed = {"guidance_scale": 4.0, "threshold": 0.1}
+    chosen = settings | changed
+    files = explorer.segment(chosen, print)
+    report = segment_patient(pipe, explorer.scans, tmp_path, patient="P", progress=False, **changed)
     for name in ("heatmap", "mask"):
         ours, theirs = getattr(files, name), tmp_path / "P" / f"{name}.nii.gz"
         assert nib.load(ours).header == nib.load(theirs).header
         np.testing.assert_array_equal(voxels(ours), voxels(theirs))
-    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 2 * STEPS
     assert files.report["lesion_volume_ml"] == report["lesion_volume_ml"] > 0 and files.lesion_slices
-    view = explorer.view(INDEX, chosen)
-    assert view.of_volume and not explorer.view(INDEX, settings).of_volume
-    assert explorer.segment(settings, shares.append).mask != files.mask and not files.mask.exists()
+    assert explorer.view(INDEX, chosen).of_volume and not explorer.view(INDEX, settings).of_volume
+    assert explorer.segment(settings, print).mask != files.mask and not files.mask.exists()
     assert f"Patient: unhealthy</b> · {report['lesion_volume_ml']:.1f} ml" in volume_html(files)
     assert "Patient: healthy" in volume_html(replace(files, lesion_slices=[]))
 
@@ -179,10 +162,7 @@ def test_the_verdict_is_that_of_the_mask(explorer, settings):
     view = explorer.view(INDEX, settings | {"threshold": 1e-6})
     area = view.mask.sum() * np.prod(view.pixel_mm) / 100
     assert f"Slice: unhealthy</b> · {area:.1f} cm²" in verdict_html(view, 1e-6)
-
-
-def test_names_of_modalities_are_escaped(explorer, settings):
-    assert "<b>" not in slice_html(explorer.view(INDEX, settings), 0, ["<b>", "t1"], "1 = p99")
+    assert "<b>" not in slice_html(view, 0, ["<b>", "t1"], "1 = p99")
 
 
 @pytest.mark.parametrize("when", ["first step", "last step"])
@@ -209,21 +189,6 @@ def test_an_explorer_that_is_dropped_leaves_nothing(open_explorer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["served"] and not list((tmp_path / "served").iterdir())
 
 
-def test_settings_out_of_range_are_one_line(explorer, settings):
-    with pytest.raises(InputError, match="num_inference_steps"):
-        explorer.view(INDEX, settings | {"num_inference_steps": 7})
-
-
-def test_scans_with_a_skull_give_warnings(open_explorer):
-    def fill_the_frame(scans):
-        for path in scans.iterdir():
-            scan = nib.load(path)
-            nib.save(nib.Nifti1Image(np.asarray(scan.dataobj) + np.int16(1), scan.affine), path)
-
-    warnings = open_explorer(fill_the_frame).volumes.warnings
-    assert len(warnings) == 2 and all("skull-stripped" in warning for warning in warnings)
-
-
 def test_decompressed_files_and_their_voxels_have_a_limit(open_explorer, explorer):
     with pytest.raises(InputError, match="limit is 1000"):
         open_explorer(max_bytes=1000)
@@ -238,8 +203,6 @@ def test_only_heatmap_and_mask_are_served(explorer, settings, tmp_path):
         files = explorer.segment(settings, print)
         assert {path for path in (tmp_path / "served").rglob("*") if path.is_file()} == {files.heatmap, files.mask}
         assert len(files.mask.parent.name) >= 32 and list(explorer.scans.parent.iterdir()) == [explorer.scans]
-    explorer.close()
-    assert not list((tmp_path / "served").iterdir())
 
 
 def test_two_users_of_a_model_have_a_grid_each(pipe):

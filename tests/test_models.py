@@ -7,10 +7,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 from gaussian_data import noise
 
-from diffusers_cf import ClassTokenEncoder, CounterfactualDDIMPipeline, class_token_encoder, counterfactual_unet
+from diffusers_cf import ClassTokenEncoder, class_token_encoder, counterfactual_unet
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import CONDITIONINGS, ConditionalNoisePredictor, predict_noise, unet_config
-from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMScheduler
+from diffusers_cf.schedulers import DynamicDDIMScheduler
 
 
 def moved_off_zero(module):
@@ -20,16 +20,6 @@ def moved_off_zero(module):
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     return module.eval()
-
-
-@pytest.fixture
-def small():
-    torch.manual_seed(0)
-    return moved_off_zero(counterfactual_unet("small", image_size=16)), class_token_encoder("small").eval()
-
-
-def count(module):
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def written_out_attention(layer, image, tokens):
@@ -50,8 +40,9 @@ def written_out_attention(layer, image, tokens):
 
 
 @torch.no_grad()
-def test_every_attention_layer_concatenates_the_tokens_to_keys_and_values(small):
-    unet, encoder = small
+def test_every_attention_layer_concatenates_the_tokens_to_keys_and_values():
+    torch.manual_seed(0)
+    unet, encoder = moved_off_zero(counterfactual_unet("small", image_size=16)), class_token_encoder("small")
     seen = []
 
     def note(layer, args, kwargs, output):
@@ -68,22 +59,6 @@ def test_every_attention_layer_concatenates_the_tokens_to_keys_and_values(small)
         assert torch.equal(tokens, condition[0])
         torch.testing.assert_close(output, written_out_attention(layer, image, tokens), atol=2e-5, rtol=1e-5)
         assert (output - image).abs().max() > 1e-2
-
-
-@torch.no_grad()
-def test_tokens_and_vector_both_matter_and_null_differs_from_both_classes(small):
-    unet, encoder = small
-    x, t = noise(1, 4, 16, 16), torch.tensor(500)
-    tokens, vector = encoder(torch.arange(3))
-
-    def output(token_row, vector_row):
-        return predict_noise(unet, x, t, (tokens[[token_row]], vector[[vector_row]]))
-
-    outputs = [output(row, row) for row in range(3)]
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert (outputs[one] - outputs[other]).abs().max() > 1e-3
-        assert (output(one, one) - output(other, one)).abs().max() > 1e-4
-        assert (output(one, one) - output(one, other)).abs().max() > 1e-4
 
 
 @torch.no_grad()
@@ -111,7 +86,8 @@ def test_number_of_parameters():
         for conditioning in CONDITIONINGS:
             low, high = (27.1, 27.2) if conditioning == "attention" else (20, 27)
             for size, least, most in (("paper", low, high), ("small", 1, 4)):
-                total = count(counterfactual_unet(size, conditioning)) + count(class_token_encoder(size))
+                networks = counterfactual_unet(size, conditioning), class_token_encoder(size)
+                total = sum(parameter.numel() for network in networks for parameter in network.parameters())
                 assert least <= total / 1e6 <= most
 
 
@@ -145,9 +121,6 @@ def test_any_size_channels_and_classes(conditioning, image_size, channels, class
     x, ids = noise(2, channels, image_size, image_size), torch.tensor([0, classes])
     output = model(x, torch.tensor([0, 999]), ids)
     assert output.shape == x.shape and output.isfinite().all() and output.std() > 0.01
-    assert unet.config.sample_size == image_size
-    if encoder is not None:
-        assert encoder.null_id == classes and encoder.class_id(names[-1]) == classes - 1
 
 
 def test_a_new_network_predicts_zero():
@@ -159,15 +132,14 @@ def test_a_new_network_predicts_zero():
         assert bool(weight.any()) != begins_at_zero, name
 
 
-@pytest.mark.parametrize("call", [unet_config, counterfactual_unet])
-def test_unknown_presets_are_refused(call):
+def test_unknown_presets_are_refused():
     with pytest.raises(ValueError, match="size is 'big'"):
-        call("big")
+        counterfactual_unet("big")
     with pytest.raises(ValueError, match="conditioning is 'text'"):
-        call("small", "text")
+        counterfactual_unet("small", "text")
     for side in (0, -8, 12, 65):
         with pytest.raises(ValueError, match=f"image_size is {side}"):
-            call("small", "attention", side)
+            counterfactual_unet("small", "attention", side)
 
 
 @pytest.mark.parametrize("size, conditioning", [("small", "attention"), ("small", "adagn"), ("paper", "attention")])
@@ -196,12 +168,10 @@ def test_paper_tokens_are_the_outer_product_of_the_vector():
     encoder = ClassTokenEncoder(num_tokens=None, token_dim=32, vector_dim=32, embedding_dim=16)
     tokens, vector = encoder(torch.arange(3))
     assert tokens.shape == (3, 32, 32) and vector.shape == (3, 32)
-    for token, e in zip(tokens, vector, strict=True):
-        assert torch.equal(token, torch.outer(e, e))
+    assert torch.equal(tokens, vector[:, :, None] * vector[:, None])
     assert not encoder.embedding.weight[2].any() and encoder.embedding.weight[:2].any(dim=1).all()
     # the null vector comes from the biases: it is neither zero nor that of a class
-    assert vector[2].abs().max() > 1e-3
-    assert (vector[2] - vector[:2]).abs().amax(dim=1).min() > 1e-3
+    assert vector[2].abs().max() > 1e-3 and (vector[2] - vector[:2]).abs().amax(dim=1).min() > 1e-3
 
 
 @torch.no_grad()
@@ -211,9 +181,8 @@ def test_learned_tokens_are_one_table_row_a_class():
     tokens, vector = encoder(torch.tensor([2, 0, 1, 0]))
     assert tokens.shape == (4, 3, 5) and vector.shape == (4, 7) and torch.equal(tokens[1], tokens[3])
     torch.testing.assert_close(vector[1], vector[3])
-    for rows in (tokens, vector):
-        for one, other in ((0, 1), (0, 2), (1, 2)):
-            assert (rows[one] - rows[other]).abs().max() > 1e-3
+    for rows in (tokens[:3], vector[:3]):
+        assert torch.pdist(rows.flatten(1), p=math.inf).min() > 1e-3
 
 
 def test_classes_have_names():
@@ -231,21 +200,3 @@ def test_classes_have_names():
         ClassTokenEncoder(num_tokens=0)
     with pytest.raises(ValueError, match="size is 'medium'"):
         class_token_encoder("medium")
-
-
-@pytest.mark.slow
-def test_one_training_and_one_inference_step_at_paper_size():
-    torch.manual_seed(0)
-    model = ConditionalNoisePredictor(counterfactual_unet("paper"), class_token_encoder("paper"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    image, epsilon = noise(1, 4, 64, 64), noise(1, 4, 64, 64, seed=1)
-    arguments = (model, DynamicDDIMScheduler(), image, torch.tensor([1]), epsilon, torch.tensor([500]))
-    loss = noise_prediction_loss(*arguments)
-    assert loss.item() == pytest.approx(epsilon.pow(2).mean().item(), rel=1e-5)  # a new network predicts zero
-    loss.backward()
-    optimizer.step()
-    model.eval()
-    schedulers = DynamicDDIMScheduler(), DynamicDDIMInverseScheduler()
-    pipe = CounterfactualDDIMPipeline(model.unet, model.class_encoder, *schedulers)
-    out = pipe(torch.rand(1, 4, 64, 64), strength=0.01)
-    assert out.heatmaps.shape == (1, 64, 64) and out.heatmaps.isfinite().all() and out.heatmaps.max() > 0

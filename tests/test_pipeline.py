@@ -8,7 +8,6 @@ from gaussian_data import noise
 from torch.nn import functional
 
 from diffusers_cf import DynamicDDIMInverseScheduler, DynamicDDIMScheduler, implicit_guidance
-from diffusers_cf.models import predict_noise
 
 
 SHORT = {"num_inference_steps": 10, "strength": 0.4}  # 4 steps each way
@@ -31,17 +30,6 @@ def test_unguided_round_trip_returns_the_image(make_pipeline, record_calls, stre
     # the network is given the noisier end of the step in both directions
     grid = list(range(0, 1000, 20))[: round(50 * strength)]
     assert [call.timestep for call in calls] == [t for t in grid for _ in range(4)] + grid[::-1]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("scale, name", [(0, None), (1, "unhealthy")])
-def test_guidance_of_0_and_1_decodes_with_one_condition(pipe, scale, name):
-    scheduler, x, condition = DynamicDDIMScheduler(), noise(4, 2, 8, 8), pipe.encode_classes(name, 4)
-    decoded = pipe.denoise(x, "unhealthy", guidance_scale=scale, **SHORT)
-    scheduler.set_timesteps(10)
-    for t in (300, 200, 100, 0):
-        x = scheduler.step(predict_noise(pipe.unet, x, t, condition), t, x).prev_sample
-    assert_close(decoded, (x + 1) / 2)
 
 
 def test_guidance_is_linear_in_between_and_beyond(make_pipeline):
@@ -179,7 +167,6 @@ def test_bad_images_are_refused(pipe, record_calls, images, message):
     "options, message",
     [
         ({"target": "sick"}, "class 'sick' is unknown: this model knows healthy, unhealthy"),
-        ({"target": ["healthy", "sick", "healthy", "healthy"]}, "class 'sick' is unknown"),
         ({"target": ["healthy"]}, "1 names for 4 images"),
         ({"strength": 1.01}, "strength is 1.01"),
         ({"strength": float("nan")}, "strength is nan"),
@@ -197,7 +184,7 @@ def test_bad_arguments_are_refused(pipe, images, options, message):
         pipe(images, **SHORT | options)
 
 
-def test_settings_come_from_the_call_else_the_model_else_the_paper(pipe, record_calls, images):
+def test_settings_come_from_the_call_else_the_model_else_the_paper(pipe, images):
     paper = {"guidance_scale": 3.0, "strength": 0.75, "num_inference_steps": 100, "map": "counterfactual"}
     assert pipe.resolve_settings() == paper | {"threshold": None} and pipe.network_evaluations() == 225
     recommended = {"strength": 0.2, "num_inference_steps": 10, "map": "reconstruction"}
@@ -210,11 +197,9 @@ def test_settings_come_from_the_call_else_the_model_else_the_paper(pipe, record_
     assert pipe.resolve_settings("paper") == paper | {"threshold": 0.3}
     assert pipe.resolve_settings("paper", **given) == given | {"threshold": 0.3}
 
-    calls = record_calls(pipe)
     heatmaps = pipe.anomaly_map(images)
-    expected = [(0, 4), (100, 4), (100, 8), (0, 8), (100, 4), (0, 4)]
-    assert [(call.timestep, len(call.sample)) for call in calls] == expected
     assert torch.equal(heatmaps, pipe(images).heatmaps)
+    assert torch.equal(heatmaps, pipe(images, guidance_scale=3.0, **recommended).heatmaps)
     named = pipe(images, settings="paper", num_inference_steps=20).heatmaps
     assert torch.equal(named, pipe(images, None, 3.0, 0.75, 20, "counterfactual").heatmaps)
 
