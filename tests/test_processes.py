@@ -13,6 +13,7 @@ from segmentation_files import make_pipe
 from diffusers_cf.cli import main
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.processes import Share, share_of_work
+from diffusers_cf.files import alone_at
 
 
 ROOT = Path(__file__).parent.parent
@@ -63,15 +64,19 @@ def test_without_launcher_or_shard_the_work_is_whole(monkeypatch):
 
 
 def test_shards_from_the_command_line(dataset, tmp_path, capsys):
-    options = ["--method", "threshold-flair", "--dataset", dataset, "--output"]
+    """Shards may run beside the process that writes their output; a second writer is refused."""
+    options, output = ["--method", "threshold-flair", "--dataset", dataset, "--output"], tmp_path / "several.json"
     assert run(*options, tmp_path / "one.json") == 0
-    for shard in ("1/2", "2/2"):
-        # shards may use different devices; `cpu:0` is the only other name that works on every machine
-        assert run(*options, tmp_path / "several.json", "--shard", shard, "--device", "cpu:0") == 0
-        assert f"shard {shard} is measured" in capsys.readouterr().out
-        assert not (tmp_path / "several.json").exists()
+    with alone_at(output):
+        assert run(*options, output) == 2
+        assert "several.json: another process" in capsys.readouterr().err
+        for shard in ("1/2", "2/2"):
+            # shards may use different devices; `cpu:0` is the only other name that works on every machine
+            assert run(*options, output, "--shard", shard, "--device", "cpu:0") == 0
+            assert f"shard {shard} is measured" in capsys.readouterr().out
+            assert not output.exists()
     assert len(list((tmp_path / "several.parts").glob("*.npz"))) == 5
-    assert run(*options, tmp_path / "several.json") == 0
+    assert run(*options, output) == 0
     one, several = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "several"))
     assert without_time(one) == without_time(several)
     names = {"one.json", "one.counts.npz", "several.json", "several.counts.npz"}
