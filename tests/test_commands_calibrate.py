@@ -64,13 +64,11 @@ def test_a_data_set_without_masks_gives_the_same_thresholds(files):
     [
         (["--max_slices", 0], "--max_slices must be at least 1"),
         (["--max_slices", 1], "slices chosen of the split validation are all healthy"),
-        (["--num_inference_steps", 7], "7"),
-        (["--strength", 2], "strength is 2.0"),
-        (["--map", "signed"], "no `signs`"),
-        (["--measure", "test"], "no slices in its split test"),
+        (["--num_inference_steps", 7], "7"), (["--strength", 2], "strength is 2.0"),
+        (["--map", "signed"], "no `signs`"), (["--measure", "test"], "no slices in its split test"),
         (["--model", "user/name", "--store"], "stored in a model folder only"),
     ],
-)
+)  # fmt: skip
 def test_bad_options_are_refused_in_one_line_before_any_pass(files, capsys, options, message):
     assert calibrate(files, *options) == 2
     *bars, line = capsys.readouterr().err.strip().splitlines()

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,8 @@ def test_a_model_with_its_recommended_settings(dataset, model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "settings", "evaluations"),
     [
-        (
-            ["--guidance_scale", 1, "--strength", 0.1, "--map", "reconstruction", "--threshold", 0.5],
-            (1.0, 0.1, 10, "reconstruction", 0.5), 3,
-        ),
+        (["--guidance_scale", 1, "--strength", 0.1, "--map", "reconstruction", "--threshold", 0.5],
+         (1.0, 0.1, 10, "reconstruction", 0.5), 3),
         (["--settings", "paper", "--num_inference_steps", 4], (3.0, 0.75, 4, "counterfactual", None), 9),
     ],
 )  # fmt: skip
@@ -142,21 +141,15 @@ def test_one_of_model_and_method_is_needed(options, capsys):
 
 def peak_memory(folder: Path, output: Path) -> float:
     """Peak of the memory that an evaluation in a process of its own holds, in MiB, without pages of files."""
-    code = (
-        "import sys, threading, time; from diffusers_cf.cli import main; peak = 0\n"
-        "def watch():\n"
-        "    global peak\n"
-        "    while True:\n"
-        "        status = open('/proc/self/status').read().split()\n"
-        "        peak = max(peak, int(status[status.index('RssAnon:') + 1]) / 1024)\n"
-        "        time.sleep(0.005)\n"
-        "threading.Thread(target=watch, daemon=True).start()\n"
-        f"assert main(['evaluate', '--method', 'threshold-flair', '--dataset', {str(folder)!r},"
-        f" '--output', {str(output)!r}, '--batch_size', '8']) == 0\n"
-        "print('peak', peak)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.rpartition("peak")[2])
+    options = ["--method", "threshold-flair", "--dataset", folder, "--output", output, "--batch_size", "8"]
+    process, peak = subprocess.Popen([sys.executable, "-m", "diffusers_cf.cli", "evaluate", *options]), 0
+    while process.poll() is None:
+        _, found, held = Path(f"/proc/{process.pid}/status").read_text().partition("RssAnon:")
+        if found:  # else it has just ended
+            peak = max(peak, int(held.split()[0]) / 1024)
+        time.sleep(0.005)
+    assert process.returncode == 0
+    return peak
 
 
 @pytest.mark.slow

@@ -71,12 +71,10 @@ def test_scores_outside_the_foreground_become_the_lowest():
 
 def test_components_of_20_voxels_stay_and_of_19_go():
     masks = np.zeros((1, 16, 16), dtype=np.uint8)
-    masks[0, 1:5, 1:6] = 1
-    masks[0, 10:14, 10:15] = 1
+    masks[0, 1:5, 1:6] = masks[0, 10:14, 10:15] = 1
     masks[0, 10, 10] = 0
     kept = remove_small_components(masks)
-    assert kept.dtype == bool
-    assert kept[0, 1:5, 1:6].all() and kept.sum() == 20
+    assert kept.dtype == bool and kept[0, 1:5, 1:6].all() and kept.sum() == 20
     assert remove_small_components(masks[:0]).shape == (0, 16, 16)
 
 

@@ -51,13 +51,10 @@ def test_a_malformed_shard_is_refused(shard):
         share_of_work(shard)
 
 
-def test_a_launcher_and_a_shard_exclude_each_other(monkeypatch):
+def test_a_launcher_and_a_shard_exclude_each_other_and_without_both_the_work_is_whole(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="--shard can't be used under a launcher"):
         share_of_work("1/2")
-
-
-def test_without_launcher_or_shard_the_work_is_whole(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     share = share_of_work(None)
     assert share == Share() and share.is_main and not share.is_shard and share.gather([1]) == [1]

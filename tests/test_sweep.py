@@ -19,8 +19,7 @@ class Slices(FakeDataset):
         self.images = 0.2 + 0.3 * torch.rand(6, 2, 16, 16, generator=generator)
         self.images[:, :, :3] = 0
         self.images[0] = 0
-        self.masks = torch.zeros(6, 16, 16, dtype=torch.uint8)
-        self.labels = torch.tensor([0, 0, 0, 1, 1, 1])
+        self.labels, self.masks = torch.tensor([0, 0, 0, 1, 1, 1]), torch.zeros(6, 16, 16, dtype=torch.uint8)
         self.masks[3:, 8:12, 8:12] = 1
         self.images[3:, 0, 8:12, 8:12] += 0.4
         self.images[3:, 1, 8:12, 8:12] -= 0.15
