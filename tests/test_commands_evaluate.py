@@ -85,19 +85,17 @@ def test_settings_of_the_command_line_and_of_the_paper(dataset, model, tmp_path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "thresh"], "there is no method thresh"),
-        (["--method", "threshold-t2"], "needs the modality t2"),
+        (["--method", "thresh"], "no method thresh"), (["--method", "threshold-t2"], "needs the modality t2"),
         (["--method", "threshold", "--strength", "0.5"], "--strength is a setting of models"),
         (["--method", "threshold", "--split", "train"], "has no slices in its split train"),
         (["--method", "threshold", "--batch_size", "0"], "--batch_size must be at least 1"),
         (["--method", "threshold", "--output", "RESULT.txt"], "RESULT.txt"),
         (["--method", "threshold", "--device", "nonsense"], "--device nonsense"),
         (["--method", "threshold", "--shard", "3/2"], "--shard 3/2"),
-        (["--model", "MODEL", "--strength", "2"], "strength is 2.0"),
         (["--model", "MODEL", "--num_inference_steps", "7"], "num_inference_steps is 7"),
-        (["--model", "MODEL", "--map", "signed"], "no `signs`"),
+        (["--model", "MODEL", "--strength", "2"], "strength is 2"), (["--model", "MODEL", "--map", "signed"], "`signs`"),
     ],
-)
+)  # fmt: skip
 def test_bad_options_are_one_line_and_exit_code_2(dataset, model, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     options = [str(model) if option == "MODEL" else option for option in options]

@@ -257,8 +257,7 @@ def test_parts_of_another_run_are_refused(tmp_path):
 
 def test_dice_by_hand():
     assert dice([1, 1, 0, 0], [1, 0, 1, 0]) == 0.5
-    assert dice([0, 0], [1, 0]) == 0 and dice([1, 1], [1, 1]) == 1
-    assert dice([1, 0], [0, 0]) is None
+    assert dice([0, 0], [1, 0]) == 0 and dice([1, 1], [1, 1]) == 1 and dice([1, 0], [0, 0]) is None
 
 
 def test_the_bootstrap_interval_is_that_of_a_mean():
