@@ -70,10 +70,5 @@ class FakeDataset:
         return indices
 
     def collate(self, rows):
-        return {
-            "images": torch.from_numpy(self.images[rows]),
-            "masks": torch.from_numpy(self.masks[rows]),
-            "labels": torch.from_numpy(self.labels[rows]),
-            "patients": [str(name) for name in self.patients[rows]],
-            "slices": torch.from_numpy(self.slices[rows]),
-        }
+        found = {name: torch.from_numpy(getattr(self, name)[rows]) for name in ("images", "masks", "labels", "slices")}
+        return found | {"patients": [str(name) for name in self.patients[rows]]}

@@ -52,9 +52,7 @@ class HubServer:
         """Return the files of a repository's branch main."""
         return self.repositories[f"{kind}/{repo_id}"].files("main")
 
-    def put(
-        self, repo_id: str, files: dict[str, bytes], branch: str = "main", private: bool = False, kind: str = "models"
-    ) -> str:
+    def put(self, repo_id: str, files: dict[str, bytes], branch="main", private=False, kind="models") -> str:
         """Commit files without a client; return the commit's id."""
         return self.repositories.setdefault(f"{kind}/{repo_id}", Repository(private)).commit(branch, dict(files))
 
@@ -124,10 +122,10 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives `sto
         return self.json(answer)
 
     def put_object(self, oid):
-        if self.hub.puts_left is not None:
+        if self.hub.puts_left == 0:
+            return self.send(403)
+        if self.hub.puts_left:
             self.hub.puts_left -= 1
-            if self.hub.puts_left < 0:
-                return self.send(403)
         self.hub.objects[oid] = self.body
         return self.send(200)
 

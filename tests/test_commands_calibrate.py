@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from model_files import edit_json
 from training_data import write_training_set
 
-from diffusers_cf import CounterfactualDDIMPipeline
 from diffusers_cf.cli import main
 from diffusers_cf.settings import PAPER_SETTINGS
 
@@ -42,10 +42,8 @@ CHOSEN = {"command": "sweep", "split": "validation", "n_slices": 9, "postprocess
 )
 def test_what_chose_the_settings_stays_as_far_as_it_holds(files, changes, kept):
     """Its ideal Dice was that of another threshold; of other settings nothing holds."""
-    pipe = CounterfactualDDIMPipeline.from_pretrained(files / "model")
     settings = PAPER_SETTINGS | {"strength": 0.5, "num_inference_steps": 10, "threshold": 0.2} | changes
-    pipe.preprocessing = pipe.preprocessing | {"settings": settings, "settings_chosen_by": CHOSEN}
-    pipe.save_pretrained(files / "model")
+    edit_json(files / "model/preprocessing.json", settings=settings, settings_chosen_by=CHOSEN)
     assert calibrate(files, "--guidance_scale", 3.0, "--store") == 0
     facts = preprocessing_of(files)
     chosen = facts.get("settings_chosen_by")
@@ -66,13 +64,11 @@ def test_a_data_set_without_masks_gives_the_same_thresholds(files):
     [
         (["--max_slices", 0], "--max_slices must be at least 1"),
         (["--max_slices", 1], "slices chosen of the split validation are all healthy"),
-        (["--num_inference_steps", 7], "7"),
-        (["--strength", 2], "strength is 2.0"),
-        (["--map", "signed"], "no `signs`"),
-        (["--measure", "test"], "no slices in its split test"),
+        (["--num_inference_steps", 7], "7"), (["--strength", 2], "strength is 2.0"),
+        (["--map", "signed"], "no `signs`"), (["--measure", "test"], "no slices in its split test"),
         (["--model", "user/name", "--store"], "stored in a model folder only"),
     ],
-)
+)  # fmt: skip
 def test_bad_options_are_refused_in_one_line_before_any_pass(files, capsys, options, message):
     assert calibrate(files, *options) == 2
     *bars, line = capsys.readouterr().err.strip().splitlines()

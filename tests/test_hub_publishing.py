@@ -22,6 +22,7 @@ from diffusers_cf.data.prepare import prepare
 from diffusers_cf.data.scans import BratsSource
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.hub.publishing import push_model
+from diffusers_cf.hub.remote_code import is_code
 from diffusers_cf.inference import open_pipeline
 from diffusers_cf.provenance import model_fingerprint
 
@@ -155,15 +156,15 @@ def test_names_of_files_and_patients_are_not_published_with_a_model(hub, client,
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
         ({"model_sha256": "0" * 64}, "was measured with other weights than those of"),
-        ({"model_sha256": None}, "RESULT.json of evaluate ('model_sha256')"),
+        ({"model_sha256": "gone"}, "RESULT.json of evaluate ('model_sha256')"),
         ({"postprocessed": 1}, "RESULT.json of evaluate"),
     ],
 )
-def test_scores_of_another_model_are_not_published(model, result, tmp_path, capsys, change, message):
-    changed = {key: value for key, value in (result | change).items() if value is not None or key != "model_sha256"}
+def test_scores_of_another_model_are_not_published(model, result, tmp_path, capsys, changes, message):
+    changed = {key: value for key, value in (result | changes).items() if value != "gone"}
     (tmp_path / "R.json").write_text(json.dumps(changed))
     assert main(["publish", str(model), "--repo-id", "user/x", "--scores", str(tmp_path / "R.json")]) == 2
     error = capsys.readouterr().err
@@ -179,17 +180,13 @@ def test_scores_of_another_model_are_not_published(model, result, tmp_path, caps
         ({"settings": {"map": "signed"}}, "preprocessing holds no `signs`"),
         ({"settings": {"postprocess": "yes"}}, "`postprocess` in its preprocessing.json"),
         ({"training": "long"}, "`training` in its preprocessing.json is not a JSON object"),
+        ({"threshold_per_channel": False}, "differ in threshold_per_channel"),  # an option of schedulers
     ],
 )
 def test_an_unusable_model_is_not_published(copy, changes, message):
-    edit_json(copy / "preprocessing.json", **changes)
+    path = "scheduler/scheduler_config.json" if "threshold_per_channel" in changes else "preprocessing.json"
+    edit_json(copy / path, **changes)
     with pytest.raises(InputError, match=message):
-        push_model(copy, "user/x")
-
-
-def test_a_model_whose_schedulers_differ_is_not_published(copy):
-    edit_json(copy / "scheduler/scheduler_config.json", threshold_per_channel=False)
-    with pytest.raises(InputError, match="differ in threshold_per_channel"):
         push_model(copy, "user/x")
 
 
@@ -230,9 +227,10 @@ def test_a_repository_with_something_else_is_left_alone(hub, client, model, data
 
 def test_a_blank_repository_and_an_earlier_model_are_written_to(hub, client, model):
     hub.put("user/blank", {".gitattributes": b"", "README.md": b"# blank", "LICENSE": b""})
-    for options in ([], ["--with-code"], []):
+    for options, modules in (([], 0), (["--with-code"], 4), ([], 0)):
         code, _, err = publish(client, model, "--repo-id", "user/blank", *options)
         assert code == 0, err
+        assert sum(map(is_code, hub.files("user/blank"))) == modules
     assert b"CounterfactualDDIMPipeline" in hub.files("user/blank")["README.md"]
 
 
@@ -278,9 +276,11 @@ def test_a_data_set_comes_back_from_the_hub_with_its_card(hub, client, data, tmp
         batch = own.collate(own.__getitems__(list(range(len(own)))))
         expected = batch["images"].numpy().tobytes(), own.labels.tolist(), own.patients.tolist()
         assert client(rows_of, tmp_path, "user/slices", split) == (*expected, [*own.class_names], own.slices.tolist())
-    smaller = write_training_set(tmp_path / "set", source="phantom", skipped=[])
+    smaller = write_training_set(tmp_path / "set", source="decathlon", skipped=[])
     assert publish_dataset(client, smaller, "user/slices")[0] == 0
-    assert "data/test-00000-of-00001.parquet" not in hub.files("user/slices", kind="datasets")
+    files = hub.files("user/slices", kind="datasets")
+    assert "data/test-00000-of-00001.parquet" not in files
+    assert DatasetCard(files["README.md"].decode()).data.license == "cc-by-sa-4.0"  # that of its source
 
 
 @pytest.mark.slow
@@ -314,9 +314,7 @@ def test_brats_images_are_not_published_and_the_card_says_how_to_make_the_data_s
         (None, [], "train-00000-of-00001.parquet: can't be read|not a readable Parquet file"),
     ],
 )  # fmt: skip
-def test_an_unusable_or_protected_data_set_is_not_published(
-    data, tmp_path, monkeypatch, capsys, change, options, message
-):
+def test_an_unusable_or_protected_data_set_is_refused(data, tmp_path, monkeypatch, capsys, change, options, message):
     folder = shutil.copytree(data, tmp_path / "set")
     edit_json(folder / "preprocessing.json", **(change or {}))
     if change is None:
@@ -325,12 +323,6 @@ def test_an_unusable_or_protected_data_set_is_not_published(
     assert main(["publish-dataset", str(folder), "--repo-id", "user/x", *options]) == 2
     error = capsys.readouterr().err
     assert any(part in error for part in message.split("|")) and len(error.splitlines()) == 1
-
-
-def test_the_license_of_the_decathlon_needs_no_option(hub, client, tmp_path):
-    folder = write_training_set(tmp_path / "set", source="decathlon", skipped=[])
-    assert publish_dataset(client, folder, "user/msd")[0] == 0
-    assert DatasetCard(hub.files("user/msd", kind="datasets")["README.md"].decode()).data.license == "cc-by-sa-4.0"
 
 
 def train_and_push(hub, folder, name):

@@ -5,17 +5,16 @@ from collections import Counter
 
 import pytest
 from diffusers import DiffusionPipeline
-from hub_client import command_line
-from model_files import FACTS, load, write_model
+from hub_client import MODEL_FACTS, command_line
+from model_files import load, write_model
 from without_package import load_without_package, sha256
 
-from diffusers_cf.hub.remote_code import bundle, is_code
+from diffusers_cf.hub.remote_code import bundle
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    facts = FACTS | {"class_names": ["healthy", "unhealthy"], "source": "arrays"}
-    return write_model(tmp_path_factory.mktemp("models") / "tiny", facts)
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", MODEL_FACTS)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +48,6 @@ def test_a_clone_loads_with_the_package_and_its_code_is_not_run(hub, model, publ
 def test_code_does_not_run_without_trust_remote_code(client, published, tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         client(load_generically, published, cache_dir=tmp_path)
-
-
-def test_pushing_again_without_code_deletes_it(hub, client, model):
-    for options, count in ((["--with-code"], 4), ([], 0)):
-        assert client(command_line, "publish", model, "--repo-id", "user/again", *options)[0] == 0
-        assert sum(map(is_code, hub.files("user/again"))) == count
 
 
 @pytest.mark.parametrize("module", ["pipeline_counterfactual_ddim", "models", "schedulers"])

@@ -13,15 +13,9 @@ def counted(scores, masks, **kwargs):
     return counts
 
 
-def brute_force_ideal_dice(scores, masks):
-    """Best Dice over all distinct scores as thresholds, and the lowest of the best thresholds."""
-    best, best_threshold = -1.0, None
-    for threshold in np.unique(scores):
-        above = scores >= threshold
-        value = 2 * (above & masks).sum() / (above.sum() + masks.sum())
-        if value > best:
-            best, best_threshold = value, threshold
-    return best, best_threshold
+def dice(scores, masks, threshold):
+    above = scores >= threshold
+    return 2 * (above & masks).sum() / (above.sum() + masks.sum())
 
 
 def heatmap_pixels(n, seed=0, prevalence=0.03, zeros=0.6):
@@ -59,10 +53,9 @@ def test_few_pixels_are_measured_exactly(case):
     counts = counted(scores, masks)
     assert counts.shift == 0
     assert counts.average_precision() == pytest.approx(average_precision_score(masks, scores), abs=1e-12)
-    dice, threshold = counts.ideal_dice()
-    expected, expected_threshold = brute_force_ideal_dice(scores, masks)
-    assert dice == pytest.approx(expected, abs=1e-12)
-    assert threshold == expected_threshold
+    values = {threshold: dice(scores, masks, threshold) for threshold in np.unique(scores)}
+    best = max(values, key=values.get)  # the lowest of them
+    assert counts.ideal_dice() == (pytest.approx(values[best], abs=1e-12), best)
 
 
 def test_many_pixels_are_measured_closely_in_few_bins(case):
@@ -70,12 +63,9 @@ def test_many_pixels_are_measured_closely_in_few_bins(case):
     counts = counted(scores, masks, max_bins=2**14)
     assert len(counts.bins) <= 2**14
     assert counts.average_precision() == pytest.approx(average_precision_score(masks, scores), abs=5e-4)
-    dice, threshold = counts.ideal_dice()
-    above = scores >= threshold
-    assert dice == pytest.approx(2 * (above & masks).sum() / (above.sum() + masks.sum()), abs=1e-12)
-    edges = np.quantile(scores, np.linspace(0.5, 1, 200))
-    best = max(2 * ((scores >= t) & masks).sum() / ((scores >= t).sum() + masks.sum()) for t in edges)
-    assert dice > best - 2e-3
+    found, threshold = counts.ideal_dice()
+    assert found == pytest.approx(dice(scores, masks, threshold), abs=1e-12)
+    assert found > max(dice(scores, masks, t) for t in np.quantile(scores, np.linspace(0.5, 1, 200))) - 2e-3
 
 
 def test_a_hard_map_keeps_its_average_precision_at_the_default_resolution():
@@ -130,8 +120,7 @@ def test_a_constant_map_scores_the_prevalence(value):
     counts = counted(np.full(1000, value), masks)
     assert counts.average_precision() == pytest.approx(0.05)
     assert counts.prevalence == 0.05
-    dice, threshold = counts.ideal_dice()
-    assert dice == pytest.approx(2 * 0.05 / 1.05) and threshold == value
+    assert counts.ideal_dice() == (pytest.approx(2 * 0.05 / 1.05), value)
 
 
 def test_average_precision_of_many_histograms_is_scikit_learns():
@@ -143,10 +132,6 @@ def test_average_precision_of_many_histograms_is_scikit_learns():
         scores = np.concatenate([np.repeat(-np.arange(200), positive), np.repeat(-np.arange(200), negative)])
         expected.append(average_precision_score(np.repeat([1, 0], [positive.sum(), negative.sum()]), scores))
     np.testing.assert_allclose(average_precision(positives, negatives), expected, rtol=0, atol=1e-12)
-
-
-def test_ideal_threshold_is_the_lowest_of_equally_good_ones():
-    assert counted([3, 2, 2, 1], [1, 0, 0, 1]).ideal_dice() == (pytest.approx(2 / 3), 1.0)
 
 
 def test_measures_are_none_without_lesion_or_pixels():
@@ -172,7 +157,8 @@ def test_arrays_give_back_the_counts(max_bins):
         np.testing.assert_array_equal(getattr(read, name), getattr(counts, name))
 
 
-def test_dice_at_a_threshold():
+def test_dice_at_a_threshold_and_the_lowest_of_equally_good_ones():
     counts = counted([3, 2, 2, 1], [1, 0, 0, 1])
+    assert counts.ideal_dice() == (pytest.approx(2 / 3), 1.0)
     assert counts.dice(0) == counts.dice(1) == pytest.approx(2 / 3) and counts.dice(1.5) == pytest.approx(2 / 5)
     assert counts.dice(4) == 0 and PixelCounts().dice(1) is None

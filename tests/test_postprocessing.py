@@ -55,7 +55,6 @@ def test_a_bright_rim_and_a_speck_vanish_and_a_lesion_stays():
     maps[0, 9, 9] = 1.0
     maps[0, 14:21, 14:21] = 1.0
     result = postprocess_maps(maps, images)
-    assert result[0, 17, 17] == 1
     assert (result[0, 15:20, 15:20] == 1).all()
     result[0, 14:21, 14:21] = 0
     assert (result == 0).all()
@@ -70,22 +69,12 @@ def test_scores_outside_the_foreground_become_the_lowest():
     assert (negative == -2).all()
 
 
-def test_postprocessing_a_slice_does_not_depend_on_its_batch():
-    rng = np.random.default_rng(2)
-    images = (rng.random((4, 2, 16, 16)) > 0.05).astype(np.float32)
-    maps = rng.random((4, 16, 16))
-    alone = np.concatenate([postprocess_maps(maps[i : i + 1], images[i : i + 1]) for i in range(4)])
-    np.testing.assert_array_equal(postprocess_maps(maps, images), alone)
-
-
 def test_components_of_20_voxels_stay_and_of_19_go():
     masks = np.zeros((1, 16, 16), dtype=np.uint8)
-    masks[0, 1:5, 1:6] = 1
-    masks[0, 10:14, 10:15] = 1
+    masks[0, 1:5, 1:6] = masks[0, 10:14, 10:15] = 1
     masks[0, 10, 10] = 0
     kept = remove_small_components(masks)
-    assert kept.dtype == bool
-    assert kept[0, 1:5, 1:6].all() and kept.sum() == 20
+    assert kept.dtype == bool and kept[0, 1:5, 1:6].all() and kept.sum() == 20
     assert remove_small_components(masks[:0]).shape == (0, 16, 16)
 
 

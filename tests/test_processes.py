@@ -13,6 +13,7 @@ from segmentation_files import make_pipe
 from diffusers_cf.cli import main
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.processes import Share, share_of_work
+from diffusers_cf.files import alone_at
 
 
 ROOT = Path(__file__).parent.parent
@@ -50,28 +51,29 @@ def test_a_malformed_shard_is_refused(shard):
         share_of_work(shard)
 
 
-def test_a_launcher_and_a_shard_exclude_each_other(monkeypatch):
+def test_a_launcher_and_a_shard_exclude_each_other_and_without_both_the_work_is_whole(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="--shard can't be used under a launcher"):
         share_of_work("1/2")
-
-
-def test_without_launcher_or_shard_the_work_is_whole(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     share = share_of_work(None)
     assert share == Share() and share.is_main and not share.is_shard and share.gather([1]) == [1]
 
 
 def test_shards_from_the_command_line(dataset, tmp_path, capsys):
-    options = ["--method", "threshold-flair", "--dataset", dataset, "--output"]
+    """Shards may run beside the process that writes their output; a second writer is refused."""
+    options, output = ["--method", "threshold-flair", "--dataset", dataset, "--output"], tmp_path / "several.json"
     assert run(*options, tmp_path / "one.json") == 0
-    for shard in ("1/2", "2/2"):
-        # shards may use different devices; `cpu:0` is the only other name that works on every machine
-        assert run(*options, tmp_path / "several.json", "--shard", shard, "--device", "cpu:0") == 0
-        assert f"shard {shard} is measured" in capsys.readouterr().out
-        assert not (tmp_path / "several.json").exists()
+    with alone_at(output):
+        assert run(*options, output) == 2
+        assert "several.json: another process" in capsys.readouterr().err
+        for shard in ("1/2", "2/2"):
+            # shards may use different devices; `cpu:0` is the only other name that works on every machine
+            assert run(*options, output, "--shard", shard, "--device", "cpu:0") == 0
+            assert f"shard {shard} is measured" in capsys.readouterr().out
+            assert not output.exists()
     assert len(list((tmp_path / "several.parts").glob("*.npz"))) == 5
-    assert run(*options, tmp_path / "several.json") == 0
+    assert run(*options, output) == 0
     one, several = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "several"))
     assert without_time(one) == without_time(several)
     names = {"one.json", "one.counts.npz", "several.json", "several.counts.npz"}

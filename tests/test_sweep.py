@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from evaluation_data import FakeDataset
 
 from diffusers_cf import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
@@ -10,25 +11,18 @@ from diffusers_cf.evaluation.postprocessing import foreground_mask
 from diffusers_cf.evaluation.sweep import evenly_spread, learn_signs, sweep
 
 
-class Slices:
-    """The interface of `SliceDataset`: images of two channels with a bright square if the label is 1."""
+class Slices(FakeDataset):
+    """Images of two channels with a square, brighter in one and darker in the other, if the label is 1."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
         self.images = 0.2 + 0.3 * torch.rand(6, 2, 16, 16, generator=generator)
         self.images[:, :, :3] = 0
         self.images[0] = 0
-        self.masks = torch.zeros(6, 16, 16, dtype=torch.uint8)
-        self.labels = torch.tensor([0, 0, 0, 1, 1, 1])
+        self.labels, self.masks = torch.tensor([0, 0, 0, 1, 1, 1]), torch.zeros(6, 16, 16, dtype=torch.uint8)
         self.masks[3:, 8:12, 8:12] = 1
         self.images[3:, 0, 8:12, 8:12] += 0.4
         self.images[3:, 1, 8:12, 8:12] -= 0.15
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitems__(self, indices):
-        return list(indices)
 
     def collate(self, rows):
         return {"images": self.images[rows], "masks": self.masks[rows], "labels": self.labels[rows]}
