@@ -40,7 +40,6 @@ class HubServer:
         self.requests: list[str] = []  # "METHOD path"
         self.forbidden: set[str] = set()  # names of repositories and owners that no token may write to
         self.puts_left: int | None = None  # LFS files that are accepted before uploads fail
-        self.claimed_sizes: dict[str, int] = {}  # by name of a file, instead of its own size
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self.url = "http://{}:{}".format(*self._server.server_address)
 
@@ -151,8 +150,7 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives `sto
             return self.commit(repository, repo_id, kind, revision)
         if action == "tree":
             return self.tree(files, folder)
-        sizes = {name: len(files[name]) for name in files} | self.hub.claimed_sizes
-        siblings = [{"rfilename": name, "size": sizes[name]} for name in sorted(files)]
+        siblings = [{"rfilename": name, "size": len(files[name])} for name in sorted(files)]
         sha = repository.refs.get(revision, revision)
         return self.json({"id": repo_id, "sha": sha, "siblings": siblings, "private": repository.private})
 

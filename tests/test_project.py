@@ -36,7 +36,7 @@ CORE = (
     "pipeline_counterfactual_ddim", "schedulers", "models", "maps", "images", "losses", "settings", "loading",
     "data.slices", "training", "evaluation.protocol", "evaluation.pixel_counts",
 )  # fmt: skip
-MOST_LINES = {"core": 3100, "package": 12500, "modules at the root": 18, "tests": 12550}
+MOST_LINES = {"core": 3100, "package": 12500, "modules at the root": 18, "tests": 12000}
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home|Users)/")
 
 
