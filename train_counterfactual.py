@@ -58,8 +58,8 @@ LEAST = {
 }  # fmt: skip
 
 
-# Options that don't change the model: paths, logs and the Hub.
-OF_HERE = {
+# Paths, logs and the Hub: left out of the recorded command.
+LOCAL_OPTIONS = {
     "dataset", "output_dir", "pretrained_model", "resume_from_checkpoint", "report_to", "logging_dir",
     "tracker_project_name", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
 }  # fmt: skip
@@ -300,10 +300,10 @@ def command_of(args: Namespace) -> str:
     defaults = vars(parse_args(["--dataset", "DATASET", "--output_dir", "MODEL"]))
     words = ["accelerate launch train_counterfactual.py --dataset DATASET --output_dir MODEL"]
     for name, value in vars(args).items():
-        if name in OF_HERE or value == defaults[name]:
+        if name in LOCAL_OPTIONS or value == defaults[name]:
             continue
         words.append(f"--{name}" if value is True else f"--{name} {value}")
-    return " ".join(words)
+    return " ".join(words + ["--pretrained_model BASE"] * bool(args.pretrained_model))
 
 
 # fmt: off

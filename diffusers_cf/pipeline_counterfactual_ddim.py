@@ -209,6 +209,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         """Encode images `(N, C, H, W)` to latents x_L, float32 `(N, C, h, w)`; arguments as in `__call__`."""
         given = {"strength": strength, "num_inference_steps": num_inference_steps, "map": "counterfactual"}
         settings = self.resolve_settings(**given)
+        self._interrupt = False
         self.check_inputs(images)
         walk = (settings["strength"], settings["num_inference_steps"])
         return self.encode(self.prepare_images(images), *walk, callback_on_step_end)
@@ -226,6 +227,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         """
         given = {"guidance_scale": guidance_scale, "strength": strength, "num_inference_steps": num_inference_steps}
         settings = self.resolve_settings(**given, map="counterfactual")
+        self._interrupt = False
         walk = (settings["strength"], settings["num_inference_steps"], target, settings["guidance_scale"])
         return (self.decode(latents, *walk, callback_on_step_end, generator) + 1) / 2
 

@@ -104,6 +104,20 @@ def test_patients_and_slices_from_names(tmp_path):
     assert source.read("unhealthy_image__1_").labels.tolist() == [1]
 
 
+@pytest.mark.parametrize("names", [("healthy/王1_1.png", "b/李1_2.png"), ("healthy/p1.png", "b/healthy_p07.png")])
+def test_names_that_do_not_tell_patients_apart_are_refused(names, tmp_path):
+    with pytest.raises(InputError, match="can't be a patient's id|does not say patient and slice"):
+        FolderSource(write_images(tmp_path, names))
+
+
+def test_integers_beyond_16_bits_are_refused(tmp_path):
+    write_images(tmp_path, ["a/1.png"], shape=(4, 4))
+    (tmp_path / "normal").mkdir()
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "normal/2.tif")
+    with pytest.raises(InputError, match="2.tif: 70000 to 70000: integers of 16 bits are required"):
+        FolderSource(tmp_path)
+
+
 def test_folder_with_labels(tmp_path):
     write_images(tmp_path / "images", ["p1_1.png", "p1_2.png", "p2_1.png"])
     (tmp_path / "labels.csv").write_text("patient,slice,label\np1,2,b\np1,,a\n")

@@ -238,6 +238,21 @@ def test_callback_sees_each_step_and_may_replace_the_latents(pipe, images):
     assert (last == 3).all() and (pipe.denoise(last, **replacing) == 2).all()
 
 
+def test_an_interrupted_call_skips_its_steps_and_the_next_one_does_not(pipe, images):
+    expected, steps = pipe.invert(images, **SHORT), []
+
+    def stop(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = step == 1
+        return {}
+
+    out = pipe(images, callback_on_step_end=stop, **SHORT)
+    assert steps == [0, 1] and pipe.interrupt and out.heatmaps.isfinite().all()
+    torch.testing.assert_close(pipe.invert(images, **SHORT), expected)
+    pipe._interrupt = True
+    assert not torch.equal(pipe.denoise(expected, None, 0, **SHORT), (expected + 1) / 2)
+
+
 def test_stock_schedulers_are_accepted_as_the_refusal_of_others_advises(make_pipeline, images):
     scheduler = DDIMScheduler.from_config(DynamicDDIMScheduler().config, thresholding=False, clip_sample=False)
     stock = make_pipeline((scheduler, DDIMInverseScheduler.from_config(scheduler.config)))

@@ -32,7 +32,7 @@ FORMATS = {
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".npy": "npy",
 }  # fmt: skip
 HEALTHY_NAMES = ("healthy", "normal", "control", "no_tumor", "no_tumour", "notumor", "negative", "no")
-NUMBERED = re.compile(r"(?P<patient>.+)_\D*?(?P<slice>\d+)|(?P<single>[^_]+)")
+NUMBERED = re.compile(r"(?P<patient>.+)_(?:slice|sl|s|z)?-?(?P<slice>\d+)|(?P<single>[^_]+)")
 
 
 class FolderSource(Source):
@@ -115,7 +115,7 @@ class FolderSource(Source):
 
     def _list_files(self) -> dict[str, list[tuple[Path, int, int]]]:
         """Return (file, slice, class index) of every image, by patient."""
-        found, kinds = {}, Counter()
+        found, names, kinds = {}, {}, Counter()
         folders = [self.path] if self.labels is not None else [self.path / name for name in self.class_names]
         for label, folder in enumerate(folders):
             with reading(folder, "folder"):
@@ -123,11 +123,16 @@ class FolderSource(Source):
             images = [file for file in files if file.suffix.lower() in FORMATS and file.is_file()]
             if not images:
                 raise InputError(f"{folder}: no image in it ({', '.join(FORMATS)})")
-            self.unused += [str(file.relative_to(self.path)) for file in files if file not in images]
+            self.unused += [str(file.relative_to(self.path)) for file in sorted(set(files) - set(images))]
             kinds.update(file.suffix.lower() for file in images)
             for path in images:
                 patient, index = self._patient_of(path)
-                of_patient = found.setdefault(re.sub(r"[^A-Za-z0-9._-]", "_", patient), [])
+                id = re.sub(r"[^A-Za-z0-9._-]", "_", patient)
+                if names.setdefault(id, patient) != patient or (self.labels is not None and id != patient):
+                    raise InputError(
+                        f"{path}: {patient!r} can't be a patient's id: letters, digits, '.', '_' and '-' only"
+                    )
+                of_patient = found.setdefault(id, [])
                 of_patient.append((path, len(of_patient) if index is None else index, label))
         self.summary = [f"{sum(kinds.values())} images: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items())]
         several = sum(len(files) > 1 for files in found.values())
@@ -194,7 +199,10 @@ def read_image(path: Path) -> np.ndarray:
         else:
             with Image.open(path, formats=[kind]) as file:
                 if file.mode[0] in "IF":  # some versions of Pillow open 16-bit files as 32-bit integers
-                    values = np.asarray(file, dtype=np.float32 if file.mode == "F" else np.uint16)
+                    values = np.asarray(file)
+                    if file.mode[0] == "I" and not 0 <= values.min() <= values.max() < 2**16:
+                        raise InputError(f"{path}: {values.min()} to {values.max()}: integers of 16 bits are required")
+                    values = values.astype(np.float32 if file.mode == "F" else np.uint16)
                 else:
                     black = Image.new("RGBA", file.size, (0, 0, 0, 255))
                     flat = Image.alpha_composite(black, file.convert("RGBA"))

@@ -29,7 +29,7 @@ class Training:
 
     Attributes:
         accelerator (`Accelerator`): processes, devices, precision, gradient accumulation.
-        model (`torch.nn.Module`): the trained network, as `accelerator.prepare` returned it, or as it is.
+        model (`torch.nn.Module`): the trained network, as `accelerator.prepare` returned it, or unwrapped.
         losses (`Callable`): `(batch, progress) -> iterator of (name of an optimiser, scalar loss)`. Each named optimiser
             steps before the next loss is computed; with gradient accumulation, a loss must have no gradients for the
             weights of another optimiser. `batch` is a `dict` from [`TrainingSlices.collate`] on the device;
@@ -45,7 +45,7 @@ class Training:
         ema (`EMAModel`, *optional*): average of the network's weights.
         max_grad_norm (`float`, *optional*): gradients are clipped to this norm; None for no clipping.
         num_workers (`int`, *optional*): processes that read data; by default 4 with a GPU, else 0.
-        autocast (`bool`): compute the losses in the accelerator's precision.
+        autocast (`bool`): whether to compute the losses under `accelerator.autocast()`.
         step (`int`): optimiser steps done.
         seconds (`float`): spent on them.
     """
