@@ -58,9 +58,9 @@ def forward_maps(
 ) -> Iterator[tuple[torch.Tensor, dict[float, tuple[torch.Tensor, torch.Tensor]]]]:  # fmt: skip
     """Encode with the null condition and compare the clean images that null and target predict on the way.
 
-    This follows AnoFPDM (Che et al. 2025), which compares with the image itself, and chooses step weights and the last step automatically.
-    Each step predicts the noise under both conditions in one batch and continues with the null prediction. A step from
-    the clean image adds nothing, since there is no noise to predict.
+    This follows AnoFPDM (Che et al. 2025), which compares with the image itself, and chooses step weights and the last
+    step automatically. Each step predicts the noise under both conditions in one batch and continues with the null
+    prediction. A step from the clean image adds nothing, since there is no noise to predict.
 
     Args:
         pipe ([`CounterfactualDDIMPipeline`]): passes [`check_forward`].
