@@ -47,7 +47,8 @@ def test_a_command_runs_without_an_error_stream(monkeypatch, tmp_path):
 @pytest.mark.parametrize("number, code, line", [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
 def test_a_stopped_command_cleans_up_and_says_so(number, code, line, tmp_path):
     text = (
-        "import os, sys; from diffusers_cf.arguments import run_command; from diffusers_cf.files import new_file\n"
+        "import os, signal, sys; from diffusers_cf.arguments import run_command; from diffusers_cf.files import new_file\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
         "def work():\n"
         "    with new_file(sys.argv[1]) as temporary:\n"
         "        temporary.write_text('half'); os.kill(os.getpid(), int(sys.argv[2]))\n"
