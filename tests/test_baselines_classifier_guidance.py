@@ -183,3 +183,12 @@ def test_each_sample_has_its_own_timestep(side):
     torch.testing.assert_close(first, third)
     torch.testing.assert_close(second, alone)
     assert (first - second).abs().max() > 1e-3
+
+
+def test_parts_that_would_give_wrong_maps_are_refused(guided_pipe):
+    parts = guided_pipe.components
+    with pytest.raises(ValueError, match="class_encoder is given"):
+        ClassifierGuidedDDIMPipeline(**parts | {"class_encoder": object()})
+    scheduler = DynamicDDIMScheduler(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="prediction_type is 'v_prediction'"):
+        ClassifierGuidedDDIMPipeline(**parts | {"scheduler": scheduler})

@@ -96,7 +96,10 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
         class_names (`Sequence[str]`): names of the logits; the first is the default target.
         clip_input (`bool`): as in [`CounterfactualDDIMPipeline`].
         crop_background (`bool`): as in [`CounterfactualDDIMPipeline`]; the classifier must then be trained on windows.
-        class_encoder (`None`, *optional*): a component of the parent class, which is not used here.
+        class_encoder (`None`, *optional*): a component of the parent class; it must be None.
+
+    Raises:
+        ValueError: there is a class encoder, or the scheduler's prediction type is not epsilon.
     """
 
     model_cpu_offload_seq = "unet->classifier"
@@ -106,6 +109,10 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
         classifier: NoisyClassifier, class_names: Sequence[str] = ("healthy", "unhealthy"), clip_input: bool = True,
         crop_background: bool = False, class_encoder: None = None,
     ):  # fmt: skip
+        if class_encoder is not None:
+            raise ValueError("class_encoder is given: it must be None, because the classifier knows the classes")
+        if scheduler.config.prediction_type != "epsilon":
+            raise ValueError(f"prediction_type is {scheduler.config.prediction_type!r}: it must be 'epsilon'")
         super().__init__(unet, None, scheduler, inverse_scheduler, clip_input, crop_background)
         self.register_modules(classifier=classifier)
         self.register_to_config(class_names=list(class_names))
