@@ -131,9 +131,12 @@ def _choose(
         logger.warning("left out %s: %s", patient, reason)
     if split_file is not None:
         splits = read_splits(split_file, patients, source.left_out)
+    elif fixed is not None:
+        splits = fixed
     else:
-        parts = [seeded_splits([p for p in group if p in patients], seed) for group in source.strata().values()]
-        splits = fixed or {name: sorted(patient for part in parts for patient in part[name]) for name in SPLITS}
+        chosen = set(patients)
+        parts = [seeded_splits([p for p in group if p in chosen], seed) for group in source.strata().values()]
+        splits = {name: sorted(patient for part in parts for patient in part[name]) for name in SPLITS}
     if not any(splits.values()):
         raise InputError(f"{split_file or source.path}: no patient in any split")
     if empty := [name for name in SPLITS if not splits[name]]:

@@ -1,8 +1,8 @@
 """The volumes of one patient: read scans, run the pipeline on all slices, and bring its maps back to the scans' grid."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import nibabel
@@ -40,7 +40,7 @@ class PatientVolumes:
     seg: np.ndarray | None  # bool (X, Y, Z), RAS, the expert's lesion; None without a seg file
     spacing_mm: np.ndarray  # (3,), voxel size along x, y and z
     files: dict[str, Scan]  # by modality the affine and header of its file, without voxels
-    warnings: Sequence[str] = ()  # what is doubtful about the scans, one line each
+    warnings: list[str] = field(default_factory=list)  # what is doubtful about the scans, one line each
 
     @property
     def foreground(self) -> np.ndarray:
