@@ -3,7 +3,7 @@
 import nibabel as nib
 import numpy as np
 import pytest
-from data_files import SPACING_MM, write_brats
+from data_files import SPACING_MM, brain, write_brats
 from PIL import Image
 from segmentation_files import make_pipe, voxels
 
@@ -13,7 +13,14 @@ from diffusers_cf.evaluation.postprocessing import postprocess_maps, remove_smal
 from diffusers_cf.plots import plot_slices
 from diffusers_cf.segmentation import volumes as volumes_module
 from diffusers_cf.segmentation.patient import segment_patient
-from diffusers_cf.segmentation.volumes import PatientVolumes, SliceMaps, heat_volume, lesion_mask, most_suspicious
+from diffusers_cf.segmentation.volumes import (
+    PatientVolumes,
+    SliceMaps,
+    heat_volume,
+    lesion_mask,
+    most_suspicious,
+    read_volumes,
+)
 
 
 @pytest.mark.parametrize("voxels_per_pixel", [1, 2])
@@ -36,6 +43,16 @@ def test_the_mask_is_that_of_the_postprocessing_of_evaluation(voxels_per_pixel):
     # on a finer grid the outline is smooth, so corners may differ
     assert (display(mask) != expected).sum() <= (0 if voxels_per_pixel == 1 else 0.03 * expected.sum())
     assert not display(mask)[4:, 30 * voxels_per_pixel :].any()
+
+
+def test_ids_are_rounded_as_in_preparing_a_data_set(tmp_path):
+    patient = write_brats(tmp_path, "P_01")
+    files = {name: patient / f"P_01_{name}.nii.gz" for name in ("flair", "seg")}
+    stored = nib.load(files["seg"])
+    # what a header's scaling and resampling leave: 1e-4 is the id 0, 0.9999 the id 1
+    noisy = np.where(stored.get_fdata() > 0, 0.9999, 1e-4).astype(np.float32)
+    nib.save(nib.Nifti1Image(noisy, stored.affine), files["seg"])
+    np.testing.assert_array_equal(read_volumes("P_01", files).seg, brain(0)[1] > 0)
 
 
 def test_preview(tmp_path, monkeypatch):

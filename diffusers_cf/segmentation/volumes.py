@@ -93,7 +93,7 @@ def read_volumes(
         logger.warning(doubt)
     check_same_grid(list(scans.values()))
     originals.pop("seg", None)
-    seg = scans.pop("seg").data > 0 if "seg" in scans else None
+    seg = np.rint(scans.pop("seg").data) > 0 if "seg" in scans else None
     volume = np.stack([scan.data for scan in scans.values()], dtype=np.float32)
     return PatientVolumes(patient, volume, seg, next(iter(scans.values())).spacing_mm, originals, doubts)
 
