@@ -186,7 +186,7 @@ def set_up(
     slices = TrainingSlices(
         dataset, args.seed, (size, size), args.max_train_samples, num_train_timesteps=args.ddpm_num_steps,
         random_flip=args.random_flip, augment=args.augment, clip_input=not args.no_clip_input,
-        crop_background=args.crop_background or 0.0, halvings=len(network.unet.config.block_out_channels) - 1,
+        match_positions=args.match_positions, crop_background=args.crop_background or 0.0, halvings=len(network.unet.config.block_out_channels) - 1,
     )  # fmt: skip
     if encoder and (missing := set(range(len(dataset.class_names))) - set(slices.labels.tolist())):
         names = ", ".join(dataset.class_names[index] for index in sorted(missing))
@@ -321,6 +321,7 @@ def _add_model_options(add) -> None:
     add("--max_train_samples", type=int, help="train on the first so many slices; default: all")
     add("--random_flip", action="store_true", help="mirror half of the images left to right; default: off")
     add("--augment", action="store_true", help="apply small random rotations, scales, shifts and gains; default: off")
+    add("--match_positions", action="store_true", help="draw all classes at the same heights in the head; default: off")
     add("--no_clip_input", action="store_true", help="keep intensities above 1 on the data set's scale, as the authors do,"
         " in training and inference; default: cut them at 1")
     add("--crop_background", type=float, metavar="SHARE", help="share of the images that are trained on in windows around"

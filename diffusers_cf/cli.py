@@ -15,6 +15,7 @@ COMMANDS = {
     "segment": ("diffusers_cf.commands.segment", "write heatmap, mask and counterfactual of patients as NIfTI"),
     "evaluate": ("diffusers_cf.commands.evaluate", "measure a model or a baseline on a split of a data set"),
     "sweep": ("diffusers_cf.commands.sweep", "measure combinations of settings on validation slices (Fig. 3)"),
+    "distill": ("diffusers_cf.commands.distill", "teach a student a model's maps: one pass a slice"),
     "calibrate": ("diffusers_cf.commands.calibrate", "choose the threshold of the mask from labels of slices"),
     "benchmark": ("diffusers_cf.commands.benchmark", "measure every method of the paper; write tables and figures"),
     "report": ("diffusers_cf.commands.report", "write one HTML page about the patients that segment has finished"),

@@ -12,6 +12,7 @@ from diffusers_cf.data.geometry import FIELD_MM, check_geometry
 from diffusers_cf.data.intensity import check_same_scale, normalize_of
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError, first_line
+from diffusers_cf.evaluation.postprocessing import PostProcessing
 from diffusers_cf.maps import check_signs
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.settings import NAMES
@@ -174,6 +175,7 @@ def usable_facts(pipe: CounterfactualDDIMPipeline, model: str, **settings) -> di
         threshold = settings["threshold"]
         if threshold is not None and not 0 < threshold < float("inf"):
             raise ValueError(f"threshold is {threshold}: it must be above 0 and finite")
+        PostProcessing.of(known.get("settings", {}))
         if settings["map"] == "signed":
             check_signs(known.get("signs"), len(modalities))
     except TypeError as error:
@@ -195,8 +197,6 @@ def check_publishable(pipe: CounterfactualDDIMPipeline, model: str) -> None:
     for name in _TABLES:
         if not isinstance(facts.get(name, {}), dict):
             raise InputError(f"{model}: `{name}` in its preprocessing.json is not a JSON object")
-    if not isinstance(facts.get("settings", {}).get("postprocess", False), bool):
-        raise InputError(f"{model}: `postprocess` in its preprocessing.json is neither true nor false")
 
 
 def modalities_of(pipe: CounterfactualDDIMPipeline, model: str) -> list[str]:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from diffusers_cf.errors import InputError, first_line, reading
 from diffusers_cf.files import alone_at, new_folder, read_json, tidy, write_json
-from diffusers_cf.maps import check_forward
+from diffusers_cf.maps import check_map
 from diffusers_cf.settings import settings_in_use
 
 
@@ -38,6 +38,7 @@ COMPONENTS = {
     "inverse_scheduler": (
         ["diffusers_cf.schedulers", "DynamicDDIMInverseScheduler"], ["diffusers", "DDIMInverseScheduler"],
     ),
+    "student": (["diffusers", "UNet2DModel"], [None, None]),
 }  # fmt: skip
 # Names of weights in diffusers: with or without a variant, whole or in shards with an index.
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
@@ -78,8 +79,7 @@ class ModelFolderMixin:
             ValueError: one is out of range, or the pipeline can't make the map.
         """
         found = settings_in_use(self.preprocessing, given, settings)
-        if found["map"] == "forward":
-            check_forward(self)
+        check_map(self, found["map"])
         return found
 
     def register_switches(self, **given: bool | None) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.utils import BaseOutput
 
 from diffusers_cf.images import Windows, foreground_windows, network_images, resize_images, to_device, window_side
 from diffusers_cf.loading import SWITCHES, ModelFolderMixin
-from diffusers_cf.maps import check_signs, forward_maps, heatmap
+from diffusers_cf.maps import check_signs, delta_maps, forward_maps, heatmap, student_maps
 from diffusers_cf.models import ClassTokenEncoder, implicit_guidance, predict_noise
 from diffusers_cf.schedulers import authors_schedulers, check_mirrored
 
@@ -24,14 +24,15 @@ class CounterfactualOutput(BaseOutput):
     Args:
         heatmaps (`torch.Tensor` or `np.ndarray`): `(N, H, W)`, 0 or more, in input units (never scaled per image).
         counterfactuals (`torch.Tensor` or `np.ndarray`): `(N, C, H, W)`, the image as it would look in the target
-            class, in input units. For the map `forward` it is the image plus the mean change along the encoding.
+            class, in input units. For the maps `forward` and `delta` it is the image plus the mean change; None for
+            the map `student`, which makes neither counterfactuals nor latents.
         latents (`torch.Tensor` or `np.ndarray`): `(N, C, h, w)`, the result of encoding at the network's size. They
             are 0, and can't be decoded, for empty images and outside the windows of `crop_background`.
     """
 
     heatmaps: torch.Tensor | np.ndarray
-    counterfactuals: torch.Tensor | np.ndarray
-    latents: torch.Tensor | np.ndarray
+    counterfactuals: torch.Tensor | np.ndarray | None
+    latents: torch.Tensor | np.ndarray | None
 
 
 class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
@@ -48,6 +49,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         scheduler ([`SchedulerMixin`]): decodes: [`DynamicDDIMScheduler`], or a stock `DDIMScheduler` (the row of Table
             2 without dynamic normalisation).
         inverse_scheduler ([`SchedulerMixin`]): encodes: the inverse of `scheduler` with the same options.
+        student ([`UNet2DModel`], *optional*): taught by this model's maps (`diffusers-cf distill`); one pass an image.
         clip_input (`bool`, *optional*, defaults to True): clip intensities at 1 before encoding, unlike the authors.
             Dynamic normalisation limits x0 to 1, so brighter pixels would take the latents out of the network's range.
         crop_background (`bool`, *optional*, defaults to False): compute each image, and the quantile of dynamic
@@ -56,18 +58,20 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "class_encoder->unet"
-    _optional_components = ["class_encoder"]
+    _optional_components = ["class_encoder", "student"]
     _callback_tensor_inputs = ["latents"]
     _interrupt = False
 
     def __init__(
         self, unet: UNet2DConditionModel, class_encoder: ClassTokenEncoder | None, scheduler: SchedulerMixin,
-        inverse_scheduler: SchedulerMixin, clip_input: bool | None = None, crop_background: bool | None = None,
+        inverse_scheduler: SchedulerMixin, student: UNet2DModel | None = None, clip_input: bool | None = None,
+        crop_background: bool | None = None,
     ):  # fmt: skip
         super().__init__()
         self.register_modules(
-            unet=unet, class_encoder=class_encoder, scheduler=scheduler, inverse_scheduler=inverse_scheduler
-        )
+            unet=unet, class_encoder=class_encoder, scheduler=scheduler, inverse_scheduler=inverse_scheduler,
+            student=student,
+        )  # fmt: skip
         self.register_switches(clip_input=clip_input, crop_background=crop_background)
 
     @property
@@ -91,8 +95,8 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         """Return the number of function evaluations (NFE) for one image; settings are arguments of `__call__`."""
         settings = self.resolve_settings(**settings)
         steps = round(settings["num_inference_steps"] * settings["strength"])
-        if settings["map"] == "forward":
-            return 2 * steps
+        if settings["map"] in ("student", "forward", "delta"):
+            return {"student": 1, "forward": 2 * steps, "delta": 4 * steps}[settings["map"]]
         decoding = 2 if self.class_encoder is not None and settings["guidance_scale"] not in (0, 1) else 1
         return steps * (self.inverse_scheduler.order + decoding + (settings["map"] != "counterfactual"))
 
@@ -258,8 +262,9 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
             num_inference_steps (`int`, *optional*): n, number of steps for L = 1; a divisor of the training steps.
             map (`str`, *optional*): `counterfactual`, |x - x_cf|; `reconstruction`, |x_null - x_cf|, where x_null is
                 decoded with the null condition, takes K more NFE and has the same error of inversion; `signed`, the
-                same with a sign for each modality instead of the absolute value; or `forward`, the mean of
-                |x0_null - x0_target| along the encoding, 2K NFE without any decoding.
+                same with a weight for each modality instead of the absolute value; `forward`, the mean of
+                |x0_null - x0_target| along the encoding, 2K NFE without any decoding; `delta`, the same at shared
+                noise instead of an encoding, 4K NFE; or `student`, what the student has learned, 1 pass.
             generator (`torch.Generator`, *optional*): for a stochastic scheduler instead of DDIM.
             output_type (`str`): `pt` or `np`.
             return_dict (`bool`): return a [`CounterfactualOutput`], or the tuple of its fields.
@@ -299,6 +304,11 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         if kind == "signed":
             check_signs(signs, images.shape[1])
 
+        if kind == "student":
+            found = student_maps(self.student, to_device(images, self._execution_device))
+            heatmaps = resize_images(found[:, None], tuple(images.shape[-2:]))[:, 0]  # (N, H, W)
+            return self.output((heatmaps, None, None), output_type, return_dict)
+
         # 3. Bring images to the network's size and range. Empty images have no window and never reach the network.
         x_0 = network_images(images, self.image_size, self.config.clip_input)  # (N, C, h, w) in [-1, 1]
         windows = self.windows(x_0)  # on the CPU: reading images back from an accelerator would wait for its queue
@@ -309,7 +319,9 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         for group in windows:
             x = group.cut(x_0)  # (n, C, h', w')
             names = target if target is None or isinstance(target, str) else [target[i] for i in group.index]
-            if kind == "forward":
+            if kind == "delta":
+                x_L, x_change, x_heat = delta_maps(self, x, *walk, w, names, callback_on_step_end, generator)
+            elif kind == "forward":
                 walked = forward_maps(self, x, *walk, [w], names, callback_on_step_end)
                 x_L, maps = deque(walked, maxlen=1).pop()  # after the last step
                 x_change, x_heat = maps[w]
@@ -325,11 +337,12 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
         # 5. Return to the input's size. Only the change is resampled, so the image keeps its detail.
         heatmaps = resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0]  # (N, H, W)
         counterfactuals = images + resize_images(change, tuple(images.shape[-2:]))  # (N, C, H, W)
-        self.maybe_free_model_hooks()
+        return self.output((heatmaps, counterfactuals, latents), output_type, return_dict)
 
-        # 6. Output.
-        fields = (heatmaps, counterfactuals, latents)
-        fields = tuple(field.cpu().numpy() for field in fields) if output_type == "np" else fields
+    def output(self, fields: tuple, output_type: str, return_dict: bool) -> CounterfactualOutput | tuple:
+        """Return tensors as the output of `__call__`, and free what was offloaded."""
+        self.maybe_free_model_hooks()
+        fields = tuple(f if f is None or output_type == "pt" else f.cpu().numpy() for f in fields)
         return CounterfactualOutput(*fields) if return_dict else fields
 
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:

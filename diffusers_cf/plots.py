@@ -12,7 +12,7 @@ HEAT_MAXIMUM = 0.25  # heatmap value with the brightest colour, the same in all 
 
 
 def plot_slices(
-    path: str | Path, images: np.ndarray, counterfactuals: np.ndarray, heatmaps: np.ndarray,
+    path: str | Path, images: np.ndarray, counterfactuals: np.ndarray | None, heatmaps: np.ndarray,
     masks: np.ndarray | None = None, channel_names: Sequence[str] = (), title: str = "", row_names: Sequence[str] = (),
     mask_name: str = "lesion", references: np.ndarray | None = None, sides: bool = False, unit: str = "",
 ) -> None:  # fmt: skip
@@ -21,7 +21,8 @@ def plot_slices(
     Args:
         path (`str` or `Path`): the PNG, in a folder that exists.
         images (`np.ndarray`): `(N, C, H, W)` in input units.
-        counterfactuals (`np.ndarray`): `(N, C, H, W)` in input units.
+        counterfactuals (`np.ndarray`, *optional*): `(N, C, H, W)` in input units; without them a column less, and the
+            heatmap is a probability.
         heatmaps (`np.ndarray`): `(N, H, W)` in input units.
         masks (`np.ndarray`, *optional*): `(N, H, W)`, above 0 = lesion, drawn as a red contour in the last column.
         channel_names (`Sequence[str]`): names of the C channels, of which the first is shown.
@@ -34,9 +35,10 @@ def plot_slices(
     """
     from matplotlib.figure import Figure
 
-    columns = [f"input ({channel_names[0]})" if len(channel_names) else "input", "counterfactual", "heatmap"] + (
-        [mask_name] if masks is not None else []
-    )
+    columns = [f"input ({channel_names[0]})" if len(channel_names) else "input"]
+    columns += ["counterfactual"] * (counterfactuals is not None) + ["heatmap"] + [mask_name] * (masks is not None)
+    kind, most = ("change", HEAT_MAXIMUM) if counterfactuals is not None else ("probability", 1)
+    column = columns.index("heatmap")
     figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(images) + 0.5), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for i, row in enumerate(axes):
@@ -46,17 +48,18 @@ def plot_slices(
             for side, x in (("L", 0.03), ("R", 0.97)) if sides else ():
                 align = "left" if side == "L" else "right"
                 axis.text(x, 0.5, side, color="white", fontsize=9, ha=align, va="center", transform=axis.transAxes)
-        row[1].imshow(counterfactuals[i, 0], **GREY)
-        heat = row[2].imshow(heatmaps[i], cmap="inferno", vmin=0, vmax=HEAT_MAXIMUM, alpha=0.8)
+        if counterfactuals is not None:
+            row[1].imshow(counterfactuals[i, 0], **GREY)
+        heat = row[column].imshow(heatmaps[i], cmap="inferno", vmin=0, vmax=most, alpha=0.8)
         if masks is not None:
             if references is not None:
-                draw_contour(row[3], references[i], "lime")
-            draw_contour(row[3], masks[i], "red")
+                draw_contour(row[-1], references[i], "lime")
+            draw_contour(row[-1], masks[i], "red")
         if row_names:
             row[0].set_ylabel(row_names[i], fontsize=8)
-    for axis, column in zip(axes[0], columns, strict=True):
-        axis.set_title(column, fontsize=9)
-    label = f"heatmap: change, {unit}" if unit else "heatmap: change"
+    for axis, title_of_column in zip(axes[0], columns, strict=True):
+        axis.set_title(title_of_column, fontsize=9)
+    label = f"heatmap: {kind}" + (f", {unit}" if unit else "")
     figure.colorbar(heat, ax=axes, shrink=min(1, 2 / len(images)), extend="max", label=label)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=100)

@@ -71,6 +71,8 @@ def model_fingerprint(pipe) -> str:
 
     digest = hashlib.sha256()
     for name, component in sorted(pipe.components.items()):
+        if component is None:
+            continue
         config = {key: value for key, value in getattr(component, "config", {}).items() if not key.startswith("_")}
         description = [name, type(component).__name__, config]
         digest.update(json.dumps(description, sort_keys=True, default=str).encode())

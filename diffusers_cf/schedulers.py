@@ -259,6 +259,12 @@ class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
     def _take_step(self, model_output: torch.Tensor, sample: torch.Tensor, timestep: int) -> tuple:
         return self._solve(model_output, sample, *self._levels(timestep, self.final_alpha_cumprod))
 
+    def predict_original(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor) -> torch.Tensor:
+        """Return `dn(x0_hat)` of a sample at its timestep's noise level, without taking a step."""
+        output, working = _at_least_float32(model_output, sample)
+        alpha, _ = self._levels(timestep, self.final_alpha_cumprod)
+        return self._normalized(*self._predict(output, working, alpha), working, alpha, alpha)[0].to(sample.dtype)
+
 
 class DynamicDDIMInverseScheduler(_DynamicDDIM, DDIMInverseScheduler, SchedulerMixin):
     """Encoding: takes the steps of [`DynamicDDIMScheduler`] upwards, with the same normalisation.

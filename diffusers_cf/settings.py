@@ -6,9 +6,10 @@ from numbers import Integral
 import numpy as np
 
 
-# Maps of a decoded counterfactual. `forward` decodes nothing, see maps.py.
+# Maps of a decoded counterfactual; the others decode nothing, see maps.py.
 DECODED_MAPS = ("counterfactual", "reconstruction", "signed")
-MAPS = (*DECODED_MAPS, "forward")
+COMPARED_MAPS = ("forward", "delta")  # of two conditions at the same noise
+MAPS = (*DECODED_MAPS, *COMPARED_MAPS, "student")
 # Sec. 4 and the authors' code. A model folder recommends others in its preprocessing.json.
 PAPER_SETTINGS = {
     "guidance_scale": 3.0,

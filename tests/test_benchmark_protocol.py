@@ -1,6 +1,7 @@
 import numpy as np
 
-from diffusers_cf.benchmark.protocol import position_scores, relative_positions
+from diffusers_cf.benchmark.protocol import position_scores
+from diffusers_cf.training.batches import relative_positions
 
 
 MEANS, STD = (-0.2, 0.3), 0.4  # of healthy and unhealthy pixels, in the network's range

@@ -11,7 +11,7 @@ from diffusers_cf.evaluation.calibration import (
     slice_scores,
     thresholds_of_labels,
 )
-from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps
+from diffusers_cf.evaluation.postprocessing import PostProcessing, foreground_mask
 
 
 @pytest.mark.parametrize("quantile", [0.5, 0.9, 0.98, 0.999])
@@ -47,7 +47,7 @@ def test_labels_choose_the_threshold_with_the_fewest_errors_of_both_kinds():
 
 def batches(dataset):
     """Yield a map that shows the lesion well, with its batch."""
-    yield postprocess_maps(dataset.images[:, 1], dataset.images), dataset.collate(np.arange(len(dataset)))
+    yield PostProcessing().apply(dataset.images[:, 1], dataset.images), dataset.collate(np.arange(len(dataset)))
 
 
 def test_rules_use_labels_alone_and_their_dice_is_that_of_the_masks():

@@ -37,13 +37,14 @@ def document_of(files):
 def test_the_best_point_of_the_file_is_what_the_model_recommends(files):
     assert sweep(files, "--store", "--batch_size", 4) == 0
     document = document_of(files)
-    assert document["n_slices"] == 6 and len(document["points"]) == 2 * 4 and document["command"] == command_line()
+    assert document["n_slices"] == 6 and len(document["points"]) == 2 * 5 and document["command"] == command_line()
     best = max(document["points"], key=lambda point: point["postprocessed_auprc"])
     assert document["best"] == best
     assert (files / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     facts = json.loads((files / "model" / "preprocessing.json").read_text())
     for name in ("guidance_scale", "strength", "num_inference_steps", "map", "threshold"):
-        assert facts["settings"][name] == best[name]
+        assert facts["settings"][name] == document["stored"][name]
+    assert facts["settings"]["postprocess"] == document["stored"]["postprocess"]
     assert len(facts["signs"]) == 2 and facts["evaluation_size"] == 16
     assert facts["settings_chosen_by"]["command"] == document["command"]
 
@@ -54,7 +55,7 @@ def test_a_model_that_knows_no_classes_is_swept_without_the_forward_map(files, m
     pipe.save_pretrained(files / "model")
     assert sweep(files) == 0
     points = document_of(files)["points"]
-    assert {point["map"] for point in points} == {"counterfactual", "reconstruction", "signed"}
+    assert {point["map"] for point in points} == {"counterfactual", "reconstruction"}
     assert sweep(files, "--maps", "forward") == 2
     assert "map is 'forward': it compares conditions, and this model has no class_encoder" in capsys.readouterr().err
 
@@ -159,7 +160,7 @@ def test_signs_are_learned_from_the_most_exact_encoding(files, monkeypatch):
 
     def learn_signs(pipe, *_, num_inference_steps, **__):
         seen.append((pipe.inverse_scheduler.config.solver_order, num_inference_steps))
-        return [1, 1]
+        return {"signs": [1, 1], "t": [5.0, 5.0]}
 
     monkeypatch.setattr("diffusers_cf.evaluation.sweep.learn_signs", learn_signs)
     options = ["--solver_order", 2, 1, "--num_inference_steps", 10, 20, 5, "--maps", "signed", "--strengths", 0.4]

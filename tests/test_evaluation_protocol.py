@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.bootstrap import bootstraps_of_file, read_patient_counts
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
-from diffusers_cf.evaluation.postprocessing import postprocess_maps, remove_small_components
+from diffusers_cf.evaluation.postprocessing import PostProcessing, remove_small_components
 from diffusers_cf.evaluation.processes import Share
 from diffusers_cf.evaluation.protocol import begin_parts, bootstrap_interval, dice, evaluate
 
@@ -35,7 +35,7 @@ def rows_of(dataset):
 def parts_of(result, dataset):
     """The result and its post-processed part, each with the maps they are of."""
     maps = dataset.images[:, 1]
-    return (result, maps), (result["postprocessed"], postprocess_maps(maps, dataset.images))
+    return (result, maps), (result["postprocessed"], PostProcessing().apply(maps, dataset.images))
 
 
 def test_every_pooled_measure_against_its_definition():

@@ -14,7 +14,7 @@ from diffusers_cf import counterfactual_unet
 from diffusers_cf.data.phantom import FROZEN_SEED, PhantomSource
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
-from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps
+from diffusers_cf.evaluation.postprocessing import PostProcessing, foreground_mask
 from diffusers_cf.inference import (
     check_device_arguments,
     compile_network,
@@ -183,7 +183,7 @@ def test_bfloat16_finds_what_float32_finds():
     for dtype in ("float32", "bfloat16"):
         maps = shipped(dtype)(torch.from_numpy(images)).heatmaps
         counts = PixelCounts()
-        counts.update(postprocess_maps(maps.float().numpy(), images)[inside], masks[inside])
+        counts.update(PostProcessing().apply(maps.float().numpy(), images)[inside], masks[inside])
         scores.append(counts.average_precision())
     assert scores[0] > 5 * masks.sum() / inside.sum()
     assert scores[1] == pytest.approx(scores[0], abs=0.01)

@@ -57,6 +57,32 @@ def test_the_map_of_gaussian_classes_in_closed_form(make_pipeline, images, scale
     assert torch.equal(out.counterfactuals[:, :, :2], images[:, :, :2])
 
 
+def test_the_delta_map_of_gaussian_classes_in_closed_form(make_pipeline, images):
+    """At each level the clean images differ by w sqrt((1 - a) / a) (eps_null - eps_healthy), whatever the noise."""
+    alphas, scale = DDIMScheduler().alphas_cumprod.double(), 2.5
+    pipe = make_pipeline(gaussian=True, thresholding=False)
+    pipe.unet.register_to_config(std=STD)
+    pipe.register_modules(class_encoder=ClassTokenEncoder(num_tokens=1, token_dim=1, vector_dim=1, embedding_dim=1))
+    pipe.class_encoder.tokens.weight.data = torch.tensor(MEANS)[:, None]
+    out = pipe(images, None, scale, 0.6, 5, "delta")
+    changes = [
+        scale * (1 - alphas[t]) * (MEANS[2] - MEANS[0]) / (alphas[t] * STD**2 + 1 - alphas[t]) for t in (200, 400, 600)
+    ]
+    expected = float(sum(changes)) / 3 / 2
+    torch.testing.assert_close(out.heatmaps[:, 2:], torch.full((4, 6, 8), expected), rtol=1e-4, atol=1e-6)
+    assert (out.heatmaps[:, :2] == 0).all() and pipe.network_evaluations(
+        strength=0.6, num_inference_steps=5, map="delta"
+    ) == 12
+
+
+def test_the_delta_map_of_an_image_does_not_depend_on_the_others(pipe, images):
+    settings = {"guidance_scale": 2.0, "strength": 0.4, "num_inference_steps": 10, "map": "delta"}
+    whole, one = pipe(images, **settings), pipe(images[2:3], **settings)
+    torch.testing.assert_close(whole.heatmaps[2:3], one.heatmaps, rtol=1e-4, atol=1e-6)
+    other = pipe(images[2:3], **settings, generator=torch.Generator().manual_seed(5))
+    assert not torch.allclose(other.heatmaps, one.heatmaps, rtol=1e-3)  # noise that is given is used
+
+
 @pytest.mark.parametrize("target", ["healthy", "unhealthy"])
 def test_the_map_of_an_untrained_network_step_by_step(pipe, images, target):
     inverse, changes, x = DynamicDDIMInverseScheduler(), [], 2 * images - 1

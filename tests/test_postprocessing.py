@@ -1,12 +1,13 @@
 """The post-processing chain against its definition."""
 
 import numpy as np
+import pytest
 import torch
 
 from diffusers_cf.evaluation.postprocessing import (
+    PostProcessing,
     eroded_foreground_mask,
     foreground_mask,
-    postprocess_maps,
     remove_small_components,
 )
 
@@ -42,7 +43,7 @@ def test_erosion_is_a_mean_above_095():
 def test_median_filter_is_the_median_of_25_pixels_of_the_same_slice():
     rng = np.random.default_rng(1)
     maps = rng.random((3, 12, 12)).astype(np.float32)
-    result = postprocess_maps(maps, np.ones((3, 1, 12, 12), dtype=np.float32))
+    result = PostProcessing().apply(maps, np.ones((3, 1, 12, 12), dtype=np.float32))
     expected = np.median(np.lib.stride_tricks.sliding_window_view(maps, (5, 5), axis=(1, 2)), axis=(-1, -2))
     np.testing.assert_array_equal(result[:, 2:-2, 2:-2], expected)
     assert result.dtype == np.float32
@@ -54,7 +55,7 @@ def test_a_bright_rim_and_a_speck_vanish_and_a_lesion_stays():
     maps = np.where(tissue & ~eroded_foreground_mask(images), 1.0, 0.0)
     maps[0, 9, 9] = 1.0
     maps[0, 14:21, 14:21] = 1.0
-    result = postprocess_maps(maps, images)
+    result = PostProcessing().apply(maps, images)
     assert (result[0, 15:20, 15:20] == 1).all()
     result[0, 14:21, 14:21] = 0
     assert (result == 0).all()
@@ -63,9 +64,9 @@ def test_a_bright_rim_and_a_speck_vanish_and_a_lesion_stays():
 def test_scores_outside_the_foreground_become_the_lowest():
     images = square_image()
     tissue = images[:, 1] > 0
-    positive = postprocess_maps(np.full((1, 20, 20), 3.0), images)
+    positive = PostProcessing().apply(np.full((1, 20, 20), 3.0), images)
     assert (positive[~tissue] == 0).all() and positive.max() == 3
-    negative = postprocess_maps(np.where(tissue, -2.0, 5.0), images)
+    negative = PostProcessing().apply(np.where(tissue, -2.0, 5.0), images)
     assert (negative == -2).all()
 
 
@@ -99,3 +100,40 @@ def test_components_follow_slice_indices_given_in_any_order():
     assert kept.any() and kept.sum() < masks.sum()
     shuffle = rng.permutation(6)
     np.testing.assert_array_equal(remove_small_components(masks[shuffle], slices[shuffle]), kept[shuffle])
+
+
+def test_the_filter_across_slices_is_a_gaussian_mean_over_the_tissue():
+    """Weights exp(-d^2 / 2 s^2) of the slice numbers' distances d; slices without tissue at a pixel have no say there."""
+    rng = np.random.default_rng(0)
+    maps, images, slices = rng.random((4, 8, 8)), np.ones((4, 1, 8, 8)), np.array([3, 4, 6, 20])
+    images[1, :, 2, 2] = 0
+    found = PostProcessing(1, 1.5, clear_rim=False).apply(maps, images, slices)
+    inside = images[:, 0] > 0
+    weights = np.exp(-(((slices[:, None] - slices) / 1.5) ** 2) / 2)
+    expected = np.einsum("ij,jhw->ihw", weights, maps * inside) / np.einsum("ij,jhw->ihw", weights, inside)
+    np.testing.assert_allclose(found, np.where(inside, expected, 0), rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(found[3], maps[3], rtol=1e-6)  # too far from the others
+
+
+def test_without_filters_and_rim_only_the_background_is_cleared():
+    images, maps = square_image(), np.random.default_rng(0).random((1, 20, 20)).astype(np.float32)
+    found = PostProcessing(1, clear_rim=False).apply(maps, images)
+    np.testing.assert_array_equal(found, np.where((images > 0).any(axis=1), maps, 0))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(True, PostProcessing()), (False, None), ({"slice_sigma": 1.0}, PostProcessing(slice_sigma=1.0))],
+)
+def test_a_models_settings_name_its_chain(value, expected):
+    assert PostProcessing.of({"postprocess": value}) == expected
+    assert expected is None or PostProcessing.of({"postprocess": expected.as_setting}) == expected
+    assert PostProcessing.of({"postprocess": value}, median_size=3).median_size == 3
+
+
+@pytest.mark.parametrize(
+    "value", ["yes", {"median": 3}, {"median_size": 4}, {"slice_sigma": -1}, {"slice_sigma": "1"}]
+)
+def test_a_chain_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match="median_size|slice_sigma"):
+        PostProcessing.of({"postprocess": value})

@@ -24,19 +24,20 @@ LEVELS = {
     "arguments": 2, "maps": 2,
     "loading": 3,
     "pipeline_counterfactual_ddim": 4, "data": 4,
-    "inference": 5, "evaluation": 5,
-    "training": 6, "hub": 6,
-    "baselines": 7, "segmentation": 7,
-    "benchmark": 8, "app": 8,
-    "commands": 9,
-    "cli": 10,
+    "evaluation": 5,
+    "inference": 6,
+    "training": 7, "hub": 7,
+    "baselines": 8, "segmentation": 8,
+    "benchmark": 9, "app": 9,
+    "commands": 10,
+    "cli": 11,
 }  # fmt: skip
 # The method, loading, slices, training and measuring: what somebody reads who wants to know how it works.
 CORE = (
     "pipeline_counterfactual_ddim", "schedulers", "models", "maps", "images", "losses", "settings", "loading",
     "data.slices", "training", "evaluation.protocol", "evaluation.pixel_counts",
 )  # fmt: skip
-MOST_LINES = {"core": 3100, "package": 12500, "modules at the root": 18, "tests": 12000}
+MOST_LINES = {"core": 3250, "package": 13500, "modules at the root": 18, "tests": 12600}
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home|Users)/")
 
 

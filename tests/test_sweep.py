@@ -20,6 +20,7 @@ class Slices(FakeDataset):
         self.images[:, :, :3] = 0
         self.images[0] = 0
         self.labels, self.masks = torch.tensor([0, 0, 0, 1, 1, 1]), torch.zeros(6, 16, 16, dtype=torch.uint8)
+        self.folder, self.patients = "made", np.array(["a", "b", "b", "a", "b", "c"])
         self.masks[3:, 8:12, 8:12] = 1
         self.images[3:, 0, 8:12, 8:12] += 0.4
         self.images[3:, 1, 8:12, 8:12] -= 0.15
@@ -28,7 +29,7 @@ class Slices(FakeDataset):
         return {"images": self.images[rows], "masks": self.masks[rows], "labels": self.labels[rows]}
 
 
-@pytest.mark.parametrize("map", ["counterfactual", "reconstruction", "signed", "forward"])
+@pytest.mark.parametrize("map", ["counterfactual", "reconstruction", "signed", "forward", "delta"])
 def test_a_point_is_what_calls_of_the_pipeline_score(pipe, map):
     slices, setting = Slices(), {"guidance_scale": 2.0, "strength": 0.4, "num_inference_steps": 10, "map": map}
     pipe.preprocessing = {"signs": [1, -1]}
@@ -53,21 +54,47 @@ def test_the_setting_of_a_map_that_is_not_finite_is_named(pipe, monkeypatch):
         sweep(pipe, Slices(), range(6), [1.5, 2.0], [0.2, 0.4], ["counterfactual"], 10, batch_size=4)
 
 
-def test_signs_come_from_labels(pipe, monkeypatch):
-    """The counterfactual darkens channel 0 and brightens channel 1 of slices that are labelled 1."""
-    slices = Slices()
+def signs_of(pipe, monkeypatch, slices, shift):
+    """Learn signs from counterfactuals that differ from the reconstruction by `-shift` `(6, C)`, with some noise."""
+    noise = 0.01 * torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(1))
 
     def denoise(latents, target, guidance_scale, **_):
-        labels = slices.labels[-len(latents) :]  # the first image is empty and never decoded
-        change = (labels == 1).float()[:, None, None, None] * torch.tensor([-0.2, 0.1])[None, :, None, None]
+        change = -(shift[:, :, None, None] + noise)[-len(latents) :]  # the first image is empty and never decoded
         return latents + (change if guidance_scale else 0)
 
     monkeypatch.setattr(pipe, "denoise", denoise)
-    settings = {"guidance_scale": 2.0, "strength": 0.4, "num_inference_steps": 10}
-    assert learn_signs(pipe, slices, range(6), batch_size=6, **settings) == [1, -1]
-    with pytest.raises(InputError, match="both labels"):
-        slices.labels = torch.zeros(6, dtype=torch.int64)
-        learn_signs(pipe, slices, range(6), batch_size=6, **settings)
+    return learn_signs(pipe, slices, range(6), 6, guidance_scale=2.0, strength=0.4, num_inference_steps=10), noise
+
+
+def test_signs_are_fishers_weights_from_labels(pipe, monkeypatch):
+    """The difference of the mean changes of both labels' patients over the variance of the healthy slices' pixels."""
+    slices = Slices()
+    slices.images[0] = slices.images[1]
+    shift = torch.zeros(6, 2)
+    shift[3:] = torch.tensor([[0.2, -0.1], [0.22, -0.11], [0.18, -0.09]])
+    found, noise = signs_of(pipe, monkeypatch, slices, shift)
+    inside = (pipe.prepare_images(slices.images) > -1).any(dim=1)
+    values = [(shift[i][:, None] + noise[i][:, inside[i]]).numpy() for i in range(6)]  # (C, pixels) of each slice
+    mean = np.array([part.mean(axis=1) for part in values])
+    unhealthy, healthy = mean[3:].mean(axis=0), (mean[0] + (mean[1] + mean[2]) / 2) / 2  # one mean for each patient
+    variance = np.mean([(part**2).mean(axis=1) for part in values[:3]], axis=0) - mean[:3].mean(axis=0) ** 2
+    weights = (unhealthy - healthy) / variance
+    np.testing.assert_allclose(found["signs"], weights / np.abs(weights).mean(), rtol=1e-2)
+    assert found["signs"][0] > 0 > found["signs"][1] and found["t"][0] > 10
+
+
+def test_a_sign_that_the_labels_do_not_tell_is_0_and_none_at_all_is_refused(pipe, monkeypatch):
+    slices, shift = Slices(), torch.zeros(6, 2)
+    shift[3:, 0] = torch.tensor([0.2, 0.22, 0.18])
+    shift[3:, 1] = torch.tensor([0.2, -0.3, 0.15])  # patients disagree
+    found, _ = signs_of(pipe, monkeypatch, slices, shift)
+    assert found["signs"] == [2.0, 0.0] and abs(found["t"][1]) < 2
+    shift[3:, 0] = torch.tensor([0.2, -0.3, 0.15])
+    with pytest.raises(InputError, match="do not tell the sign of disease in any channel"):
+        signs_of(pipe, monkeypatch, slices, shift)
+    slices.patients[:] = "a"
+    with pytest.raises(InputError, match="unhealthy slices of two patients, not of 1"):
+        signs_of(pipe, monkeypatch, slices, shift)
 
 
 def test_signs_are_learned_in_windows_with_crop_background(pipe, monkeypatch):
@@ -80,6 +107,7 @@ def test_signs_are_learned_in_windows_with_crop_background(pipe, monkeypatch):
         return denoise(latents, *args, **walk)
 
     monkeypatch.setattr(pipe, "denoise", spy)
+    monkeypatch.setattr("diffusers_cf.evaluation.sweep.LEAST_T", 0)
     learn_signs(pipe, slices, range(6), batch_size=6, guidance_scale=2.0, strength=0.4, num_inference_steps=10)
     assert sizes == {group.size for group in pipe.windows(pipe.prepare_images(slices.images))} == {(6, 8)}
 

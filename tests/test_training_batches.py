@@ -29,6 +29,19 @@ def test_classes_come_evenly_however_rare_one_is():
         assert (np.abs(counts - expected) < 5 * math.sqrt(expected)).all()
 
 
+def test_positions_match_as_far_as_classes_have_slices_there():
+    """Unhealthy slices in the middle third alone: within it both classes come evenly, outside it only healthy ones."""
+    slices = training_slices([0, 0, 0, 1, 1, 0, 0, 0, 0] * 20)
+    slices.slices.patients, slices.slices.slices = np.repeat(np.arange(20).astype(str), 9), np.tile(np.arange(9), 20)
+    options = {"image_size": (8, 8), "match_positions": True}
+    matched = TrainingSlices(slices.slices, 0, **options)
+    drawn = np.array([matched.index_at(position) for position in range(8000)]) % 9
+    counts = np.bincount(drawn, minlength=9)
+    assert (abs(counts - 8000 / 9) < 5 * math.sqrt(8000 / 9)).all()  # every part of the head as often as it occurs
+    part = np.minimum((np.arange(9) / 8 * 12).astype(int), 11)
+    assert len(set(part)) == 9  # each position is a part of its own here
+
+
 def test_an_index_is_a_function_of_seed_and_position():
     positions = [0, 20_000, 5, 8191, 8192, 1, 20_000]
     walked, jumped = training_slices(range(40)), training_slices(range(40))

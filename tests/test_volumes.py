@@ -9,7 +9,7 @@ from segmentation_files import make_pipe, voxels
 
 from diffusers_cf.data.geometry import display, to_ras, undisplay
 from diffusers_cf.data.slices import PatientSlices
-from diffusers_cf.evaluation.postprocessing import postprocess_maps, remove_small_components
+from diffusers_cf.evaluation.postprocessing import PostProcessing, remove_small_components
 from diffusers_cf.plots import plot_slices
 from diffusers_cf.segmentation import volumes as volumes_module
 from diffusers_cf.segmentation.patient import segment_patient
@@ -36,7 +36,7 @@ def test_the_mask_is_that_of_the_postprocessing_of_evaluation(voxels_per_pixel):
     maps = SliceMaps(PatientSlices("P", images, np.zeros(6), np.arange(6)), heat, 0 * images)
     config = {"preprocessing": {"size": 40, "field_mm": 240.0}, "threshold": 0.5, "postprocessed": True}
     mask = lesion_mask(volumes, maps, heat_volume(volumes, maps, heat, 240.0), config)
-    expected = remove_small_components(postprocess_maps(heat, images) >= 0.5)
+    expected = remove_small_components(PostProcessing().apply(heat, images) >= 0.5)
     # the filter leaves 2 slices of 2 x 2 of the small block, which is too small a component
     assert expected[2, 15, 15] and not expected[4:, 30:34, 30:34].any()
     expected = expected.repeat(voxels_per_pixel, 1).repeat(voxels_per_pixel, 2)

@@ -24,7 +24,7 @@ from diffusers_cf.images import resize_images
 from diffusers_cf.segmentation.cohorts import patient_files
 from diffusers_cf.segmentation.patient import segment_patient
 from diffusers_cf.segmentation.volumes import SliceMaps, heat_volume, lesion_mask, network_slices, read_volumes
-from diffusers_cf.settings import MAP_SETTINGS
+from diffusers_cf.settings import DECODED_MAPS, MAP_SETTINGS
 
 
 PATIENT = "patient"  # the page shows no patient's name
@@ -191,9 +191,13 @@ class Explorer:
         found = PatientSlices(PATIENT, self.found.images[row : row + 1], self.found.labels[:1], np.zeros(1, np.int64))
         images, key, null = torch.from_numpy(found.images), (index, steps), None
         try:
-            if settings["map"] == "forward":  # guidance is part of its only loop: nothing can be used again
+            if settings["map"] not in DECODED_MAPS:  # nothing of it can be used again
                 out = self.pipe(images, **{name: settings[name] for name in MAP_SETTINGS})
-                changes, heat = out.counterfactuals.cpu() - images, out.heatmaps
+                heat = out.heatmaps
+                # a student makes no counterfactual: the page shows the image
+                changes = (
+                    torch.zeros_like(images) if out.counterfactuals is None else out.counterfactuals.cpu() - images
+                )
             else:
                 if key in self._encodings and self._encodings[key].steps < round(steps * strength):
                     del self._encodings[key]

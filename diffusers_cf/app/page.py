@@ -145,7 +145,10 @@ class Page:
         with self._errors_shown():
             if explorer is None:  # gradio has dropped the session's state
                 raise InputError("the session has ended: load the patient again")
-            settings, unit = self._settings(values), unit_in_words(self.facts["preprocessing"]["normalize"])
+            settings, unit = (
+                self._settings(values),
+                unit_in_words(self.facts["preprocessing"]["normalize"], self.facts["settings"]["map"]),
+            )
             view = explorer.view(int(index), settings)
             pictures = slice_html(view, self.modalities.index(channel), self.modalities, unit)
             return {self.pictures: pictures, self.verdict: verdict_html(view, settings["threshold"])}

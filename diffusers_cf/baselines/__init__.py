@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from diffusers_cf.baselines.cam import ClassActivationMap
+from diffusers_cf.baselines.combination import IntensityCombination
 from diffusers_cf.baselines.dae import DenoisingAutoencoder
 from diffusers_cf.baselines.diffusion import (
     ClassifierGuidedDiffusion,
@@ -17,6 +18,7 @@ from diffusers_cf.baselines.diffusion import (
 )
 from diffusers_cf.baselines.fanogan import FAnoGAN
 from diffusers_cf.baselines.method import AnomalyMethod, Grid, TrainableMethod
+from diffusers_cf.baselines.student import Student
 from diffusers_cf.baselines.thresholding import (
     EqualizedThresholding,
     IntensityThresholding,
@@ -34,6 +36,7 @@ class Network:
     cls: type[TrainableMethod]
     paper: Mapping  # arguments beside `num_channels` and `image_size`, at the size of its paper
     small: Mapping = field(default_factory=dict)  # the same at a size for CPUs
+    teacher: str | None = None  # id of the method whose maps it learns; its input then has the size of the slices
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,21 @@ class Row:
     method: Callable[..., AnomalyMethod] | None = None
     options: Mapping = field(default_factory=dict)  # keyword arguments of `method`
 
-    def make(self, source: TrainableMethod | Sequence[str], grid: Grid | None = None) -> AnomalyMethod:
+    with_intensity: bool = False  # whether the map is combined with the intensity of FLAIR
+
+    def make(
+        self, source: TrainableMethod | Sequence[str], grid: Grid | None = None, modalities: Sequence[str] = ()
+    ) -> AnomalyMethod:
         """Return the method of this row.
 
         Args:
             source (`TrainableMethod` or `Sequence[str]`): the trained network, or names of the channels in their order.
             grid (`Grid`, *optional*): settings of inference to choose from; the first candidate is in use.
+            modalities (`Sequence[str]`): names of the channels, for a combination with intensity.
         """
         method = self.method(source, **self.options) if self.method else source
+        if self.with_intensity:
+            method = IntensityCombination(method, modalities)
         if grid is not None:
             method.candidates = method.candidates_on(grid)
             method.settings = dict(method.candidates[0])
@@ -80,6 +90,8 @@ NETWORKS = {
     "ours": Network(CounterfactualDiffusion, PAPER_UNET),
     # two stages at 64 pixels: a map of 8 x 8, where a ResNet-18 would leave one of 2 x 2
     "cam": Network(ClassActivationMap, {"hidden_sizes": (128, 256), "depths": (4, 4)}),
+    "ours-student": Network(Student, {}, teacher="ours-intensity"),
+    "threshold-student": Network(Student, {}, teacher="threshold-robust-z"),
 }
 
 # Other diffusion models clip x0 to [-1, 1], as their authors do. No clipping is a row of Table 2.
@@ -87,7 +99,8 @@ CLIPPED = {"thresholding": False, "clip_sample": True}
 UNCLIPPED = {"thresholding": False, "clip_sample": False}
 HEALTHY, GUIDED = {"scales": (0.0,)} | CLIPPED, {"scales": "classifier_scales"} | CLIPPED
 RAW, FIXED_POINT = {"use_clipped_model_output": False}, {"encoding": {"num_fixed_point_iterations": 3}}
-RECONSTRUCTION, FORWARD = {"kind": "reconstruction"}, {"kind": "forward"}
+RECONSTRUCTION, SIGNED, SECOND = {"kind": "reconstruction"}, {"kind": "signed"}, {"solver_order": 2}
+FORWARD, DELTA = {"kind": "forward"}, {"kind": "delta"}
 
 # Method id: Row, in the order of Table 1, then of Table 2.
 ROWS = {
@@ -110,6 +123,11 @@ ROWS = {
     "ours-reconstruction": Row("Ours, reconstruction as reference", (2,), "ours", CounterfactualMap, RECONSTRUCTION),
     "ours-fixed-point": Row("Ours, fixed-point inversion", (2,), "ours", CounterfactualMap, FIXED_POINT),
     "forward-map": Row("Forward map of our model", (1,), "ours", CounterfactualMap, FORWARD),
+    "delta-map": Row("Delta map of our model", (1,), "ours", CounterfactualMap, DELTA),
+    "ours-signed": Row("Ours, signed, second order", (1,), "ours", CounterfactualMap, SIGNED | SECOND),
+    "ours-intensity": Row("Ours, signed, with intensity", (1,), "ours", CounterfactualMap, SIGNED | SECOND, True),
+    "ours-student": Row("Student of ours with intensity", (1,), "ours-student"),
+    "threshold-student": Row("Student of the robust z threshold", (1,), "threshold-student"),
     "cam": Row("Class activation map", (1,), "cam"),
 }
 

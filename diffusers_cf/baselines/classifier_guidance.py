@@ -113,7 +113,7 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
             raise ValueError("class_encoder is given: it must be None, because the classifier knows the classes")
         if scheduler.config.prediction_type != "epsilon":
             raise ValueError(f"prediction_type is {scheduler.config.prediction_type!r}: it must be 'epsilon'")
-        super().__init__(unet, None, scheduler, inverse_scheduler, clip_input, crop_background)
+        super().__init__(unet, None, scheduler, inverse_scheduler, None, clip_input, crop_background)
         self.register_modules(classifier=classifier)
         self.register_to_config(class_names=list(class_names))
 

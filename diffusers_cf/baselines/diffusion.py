@@ -13,6 +13,8 @@ from diffusers.configuration_utils import register_to_config
 
 from diffusers_cf.baselines.classifier_guidance import ClassifierGuidedDDIMPipeline, NoisyClassifier
 from diffusers_cf.baselines.method import AnomalyMethod, Grid, TrainableMethod
+from diffusers_cf.evaluation.inputs import rows_of_both_labels
+from diffusers_cf.evaluation.sweep import SIGN_SLICES, learn_signs
 from diffusers_cf.evaluation.trajectories import heatmaps_of_settings
 from diffusers_cf.losses import ALL_TIMESTEPS_FROM, drop_condition, noise_prediction_loss, rising_timesteps
 from diffusers_cf.models import ConditionalNoisePredictor, class_token_encoder, counterfactual_unet
@@ -184,6 +186,15 @@ class CounterfactualMap(AnomalyMethod):
         index = {(c["strength"], c["guidance_scale"], c["map"]): i for i, c in enumerate(self.candidates)}
         for setting, heat in heatmaps_of_settings(self.pipe, images, index, self.candidates[0]["num_inference_steps"]):
             yield index[setting], torch.from_numpy(heat)
+
+    def learn(self, slices, chosen: bool) -> dict:
+        """Learn the signs of the map `signed` with the settings in use."""
+        if self.kind != "signed":
+            return {}
+        settings = {name: value for name, value in self.settings.items() if name != "map"}
+        learned = learn_signs(self.pipe, slices, rows_of_both_labels(slices, SIGN_SLICES), **settings)
+        self.pipe.preprocessing = self.pipe.preprocessing | {"signs": learned["signs"]}
+        return learned
 
     @property
     def network_evaluations_per_slice(self) -> int:

@@ -41,6 +41,15 @@ class AnomalyMethod:
         """Return the candidates for a grid; only methods that have settings of inference override this."""
         return self.candidates
 
+    def learn(self, slices, chosen: bool) -> dict:
+        """Learn what the map needs beside a network from the labels of training slices, and return it.
+
+        Args:
+            slices (`SliceDataset`): the training split.
+            chosen (`bool`): whether the settings are chosen; each method learns once before that and once after.
+        """
+        return {}
+
     def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
         """Return maps `(N, h, w)`, higher = more lesion, of images `(N, C, H, W)` in input units."""
         raise NotImplementedError

@@ -10,16 +10,20 @@ import torch
 from accelerate.utils import set_seed
 
 from diffusers_cf.baselines import NETWORKS, ROWS, AnomalyMethod, CounterfactualDiffusion, Row, network_of_data, row_of
+from diffusers_cf.baselines.student import TaughtSlices, targets_of_maps
 from diffusers_cf.baselines.training import set_up_training, train_method
 from diffusers_cf.benchmark.presets import Preset
-from diffusers_cf.benchmark.protocol import BenchmarkData, as_json
+from diffusers_cf.benchmark.protocol import BenchmarkData, as_json, choose_settings
 from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.chains import maps_of_split
+from diffusers_cf.evaluation.postprocessing import PostProcessing
 from diffusers_cf.files import make_folder, read_json, write_json
 from diffusers_cf.inference import compute_in
 from diffusers_cf.provenance import package_commit
 
 
 RECORD_FILE = "training.json"
+NEEDS_FLAIR = ("ours-intensity", "ours-student")
 DECIDES_TRAINING = ("image_size", "size", "budget")  # fields of a preset
 
 
@@ -51,7 +55,7 @@ def methods_for(modalities: Sequence[str]) -> list[Method]:
     for id in ROWS:
         if id == "threshold-<modality>":
             ids += [f"threshold-{modality}" for modality in modalities]
-        elif "flair" in modalities or not id.startswith("threshold"):
+        elif "flair" in modalities or not (id.startswith("threshold") or id in NEEDS_FLAIR):
             ids.append(id)
     return [Method.of(id) for id in ids]
 
@@ -78,14 +82,16 @@ class Networks:
         Raises:
             InputError: a method can't be made for these images at the preset's size.
         """
-        size, side = self.preset.size, self.preset.image_size
+        side = self.preset.image_size
         for method in methods:
             if method.row.network is None:
                 method.row.make(data.modalities, self.preset.grid)
                 continue
+            if method.id in NEEDS_FLAIR and "flair" not in data.modalities:
+                raise InputError(f"{method.id} needs FLAIR, and {data.folder} holds {', '.join(data.modalities)}")
             try:
                 with torch.device("meta"):
-                    network_of_data(method.row.network, size, data.channels, side, data.train.class_names)
+                    self._new_network(method.row.network, data)
             except ValueError as error:
                 raise InputError(f"--image_size {side} does not suit {method.id}: {error}") from None
 
@@ -112,20 +118,31 @@ class Networks:
             raise InputError(f"{folder} was trained with other {', '.join(different)}: choose another --models")
         training = {key: record[key] for key in ("trained_on", "converged", "images_seen", "parameters", "curve")}
         training |= {"train_seconds": record["seconds"], "trained_commit": record["commit"]}
-        return method.row.make(network, grid), training
+        return method.row.make(network, grid, data.modalities), training
 
     def _train(self, name: str, data: BenchmarkData, seed: int, folder: Path, metadata: dict) -> None:
-        size, side, budget = self.preset.size, self.preset.image_size, self.preset.budget
+        budget, train, validation = self.preset.budget, data.train, data.validation
         if name in self.images:
             budget = replace(budget, seconds=math.inf, steps=math.ceil(self.images[name] / budget.batch_size))
         make_folder(folder)  # a wrong path fails before the training
+        if id := NETWORKS[name].teacher:
+            teacher, _ = self.make(Method.of(id), data, seed)
+            choose_settings(teacher, data)
+            splits = train, validation
+            maps = (maps_of_split(teacher, split, PostProcessing(), data.batch_size) for split in splits)
+            targets = [targets_of_maps(*found, split.labels) for found, split in zip(maps, splits, strict=True)]
+            train, validation = (TaughtSlices(*pair) for pair in zip(splits, targets, strict=True))
         set_seed(seed)
-        network = network_of_data(name, size, data.channels, side, data.train.class_names)
-        training = set_up_training(network, data.train, folder, budget, seed, self.device, metadata)
-        record = asdict(train_method(network, data.validation, training))
+        network = self._new_network(name, data)
+        training = set_up_training(network, train, folder, budget, seed, self.device, metadata)
+        record = asdict(train_method(network, validation, training))
         record |= {"trained_on": network.trained_on, "parameters": network.num_parameters()}
         network.save_pretrained(folder)
         write_json(record | metadata | {"commit": package_commit()}, folder / RECORD_FILE)
+
+    def _new_network(self, name: str, data: BenchmarkData) -> torch.nn.Module:
+        side = data.size if NETWORKS[name].teacher else self.preset.image_size
+        return network_of_data(name, self.preset.size, data.channels, side, data.train.class_names)
 
     def _load(self, folder: Path) -> tuple[torch.nn.Module, dict]:
         if self._loaded[0] != folder:

@@ -17,10 +17,12 @@ from diffusers_cf.benchmark.presets import Preset
 from diffusers_cf.data.intensity import with_named_scale
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.chains import choose_chain
 from diffusers_cf.evaluation.pixel_counts import CHAINS, PixelCounts
-from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps
+from diffusers_cf.evaluation.postprocessing import PostProcessing, foreground_mask
 from diffusers_cf.evaluation.protocol import evaluate, maps_at_size
 from diffusers_cf.evaluation.sweep import evenly_spread, has_lesion
+from diffusers_cf.training.batches import relative_positions
 
 
 SPLINE_KNOTS = 8  # of position_scores
@@ -75,7 +77,7 @@ class BenchmarkData:
             for values in (dataset.patients, dataset.slices, dataset.labels):
                 digest.update("\n".join(map(str, values)).encode() + b"\n\n")
             self.metadata[dataset.split] = digest.hexdigest()
-        self.modalities, self.channels = known["modalities"], known["channels"]
+        self.modalities, self.channels, self.size = known["modalities"], known["channels"], known["size"]
 
     def validation_batches(self, healthy_only: bool = False) -> Iterator[dict[str, torch.Tensor]]:
         """Return batches of the validation slices, or of the healthy ones among them."""
@@ -88,6 +90,20 @@ class BenchmarkData:
 
 
 def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
+    """Set `method.settings` to the best of its candidates on validation slices, and let it learn from labels.
+
+    Returns:
+        `dict`: `by`, the rule in words, what was tried, and what was `learned`.
+
+    Raises:
+        InputError: no candidate has finite maps, or the labels do not tell what is to be learned.
+    """
+    method.learn(data.train, chosen=False)
+    choice = _choose(method, data)
+    return choice | {"learned": method.learn(data.train, chosen=True)}
+
+
+def _choose(method: AnomalyMethod, data: BenchmarkData) -> dict:
     """Set `method.settings` to the best of its candidates on validation slices.
 
     The best candidate has the highest AUPRC of the post-processed map in the foreground. A candidate whose maps are not
@@ -113,7 +129,7 @@ def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
             if not torch.isfinite(maps).all():
                 counts.pop(index, None)
             if index in counts:
-                maps = postprocess_maps(maps_at_size(maps, masks.shape[1:]), images)
+                maps = PostProcessing().apply(maps_at_size(maps, masks.shape[1:]), images)
                 counts[index].update(maps[inside], masks[inside])
     if not counts:
         raise InputError(f"{type(method).__name__}: the maps of every setting hold NaN or infinite values")
@@ -124,39 +140,26 @@ def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
 
 
 def measure(method: AnomalyMethod, data: BenchmarkData, counts_path: str | Path | None = None) -> dict:
-    """Return RESULT.json of a method on the test slices, with the thresholds that are best on validation slices."""
+    """Return RESULT.json of a method on the test slices.
+
+    Post-processing and thresholds are those that are best on validation patients.
+    """
+    chain, _ = choose_chain(method, data.validation, data.batch_size)
     common = {
         "batch_size": data.batch_size,
         "whole_patients": method.whole_patient,
         "network_evaluations_per_slice": method.network_evaluations_per_slice,
         "progress": False,
+        "chain": chain,
     }
-    validation = evaluate(method.anomaly_map, data.validation, indices=data.validation_rows, **common)
+    rows = None if chain.slice_sigma else data.validation_rows
+    validation = evaluate(method.anomaly_map, data.validation, indices=rows, **common)
     parts = dict(zip(CHAINS, (validation, validation["postprocessed"]), strict=True))
     common["threshold"] = {chain: part["ideal_threshold"] for chain, part in parts.items()}
     result = evaluate(method.anomaly_map, data.test, indices=data.test_rows, counts_path=counts_path, **common)
     kept = ("auprc", "ideal_dice", "foreground_auprc", "foreground_ideal_dice", "slice_auroc")
+    result |= {"postprocess": chain.as_setting}
     return result | {"validation": {chain: {name: part[name] for name in kept} for chain, part in parts.items()}}
-
-
-def relative_positions(patients: Sequence[str], slices: Sequence[int]) -> np.ndarray:
-    """Return the position of each slice within its patient: 0 the lowest slice given, 1 the highest, 0.5 a single one.
-
-    Args:
-        patients (`Sequence[str]`): `(N,)`, patient of each slice.
-        slices (`Sequence[int]`): `(N,)`, axial index of each slice.
-
-    Returns:
-        `np.ndarray`: float64 `(N,)` in [0, 1].
-    """
-    patients, slices = np.asarray(patients), np.asarray(slices, dtype=np.float64)
-    positions = np.full(len(slices), 0.5)
-    for patient in np.unique(patients):
-        own = patients == patient
-        low, high = slices[own].min(), slices[own].max()
-        if high > low:
-            positions[own] = (slices[own] - low) / (high - low)
-    return positions
 
 
 def position_scores(

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_cf.commands.options import DATASET, MODEL, add_device_arguments, add_settings_arguments
+from diffusers_cf.commands.options import (
+    DATASET,
+    MODEL,
+    add_device_arguments,
+    add_postprocessing_arguments,
+    add_settings_arguments,
+)
 from diffusers_cf.data.splits import SPLITS
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.calibration import HEALTHY_QUANTILE, dice_of_thresholds, thresholds_of_labels
@@ -28,6 +34,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_slices", type=int, default=256, help="slices to choose on, evenly spread; default: %(default)s")
     add("--measure", choices=SPLITS, help="split with masks on which Dice of each rule is measured; default: none")
     add_settings_arguments(parser)
+    add_postprocessing_arguments(parser)
     add_device_arguments(parser, batch_size=32)
     text = "write settings and threshold of this rule into the model folder as recommended; if no rule is named: "
     add("--store", nargs="?", const=RULES[0], choices=RULES, help=f"{text}%(const)s; default: write nothing")
@@ -35,7 +42,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_calibrate(args: argparse.Namespace) -> None:
     """Choose a threshold by every rule, write RESULT.json and print the thresholds."""
-    from diffusers_cf.evaluation.inputs import checked_settings, open_split, rows_of_both_labels
+    from diffusers_cf.evaluation.inputs import checked_chain, checked_settings, open_split, rows_of_both_labels
     from diffusers_cf.inference import check_device_arguments, open_pipeline
 
     check_device_arguments(args)
@@ -47,17 +54,20 @@ def run_calibrate(args: argparse.Namespace) -> None:
     pipe = open_pipeline(args.model, args.device, args.dtype, dataset=chosen_on)
     settings = checked_settings(pipe, args.settings, **{name: getattr(args, name) for name in MAP_SETTINGS})
     settings = {name: settings[name] for name in MAP_SETTINGS}
+    chain = checked_chain(args, pipe.preprocessing.get("settings", {}))
+    if chain.slice_sigma:  # a filter across slices needs them all
+        rows = rows_of_patients(chosen_on, len(rows))
     output = Path(args.output)
     make_folder(output.parent)
-    thresholds = thresholds_of_labels(_maps(pipe, chosen_on, rows, settings, args.batch_size))
+    thresholds = thresholds_of_labels(maps_of_rows(pipe, chosen_on, rows, settings, chain, args.batch_size))
     scores = {}
     if measured_on:
-        maps = _maps(pipe, measured_on, range(len(measured_on)), settings, args.batch_size)
+        maps = maps_of_rows(pipe, measured_on, np.arange(len(measured_on)), settings, chain, args.batch_size)
         scores = dice_of_thresholds(maps, thresholds)
     chosen_by = {"command": command_line(), "commit": package_commit(), "split": args.split, "n_slices": len(rows)}
     result = {
         "thresholds": thresholds, "dice": scores, "model": args.model, "model_sha256": model_fingerprint(pipe),
-        "settings": settings, "dtype": args.dtype, "data": chosen_on.preprocessing, "quantile": HEALTHY_QUANTILE,
+        "settings": settings | {"postprocess": chain.as_setting}, "dtype": args.dtype, "data": chosen_on.preprocessing, "quantile": HEALTHY_QUANTILE,
         "measured_on": args.measure, **chosen_by,
     }  # fmt: skip
     write_json(result, output)
@@ -66,23 +76,36 @@ def run_calibrate(args: argparse.Namespace) -> None:
     if scores:
         print(f"ideal, chosen with masks: Dice {scores['ideal']:.3f}")
     if args.store:
-        settings["threshold"] = thresholds[args.store]
+        settings |= {"threshold": thresholds[args.store], "postprocess": chain.as_setting}
         _store(args.model, settings, chosen_by | {"rule": args.store}, chosen_on.preprocessing["size"])
 
 
-def _maps(pipe, dataset, rows, settings: dict, batch_size: int) -> Iterator[tuple[np.ndarray, dict]]:
-    """Yield post-processed maps `(N, H, W)` of each batch, with the batch."""
+def rows_of_patients(dataset, max_slices: int) -> np.ndarray:
+    """Return the rows of whole patients, evenly spread, with about `max_slices` slices."""
+    from diffusers_cf.evaluation.protocol import rows_by_patient
+    from diffusers_cf.evaluation.sweep import evenly_spread
+
+    patients = list(rows_by_patient(dataset, np.arange(len(dataset))).values())
+    return np.concatenate(
+        [patients[i] for i in evenly_spread(len(patients), max(1, max_slices * len(patients) // len(dataset)))]
+    )
+
+
+def maps_of_rows(pipe, dataset, rows, settings: dict, chain, batch_size: int) -> Iterator[tuple[np.ndarray, dict]]:
+    """Yield post-processed maps `(N, H, W)` of each patient, with the batch."""
+    import torch
     from tqdm.auto import tqdm
 
-    from diffusers_cf.data.slices import batches_of
-    from diffusers_cf.evaluation.postprocessing import postprocess_maps
+    from diffusers_cf.evaluation.protocol import rows_by_patient
 
     with tqdm(total=len(rows), desc=dataset.split, unit="slice") as bar:
-        for batch in batches_of(dataset, rows, batch_size):
-            heatmaps = pipe(batch["images"], **settings).heatmaps.cpu().numpy()
+        for numbers in rows_by_patient(dataset, np.asarray(rows)).values():
+            batch = dataset.collate(dataset.__getitems__(numbers.tolist()))
+            parts = [pipe(part, **settings).heatmaps.cpu() for part in batch["images"].split(batch_size)]
+            heatmaps = torch.cat(parts).numpy()
             if not np.isfinite(heatmaps).all():
                 raise InputError("the model's heatmaps hold NaN or infinite values")
-            yield postprocess_maps(heatmaps, batch["images"]), batch
+            yield chain.apply(heatmaps, batch["images"], dataset.slices[numbers]), batch
             bar.update(len(heatmaps))
 
 
@@ -95,5 +118,5 @@ def _store(folder: str, settings: dict, chosen_by: dict, size: int) -> None:
     if former and all(settings[name] == known.get("settings", {}).get(name) for name in MAP_SETTINGS):
         # the settings stay as they were chosen; their ideal Dice was that of another threshold
         known["settings_chosen_by"] = {name: value for name, value in former.items() if name != "ideal_dice"}
-    stored = {"settings": settings | {"postprocess": True}, "threshold_chosen_by": chosen_by, "evaluation_size": size}
+    stored = {"settings": settings, "threshold_chosen_by": chosen_by, "evaluation_size": size}
     replace_json(folder, {PREPROCESSING: known | stored})

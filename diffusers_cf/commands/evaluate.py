@@ -25,6 +25,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="RESULT.json", help=text)
     options.add_device_arguments(parser, compile=True)
     options.add_settings_arguments(parser)
+    options.add_postprocessing_arguments(parser)
     text = "map value from which a pixel counts as lesion, for Dice per patient, in map units"
     add("--threshold", type=float, help=f"{text}; default: recommended by the model, else the ideal one of this split")
     add("--seed", type=int, default=0, help="seed of the bootstrap intervals; default: %(default)s")
@@ -44,14 +45,15 @@ def run_evaluate(args: argparse.Namespace) -> None:
         raise InputError(f"{output}: the output must be a file RESULT.json")
     dataset = open_split(args.dataset, args.split)
     method, settings, fingerprint = (_open_model if args.model else _make_baseline)(args, dataset)
-    facts = _facts(args, dataset, settings)
+    chain = method.pop("chain")
+    facts = _facts(args, dataset, settings) | {"postprocess": chain.as_setting}
     parts = output.with_suffix(".parts")
     with _lock(output, share):
         # patients may be measured on different devices of one kind
         begin_parts(parts, facts | {"device": args.device.partition(":")[0], "fingerprint": fingerprint})
         result = evaluate(
             dataset=dataset, threshold=settings["threshold"], batch_size=args.batch_size, device=args.device,
-            counts_path=output.with_suffix(".counts.npz"), seed=args.seed, parts=parts, share=share, **method,
+            counts_path=output.with_suffix(".counts.npz"), seed=args.seed, parts=parts, share=share, chain=chain, **method,
         )  # fmt: skip
         if result is not None:
             made_by = {"model_sha256": fingerprint, "command": command_line(), "commit": package_commit()}
@@ -65,7 +67,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def _open_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
     """Return a model's keyword arguments for `evaluate`, its settings, and its fingerprint."""
-    from diffusers_cf.evaluation.inputs import checked_settings
+    from diffusers_cf.evaluation.inputs import checked_chain, checked_settings
     from diffusers_cf.inference import open_pipeline
 
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile, dataset=dataset)
@@ -74,6 +76,7 @@ def _open_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
     method = {
         "anomaly_map": lambda images: pipe(images, **call).heatmaps,
         "network_evaluations_per_slice": pipe.network_evaluations(**call),
+        "chain": checked_chain(args, pipe.preprocessing.get("settings", {})),
     }
     return method, settings, model_fingerprint(pipe)
 
@@ -81,6 +84,7 @@ def _open_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
 def _make_baseline(args: argparse.Namespace, dataset) -> tuple[dict, dict, None]:
     """Return a baseline's keyword arguments for `evaluate`, and its settings."""
     from diffusers_cf.baselines import make_baseline
+    from diffusers_cf.evaluation.inputs import checked_chain
 
     for name in options.SETTINGS:
         if getattr(args, name) is not None:
@@ -90,6 +94,7 @@ def _make_baseline(args: argparse.Namespace, dataset) -> tuple[dict, dict, None]
         "anomaly_map": lambda images: baseline.anomaly_map(images.to(args.device)),
         "whole_patients": baseline.whole_patient,
         "network_evaluations_per_slice": baseline.network_evaluations_per_slice,
+        "chain": checked_chain(args, {}),
     }
     return method, {"threshold": args.threshold}, None
 

@@ -43,6 +43,20 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
     add("--map", choices=MAPS, help=f"{text}(signed), or one that needs no counterfactual (forward); {default}")
 
 
+def add_postprocessing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--median_size`, `--slice_sigma` and `--clear_rim`, the attributes of `PostProcessing`."""
+    add, default = parser.add_argument, "default: recommended by the model, else"
+    add(
+        "--median_size",
+        type=int,
+        help=f"side of the median filter of post-processing in pixels, 1 for none; {default} 5",
+    )
+    text = "standard deviation in slices of a Gaussian filter across slices in post-processing"
+    add("--slice_sigma", type=float, help=f"{text}; {default} 0, none")
+    text = "whether post-processing clears the rim of the foreground"
+    add("--clear_rim", action=argparse.BooleanOptionalAction, help=f"{text}; {default} yes")
+
+
 def add_shard_argument(parser: argparse.ArgumentParser, last: str) -> None:
     """Add `--shard`; `last` says what the command does without it after all shards are done."""
     text = f"compute only part i of n equal parts; when all are done, the command without --shard {last}"

@@ -2,8 +2,10 @@
 
 import argparse
 import itertools
+import logging
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from diffusers_cf.commands.options import DATASET, MODEL, add_device_arguments
@@ -13,6 +15,8 @@ from diffusers_cf.files import make_folder, read_json, write_json
 from diffusers_cf.provenance import command_line, package_commit
 from diffusers_cf.settings import MAP_SETTINGS, MAPS, NAMES, PAPER_SETTINGS
 
+
+logger = logging.getLogger(__name__)
 
 # The paper's Fig. 3 begins at a strength of 0.4. Small networks and real FLAIR slices do best below it.
 GUIDANCE_SCALES = [1.5, 2.5, 3.0]
@@ -38,31 +42,27 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_slices", type=int, default=256, help="slices to measure on, evenly spread; default: %(default)s")
     add("--max_evaluations", type=int, help="largest number of network passes per slice to try; default: no limit")
     add_device_arguments(parser, batch_size=32)
-    text = "write into the model folder the best setting as recommended, with its solver orders if they are swept; "
+    text = "write into the model folder the best setting as recommended, with its solver orders if they are swept and "
+    text += "the post-processing that is best for it on all slices of the split; "
     text += "or, after a sweep of the paper's setting alone, its threshold (paper); default: write nothing"
     add("--store", nargs="?", const="recommended", choices=NAMES, help=text)
 
 
 def run_sweep(args: argparse.Namespace) -> None:
     """Measure the settings, write RESULTS/sweep.json and sweep.png, and print the best one."""
-    from diffusers_cf.evaluation.sweep import learn_signs, sweep
+    from diffusers_cf.evaluation.sweep import sweep
     from diffusers_cf.inference import check_device_arguments
     from diffusers_cf.plots import plot_sweep
 
     check_device_arguments(args)
     _check_options(args)
     pipe, dataset, rows = _open(args)
+    asked = args.maps is not None
     _check_grids(args, pipe)
     make_folder(args.output)
     more = {"evaluation_size": dataset.preprocessing["size"]}
-    if "signed" in args.maps:  # learn the signs from about 64 slices, with the most exact encoding
-        _set_solver_orders(pipe, max(args.solver_order or [0]), max(args.decoding_solver_order or [0]))
-        more["signs"] = learn_signs(
-            pipe, dataset, rows[:: max(1, len(rows) // 64)], args.batch_size, guidance_scale=max(args.guidance_scales),
-            strength=sorted(args.strengths)[len(args.strengths) // 2],
-            num_inference_steps=max(args.num_inference_steps),
-        )  # fmt: skip
-        pipe.preprocessing = pipe.preprocessing | {"signs": more["signs"]}
+    if "signed" in args.maps:
+        _learn_signs(args, pipe, more, asked)
     points = []
     for grid in _grids(args, pipe):
         points += sweep(pipe, dataset, rows, *grid, args.batch_size, args.max_evaluations)
@@ -72,7 +72,13 @@ def run_sweep(args: argparse.Namespace) -> None:
     write_json(document, Path(args.output) / "sweep.json")
     plot_sweep(Path(args.output) / "sweep.png", points)
     print(f"best: {asdict(best)}")
-    if args.store:
+    if args.store == "recommended":
+        stored = replace(best)
+        chain = _choose_chain(args, pipe, dataset, stored)
+        write_json(document | {"stored": asdict(stored) | {"postprocess": chain}}, Path(args.output) / "sweep.json")
+        print(f"post-processing: {chain}, AUPRC {stored.postprocessed_auprc:.3f} of all {len(dataset)} slices")
+        store_point(args.model, args.store, stored, chosen_by | {"n_slices": len(dataset)}, more, chain)
+    elif args.store:
         store_point(args.model, args.store, best, chosen_by, more)
 
 
@@ -105,20 +111,47 @@ def _open(args: argparse.Namespace) -> tuple:
 def _check_grids(args: argparse.Namespace, pipe) -> None:
     """Check all settings before the first is measured, because a sweep takes hours; fill in `args.maps`."""
     from diffusers_cf.evaluation.sweep import settings_of_sweep
-    from diffusers_cf.maps import check_forward
+    from diffusers_cf.maps import check_map
 
     if not args.maps:
-        args.maps = list(MAPS)
-        try:
-            check_forward(pipe)
-        except ValueError:
-            args.maps.remove("forward")
+        args.maps = []
+        for kind in MAPS:
+            with suppress(ValueError):
+                check_map(pipe, kind)
+                args.maps.append(kind)
     try:
         found = [settings_of_sweep(pipe, *grid, args.max_evaluations) for grid in _grids(args, pipe)]
     except ValueError as error:
         raise InputError(f"{args.model}: {error}") from None
     if not any(found):
         raise InputError(f"no setting of the sweep needs at most {args.max_evaluations} network evaluations")
+
+
+def _learn_signs(args: argparse.Namespace, pipe, more: dict, asked: bool) -> None:
+    """Learn signs from training slices, with the most exact encoding, for the pipeline and `more`.
+
+    Where the labels do not tell them, leave out the map `signed`, or refuse it if it was asked for.
+    """
+    from diffusers_cf.evaluation.inputs import open_split, rows_of_both_labels
+    from diffusers_cf.evaluation.sweep import SIGN_SLICES, learn_signs
+
+    _set_solver_orders(pipe, max(args.solver_order or [0]), max(args.decoding_solver_order or [0]))
+    scales, strengths = sorted(args.guidance_scales), sorted(args.strengths)
+    settings = {"guidance_scale": scales[len(scales) // 2], "strength": strengths[len(strengths) // 2]}
+    try:
+        train = open_split(args.dataset, "train", masks=False)
+        rows = rows_of_both_labels(train, SIGN_SLICES)
+        settings["num_inference_steps"] = max(args.num_inference_steps)
+        learned = learn_signs(pipe, train, rows, args.batch_size, **settings)
+    except InputError as error:
+        if asked:
+            raise
+        logger.warning("the map signed is left out: %s", error)
+        args.maps.remove("signed")
+        return
+    print(f"signs {learned['signs']}, t of the labels {learned['t']}")
+    more["signs"] = learned["signs"]
+    pipe.preprocessing = pipe.preprocessing | {"signs": more["signs"]}
 
 
 def _grids(args: argparse.Namespace, pipe) -> Iterator[tuple]:
@@ -140,11 +173,26 @@ def _set_solver_orders(pipe, encoding: int, decoding: int) -> None:
             pipe.register_modules(**{name: type(old).from_config(old.config, solver_order=order)})
 
 
-def store_point(model: str, name: str, point, chosen_by: dict, more: dict) -> None:
+def _choose_chain(args: argparse.Namespace, pipe, dataset, best):
+    """Return the post-processing that is best for a point on all patients of the split; give the point its scores."""
+    from types import SimpleNamespace
+
+    from diffusers_cf.evaluation.chains import choose_chain
+
+    _set_solver_orders(pipe, best.solver_order or 0, best.decoding_solver_order or 0)
+    call = {name: getattr(best, name) for name in MAP_SETTINGS}
+    method = SimpleNamespace(whole_patient=False, anomaly_map=lambda images: pipe(images, **call).heatmaps)
+    chain, counts = choose_chain(method, dataset, args.batch_size)
+    best.postprocessed_auprc = counts.average_precision()
+    best.postprocessed_ideal_dice, best.threshold = counts.ideal_dice()
+    return chain.as_setting
+
+
+def store_point(model: str, name: str, point, chosen_by: dict, more: dict, chain: bool | dict = True) -> None:
     """Write a [`SweepPoint`] into a model folder, all of it or nothing.
 
     The point becomes the recommended setting, with its solver orders; or for the name `paper`, its threshold becomes
-    that of the paper's setting. `more` holds further entries of preprocessing.json, such as `signs`.
+    that of the paper's setting. `chain` is its post-processing, and `more` holds further entries of preprocessing.json, such as `signs`.
     """
     from diffusers_cf.loading import PREPROCESSING, read_preprocessing, replace_json
 
@@ -154,7 +202,7 @@ def store_point(model: str, name: str, point, chosen_by: dict, more: dict) -> No
         return replace_json(model, {PREPROCESSING: known | stored | more})
     known.pop("threshold_chosen_by", None)  # it tells of the threshold that is replaced
     scores = {"postprocessed_auprc": point.postprocessed_auprc, "ideal_dice": point.postprocessed_ideal_dice}
-    settings = {name: getattr(point, name) for name in (*MAP_SETTINGS, "threshold")} | {"postprocess": True}
+    settings = {name: getattr(point, name) for name in (*MAP_SETTINGS, "threshold")} | {"postprocess": chain}
     files = {PREPROCESSING: known | {"settings": settings, "settings_chosen_by": chosen_by | scores} | more}
     orders = {"inverse_scheduler": point.solver_order, "scheduler": point.decoding_solver_order}
     for name, order in orders.items():  # a setting needs its solvers

@@ -77,8 +77,10 @@ def with_named_scale(facts: Mapping) -> dict:
     return {name: value for name, value in facts.items() if name != "percentile"} | {"normalize": normalize_of(facts)}
 
 
-def unit_in_words(normalize: str) -> str:
-    """Return what an intensity of 1 means, such as `1 = 99th percentile`, for legends and help."""
+def unit_in_words(normalize: str, kind: str | None = None) -> str:
+    """Return what 1 means as an intensity or in a kind of map, such as `1 = 99th percentile`, for legends and help."""
+    if kind == "student":
+        return "1 = certainly disease"
     if normalize == "median":
         return f"1 = {MEDIANS_OF_ONE:g} x the foreground's median"
     return "1 = value 1 of the images" if normalize == "none" else f"1 = {normalize[1:]}th percentile"

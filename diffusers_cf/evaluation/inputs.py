@@ -1,9 +1,13 @@
 """Check the split, rows and settings of a command before any slice is computed."""
 
+from collections.abc import Mapping
+from dataclasses import fields
+
 import numpy as np
 
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.errors import InputError
+from diffusers_cf.evaluation.postprocessing import PostProcessing
 from diffusers_cf.evaluation.sweep import evenly_spread
 from diffusers_cf.maps import check_signs
 
@@ -42,3 +46,13 @@ def checked_settings(pipe, settings: str | None = None, **given) -> dict:
     except ValueError as error:
         raise InputError(str(error)) from None
     return found
+
+
+def checked_chain(args, settings: Mapping) -> PostProcessing:
+    """Return the post-processing of options and recommended settings; raise `InputError` for one out of range."""
+    try:
+        given = {field.name: getattr(args, field.name) for field in fields(PostProcessing)}
+        found = PostProcessing.of(settings, **given)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return found or PostProcessing()

@@ -3,6 +3,9 @@
 `remove_small_components` works on thresholded maps, so it changes Dice at a threshold, but not AUPRC or ideal Dice.
 """
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
 import numpy as np
 from scipy import ndimage
 
@@ -37,26 +40,89 @@ def eroded_foreground_mask(images: np.ndarray) -> np.ndarray:
     return foreground & (filled > ERODED_FILL * FILTER_SIZE**2)
 
 
-def postprocess_maps(maps: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Clear maps outside the eroded foreground, then median filter each slice over 5 x 5 pixels.
+@dataclass(frozen=True)
+class PostProcessing:
+    """The chain of every method: clear the rim, median filter in plane, Gaussian filter across slices.
 
-    Cleared pixels get 0. If there are negative scores, they get the lowest score in the foreground of all slices given,
-    so pass all slices of a patient at once.
+    The defaults are the paper's. Both filters help where lesions are large and harm where they are small, so validation
+    patients decide about their sizes.
 
-    Args:
-        maps (`np.ndarray`): `(N, H, W)`, higher = more lesion.
-        images (`np.ndarray` or `torch.Tensor`): `(N, C, H, W)` of the same height and width, background 0.
-
-    Returns:
-        `np.ndarray`: float32 `(N, H, W)`.
+    Attributes:
+        median_size (`int`): side of the median filter in pixels, odd; 1 for none.
+        slice_sigma (`float`): standard deviation of the Gaussian filter in slices; 0 for none.
+        clear_rim (`bool`): whether to clear the rim of the foreground. It helps a map that is wrong at edges, and loses
+            lesions that touch the edge of the brain.
     """
-    maps = np.asarray(maps, dtype=np.float32)
-    foreground = foreground_mask(images)
-    cleared = np.float32(min(0, maps.min(initial=0, where=foreground)))
-    masked = np.where(eroded_foreground_mask(images), maps, cleared)
-    filtered = ndimage.median_filter(masked, size=(1, FILTER_SIZE, FILTER_SIZE), mode="nearest")
-    # the filter can spread scores to the background
-    return np.where(foreground, filtered, cleared)
+
+    median_size: int = FILTER_SIZE
+    slice_sigma: float = 0.0
+    clear_rim: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.median_size, int) or self.median_size < 1 or self.median_size % 2 == 0:
+            raise ValueError(
+                f"median_size is {self.median_size!r}: it must be an odd number of pixels, 1 for no filter"
+            )
+        if not isinstance(self.slice_sigma, (int, float)) or not 0 <= self.slice_sigma < 100:
+            raise ValueError(f"slice_sigma is {self.slice_sigma!r}: it must be a number of slices, 0 for no filter")
+
+    @classmethod
+    def of(cls, settings: Mapping, **given) -> "PostProcessing | None":
+        """Return the chain that a model's `settings` recommend in `postprocess`: true, false or a dict; None is false.
+
+        Args:
+            settings (`Mapping`): the settings of a preprocessing.json.
+            **given: attributes that replace the recommended ones; None keeps them.
+
+        Raises:
+            ValueError: an attribute is unknown or out of range.
+        """
+        value = settings.get("postprocess", False)
+        given = {name: number for name, number in given.items() if number is not None}
+        if value is False and not given:
+            return None
+        known = value if isinstance(value, Mapping) else {}
+        if not isinstance(value, (bool, Mapping)) or set(known) - {f.name for f in fields(cls)}:
+            raise ValueError(
+                f"`postprocess` is {value!r}: it must be true, false or hold median_size, slice_sigma and clear_rim"
+            )
+        return cls(**(dict(known) | given))
+
+    @property
+    def as_setting(self) -> bool | dict:
+        """What `of` reads: true for the paper's chain, as in older models."""
+        return True if self == type(self)() else asdict(self)
+
+    def apply(self, maps: np.ndarray, images: np.ndarray, slices: np.ndarray | None = None) -> np.ndarray:
+        """Clear maps outside the (eroded) foreground and filter them.
+
+        Cleared pixels get 0. If there are negative scores, they get the lowest score in the foreground of all slices
+        given, so pass all slices of a patient at once.
+
+        Args:
+            maps (`np.ndarray`): `(N, H, W)`, higher = more lesion.
+            images (`np.ndarray` or `torch.Tensor`): `(N, C, H, W)` of the same height and width, background 0.
+            slices (`np.ndarray`, *optional*): `(N,)`, axial index of each slice of the patient, for the filter across
+                slices; 0 to N - 1 by default.
+
+        Returns:
+            `np.ndarray`: float32 `(N, H, W)`.
+        """
+        maps = np.asarray(maps, dtype=np.float32)
+        foreground = foreground_mask(images)
+        cleared = np.float32(min(0, maps.min(initial=0, where=foreground)))
+        maps = np.where(eroded_foreground_mask(images) if self.clear_rim else foreground, maps, cleared)
+        maps = ndimage.median_filter(maps, size=(1, self.median_size, self.median_size), mode="nearest")
+        if self.slice_sigma:
+            numbers = np.arange(len(maps)) if slices is None else np.asarray(slices)
+            distances = (numbers[:, None] - numbers) / self.slice_sigma
+            weights = np.exp(-0.5 * distances**2).astype(np.float32)
+            weights[abs(distances) > 4] = 0
+            # a mean over the tissue alone, so that lesions at the ends of the head do not pale
+            sums, shares = (np.tensordot(weights, part, axes=1) for part in (maps * foreground, foreground * 1.0))
+            maps = (sums / np.maximum(shares, 1e-6)).astype(np.float32)
+        # the filters can spread scores to the background
+        return np.where(foreground, maps, cleared)
 
 
 def remove_small_components(

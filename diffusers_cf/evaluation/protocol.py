@@ -19,7 +19,7 @@ from tqdm import tqdm
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.batching import map_in_batches
 from diffusers_cf.evaluation.pixel_counts import CHAINS, REGIONS, PixelCounts
-from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps, remove_small_components
+from diffusers_cf.evaluation.postprocessing import PostProcessing, foreground_mask, remove_small_components
 from diffusers_cf.evaluation.processes import Share
 from diffusers_cf.files import new_file, read_json, write_json
 from diffusers_cf.images import resize_images
@@ -36,6 +36,7 @@ def evaluate(
     threshold: float | dict[str, float] | None = None, indices: Sequence[int] | None = None,
     network_evaluations_per_slice: float = 0, counts_path: str | Path | None = None, seed: int = 0,
     progress: bool = True, parts: str | Path | None = None, share: Share | None = None,
+    chain: PostProcessing | None = None,
 ) -> dict | None:  # fmt: skip
     """Measure one method on a split: the same pixels, resolution and post-processing for every method.
 
@@ -61,6 +62,7 @@ def evaluate(
             are not measured again, so a stopped run continues.
         share (`Share`, *optional*): which patients this process measures, all by default. All processes need the same
             `parts`.
+        chain (`PostProcessing`, *optional*): of the post-processed maps; the paper's by default.
 
     Returns:
         `dict` or `None`: the fields of RESULT.json, fractions from 0 to 1, None for a measure that is not defined.
@@ -89,7 +91,9 @@ def evaluate(
             options = {"batch_size": batch_size, "device": device, "progress": bar}
             for patient, maps, seconds in _maps_of_patients(anomaly_map, patients, whole_patients, options):
                 with new_file(files[patient.name]) as temporary, open(temporary, "wb") as file:
-                    np.savez(file, seconds=seconds, **_measure_patient(patient, maps, thresholds))
+                    np.savez(
+                        file, seconds=seconds, **_measure_patient(patient, maps, thresholds, chain or PostProcessing())
+                    )
         share.wait()
         if share.is_shard or not share.is_main:
             return None
@@ -107,7 +111,7 @@ def evaluate(
         "n_patients": len(measured),
         "seconds_per_slice": seconds / n_slices,
         "network_evaluations_per_slice": network_evaluations_per_slice,
-        "protocol": _protocol(size, threshold, seed),
+        "protocol": _protocol(size, threshold, seed, chain or PostProcessing()),
     }
 
 
@@ -167,7 +171,7 @@ def maps_at_size(maps: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def _measure_patient(
-    patient: _Patient, maps: np.ndarray, thresholds: Mapping[str, float | None]
+    patient: _Patient, maps: np.ndarray, thresholds: Mapping[str, float | None], postprocessing: PostProcessing
 ) -> dict[str, np.ndarray]:
     """Return a patient's part of a result.
 
@@ -180,7 +184,9 @@ def _measure_patient(
     if None in thresholds.values():
         part["masks"] = patient.masks
     for chain, threshold in thresholds.items():
-        maps_of_chain = postprocess_maps(maps, patient.images) if chain == "postprocessed" else maps
+        maps_of_chain = (
+            postprocessing.apply(maps, patient.images, patient.slices) if chain == "postprocessed" else maps
+        )
         sums = np.where(inside, maps_of_chain, 0).sum((1, 2), dtype=np.float64)
         part[f"{chain}/slice_scores"] = sums / np.maximum(inside.sum((1, 2)), 1)
         for region, pixels in zip(REGIONS, (inside, ~inside), strict=True):
@@ -308,10 +314,13 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float] | 
     return list(map(float, bootstrap((values,), np.mean, rng=seed, **options).confidence_interval))
 
 
-def _protocol(size: tuple[int, int], threshold, seed: int) -> dict[str, str]:
+def _protocol(size: tuple[int, int], threshold, seed: int, chain: PostProcessing) -> dict[str, str]:
     """Describe in words how the numbers were computed."""
     small, large = LESION_SIZES["medium"]
     ideal = "ideal threshold of this split, chosen on its own masks: an upper bound"
+    cleared = "eroded foreground (5 x 5 mean > 0.95)" if chain.clear_rim else "foreground"
+    median = f"{chain.median_size} x {chain.median_size} median filter"
+    median += f", Gaussian of {chain.slice_sigma:g} slices" if chain.slice_sigma else ""
     return {
         "resolution": f"{size[0]} x {size[1]}, the data set's; smaller maps upsampled bilinearly",
         "pixels": "all pixels of all slices pooled; foreground_*: pixels where any channel is above 0",
@@ -324,6 +333,6 @@ def _protocol(size: tuple[int, int], threshold, seed: int) -> dict[str, str]:
         "patients_without_lesion": "no Dice of their own; their pixels count in every pooled measure",
         "interval": f"95 % percentile bootstrap of the mean over patients, 10000 samples, seed {seed}",
         "slice_auroc": "score = mean of the map over the slice's foreground; positive = any class but the first",
-        "postprocessed": "map cleared outside the eroded foreground (5 x 5 mean > 0.95), 5 x 5 median filter; for Dice per "
+        "postprocessed": f"map cleared outside the {cleared}, {median}; for Dice per "
         "patient components under 20 voxels are removed, too (26 neighbours, contiguous slices)",
     }

@@ -11,11 +11,15 @@ from tqdm.auto import tqdm
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
-from diffusers_cf.evaluation.postprocessing import foreground_mask, postprocess_maps
+from diffusers_cf.evaluation.postprocessing import PostProcessing, foreground_mask
 from diffusers_cf.evaluation.trajectories import decode_images, encode_images, heatmaps_of_settings
 from diffusers_cf.images import resize_images
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.settings import MAP_SETTINGS
+
+
+SIGN_SLICES = 128  # to learn signs from
+LEAST_T = 2.0  # below it the labels do not tell a sign
 
 
 @dataclass
@@ -85,7 +89,7 @@ def sweep(
                 everywhere, foreground, postprocessed = counts[setting]
                 everywhere.update(heat, masks)
                 foreground.update(heat[inside], masks[inside])
-                postprocessed.update(postprocess_maps(heat, images)[inside], masks[inside])
+                postprocessed.update(PostProcessing().apply(heat, images)[inside], masks[inside])
             bar.update(len(images))
     for setting, point in points.items():
         auprcs = [found.average_precision() for found in counts[setting]]
@@ -119,24 +123,29 @@ def settings_of_sweep(
 
 def learn_signs(
     pipe: CounterfactualDDIMPipeline, dataset: SliceDataset, indices: Sequence[int], batch_size: int = 32, **settings
-) -> list[int]:
-    """Return for each modality whether disease is brighter (1) or darker (-1); uses labels, not masks.
+) -> dict[str, list[float]]:
+    """Return the weight of each channel in the map `signed`, learned from labels, not masks.
 
-    Compares the change from reconstruction to counterfactual, averaged over the foreground, between unhealthy and
-    healthy slices.
+    The weight is that of Fisher's discriminant without correlations: the mean change from reconstruction to
+    counterfactual of unhealthy slices less that of healthy ones, over the variance of the change in the pixels of
+    healthy slices. A channel in which the labels do not tell the sign gets 0.
 
     Args:
         pipe ([`CounterfactualDDIMPipeline`]): the pipeline.
-        dataset (`SliceDataset`): any split.
+        dataset (`SliceDataset`): slices to learn from; not those to be tested.
         indices (`Sequence[int]`): rows to use, of both labels.
         batch_size (`int`): slices at a time.
         **settings: `guidance_scale`, `strength`, `num_inference_steps`.
 
+    Returns:
+        `dict`: `signs`, whose absolute values have a mean of 1: above 0 where disease is brighter; and `t`, Welch's t
+        of the mean changes of patients.
+
     Raises:
-        InputError: all slices have the same label.
+        InputError: fewer than two patients have healthy or unhealthy slices, or |t| is below `LEAST_T` in all channels.
     """
     settings["map"] = "counterfactual"
-    changes, unhealthy = [], []
+    changes, squares = [], []
     for batch in batches_of(dataset, indices, batch_size):
         encoding = encode_images(pipe, batch["images"], settings["strength"], settings["num_inference_steps"])
         null, healthy = (
@@ -144,12 +153,25 @@ def learn_signs(
             for scale in (0, settings["guidance_scale"])
         )
         inside = (resize_images(batch["images"], pipe.image_size) > 0).any(dim=1, keepdim=True)  # (N, 1, h, w)
-        changes.append(((null - healthy) * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3)).clamp(min=1))
-        unhealthy.append(batch["labels"] > 0)
-    changes, unhealthy = torch.cat(changes), torch.cat(unhealthy)
-    if unhealthy.all() or not unhealthy.any():
-        raise InputError("signs need slices of both labels, but those chosen all have the same label")
-    return [1 if value >= 0 else -1 for value in changes[unhealthy].mean(dim=0) - changes[~unhealthy].mean(dim=0)]
+        change, size = (null - healthy) * inside, inside.sum(dim=(2, 3)).clamp(min=1)
+        changes.append(change.sum(dim=(2, 3)) / size)
+        squares.append(change.square().sum(dim=(2, 3)) / size)
+    changes, squares, rows = torch.cat(changes).numpy(), torch.cat(squares).numpy(), np.asarray(indices)
+    healthy, patients, means = np.asarray(dataset.labels)[rows] == 0, dataset.patients[rows], {}
+    for name, chosen in (("unhealthy", ~healthy), ("healthy", healthy)):
+        of_patients = [changes[chosen & (patients == patient)].mean(axis=0) for patient in np.unique(patients[chosen])]
+        if len(of_patients) < 2:
+            raise InputError(f"{dataset.folder}: signs need {name} slices of two patients, not of {len(of_patients)}")
+        means[name] = np.array(of_patients)
+    difference = means["unhealthy"].mean(axis=0) - means["healthy"].mean(axis=0)
+    error = np.sqrt(sum(values.var(axis=0, ddof=1) / len(values) for values in means.values()))
+    t = difference / np.maximum(error, 1e-12)
+    if not (supported := abs(t) >= LEAST_T).any():
+        found = ", ".join(f"{value:.1f}" for value in t)
+        raise InputError(f"{dataset.folder}: the labels do not tell the sign of disease in any channel (t of {found})")
+    variance = squares[healthy].mean(axis=0) - changes[healthy].mean(axis=0) ** 2
+    weights = np.where(supported, difference, 0) / np.maximum(variance, 1e-12)
+    return {"signs": (weights / abs(weights).mean()).round(4).tolist(), "t": t.round(2).tolist()}
 
 
 def evenly_spread(count: int, limit: int) -> list[int]:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from diffusers_cf.images import Windows, resize_images
-from diffusers_cf.maps import check_forward, forward_maps, heatmap
+from diffusers_cf.maps import check_map, forward_maps, heatmap
+from diffusers_cf.settings import DECODED_MAPS
 
 
 # strength, guidance scale and map
@@ -130,10 +131,16 @@ def heatmaps_of_settings(
     """
     settings = sorted(settings)
     forward = [setting for setting in settings if setting[2] == "forward"]
-    decoded = [setting for setting in settings if setting[2] != "forward"]
+    decoded = [setting for setting in settings if setting[2] in DECODED_MAPS]
     for compute, chosen in ((_forward_heatmaps, forward), (_decoded_heatmaps, decoded)):
         for setting, heat in compute(pipe, images, chosen, num_inference_steps) if chosen else ():
             yield setting, resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0].cpu().numpy()
+    for strength, scale, kind in settings:  # maps that share nothing
+        if kind not in (*DECODED_MAPS, "forward"):
+            yield (
+                (strength, scale, kind),
+                pipe(images, None, scale, strength, num_inference_steps, kind, output_type="np")[0],
+            )
 
 
 def _decoded_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_steps: int) -> Iterator:
@@ -153,7 +160,7 @@ def _decoded_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_s
 def _forward_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_steps: int) -> Iterator:
     """Yield heatmaps `(N, h, w)` of the map `forward`, all from one walk."""
     pipe.check_inputs(images)
-    check_forward(pipe)
+    check_map(pipe, "forward")
     prepared = pipe.prepare_images(images)
     heats = {setting: torch.zeros_like(prepared[:, 0]) for setting in settings}
     scales = list(dict.fromkeys(scale for _, scale, _ in settings))

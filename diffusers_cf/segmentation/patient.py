@@ -100,7 +100,10 @@ def segmentation_facts(
     usable = usable_facts(pipe, model, **settings)
     threshold = usable["settings"]["threshold"]
     if threshold is None and needs_threshold:
-        kind, unit = usable["settings"]["map"], unit_in_words(usable["preprocessing"]["normalize"])
+        kind, unit = (
+            usable["settings"]["map"],
+            unit_in_words(usable["preprocessing"]["normalize"], usable["settings"]["map"]),
+        )
         raise InputError(f"{model} recommends no threshold for the map {kind}: give one by --threshold ({unit})")
     return {
         "model": model,
@@ -108,7 +111,7 @@ def segmentation_facts(
         "dtype": computing_dtype(pipe.unet),
         **usable,
         "threshold": threshold,
-        "postprocessed": pipe.preprocessing.get("settings", {}).get("postprocess") is True,
+        "postprocessed": pipe.preprocessing.get("settings", {}).get("postprocess", False),
         "network_evaluations_per_slice": pipe.network_evaluations(**usable["settings"]),
     }
 

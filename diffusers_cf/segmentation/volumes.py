@@ -18,7 +18,7 @@ from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.errors import InputError, in_one_line
 from diffusers_cf.evaluation.batching import map_in_batches
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
-from diffusers_cf.evaluation.postprocessing import MIN_COMPONENT_SIZE, postprocess_maps, remove_small_components
+from diffusers_cf.evaluation.postprocessing import MIN_COMPONENT_SIZE, PostProcessing, remove_small_components
 from diffusers_cf.evaluation.protocol import dice
 from diffusers_cf.loading import sha256_of
 from diffusers_cf.plots import plot_slices
@@ -54,7 +54,9 @@ class SliceMaps:
 
     found: PatientSlices  # the slices that the pipeline was given
     heatmaps: np.ndarray  # float32 (S, H, W), on the model's intensity scale
-    changes: np.ndarray  # float32 (S, C, H, W), counterfactual minus input, on the same scale
+    changes: (
+        np.ndarray | None
+    )  # float32 (S, C, H, W), counterfactual minus input, on the same scale; None: no such thing
 
 
 def scan_sha256(path: Path) -> str:
@@ -125,7 +127,7 @@ def map_slices(
     """
     found = network_slices(volumes, facts)
     settings = {name: value for name, value in facts["settings"].items() if name != "threshold"}
-    walks = {"forward": 1, "counterfactual": 2}.get(settings["map"], 3)
+    walks = {"student": 0, "forward": 1, "delta": 1, "counterfactual": 2}.get(settings["map"], 3)
     total, done = len(found.images) * walks * round(settings["num_inference_steps"] * settings["strength"]), 0
 
     def count(_, step, timestep, tensors):
@@ -136,15 +138,15 @@ def map_slices(
 
     def call(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = pipe(images, callback_on_step_end=count if callable(progress) else None, **settings)
-        return out.heatmaps, out.counterfactuals
+        return out[:2]  # heatmaps and, if the map has them, counterfactuals
 
     # `leave=None` removes the bar at its end if it is shown below a bar of patients
     bar = tqdm(total=len(found.images), desc=volumes.patient, unit="slice", disable=progress is not True, leave=None)
     with bar:
         patient = [(volumes.patient, found.images)]
-        ((_, (heatmaps, counterfactuals), _),) = map_in_batches(call, patient, batch_size, pipe.device, bar)
-    maps = SliceMaps(found, heatmaps, counterfactuals - found.images)
-    if not (np.isfinite(maps.heatmaps).all() and np.isfinite(maps.changes).all()):
+        ((_, (heatmaps, *counterfactuals), _),) = map_in_batches(call, patient, batch_size, pipe.device, bar)
+    maps = SliceMaps(found, heatmaps, counterfactuals[0] - found.images if counterfactuals else None)
+    if not (np.isfinite(maps.heatmaps).all() and (maps.changes is None or np.isfinite(maps.changes).all())):
         raise InputError(f"{facts['model']}: the model yields NaN or infinite values on {volumes.patient}")
     return maps
 
@@ -169,10 +171,10 @@ def lesion_mask(volumes: PatientVolumes, maps: SliceMaps, heat: np.ndarray, fact
         heat (`np.ndarray`): float32 `(X, Y, Z)`, from [`heat_volume`].
         facts (`dict`): from [`segmentation_facts`].
     """
-    if not facts["postprocessed"]:
+    if not (chain := PostProcessing.of({"postprocess": facts["postprocessed"]})):
         return volumes.foreground & (heat >= facts["threshold"])
     size, field_mm = facts["preprocessing"]["size"], facts["preprocessing"]["field_mm"]
-    heat = heat_volume(volumes, maps, postprocess_maps(maps.heatmaps, maps.found.images), field_mm)
+    heat = heat_volume(volumes, maps, chain.apply(maps.heatmaps, maps.found.images, maps.found.slices), field_mm)
     mask = volumes.foreground & (heat >= facts["threshold"])
     voxels_per_pixel = (field_mm / size) ** 2 / (volumes.spacing_mm[0] * volumes.spacing_mm[1])
     return remove_small_components(mask, min_size=max(1, round(MIN_COMPONENT_SIZE * voxels_per_pixel)))
@@ -235,13 +237,14 @@ def write_preview(
     geometry = volumes.spacing_mm, images.shape[-1], preprocessing["field_mm"]
     shown = resample_slices(display(mask)[slices], *geometry) >= 0.5
     rows = most_suspicious(heatmaps, shown)
-    counterfactuals = np.clip(images + inside[:, None] * maps.changes, 0, None)
+    counterfactuals = None if maps.changes is None else np.clip(images + inside[:, None] * maps.changes, 0, None)[rows]
     plot_slices(
-        path, images[rows], counterfactuals[rows], heatmaps[rows], masks=shown[rows],
+        path, images[rows], counterfactuals, heatmaps[rows], masks=shown[rows],
         references=None if volumes.seg is None else maps.found.masks[rows],
         mask_name="found (red)" if volumes.seg is None else "found (red), expert (green)",
         channel_names=list(volumes.files), row_names=[f"axial slice {slices[row]}" for row in rows],
-        title=f"{title}\nL, R: the patient's left and right", sides=True, unit=unit_in_words(preprocessing["normalize"]),
+        title=f"{title}\nL, R: the patient's left and right", sides=True,
+        unit=unit_in_words(preprocessing["normalize"], facts["settings"]["map"]),
     )  # fmt: skip
 
 
@@ -253,7 +256,7 @@ def write_results(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts:
     mask = lesion_mask(volumes, maps, heat, facts)
     write_volume(folder / "heatmap.nii.gz", heat, first, np.float32)
     write_volume(folder / "mask.nii.gz", mask, first, np.uint8)
-    for channel, (modality, like) in enumerate(volumes.files.items()):
+    for channel, (modality, like) in enumerate(volumes.files.items()) if maps.changes is not None else ():
         counterfactual = counterfactual_volume(volumes, maps, channel, field_mm, normalize)
         write_volume(folder / f"counterfactual_{modality}.nii.gz", counterfactual, like, np.float32)
     millilitres = float(mask.sum() * abs(np.linalg.det(first.affine[:3, :3])) / 1000)
@@ -261,7 +264,7 @@ def write_results(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts:
     measured = {"lesion_volume_ml": millilitres, "n_slices": len(maps.found.slices)}
     if first.path.is_dir():
         try:
-            write_dicom(folder, mask, heat, first, volumes.patient, unit_in_words(normalize))
+            write_dicom(folder, mask, heat, first, volumes.patient, unit_in_words(normalize, facts["settings"]["map"]))
         except InputError as error:  # the NIfTI files stay
             measured["dicom_error"] = in_one_line(error)
     if volumes.seg is not None:

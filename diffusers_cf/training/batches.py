@@ -6,7 +6,7 @@ and dropped conditions.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from diffusers_cf.images import foreground_windows, resize_images, window_side
 
 
 _CHUNK = 8192
+PARTS_OF_HEAD = 12  # within which positions match
 
 
 class TrainingSlices(torch.utils.data.Dataset):
@@ -33,6 +34,8 @@ class TrainingSlices(torch.utils.data.Dataset):
         crop_background (`float`): share of the images that are cut to the window around their foreground.
         halvings (`int`): how often the network halves its input; see [`images.window_side`].
         clip_input (`bool`): cut images at 1, as [`CounterfactualDDIMPipeline`] does.
+        match_positions (`bool`): draw every class at the same positions in the head, as far as it has slices there, so
+            that a slice's position says less about its label.
 
     Raises:
         InputError: there is no slice, or the images have no smaller windows.
@@ -42,6 +45,7 @@ class TrainingSlices(torch.utils.data.Dataset):
         self, slices, seed: int, image_size: tuple[int, int], max_samples: int | None = None,
         num_train_timesteps: int = 1000, random_flip: bool = False, augment: bool = False,
         crop_background: float = 0.0, halvings: int = 3, clip_input: bool = True,
+        match_positions: bool = False,
     ):  # fmt: skip
         self.slices, self.seed, self.image_size = slices, seed, image_size
         self.num_train_timesteps, self.random_flip, self.augment = num_train_timesteps, random_flip, augment
@@ -53,7 +57,16 @@ class TrainingSlices(torch.utils.data.Dataset):
         self.num_slices = len(self.labels)
         if not self.num_slices:
             raise InputError(f"{getattr(slices, 'folder', 'the data set')}: the training split is empty")
-        self.by_class = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
+        parts = np.zeros(self.num_slices, int)  # of the head; one part is all of it
+        if match_positions:
+            positions = relative_positions(slices.patients[: self.num_slices], slices.slices[: self.num_slices])
+            parts = np.minimum((positions * PARTS_OF_HEAD).astype(int), PARTS_OF_HEAD - 1)
+        names, counts = np.unique(parts, return_counts=True)
+        self.shares, classes = counts / self.num_slices, np.unique(self.labels)
+        by_class = [[np.flatnonzero((parts == part) & (self.labels == label)) for label in classes] for part in names]
+        self.groups = [
+            [rows for rows in group if len(rows)] for group in by_class
+        ]  # in each part the rows of each class
         self.chunks = {}
 
     @property
@@ -62,12 +75,18 @@ class TrainingSlices(torch.utils.data.Dataset):
         return len(np.unique(self.slices.patients[: self.num_slices]))
 
     def index_at(self, position: int) -> int:
-        """Return the index of the slice at a position: draw a class uniformly, then one of its slices uniformly."""
+        """Return the index of the slice at a position of the run.
+
+        Draw a part of the head (one part is all of it, unless positions are to match), then a class uniformly, then one
+        of its slices there uniformly.
+        """
         chunk, offset = divmod(position, _CHUNK)
         if chunk not in self.chunks:
             random = np.random.default_rng([self.seed, chunk])
-            classes, ranks = random.integers(len(self.by_class), size=_CHUNK), random.random(_CHUNK)
-            drawn = [self.by_class[c][int(r * len(self.by_class[c]))] for c, r in zip(classes, ranks, strict=True)]
+            own = np.random.default_rng([self.seed, chunk, 1])  # the other draws are the same without matching
+            groups = [self.groups[i] for i in own.choice(len(self.groups), _CHUNK, p=self.shares)]
+            classes, ranks = random.integers([len(group) for group in groups]), random.random(_CHUNK)
+            drawn = [(of := group[c])[int(r * len(of))] for group, c, r in zip(groups, classes, ranks, strict=True)]
             self.chunks = {chunk: np.array(drawn)}
         return int(self.chunks[chunk][offset])
 
@@ -80,19 +99,26 @@ class TrainingSlices(torch.utils.data.Dataset):
         """Make a batch of pairs `(position, row)`.
 
         Returns:
-            `images` and `noise` `(N, C, h, w)`, `labels`, `timesteps`, `uniform` (for dropping the condition) and
+            `images` and `noise` `(N, C, h, w)`, `targets` `(N, h, w)` where the slices have some, `labels`, `timesteps`, `uniform` (for dropping the condition) and
             `is_cropped` (for `collate_parts`) `(N,)`. Images lie in [-1, 1]; peaks left in or a gain can exceed 1.
         """
         positions, rows = zip(*items, strict=True)
         batch = self.slices.collate(list(rows))
         images = batch["images"].clamp(max=1) if self.clip_input else batch["images"]
-        images = resize_images(images, self.image_size)
         generators = [torch.Generator().manual_seed(position_seed(self.seed, position)) for position in positions]
-        draws = torch.stack([torch.rand(_FIXED_DRAWS + images.shape[1], generator=g) for g in generators])
+        channels = images.shape[1]
+        draws = torch.stack([torch.rand(_FIXED_DRAWS + channels, generator=g) for g in generators])
+        deformation = draws[:, 2:]
+        if "targets" in batch:  # they move with the image, and have no gain
+            images = torch.cat([images, batch["targets"][:, None]], dim=1)
+            deformation = functional.pad(deformation, (0, 1), value=0.5)
+        images = resize_images(images, self.image_size)
         if self.augment or self.random_flip:
-            images = augment_images(images, draws[:, 2:], self.random_flip, self.augment)
+            images = augment_images(images, deformation, self.random_flip, self.augment)
+        images, *targets = images.split([channels, images.shape[1] - channels], dim=1)
         return {
             "images": images * 2 - 1,
+            **({"targets": targets[0][:, 0]} if "targets" in batch else {}),
             "labels": batch["labels"],
             "noise": torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators]),
             "timesteps": (draws[:, 0].double() * self.num_train_timesteps).long(),
@@ -131,6 +157,26 @@ class TrainingSlices(torch.utils.data.Dataset):
 
 
 _FIXED_DRAWS = 2 + 6  # timestep, dropping; flip, rotation, two scales, two shifts; then a gain for each channel
+
+
+def relative_positions(patients: Sequence[str], slices: Sequence[int]) -> np.ndarray:
+    """Return the position of each slice within its patient: 0 the lowest slice given, 1 the highest, 0.5 a single one.
+
+    Args:
+        patients (`Sequence[str]`): `(N,)`, patient of each slice.
+        slices (`Sequence[int]`): `(N,)`, axial index of each slice.
+
+    Returns:
+        `np.ndarray`: float64 `(N,)` in [0, 1].
+    """
+    patients, slices = np.asarray(patients), np.asarray(slices, dtype=np.float64)
+    positions = np.full(len(slices), 0.5)
+    for patient in np.unique(patients):
+        own = patients == patient
+        low, high = slices[own].min(), slices[own].max()
+        if high > low:
+            positions[own] = (slices[own] - low) / (high - low)
+    return positions
 
 
 def position_seed(seed: int, position: int) -> int:
