@@ -121,23 +121,18 @@ def test_maps_of_a_split_are_those_of_its_patients(split):
     np.testing.assert_allclose(maps[inside], (images[:, 1] - 0.5)[inside], atol=1e-3)
 
 
-def test_a_combination_is_a_sum_of_z_scores_of_healthy_slices(split):
-    """Map and robust z, less the mean of healthy slices' foreground, over its deviation."""
+def test_a_combination_is_the_root_of_the_map_times_brightness(split):
+    """sqrt(max(map, 0)) max(z, 0) with z = (v - median) / (1.4826 MAD) of FLAIR in the patient's foreground."""
     method = IntensityCombination(Bright(), ["flair", "t1"])
-    assert method.learn(split, chosen=False) == {} and method.means.tolist() == [0, 0]
-    learned = method.learn(split, chosen=True)
-    parts = [maps_of_split(part, split, PostProcessing(1, 0, clear_rim=False)) for part in method.parts]
-    healthy = parts[0][1] & (split.labels == 0)[:, None, None]
-    expected = 0
-    for number, (maps, _) in enumerate(parts):
-        values = maps.astype(np.float64)[healthy]
-        assert learned["means"][number] == pytest.approx(values.mean(), abs=2e-3)
-        expected = expected + (maps - values.mean()) / values.std()
     rows = np.flatnonzero(split.patients == split.patients[0])
-    images = split.collate(split.__getitems__(rows.tolist()))["images"]
-    found = method.anomaly_map(images).numpy()
-    inside = parts[0][1][rows]
-    np.testing.assert_allclose(found[inside], expected[rows][inside], atol=0.05)
+    images = split.collate(split.__getitems__(rows.tolist()))["images"].numpy()
+    inside, flair = (images > 0).any(axis=1), images[:, 0]
+    median = np.median(flair[inside])
+    z = (flair - median) / (1.4826 * np.median(abs(flair[inside] - median)))
+    expected = np.sqrt(np.clip(images[:, 1] - 0.5, 0, None)) * np.clip(z, 0, None)
+    found = method.anomaly_map(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(found[inside], expected[inside], rtol=1e-3, atol=1e-3)
+    assert (found[~inside] == 0).all() and found.max() > 1
 
 
 class Speckled(AnomalyMethod):

@@ -125,8 +125,8 @@ ROWS = {
     "forward-map": Row("Forward map of our model", (1,), "ours", CounterfactualMap, FORWARD),
     "delta-map": Row("Delta map of our model", (1,), "ours", CounterfactualMap, DELTA),
     "ours-signed": Row("Ours, signed, second order", (1,), "ours", CounterfactualMap, SIGNED | SECOND),
-    "ours-intensity": Row("Ours, signed, with intensity", (1,), "ours", CounterfactualMap, SIGNED | SECOND, True),
-    "ours-student": Row("Student of ours with intensity", (1,), "ours-student"),
+    "ours-intensity": Row("Forward map, with intensity", (1,), "ours", CounterfactualMap, FORWARD, True),
+    "ours-student": Row("Student of the forward map with intensity", (1,), "ours-student"),
     "threshold-student": Row("Student of the robust z threshold", (1,), "threshold-student"),
     "cam": Row("Class activation map", (1,), "cam"),
 }

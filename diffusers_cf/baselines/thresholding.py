@@ -67,16 +67,19 @@ class MedianThresholding(PatientThresholding):
         return foreground / unit_intensity(foreground, "median")
 
 
+ZERO = 6  # score of the median
+
+
 class RobustZThresholding(PatientThresholding):
     """FLAIR as a robust z-score within the patient's foreground (method id `threshold-robust-z`).
 
-    z = (v - median) / (1.4826 * median absolute deviation). The score is max(z + 6, 0), so that no tissue scores below
+    z = (v - median) / (1.4826 * median absolute deviation). The score is max(z + ZERO, 0), so that no tissue scores below
     the background.
     """
 
     def scores(self, foreground: np.ndarray) -> np.ndarray:
         distance = foreground - np.median(foreground)
-        return np.clip(distance / (1.4826 * np.median(np.abs(distance)) + 1e-6) + 6, 0, None)
+        return np.clip(distance / (1.4826 * np.median(np.abs(distance)) + 1e-6) + ZERO, 0, None)
 
 
 class EqualizedThresholding(PatientThresholding):

@@ -137,7 +137,7 @@ def _learn_signs(args: argparse.Namespace, pipe, more: dict, asked: bool) -> Non
 
     _set_solver_orders(pipe, max(args.solver_order or [0]), max(args.decoding_solver_order or [0]))
     scales, strengths = sorted(args.guidance_scales), sorted(args.strengths)
-    settings = {"guidance_scale": scales[len(scales) // 2], "strength": strengths[len(strengths) // 2]}
+    settings = {"guidance_scale": scales[(len(scales) - 1) // 2], "strength": strengths[len(strengths) // 2]}
     try:
         train = open_split(args.dataset, "train", masks=False)
         rows = rows_of_both_labels(train, SIGN_SLICES)
