@@ -20,11 +20,11 @@ def distill(files, *options):
 
 
 def test_the_model_with_its_student_segments_and_is_evaluated(files):
-    assert distill(files, "--map", "reconstruction", "--guidance_scale", 2, "--slice_sigma", 1) == 0
+    assert distill(files, "--map", "reconstruction", "--guidance_scale", 2, "--slice_sigma", 1, "--keep_rim") == 0
     facts = json.loads((files / "student/preprocessing.json").read_text())
     assert facts["settings"]["map"] == "student" and 0 < facts["settings"]["threshold"] < 1
     assert facts["student"]["settings"]["map"] == "reconstruction" and facts["student"]["images"] == 48
-    assert facts["student"]["postprocess"] == {"median_size": 5, "slice_sigma": 1.0, "clear_rim": True}
+    assert facts["student"]["postprocess"] == {"median_size": 5, "slice_sigma": 1.0, "clear_rim": False}
     assert facts["student"]["patients"] == 2 and facts["threshold_chosen_by"]["n_slices"] == 8
     assert not [*(files / "student").glob("*checkpoint*"), *(files / "student").glob("targets")]
     options = ["--dataset", files / "slices", "--split", "validation", "--output", files / "RESULT.json"]

@@ -53,8 +53,10 @@ def add_postprocessing_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "standard deviation in slices of a Gaussian filter across slices in post-processing"
     add("--slice_sigma", type=float, help=f"{text}; {default} 0, none")
-    text = "whether post-processing clears the rim of the foreground"
-    add("--clear_rim", action=argparse.BooleanOptionalAction, help=f"{text}; {default} yes")
+    rim = parser.add_mutually_exclusive_group()
+    for name, value, text in (("clear", True, "clears"), ("keep", False, "keeps")):
+        text = f"post-processing {text} the rim of the foreground; {default} it is cleared"
+        rim.add_argument(f"--{name}_rim", dest="clear_rim", action="store_const", const=value, help=text)
 
 
 def add_shard_argument(parser: argparse.ArgumentParser, last: str) -> None:
