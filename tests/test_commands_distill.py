@@ -20,18 +20,22 @@ def distill(files, *options):
 
 
 def test_the_model_with_its_student_segments_and_is_evaluated(files):
-    assert distill(files, "--map", "reconstruction", "--guidance_scale", 2, "--slice_sigma", 1, "--keep_rim") == 0
+    assert distill(files, "--map", "reconstruction", "--guidance_scale", 2, "--slice_sigma", 1) == 0
     facts = json.loads((files / "student/preprocessing.json").read_text())
     assert facts["settings"]["map"] == "student" and 0 < facts["settings"]["threshold"] < 1
     assert facts["student"]["settings"]["map"] == "reconstruction" and facts["student"]["images"] == 48
-    assert facts["student"]["postprocess"] == {"median_size": 5, "slice_sigma": 1.0, "clear_rim": False}
+    assert facts["student"]["postprocess"] == {"median_size": 5, "slice_sigma": 1.0, "clear_rim": True}
     assert facts["student"]["patients"] == 2 and facts["threshold_chosen_by"]["n_slices"] == 8
     assert not [*(files / "student").glob("*checkpoint*"), *(files / "student").glob("targets")]
     options = ["--dataset", files / "slices", "--split", "validation", "--output", files / "RESULT.json"]
     assert main(["evaluate", "--model", str(files / "student"), *map(str, options)]) == 0
     result = json.loads((files / "RESULT.json").read_text())
     assert result["network_evaluations_per_slice"] == 1 and result["settings"]["map"] == "student"
-    assert main(["evaluate", "--model", str(files / "student"), *map(str, options), "--map", "forward"]) == 0
+    more = ["--map", "forward", "--keep_rim", "--slice_sigma", "0.5"]
+    assert main(["evaluate", "--model", str(files / "student"), *map(str, options), *more]) == 0
+    result = json.loads((files / "RESULT.json").read_text())
+    assert result["postprocess"] == {"median_size": 5, "slice_sigma": 0.5, "clear_rim": False}
+    assert "outside the foreground, 5 x 5 median filter, Gaussian of 0.5 slices" in result["protocol"]["postprocessed"]
 
 
 @pytest.mark.parametrize("more", [("--teacher", "threshold-robust-z"), ("--with_intensity", "--strength", "0.5")])
