@@ -9,6 +9,7 @@ import numpy as np
 
 GREY = {"cmap": "gray", "vmin": 0, "vmax": 1.1}  # how images in input units are shown
 HEAT_MAXIMUM = 0.25  # heatmap value with the brightest colour, the same in all pictures
+CERTAIN = 1.0  # the same for the map `student`, a probability
 
 
 def plot_slices(
@@ -37,7 +38,7 @@ def plot_slices(
 
     columns = [f"input ({channel_names[0]})" if len(channel_names) else "input"]
     columns += ["counterfactual"] * (counterfactuals is not None) + ["heatmap"] + [mask_name] * (masks is not None)
-    kind, most = ("change", HEAT_MAXIMUM) if counterfactuals is not None else ("probability", 1)
+    kind, most = ("change", HEAT_MAXIMUM) if counterfactuals is not None else ("probability", CERTAIN)
     column = columns.index("heatmap")
     figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(images) + 0.5), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)

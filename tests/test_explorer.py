@@ -155,14 +155,14 @@ def test_the_verdict_is_that_of_the_mask(explorer, settings):
     for threshold in (None, 0):
         view = explorer.view(INDEX, settings | {"threshold": threshold})
         assert view.mask is None and "No verdict" in verdict_html(view, threshold)
-        assert "no mask" in slice_html(view, 0, MODALITIES, "1 = p99")
+        assert "no mask" in slice_html(view, 0, MODALITIES, "1 = p99", "counterfactual")
         with pytest.raises(InputError, match="no threshold"):
             explorer.segment(settings | {"threshold": threshold}, print)
     assert "Slice: healthy" in verdict_html(explorer.view(INDEX, settings | {"threshold": 9.0}), 9.0)
     view = explorer.view(INDEX, settings | {"threshold": 1e-6})
     area = view.mask.sum() * np.prod(view.pixel_mm) / 100
     assert f"Slice: unhealthy</b> · {area:.1f} cm²" in verdict_html(view, 1e-6)
-    assert "<b>" not in slice_html(view, 0, ["<b>", "t1"], "1 = p99")
+    assert "<b>" not in slice_html(view, 0, ["<b>", "t1"], "1 = p99", "student")
 
 
 @pytest.mark.parametrize("when", ["first step", "last step"])

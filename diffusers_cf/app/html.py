@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from diffusers_cf.app.explorer import SliceView, VolumeFiles
-from diffusers_cf.plots import GREY, HEAT_MAXIMUM
+from diffusers_cf.plots import CERTAIN, GREY, HEAT_MAXIMUM
 from diffusers_cf.segmentation.report import ranges
 
 
@@ -24,7 +24,7 @@ TEMPLATES = Environment(loader=PackageLoader("diffusers_cf"), autoescape=True, t
 CSS = TEMPLATES.get_template("app.css").render()
 
 
-def slice_html(view: SliceView, channel: int, modalities: Sequence[str], unit: str) -> str:
+def slice_html(view: SliceView, channel: int, modalities: Sequence[str], unit: str, kind: str) -> str:
     """Return input, counterfactual, heatmap and mask of one modality side by side, with a legend.
 
     Args:
@@ -32,22 +32,23 @@ def slice_html(view: SliceView, channel: int, modalities: Sequence[str], unit: s
         channel (`int`): index of the modality to show.
         modalities (`Sequence[str]`): names of all modalities.
         unit (`str`): what a heat of 1 means, as from `unit_in_words`.
+        kind (`str`): of the map; a student makes no counterfactual.
     """
-    scan = _grey(view.images[channel])
-    share = np.clip(view.heatmap / HEAT_MAXIMUM, 0, 1)
+    scan, most = _grey(view.images[channel]), CERTAIN if kind == "student" else HEAT_MAXIMUM
+    share = np.clip(view.heatmap / most, 0, 1)
     heat = colormaps["inferno"](share, bytes=True)
     heat[..., 3] = np.rint(230 * np.clip(share / SEE_THROUGH, 0, 1))
     mask_caption = "mask, whole volume" if view.of_volume else "mask, slice alone"
     panels = [
         ("input", f"input ({modalities[channel]})", scan, None),
-        ("counterfactual", "counterfactual", _grey(view.counterfactuals[channel]), None),
+        *([] if kind == "student" else [("counterfactual", "counterfactual", _grey(view.counterfactuals[channel]), None)]),
         ("heatmap", "heatmap", scan, _png(heat)),
         ("mask", mask_caption if view.mask is not None else "no mask: no threshold", scan, _outlines(view)),
     ]
     height, width = np.multiply(view.heatmap.shape, view.pixel_mm)
     keys = [(FOUND, "found")] * (view.mask is not None) + [(EXPERT, "expert")] * (view.reference is not None)
     return TEMPLATES.get_template("slice.html").render(
-        panels=panels, aspect=width / height, maximum=HEAT_MAXIMUM, unit=unit, keys=keys,
+        panels=panels, aspect=width / height, maximum=most, unit=unit, keys=keys,
         colours=[tuple(rgb) for rgb in colormaps["inferno"](np.linspace(0, 1, 9), bytes=True)[:, :3].tolist()],
     )  # fmt: skip
 

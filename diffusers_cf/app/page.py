@@ -145,12 +145,10 @@ class Page:
         with self._errors_shown():
             if explorer is None:  # gradio has dropped the session's state
                 raise InputError("the session has ended: load the patient again")
-            settings, unit = (
-                self._settings(values),
-                unit_in_words(self.facts["preprocessing"]["normalize"], self.facts["settings"]["map"]),
-            )
+            settings = self._settings(values)
+            unit = unit_in_words(self.facts["preprocessing"]["normalize"], settings["map"])
             view = explorer.view(int(index), settings)
-            pictures = slice_html(view, self.modalities.index(channel), self.modalities, unit)
+            pictures = slice_html(view, self.modalities.index(channel), self.modalities, unit, settings["map"])
             return {self.pictures: pictures, self.verdict: verdict_html(view, settings["threshold"])}
 
     def segment(self, explorer: Explorer | None, index: int, channel: str, *values: float, progress=PROGRESS) -> dict:
