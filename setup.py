@@ -25,7 +25,9 @@ setup(
     description="Lesion localisation from image-level labels by counterfactual diffusion, on diffusers",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    # the code; the weights of flair_tumour_small have the license of their training data
+    license="Apache-2.0 AND CC-BY-SA-4.0",
+    license_files=["LICENSE", "diffusers_cf/pretrained/*/LICENSE"],
     author="The diffusers_cf contributors",
     keywords="diffusion counterfactual anomaly-detection weakly-supervised segmentation brain mri lesion diffusers",
     classifiers=[
@@ -43,7 +45,8 @@ setup(
     # accelerate launch -m train_counterfactual
     py_modules=["train_counterfactual"],
     package_data={
-        "diffusers_cf": [f"pretrained/**/*.{kind}" for kind in ("json", "safetensors", "md", "png")] + ["templates/*"]
+        "diffusers_cf": [f"pretrained/**/*.{kind}" for kind in ("json", "safetensors", "md", "png")]
+        + ["pretrained/*/LICENSE", "templates/*"]
     },
     install_requires=[
         "torch",

@@ -30,7 +30,7 @@ EVALUATION_SIZE = 128
 # A modality names a file that `segment` writes, and a model folder is foreign input.
 _FILE_NAME = re.compile(r"\w[\w.+-]*")
 # Optional entries of preprocessing.json that hold JSON objects.
-_TABLES = ("training", "settings_chosen_by", "threshold_chosen_by", "paper_threshold_chosen_by")
+_TABLES = ("training", "student", "settings_chosen_by", "threshold_chosen_by", "paper_threshold_chosen_by")
 
 
 def computes_in_bfloat16(device: str | torch.device) -> bool:

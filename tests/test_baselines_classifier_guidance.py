@@ -187,7 +187,7 @@ def test_each_sample_has_its_own_timestep(side):
 
 def test_parts_that_would_give_wrong_maps_are_refused(guided_pipe):
     parts = guided_pipe.components
-    with pytest.raises(ValueError, match="class_encoder is given"):
+    with pytest.raises(ValueError, match="class_encoder and student must be None"):
         ClassifierGuidedDDIMPipeline(**parts | {"class_encoder": object()})
     scheduler = DynamicDDIMScheduler(prediction_type="v_prediction")
     with pytest.raises(ValueError, match="prediction_type is 'v_prediction'"):

@@ -4,13 +4,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from model_files import edit_json
 from training_data import write_training_set
 
-from diffusers_cf.baselines import NETWORKS, training
+from diffusers_cf.baselines import NETWORKS, AnomalyMethod, training
 from diffusers_cf.benchmark import protocol
 from diffusers_cf.benchmark.networks import Method, methods_for
 from diffusers_cf.benchmark.presets import PRESETS
@@ -232,7 +231,8 @@ def test_data_without_lesions_can_not_be_measured(dataset, tmp_path, monkeypatch
 
 
 def test_settings_whose_maps_are_not_finite_are_not_chosen(dataset):
-    method = SimpleNamespace(candidates=[{"bad": True}, {"bad": False}])
+    method = AnomalyMethod()
+    method.candidates = [{"bad": True}, {"bad": False}]
     data = BenchmarkData(dataset, PRESETS["smoke"])
     method.maps_of_candidates = lambda images: [(1, images[:, 0]), (0, images[:, 0] * float("nan"))]
     assert [found["auprc"] is None for found in choose_settings(method, data)["tried"]] == [True, False]

@@ -41,7 +41,11 @@ def slice_html(view: SliceView, channel: int, modalities: Sequence[str], unit: s
     mask_caption = "mask, whole volume" if view.of_volume else "mask, slice alone"
     panels = [
         ("input", f"input ({modalities[channel]})", scan, None),
-        *([] if kind == "student" else [("counterfactual", "counterfactual", _grey(view.counterfactuals[channel]), None)]),
+        *(
+            []
+            if kind == "student"
+            else [("counterfactual", "counterfactual", _grey(view.counterfactuals[channel]), None)]
+        ),
         ("heatmap", "heatmap", scan, _png(heat)),
         ("mask", mask_caption if view.mask is not None else "no mask: no threshold", scan, _outlines(view)),
     ]

@@ -97,6 +97,7 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
         clip_input (`bool`): as in [`CounterfactualDDIMPipeline`].
         crop_background (`bool`): as in [`CounterfactualDDIMPipeline`]; the classifier must then be trained on windows.
         class_encoder (`None`, *optional*): a component of the parent class; it must be None.
+        student (`None`, *optional*): another one.
 
     Raises:
         ValueError: there is a class encoder, or the scheduler's prediction type is not epsilon.
@@ -107,10 +108,10 @@ class ClassifierGuidedDDIMPipeline(CounterfactualDDIMPipeline):
     def __init__(
         self, unet: UNet2DConditionModel, scheduler: SchedulerMixin, inverse_scheduler: SchedulerMixin,
         classifier: NoisyClassifier, class_names: Sequence[str] = ("healthy", "unhealthy"), clip_input: bool = True,
-        crop_background: bool = False, class_encoder: None = None,
+        crop_background: bool = False, class_encoder: None = None, student: None = None,
     ):  # fmt: skip
-        if class_encoder is not None:
-            raise ValueError("class_encoder is given: it must be None, because the classifier knows the classes")
+        if class_encoder is not None or student is not None:
+            raise ValueError("class_encoder and student must be None: the classifier knows the classes")
         if scheduler.config.prediction_type != "epsilon":
             raise ValueError(f"prediction_type is {scheduler.config.prediction_type!r}: it must be 'epsilon'")
         super().__init__(unet, None, scheduler, inverse_scheduler, None, clip_input, crop_background)

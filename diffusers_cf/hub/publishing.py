@@ -37,7 +37,7 @@ _OF_BOTH = (
 OF_DATASET = (*_OF_BOTH, "splits", "skipped")
 OF_MODEL = (
     *_OF_BOTH, "signs", "settings", "settings_chosen_by", "threshold_chosen_by", "paper_threshold",
-    "paper_threshold_chosen_by", "evaluation_size", "training",
+    "paper_threshold_chosen_by", "evaluation_size", "training", "student",
 )  # fmt: skip
 
 
