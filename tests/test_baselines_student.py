@@ -153,5 +153,5 @@ def test_validation_decides_about_the_filters(split):
     sharp = Speckled(split, across=True)
     sharp.anomaly_map = lambda images: (images[:, 0] > 0.7).float()  # perfect
     chosen, counts = choose_chain(sharp, split)
-    assert chosen == PostProcessing(1, 0.0, clear_rim=False) and counts.average_precision() > 0.99
+    assert chosen == PostProcessing(1, 0.0, clear_rim=False) and counts[chosen].average_precision() > 0.99
     assert choose_chain(Speckled(split, across=True), split)[0].slice_sigma > 0

@@ -27,7 +27,12 @@ def test_the_model_with_its_student_segments_and_is_evaluated(files):
     assert facts["student"]["postprocess"] == {"median_size": 5, "slice_sigma": 1.0, "clear_rim": True}
     assert facts["student"]["patients"] == 2 and facts["threshold_chosen_by"]["n_slices"] == 8
     assert not [*(files / "student").glob("*checkpoint*"), *(files / "student").glob("targets")]
-    options = ["--dataset", files / "slices", "--split", "validation", "--output", files / "RESULT.json"]
+    options = ["--dataset", files / "slices", "--split", "train", "--output", files / "RESULT.json"]
+    chosen = ["--choose_on_validation", "--map", "forward"]
+    assert main(["evaluate", "--model", str(files / "student"), *map(str, options), *chosen]) == 0
+    result = json.loads((files / "RESULT.json").read_text())
+    assert result["postprocess"] is not None and set(result["settings"]["threshold"]) == {"raw", "postprocessed"}
+    assert result["postprocessed"]["per_patient_dice"]["threshold"] == result["settings"]["threshold"]["postprocessed"]
     assert main(["evaluate", "--model", str(files / "student"), *map(str, options)]) == 0
     result = json.loads((files / "RESULT.json").read_text())
     assert result["network_evaluations_per_slice"] == 1 and result["settings"]["map"] == "student"

@@ -15,7 +15,7 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED_MODEL = Path("diffusers_cf/pretrained/phantom_small")
+SHIPPED_MODELS = {Path("diffusers_cf/pretrained", name) for name in ("phantom_small", "flair_tumour_small")}
 
 # Every module and room of the package with its level: one imports only what lies on a lower level, or its own room.
 LEVELS = {
@@ -130,10 +130,10 @@ def test_wheel_works_outside_the_checkout(site, tmp_path):
     code = (
         "import pathlib, sys; import diffusers_cf, train_counterfactual\n"
         "for module in (diffusers_cf, train_counterfactual): assert module.__file__.startswith(sys.argv[1])\n"
-        "diffusers_cf.CounterfactualDDIMPipeline.from_pretrained(sys.argv[2])"
+        "for model in sys.argv[2:]: diffusers_cf.CounterfactualDDIMPipeline.from_pretrained(model)"
     )
     environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, site, site / SHIPPED_MODEL]
+    command = [sys.executable, "-c", code, site, *(model.name for model in SHIPPED_MODELS)]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
 
 
@@ -213,6 +213,8 @@ def test_no_file_names_a_path_of_one_machine():
     assert [path for path in project_files() if MACHINE_PATH.search((ROOT / path).read_bytes())] == []
 
 
-def test_the_shipped_model_is_the_only_one():
+def test_the_shipped_models_are_the_only_ones_and_small():
     found = {path.parent for path in project_files() if path.name == "model_index.json"}
-    assert found == {SHIPPED_MODEL}
+    assert found == SHIPPED_MODELS
+    for folder in found:
+        assert sum(path.stat().st_size for path in (ROOT / folder).rglob("*") if path.is_file()) < 16 << 20

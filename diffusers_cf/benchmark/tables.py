@@ -40,7 +40,7 @@ REMARKS = (
 )
 CHOICE = (
     "Settings of inference were chosen on the post-processed maps of validation slices and serve both tables, "
-    "maps as they are and post-processed"
+    "maps as they are and post-processed; results with `postprocess` have post-processing that was chosen there, too"
 )
 OWN_RULE = "the method's own rule"  # how `by` begins for such a method in `protocol.choose_settings`
 OWN_TEST_SETS = "Seeds have test sets of their own: the deviation over seeds includes the spread between test sets."

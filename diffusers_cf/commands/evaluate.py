@@ -26,6 +26,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_device_arguments(parser, compile=True)
     options.add_settings_arguments(parser)
     options.add_postprocessing_arguments(parser)
+    text = "choose post-processing and the thresholds of Dice on the validation split, with its masks"
+    add("--choose_on_validation", action="store_true", help=f"{text}; default: off")
     text = "map value from which a pixel counts as lesion, for Dice per patient, in map units"
     add("--threshold", type=float, help=f"{text}; default: recommended by the model, else the ideal one of this split")
     add("--seed", type=int, default=0, help="seed of the bootstrap intervals; default: %(default)s")
@@ -46,6 +48,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     dataset = open_split(args.dataset, args.split)
     method, settings, fingerprint = (_open_model if args.model else _make_baseline)(args, dataset)
     chain = method.pop("chain")
+    if args.choose_on_validation:
+        chain, settings["threshold"] = _choose(args, method)
     facts = _facts(args, dataset, settings) | {"postprocess": chain.as_setting}
     parts = output.with_suffix(".parts")
     with _lock(output, share):
@@ -97,6 +101,20 @@ def _make_baseline(args: argparse.Namespace, dataset) -> tuple[dict, dict, None]
         "chain": checked_chain(args, {}),
     }
     return method, {"threshold": args.threshold}, None
+
+
+def _choose(args: argparse.Namespace, method: dict) -> tuple:
+    """Return the post-processing that is best on the validation split, and the ideal thresholds there."""
+    from types import SimpleNamespace
+
+    from diffusers_cf.evaluation.chains import RAW, choose_chain
+    from diffusers_cf.evaluation.inputs import open_split
+
+    if args.threshold is not None or args.split == "validation":
+        raise InputError("--choose_on_validation chooses the thresholds, on another split than the one to measure on")
+    called = SimpleNamespace(whole_patient=method.get("whole_patients", False), anomaly_map=method["anomaly_map"])
+    chain, counts = choose_chain(called, open_split(args.dataset, "validation"), args.batch_size or 32)
+    return chain, {"raw": counts[RAW].ideal_dice()[1], "postprocessed": counts[chain].ideal_dice()[1]}
 
 
 def _facts(args: argparse.Namespace, dataset, settings: dict) -> dict:

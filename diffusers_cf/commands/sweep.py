@@ -183,8 +183,8 @@ def _choose_chain(args: argparse.Namespace, pipe, dataset, best):
     call = {name: getattr(best, name) for name in MAP_SETTINGS}
     method = SimpleNamespace(whole_patient=False, anomaly_map=lambda images: pipe(images, **call).heatmaps)
     chain, counts = choose_chain(method, dataset, args.batch_size)
-    best.postprocessed_auprc = counts.average_precision()
-    best.postprocessed_ideal_dice, best.threshold = counts.ideal_dice()
+    best.postprocessed_auprc = counts[chain].average_precision()
+    best.postprocessed_ideal_dice, best.threshold = counts[chain].ideal_dice()
     return chain.as_setting
 
 

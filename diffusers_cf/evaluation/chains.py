@@ -9,6 +9,7 @@ from diffusers_cf.evaluation.postprocessing import PostProcessing, foreground_ma
 from diffusers_cf.evaluation.protocol import maps_at_size, rows_by_patient
 
 
+RAW = PostProcessing(1, 0.0, clear_rim=False)  # changes nothing in the foreground
 # Post-processing to choose from: the paper's, and gentler filters without and with one across slices.
 CHAINS_TO_TRY = (
     PostProcessing(),
@@ -40,8 +41,10 @@ def maps_of_split(method, slices, chain, batch_size: int = 32, progress=None) ->
     return maps, inside
 
 
-def choose_chain(method, slices, batch_size: int = 32, progress=None) -> tuple[PostProcessing, PixelCounts]:
-    """Return the post-processing of `CHAINS_TO_TRY` with the highest AUPRC in the foreground of all patients, and its counts there.
+def choose_chain(
+    method, slices, batch_size: int = 32, progress=None
+) -> tuple[PostProcessing, dict[PostProcessing, PixelCounts]]:
+    """Return the post-processing of `CHAINS_TO_TRY` with the highest AUPRC in the foreground of all patients, and all their counts.
 
     Args:
         method (`AnomalyMethod`): anything with `anomaly_map` and `whole_patient`.
@@ -49,12 +52,11 @@ def choose_chain(method, slices, batch_size: int = 32, progress=None) -> tuple[P
         batch_size (`int`): slices in a call, unless the method needs whole patients.
         progress (`tqdm`, *optional*): counts slices.
     """
-    raw = PostProcessing(1, 0, clear_rim=False)  # changes nothing in the foreground
-    maps, inside = maps_of_split(method, slices, raw, batch_size, progress)
+    maps, inside = maps_of_split(method, slices, RAW, batch_size, progress)
     counts = {chain: PixelCounts() for chain in CHAINS_TO_TRY}
     for rows in rows_by_patient(slices, np.arange(len(maps))).values():
         batch = slices.collate(slices.__getitems__(rows.tolist()))
         for chain, count in counts.items():
             heat = chain.apply(maps[rows], batch["images"], slices.slices[rows])
             count.update(heat[inside[rows]], np.asarray(batch["masks"])[inside[rows]])
-    return max(counts.items(), key=lambda item: item[1].average_precision())
+    return max(counts, key=lambda chain: counts[chain].average_precision()), counts
