@@ -26,6 +26,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_device_arguments(parser, compile=True)
     options.add_settings_arguments(parser)
     options.add_postprocessing_arguments(parser)
+    text = "measure the root of the model's map times the brightness of FLAIR"
+    add("--with_intensity", action="store_true", help=f"{text}; default: off")
     text = "choose post-processing and the thresholds of Dice on the validation split, with its masks"
     add("--choose_on_validation", action="store_true", help=f"{text}; default: off")
     text = "map value from which a pixel counts as lesion, for Dice per patient, in map units"
@@ -71,14 +73,22 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def _open_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
     """Return a model's keyword arguments for `evaluate`, its settings, and its fingerprint."""
+    from diffusers_cf.baselines.combination import IntensityCombination
+    from diffusers_cf.baselines.method import AnomalyMethod
     from diffusers_cf.evaluation.inputs import checked_chain, checked_settings
     from diffusers_cf.inference import open_pipeline
 
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile, dataset=dataset)
     settings = checked_settings(pipe, **{name: getattr(args, name) for name in (*options.SETTINGS, "threshold")})
     call = {name: value for name, value in settings.items() if name != "threshold"}
+    made = AnomalyMethod()
+    made.anomaly_map = lambda images: pipe(images, **call).heatmaps
+    if args.with_intensity:
+        made = IntensityCombination(made, dataset.preprocessing["modalities"])
+        settings |= {"with_intensity": True, "threshold": args.threshold}  # the model's threshold is of other maps
     method = {
-        "anomaly_map": lambda images: pipe(images, **call).heatmaps,
+        "anomaly_map": made.anomaly_map,
+        "whole_patients": made.whole_patient,
         "network_evaluations_per_slice": pipe.network_evaluations(**call),
         "chain": checked_chain(args, pipe.preprocessing.get("settings", {})),
     }
@@ -90,8 +100,8 @@ def _make_baseline(args: argparse.Namespace, dataset) -> tuple[dict, dict, None]
     from diffusers_cf.baselines import make_baseline
     from diffusers_cf.evaluation.inputs import checked_chain
 
-    for name in options.SETTINGS:
-        if getattr(args, name) is not None:
+    for name in (*options.SETTINGS, "with_intensity"):
+        if getattr(args, name):
             raise InputError(f"--{name} is a setting of models, not of --method {args.method}")
     baseline = make_baseline(args.method, dataset.preprocessing["modalities"])
     method = {
