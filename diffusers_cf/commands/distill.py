@@ -84,7 +84,8 @@ def run_distill(args: argparse.Namespace) -> None:
             student, validation, set_up_training(student, train, output, budget, args.seed, args.device, facts)
         )
         pipe.register_modules(student=student.network)
-        _store(args, pipe, splits[1], taught_by | {"images": record.images_seen, "patients": len(set(train.patients))})
+        seen = {"images": record.images_seen, "patients": len(set(train.patients))}
+        _store(args, pipe, splits[1], chain, taught_by | seen)
         pipe.save_pretrained(output)
         for leftover in (*output.glob("*checkpoint-*"), output / "targets"):
             shutil.rmtree(leftover)
@@ -137,20 +138,19 @@ def _targets(folder: Path, teacher, taught_by: dict, splits: list, chain, batch_
     return targets
 
 
-def _store(args: argparse.Namespace, pipe, validation, taught_by: dict) -> None:
-    """Make the student's map the recommended one, with a threshold from the labels of validation slices."""
+def _store(args: argparse.Namespace, pipe, validation, chain, taught_by: dict) -> None:
+    """Make the student's map the recommended one, with the teacher's post-processing and a threshold from labels."""
     from diffusers_cf.commands.calibrate import RULES, maps_of_rows
     from diffusers_cf.evaluation.calibration import thresholds_of_labels
-    from diffusers_cf.evaluation.postprocessing import PostProcessing
 
-    maps = maps_of_rows(
-        pipe, validation, np.arange(len(validation)), {"map": "student"}, PostProcessing(), args.batch_size
-    )
+    rows = np.arange(len(validation))
+    maps = maps_of_rows(pipe, validation, rows, {"map": "student"}, chain, args.batch_size)
     threshold, known = thresholds_of_labels(maps)[RULES[0]], pipe.preprocessing
     made_by = {"command": command_line(), "commit": package_commit()}
     chosen_by = made_by | {"split": "validation", "n_slices": len(validation), "rule": RULES[0]}
     pipe.preprocessing = {key: value for key, value in known.items() if key != "settings_chosen_by"} | {
-        "settings": known.get("settings", {}) | {"map": "student", "threshold": threshold, "postprocess": True},
+        "settings": known.get("settings", {})
+        | {"map": "student", "threshold": threshold, "postprocess": chain.as_setting},
         "threshold_chosen_by": chosen_by,
         "evaluation_size": validation.preprocessing["size"],
         "student": taught_by | made_by,
