@@ -37,7 +37,7 @@ def document_of(files):
 def test_the_best_point_of_the_file_is_what_the_model_recommends(files):
     assert sweep(files, "--store", "--batch_size", 4) == 0
     document = document_of(files)
-    assert document["n_slices"] == 6 and len(document["points"]) == 2 * 5 and document["command"] == command_line()
+    assert document["n_slices"] == 6 and len(document["points"]) == 2 * 4 and document["command"] == command_line()
     best = max(document["points"], key=lambda point: point["postprocessed_auprc"])
     assert document["best"] == best
     assert (files / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
