@@ -293,7 +293,7 @@ def test_a_second_load_needs_no_network(hub, client, model, tmp_path):
         ("user/private", {"token": False}, "neither a folder, nor a shipped model"),
         ("user/public", {"revision": "v9"}, "no revision 'v9'"),
         ("user/public", {}, "no model_index.json"),
-        ("a/b/c", {}, r"neither a folder, nor a shipped model \(phantom_small\)"),
+        ("a/b/c", {}, r"neither a folder, nor a shipped model \(flair_tumour_small, phantom_small\)"),
     ],
 )
 def test_what_the_hub_lacks_is_said_in_one_line(hub, client, model, tmp_path, name, options, reason):

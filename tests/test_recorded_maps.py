@@ -45,7 +45,7 @@ def test_the_shipped_model_returns_the_recorded_maps(variant):
     with np.load(RECORDED) as recorded:
         assert len(recorded.files) == 3 * len(VARIANTS)
         for name, found in shipped_maps(variant).items():
-            np.testing.assert_allclose(found, recorded[name], rtol=0, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(found, recorded[name], rtol=0, atol=2e-4, err_msg=name)
             assert np.abs(recorded[name]).max() > 0.01, name
 
 
