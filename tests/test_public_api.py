@@ -41,7 +41,7 @@ def test_arguments_of_the_pipeline():
         "latents", "target", "guidance_scale", "strength", "num_inference_steps"
     ]  # fmt: skip
     assert names(CounterfactualDDIMPipeline.__init__) == [
-        "unet", "class_encoder", "scheduler", "inverse_scheduler", "clip_input", "crop_background"
+        "unet", "class_encoder", "scheduler", "inverse_scheduler", "student", "clip_input", "crop_background"
     ]  # fmt: skip
 
 
