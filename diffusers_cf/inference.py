@@ -175,13 +175,16 @@ def usable_facts(pipe: CounterfactualDDIMPipeline, model: str, **settings) -> di
         threshold = settings["threshold"]
         if threshold is not None and not 0 < threshold < float("inf"):
             raise ValueError(f"threshold is {threshold}: it must be above 0 and finite")
-        PostProcessing.of(known.get("settings", {}))
         if settings["map"] == "signed":
             check_signs(known.get("signs"), len(modalities))
     except TypeError as error:
         raise InputError(f"{model}: preprocessing.json holds a value of a wrong type ({error})") from None
     except ValueError as error:
         raise InputError(str(error)) from None
+    try:
+        PostProcessing.of(known.get("settings", {}))
+    except ValueError as error:
+        raise InputError(f"{model}: {error}") from None
     return {"preprocessing": {"modalities": modalities, **geometry}, "settings": settings}
 
 

@@ -124,6 +124,9 @@ class ModelFolderMixin:
         """Save components, preprocessing.json and checksums; arguments as in `DiffusionPipeline.save_pretrained`."""
         folder = Path(save_directory)
         super().save_pretrained(folder, **(kwargs | {"safe_serialization": True}))
+        if self.student is None:  # older versions of the package know no student
+            index = read_json(folder / MODEL_INDEX)
+            write_json({name: value for name, value in index.items() if name != "student"}, folder / MODEL_INDEX)
         for path in (folder / MODEL_INDEX, *(folder / name / config for name in COMPONENTS for config in CONFIGS)):
             if path.exists() and "_name_or_path" in (config := read_json(path)):  # a path of this machine
                 write_json({key: value for key, value in config.items() if key != "_name_or_path"}, path)

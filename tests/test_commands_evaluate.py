@@ -87,6 +87,7 @@ def test_settings_of_the_command_line_and_of_the_paper(dataset, model, tmp_path,
     [
         (["--method", "thresh"], "no method thresh"), (["--method", "threshold-t2"], "needs the modality t2"),
         (["--method", "threshold", "--strength", "0.5"], "--strength is a setting of models"),
+        (["--method", "threshold", "--guidance_scale", "0"], "--guidance_scale is a setting of models"),
         (["--method", "threshold", "--split", "train"], "has no slices in its split train"),
         (["--method", "threshold", "--batch_size", "0"], "--batch_size must be at least 1"),
         (["--method", "threshold", "--output", "RESULT.txt"], "RESULT.txt"),

@@ -178,7 +178,7 @@ def test_scores_of_another_model_are_not_published(model, result, tmp_path, caps
         ({"class_names": ["healthy", "rust"]}, r"its network knows the classes"),
         ({"settings": {"strength": "high"}}, "holds a value of a wrong type"),
         ({"settings": {"map": "signed"}}, "preprocessing holds no `signs`"),
-        ({"settings": {"postprocess": "yes"}}, "`postprocess` is"),
+        ({"settings": {"postprocess": "yes"}}, "`postprocess` in its preprocessing.json"),
         ({"training": "long"}, "`training` in its preprocessing.json is not a JSON object"),
         ({"threshold_per_channel": False}, "differ in threshold_per_channel"),  # an option of schedulers
     ],

@@ -14,6 +14,7 @@ from diffusers_cf.schedulers import DynamicDDIMInverseScheduler, DynamicDDIMSche
 
 
 RECORDED = Path(__file__).parent / "recorded_maps.npz"
+ROUNDING = 1e-4  # processors add in another order: outputs of AVX2 and two with AVX512 differ by up to 4.2e-5
 STEP = 4  # every fourth pixel along each side is kept
 VARIANTS = {  # options of the inverse scheduler, and settings
     "recommended": ({}, {}),
@@ -45,7 +46,7 @@ def test_the_shipped_model_returns_the_recorded_maps(variant):
     with np.load(RECORDED) as recorded:
         assert len(recorded.files) == 3 * len(VARIANTS)
         for name, found in shipped_maps(variant).items():
-            np.testing.assert_allclose(found, recorded[name], rtol=0, atol=2e-4, err_msg=name)
+            np.testing.assert_allclose(found, recorded[name], rtol=0, atol=ROUNDING, err_msg=name)
             assert np.abs(recorded[name]).max() > 0.01, name
 
 

@@ -56,8 +56,8 @@ class IntensityCombination(AnomalyMethod):
     def candidates_on(self, grid: Grid) -> Sequence[dict]:
         return self.method.candidates_on(grid)
 
-    def learn(self, slices, chosen: bool) -> dict:
-        return self.method.learn(slices, chosen)
+    def learn(self, slices) -> dict:
+        return self.method.learn(slices)
 
     def maps_of_candidates(self, images: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         return self.method.maps_of_candidates(images)

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from diffusers.configuration_utils import register_to_config
 
 from diffusers_cf.baselines.classifier_guidance import ClassifierGuidedDDIMPipeline, NoisyClassifier
-from diffusers_cf.baselines.method import AnomalyMethod, Grid, TrainableMethod
+from diffusers_cf.baselines.method import Grid, PipelineMap, TrainableMethod
 from diffusers_cf.evaluation.inputs import rows_of_both_labels
 from diffusers_cf.evaluation.sweep import SIGN_SLICES, learn_signs
 from diffusers_cf.evaluation.trajectories import heatmaps_of_settings
@@ -158,7 +158,7 @@ class ClassifierGuidedDiffusion(CounterfactualDiffusion):
         return ClassifierGuidedDDIMPipeline(*parts, clip_input=self.clip_input)
 
 
-class CounterfactualMap(AnomalyMethod):
+class CounterfactualMap(PipelineMap):
     """A trained diffusion model with options of its schedulers and settings of inference to choose from.
 
     Args:
@@ -173,9 +173,8 @@ class CounterfactualMap(AnomalyMethod):
         self, trained: CounterfactualDiffusion, scales: str | Sequence[float] = "guidance_scales",
         kind: str = "counterfactual", encoding: Mapping | None = None, **scheduler_options,
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(trained.pipeline(encoding, **scheduler_options), self.candidates[0])
         self.scales, self.kind = scales, kind
-        self.pipe = trained.pipeline(encoding, **scheduler_options)
 
     def candidates_on(self, grid: Grid) -> Sequence[dict]:
         scales = getattr(grid, self.scales) if isinstance(self.scales, str) else self.scales
@@ -187,7 +186,7 @@ class CounterfactualMap(AnomalyMethod):
         for setting, heat in heatmaps_of_settings(self.pipe, images, index, self.candidates[0]["num_inference_steps"]):
             yield index[setting], torch.from_numpy(heat)
 
-    def learn(self, slices, chosen: bool) -> dict:
+    def learn(self, slices) -> dict:
         """Learn the signs of the map `signed` with the settings in use."""
         if self.kind != "signed":
             return {}
@@ -195,10 +194,3 @@ class CounterfactualMap(AnomalyMethod):
         learned = learn_signs(self.pipe, slices, rows_of_both_labels(slices, SIGN_SLICES), **settings)
         self.pipe.preprocessing = self.pipe.preprocessing | {"signs": learned["signs"]}
         return learned
-
-    @property
-    def network_evaluations_per_slice(self) -> int:
-        return self.pipe.network_evaluations(**self.settings)
-
-    def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
-        return self.pipe(images, **self.settings).heatmaps

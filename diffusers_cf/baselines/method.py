@@ -1,6 +1,6 @@
 """What evaluation and tables expect of an anomaly method, and what the trainable methods share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,12 +41,14 @@ class AnomalyMethod:
         """Return the candidates for a grid; only methods that have settings of inference override this."""
         return self.candidates
 
-    def learn(self, slices, chosen: bool) -> dict:
-        """Learn what the map needs beside a network from the labels of training slices, and return it.
+    def learn(self, slices) -> dict:
+        """Learn what the map with the settings in use needs beside a network, from labels of training slices.
 
         Args:
             slices (`SliceDataset`): the training split.
-            chosen (`bool`): whether the settings are chosen; each method learns once before that and once after.
+
+        Returns:
+            `dict`: what was learned, for the result.
         """
         return {}
 
@@ -61,6 +63,25 @@ class AnomalyMethod:
             self.settings = dict(settings)
             yield index, self.anomaly_map(images)
         self.settings = kept
+
+
+class PipelineMap(AnomalyMethod):
+    """The map of a pipeline with one setting.
+
+    Args:
+        pipe (`CounterfactualDDIMPipeline`): the model.
+        settings (`Mapping`): arguments of its call.
+    """
+
+    def __init__(self, pipe, settings: Mapping):
+        self.pipe, self.settings = pipe, dict(settings)
+
+    @property
+    def network_evaluations_per_slice(self) -> int:
+        return self.pipe.network_evaluations(**self.settings)
+
+    def anomaly_map(self, images: torch.Tensor) -> torch.Tensor:
+        return self.pipe(images, **self.settings).heatmaps
 
 
 class TrainableMethod(ModelMixin, ConfigMixin, AnomalyMethod):

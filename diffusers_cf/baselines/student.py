@@ -98,20 +98,27 @@ class TaughtSlices(torch.utils.data.Dataset):
         return self.slices.collate(list(rows)) | {"targets": targets}
 
 
-def targets_of_maps(maps: np.ndarray, inside: np.ndarray, labels: Iterable[int]) -> np.ndarray:
+def targets_of_maps(
+    maps: np.ndarray, inside: np.ndarray, labels: Iterable[int], accept_weak: bool = False
+) -> np.ndarray:
     """Return targets in [0, 1], float16 `(N, H, W)`: maps on one scale from image labels, all 0 in healthy slices.
 
     Args:
         maps (`np.ndarray`): `(N, H, W)`, post-processed.
         inside (`np.ndarray`): bool `(N, H, W)`, the foreground.
         labels (`Iterable[int]`): `(N,)`, 0 is healthy; both kinds.
+        accept_weak (`bool`): whether to scale a teacher by unhealthy slices alone whose maps of them are not above those
+            of healthy ones, as in a table that has a row for every method.
 
     Raises:
-        InputError: unhealthy slices are not above healthy ones.
+        InputError: unhealthy slices are not above healthy ones, and `accept_weak` is False.
     """
     healthy = np.asarray(labels) == 0
     low = np.quantile(maps[healthy][inside[healthy]].astype(np.float32), HEALTHY_QUANTILE)
     high = np.quantile(maps[~healthy][inside[~healthy]].astype(np.float32), UNHEALTHY_QUANTILE)
+    if not high > low and accept_weak:
+        low = np.quantile(maps[~healthy][inside[~healthy]].astype(np.float32), HEALTHY_QUANTILE)
+        high = max(high, np.nextafter(low, np.float32(np.inf)))
     if not high > low:
         raise InputError(
             "the teacher's maps of unhealthy slices are not above those of healthy ones: nothing to learn"

@@ -68,6 +68,7 @@ def write_figures(benchmark, data: Mapping[int, BenchmarkData], pictures: bool) 
         """Return a method with the settings of its result."""
         method, _ = benchmark.networks.make(Method.of(id), data[seed], seed)
         method.settings = method.settings | settings[id]  # an older result may lack a setting
+        method.learn(data[seed].train)
         return method
 
     if set(FIGURE3.values()) <= set(settings):

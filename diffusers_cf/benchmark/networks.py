@@ -129,8 +129,11 @@ class Networks:
             teacher, _ = self.make(Method.of(id), data, seed)
             choose_settings(teacher, data)
             splits = train, validation
-            maps = (maps_of_split(teacher, split, PostProcessing(), data.batch_size) for split in splits)
-            targets = [targets_of_maps(*found, split.labels) for found, split in zip(maps, splits, strict=True)]
+            maps = (maps_of_split(teacher, split, PostProcessing(), batch_size=data.batch_size) for split in splits)
+            targets = [
+                targets_of_maps(*found, split.labels, accept_weak=True)
+                for found, split in zip(maps, splits, strict=True)
+            ]
             train, validation = (TaughtSlices(*pair) for pair in zip(splits, targets, strict=True))
         set_seed(seed)
         network = self._new_network(name, data)

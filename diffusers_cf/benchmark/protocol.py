@@ -98,9 +98,9 @@ def choose_settings(method: AnomalyMethod, data: BenchmarkData) -> dict:
     Raises:
         InputError: no candidate has finite maps, or the labels do not tell what is to be learned.
     """
-    method.learn(data.train, chosen=False)
+    method.learn(data.train)
     choice = _choose(method, data)
-    return choice | {"learned": method.learn(data.train, chosen=True)}
+    return choice | {"learned": method.learn(data.train)}
 
 
 def _choose(method: AnomalyMethod, data: BenchmarkData) -> dict:
@@ -144,7 +144,7 @@ def measure(method: AnomalyMethod, data: BenchmarkData, counts_path: str | Path 
 
     Post-processing and thresholds are those that are best on validation patients.
     """
-    chain, _ = choose_chain(method, data.validation, data.batch_size)
+    chain, _ = choose_chain(method, data.validation, batch_size=data.batch_size)
     common = {
         "batch_size": data.batch_size,
         "whole_patients": method.whole_patient,

@@ -42,6 +42,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_calibrate(args: argparse.Namespace) -> None:
     """Choose a threshold by every rule, write RESULT.json and print the thresholds."""
+    from diffusers_cf.baselines.method import PipelineMap
     from diffusers_cf.evaluation.inputs import checked_chain, checked_settings, open_split, rows_of_both_labels
     from diffusers_cf.inference import check_device_arguments, open_pipeline
 
@@ -59,10 +60,11 @@ def run_calibrate(args: argparse.Namespace) -> None:
         rows = rows_of_patients(chosen_on, len(rows))
     output = Path(args.output)
     make_folder(output.parent)
-    thresholds = thresholds_of_labels(maps_of_rows(pipe, chosen_on, rows, settings, chain, args.batch_size))
+    method = PipelineMap(pipe, settings)
+    thresholds = thresholds_of_labels(postprocessed_maps(method, chosen_on, rows, chain, args.batch_size))
     scores = {}
     if measured_on:
-        maps = maps_of_rows(pipe, measured_on, np.arange(len(measured_on)), settings, chain, args.batch_size)
+        maps = postprocessed_maps(method, measured_on, np.arange(len(measured_on)), chain, args.batch_size)
         scores = dice_of_thresholds(maps, thresholds)
     chosen_by = {"command": command_line(), "commit": package_commit(), "split": args.split, "n_slices": len(rows)}
     result = {
@@ -91,22 +93,15 @@ def rows_of_patients(dataset, max_slices: int) -> np.ndarray:
     )
 
 
-def maps_of_rows(pipe, dataset, rows, settings: dict, chain, batch_size: int) -> Iterator[tuple[np.ndarray, dict]]:
-    """Yield post-processed maps `(N, H, W)` of each patient, with the batch."""
-    import torch
+def postprocessed_maps(method, dataset, rows, chain, batch_size: int) -> Iterator[tuple[np.ndarray, dict]]:
+    """Yield the post-processed maps `(S, H, W)` of each patient, with its images, labels and masks."""
     from tqdm.auto import tqdm
 
-    from diffusers_cf.evaluation.protocol import rows_by_patient
+    from diffusers_cf.evaluation.chains import maps_of_rows
 
     with tqdm(total=len(rows), desc=dataset.split, unit="slice") as bar:
-        for numbers in rows_by_patient(dataset, np.asarray(rows)).values():
-            batch = dataset.collate(dataset.__getitems__(numbers.tolist()))
-            parts = [pipe(part, **settings).heatmaps.cpu() for part in batch["images"].split(batch_size)]
-            heatmaps = torch.cat(parts).numpy()
-            if not np.isfinite(heatmaps).all():
-                raise InputError("the model's heatmaps hold NaN or infinite values")
-            yield chain.apply(heatmaps, batch["images"], dataset.slices[numbers]), batch
-            bar.update(len(heatmaps))
+        for patient, maps in maps_of_rows(method, dataset, rows, batch_size, progress=bar):
+            yield chain.apply(maps, patient.images, patient.slices), vars(patient)
 
 
 def _store(folder: str, settings: dict, chosen_by: dict, size: int) -> None:

@@ -29,11 +29,8 @@ def add_distill_arguments(parser: argparse.ArgumentParser) -> None:
     add("--with_intensity", action="store_true", help=f"{text}; default: off")
     options.add_settings_arguments(parser)
     options.add_postprocessing_arguments(parser)
-    add(
-        "--image_size",
-        type=int,
-        help="side of the student's input in pixels, a multiple of 8; default: the data set's",
-    )
+    text = "side of the student's input in pixels, a multiple of 8"
+    add("--image_size", type=int, help=f"{text}; default: the data set's")
     add("--max_train_steps", type=int, default=1000, help="optimiser steps; default: %(default)s")
     add("--train_batch_size", type=int, default=8, help="slices in a step; default: %(default)s")
     add("--learning_rate", type=float, default=2e-3, help="the highest learning rate; default: %(default)s")
@@ -80,25 +77,23 @@ def run_distill(args: argparse.Namespace) -> None:
         student = Student(known["channels"], side, learning_rate=args.learning_rate)
         budget = Budget(math.inf, args.max_train_steps, args.train_batch_size, augment=True)
         facts = {"image_size": side, "learning_rate": args.learning_rate, "max_train_steps": args.max_train_steps}
-        record = train_method(
-            student, validation, set_up_training(student, train, output, budget, args.seed, args.device, facts)
-        )
+        training = set_up_training(student, train, output, budget, args.seed, args.device, facts)
+        record = train_method(student, validation, training)
         pipe.register_modules(student=student.network)
         seen = {"images": record.images_seen, "patients": len(set(train.patients))}
         _store(args, pipe, splits[1], chain, taught_by | seen)
         pipe.save_pretrained(output)
         for leftover in (*output.glob("*checkpoint-*"), output / "targets"):
             shutil.rmtree(leftover)
-    print(
-        f"student of {record.images_seen} images, threshold {pipe.preprocessing['settings']['threshold']:.3g} -> {output}"
-    )
+    threshold = pipe.preprocessing["settings"]["threshold"]
+    print(f"student of {record.images_seen} images, threshold {threshold:.3g} -> {output}")
 
 
 def _teacher(args: argparse.Namespace, pipe, train) -> tuple:
     """Return the method that teaches, and what it is."""
     from diffusers_cf.baselines import make_baseline
     from diffusers_cf.baselines.combination import IntensityCombination
-    from diffusers_cf.baselines.method import AnomalyMethod
+    from diffusers_cf.baselines.method import PipelineMap
     from diffusers_cf.evaluation.inputs import checked_settings
 
     given = {name: getattr(args, name) for name in options.SETTINGS if getattr(args, name) is not None}
@@ -108,8 +103,7 @@ def _teacher(args: argparse.Namespace, pipe, train) -> tuple:
         return make_baseline(args.teacher, train.preprocessing["modalities"]), {"teacher": args.teacher}
     settings = checked_settings(pipe, args.settings, **{name: getattr(args, name) for name in MAP_SETTINGS})
     settings = {name: settings[name] for name in MAP_SETTINGS}
-    teacher = AnomalyMethod()
-    teacher.anomaly_map = lambda images: pipe(images, **settings).heatmaps
+    teacher = PipelineMap(pipe, settings)
     taught_by = {"teacher": model_fingerprint(pipe), "settings": settings}
     if args.with_intensity:
         teacher = IntensityCombination(teacher, train.preprocessing["modalities"])
@@ -131,7 +125,7 @@ def _targets(folder: Path, teacher, taught_by: dict, splits: list, chain, batch_
         path = folder / f"{split.split}.npy"
         if not path.exists():
             with tqdm(total=len(split), desc=f"Teacher, {split.split}", unit="slice") as bar:
-                maps, inside = maps_of_split(teacher, split, chain, batch_size, bar)
+                maps, inside = maps_of_split(teacher, split, chain, batch_size=batch_size, progress=bar)
             with new_file(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, targets_of_maps(maps, inside, split.labels))
         targets.append(np.load(path, mmap_mode="r"))
@@ -140,11 +134,12 @@ def _targets(folder: Path, teacher, taught_by: dict, splits: list, chain, batch_
 
 def _store(args: argparse.Namespace, pipe, validation, chain, taught_by: dict) -> None:
     """Make the student's map the recommended one, with the teacher's post-processing and a threshold from labels."""
-    from diffusers_cf.commands.calibrate import RULES, maps_of_rows
+    from diffusers_cf.baselines.method import PipelineMap
+    from diffusers_cf.commands.calibrate import RULES, postprocessed_maps
     from diffusers_cf.evaluation.calibration import thresholds_of_labels
 
-    rows = np.arange(len(validation))
-    maps = maps_of_rows(pipe, validation, rows, {"map": "student"}, chain, args.batch_size)
+    student = PipelineMap(pipe, {"map": "student"})
+    maps = postprocessed_maps(student, validation, np.arange(len(validation)), chain, args.batch_size)
     threshold, known = thresholds_of_labels(maps)[RULES[0]], pipe.preprocessing
     made_by = {"command": command_line(), "commit": package_commit()}
     chosen_by = made_by | {"split": "validation", "n_slices": len(validation), "rule": RULES[0]}

@@ -27,7 +27,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_settings_arguments(parser)
     options.add_postprocessing_arguments(parser)
     text = "measure the root of the model's map times the brightness of FLAIR"
-    add("--with_intensity", action="store_true", help=f"{text}; default: off")
+    add("--with_intensity", action="store_const", const=True, help=f"{text}; default: off")
     text = "choose post-processing and the thresholds of Dice on the validation split, with its masks"
     add("--choose_on_validation", action="store_true", help=f"{text}; default: off")
     text = "map value from which a pixel counts as lesion, for Dice per patient, in map units"
@@ -48,8 +48,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if output.is_dir() or output.suffix != ".json":
         raise InputError(f"{output}: the output must be a file RESULT.json")
     dataset = open_split(args.dataset, args.split)
-    method, settings, fingerprint = (_open_model if args.model else _make_baseline)(args, dataset)
-    chain = method.pop("chain")
+    method, settings, chain, fingerprint = (_open_model if args.model else _make_baseline)(args, dataset)
     if args.choose_on_validation:
         chain, settings["threshold"] = _choose(args, method)
     facts = _facts(args, dataset, settings) | {"postprocess": chain.as_setting}
@@ -58,8 +57,10 @@ def run_evaluate(args: argparse.Namespace) -> None:
         # patients may be measured on different devices of one kind
         begin_parts(parts, facts | {"device": args.device.partition(":")[0], "fingerprint": fingerprint})
         result = evaluate(
-            dataset=dataset, threshold=settings["threshold"], batch_size=args.batch_size, device=args.device,
-            counts_path=output.with_suffix(".counts.npz"), seed=args.seed, parts=parts, share=share, chain=chain, **method,
+            method.anomaly_map, dataset, batch_size=args.batch_size, whole_patients=method.whole_patient,
+            device=args.device, threshold=settings["threshold"], seed=args.seed, chain=chain,
+            network_evaluations_per_slice=method.network_evaluations_per_slice,
+            counts_path=output.with_suffix(".counts.npz"), parts=parts, share=share,
         )  # fmt: skip
         if result is not None:
             made_by = {"model_sha256": fingerprint, "command": command_line(), "commit": package_commit()}
@@ -71,59 +72,43 @@ def run_evaluate(args: argparse.Namespace) -> None:
         print(f"shard {args.shard} is measured; the same command without --shard combines all shards -> {output}")
 
 
-def _open_model(args: argparse.Namespace, dataset) -> tuple[dict, dict, str]:
-    """Return a model's keyword arguments for `evaluate`, its settings, and its fingerprint."""
+def _open_model(args: argparse.Namespace, dataset) -> tuple:
+    """Return a model as an anomaly method, its settings, its post-processing, and its fingerprint."""
     from diffusers_cf.baselines.combination import IntensityCombination
-    from diffusers_cf.baselines.method import AnomalyMethod
+    from diffusers_cf.baselines.method import PipelineMap
     from diffusers_cf.evaluation.inputs import checked_chain, checked_settings
     from diffusers_cf.inference import open_pipeline
 
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile, dataset=dataset)
     settings = checked_settings(pipe, **{name: getattr(args, name) for name in (*options.SETTINGS, "threshold")})
-    call = {name: value for name, value in settings.items() if name != "threshold"}
-    made = AnomalyMethod()
-    made.anomaly_map = lambda images: pipe(images, **call).heatmaps
+    method = PipelineMap(pipe, {name: value for name, value in settings.items() if name != "threshold"})
     if args.with_intensity:
-        made = IntensityCombination(made, dataset.preprocessing["modalities"])
+        method = IntensityCombination(method, dataset.preprocessing["modalities"])
         settings |= {"with_intensity": True, "threshold": args.threshold}  # the model's threshold is of other maps
-    method = {
-        "anomaly_map": made.anomaly_map,
-        "whole_patients": made.whole_patient,
-        "network_evaluations_per_slice": pipe.network_evaluations(**call),
-        "chain": checked_chain(args, pipe.preprocessing.get("settings", {})),
-    }
-    return method, settings, model_fingerprint(pipe)
+    return method, settings, checked_chain(args, pipe.preprocessing.get("settings", {})), model_fingerprint(pipe)
 
 
-def _make_baseline(args: argparse.Namespace, dataset) -> tuple[dict, dict, None]:
-    """Return a baseline's keyword arguments for `evaluate`, and its settings."""
+def _make_baseline(args: argparse.Namespace, dataset) -> tuple:
+    """Return a baseline, its settings, and its post-processing; a baseline has no fingerprint."""
     from diffusers_cf.baselines import make_baseline
     from diffusers_cf.evaluation.inputs import checked_chain
 
     for name in (*options.SETTINGS, "with_intensity"):
-        if getattr(args, name):
+        if getattr(args, name) is not None:
             raise InputError(f"--{name} is a setting of models, not of --method {args.method}")
-    baseline = make_baseline(args.method, dataset.preprocessing["modalities"])
-    method = {
-        "anomaly_map": lambda images: baseline.anomaly_map(images.to(args.device)),
-        "whole_patients": baseline.whole_patient,
-        "network_evaluations_per_slice": baseline.network_evaluations_per_slice,
-        "chain": checked_chain(args, {}),
-    }
-    return method, {"threshold": args.threshold}, None
+    method = make_baseline(args.method, dataset.preprocessing["modalities"])
+    return method, {"threshold": args.threshold}, checked_chain(args, {}), None
 
 
-def _choose(args: argparse.Namespace, method: dict) -> tuple:
+def _choose(args: argparse.Namespace, method) -> tuple:
     """Return the post-processing that is best on the validation split, and the ideal thresholds there."""
-    from types import SimpleNamespace
-
     from diffusers_cf.evaluation.chains import RAW, choose_chain
     from diffusers_cf.evaluation.inputs import open_split
 
     if args.threshold is not None or args.split == "validation":
         raise InputError("--choose_on_validation chooses the thresholds, on another split than the one to measure on")
-    called = SimpleNamespace(whole_patient=method.get("whole_patients", False), anomaly_map=method["anomaly_map"])
-    chain, counts = choose_chain(called, open_split(args.dataset, "validation"), args.batch_size or 32)
+    validation = open_split(args.dataset, "validation")
+    chain, counts = choose_chain(method, validation, batch_size=args.batch_size, device=args.device)
     return chain, {"raw": counts[RAW].ideal_dice()[1], "postprocessed": counts[chain].ideal_dice()[1]}
 
 

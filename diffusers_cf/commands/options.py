@@ -46,11 +46,8 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
 def add_postprocessing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--median_size`, `--slice_sigma` and `--clear_rim`, the attributes of `PostProcessing`."""
     add, default = parser.add_argument, "default: recommended by the model, else"
-    add(
-        "--median_size",
-        type=int,
-        help=f"side of the median filter of post-processing in pixels, 1 for none; {default} 5",
-    )
+    text = "side of the median filter of post-processing in pixels, 1 for none"
+    add("--median_size", type=int, help=f"{text}; {default} 5")
     text = "standard deviation in slices of a Gaussian filter across slices in post-processing"
     add("--slice_sigma", type=float, help=f"{text}; {default} 0, none")
     rim = parser.add_mutually_exclusive_group()

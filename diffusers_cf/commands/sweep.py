@@ -175,14 +175,12 @@ def _set_solver_orders(pipe, encoding: int, decoding: int) -> None:
 
 def _choose_chain(args: argparse.Namespace, pipe, dataset, best):
     """Return the post-processing that is best for a point on all patients of the split; give the point its scores."""
-    from types import SimpleNamespace
-
+    from diffusers_cf.baselines.method import PipelineMap
     from diffusers_cf.evaluation.chains import choose_chain
 
     _set_solver_orders(pipe, best.solver_order or 0, best.decoding_solver_order or 0)
     call = {name: getattr(best, name) for name in MAP_SETTINGS}
-    method = SimpleNamespace(whole_patient=False, anomaly_map=lambda images: pipe(images, **call).heatmaps)
-    chain, counts = choose_chain(method, dataset, args.batch_size)
+    chain, counts = choose_chain(PipelineMap(pipe, call), dataset, batch_size=args.batch_size)
     best.postprocessed_auprc = counts[chain].average_precision()
     best.postprocessed_ideal_dice, best.threshold = counts[chain].ideal_dice()
     return chain.as_setting

@@ -1,12 +1,13 @@
 """Choose the post-processing of a method on validation patients: how much smoothing helps depends on the lesions."""
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 
-from diffusers_cf.errors import InputError
 from diffusers_cf.evaluation.pixel_counts import PixelCounts
 from diffusers_cf.evaluation.postprocessing import PostProcessing, foreground_mask
-from diffusers_cf.evaluation.protocol import maps_at_size, rows_by_patient
+from diffusers_cf.evaluation.protocol import Patient, maps_of_patients, rows_by_patient
 
 
 RAW = PostProcessing(1, 0.0, clear_rim=False)  # changes nothing in the foreground
@@ -17,46 +18,59 @@ CHAINS_TO_TRY = (
 )
 
 
-def maps_of_split(method, slices, chain, batch_size: int = 32, progress=None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the post-processed maps of all slices of a split and their foreground, `(N, H, W)`.
+def maps_of_rows(
+    method, slices, rows: Sequence[int] | None = None, batch_size: int | None = 32, device: str | torch.device = "cpu",
+    progress=None,
+) -> Iterator[tuple[Patient, np.ndarray]]:  # fmt: skip
+    """Yield each patient with its maps `(S, H, W)`, before post-processing.
 
     Args:
-        method (`AnomalyMethod`): the teacher.
+        method (`AnomalyMethod`): makes the maps.
+        slices (`SliceDataset`): a split.
+        rows (`Sequence[int]`, *optional*): rows of the split; all by default.
+        batch_size (`int`, *optional*): slices in a call, unless the method needs whole patients.
+        device (`str` or `torch.device`): where the method computes.
+        progress (`tqdm`, *optional*): counts slices.
+
+    Raises:
+        InputError: a map holds NaN or infinite values.
+    """
+    rows = np.arange(len(slices)) if rows is None else np.asarray(rows)
+    patients = (Patient(slices, name, found) for name, found in rows_by_patient(slices, rows).items())
+    options = {"batch_size": batch_size, "device": device, "progress": progress}
+    for patient, maps, _ in maps_of_patients(method.anomaly_map, patients, method.whole_patient, options):
+        yield patient, maps
+
+
+def maps_of_split(method, slices, chain: PostProcessing, **options) -> tuple[np.ndarray, np.ndarray]:
+    """Return the post-processed maps of all slices of a split and their foreground, float16 and bool `(N, H, W)`.
+
+    Args:
+        method (`AnomalyMethod`): makes the maps.
         slices (`SliceDataset`): the split.
         chain (`PostProcessing`): of the maps.
-        batch_size (`int`): slices in a call, unless the method needs whole patients.
-        progress (`tqdm`, *optional*): counts slices.
+        **options: of [`maps_of_rows`].
     """
     size = (slices.preprocessing["size"],) * 2
     maps, inside = np.zeros((len(slices), *size), np.float16), np.zeros((len(slices), *size), bool)
-    for name, rows in rows_by_patient(slices, np.arange(len(slices))).items():
-        images = slices.collate(slices.__getitems__(rows.tolist()))["images"]
-        parts = [images] if method.whole_patient else images.split(batch_size)
-        heat = maps_at_size(torch.cat([torch.as_tensor(method.anomaly_map(part)).cpu() for part in parts]), size)
-        if not np.isfinite(heat).all():
-            raise InputError(f"patient {name}: the teacher's map holds NaN or infinite values")
-        maps[rows], inside[rows] = chain.apply(heat, images, slices.slices[rows]), foreground_mask(images)
-        if progress is not None:
-            progress.update(len(rows))
+    for patient, heat in maps_of_rows(method, slices, **options):
+        maps[patient.rows] = chain.apply(heat, patient.images, patient.slices)
+        inside[patient.rows] = foreground_mask(patient.images)
     return maps, inside
 
 
-def choose_chain(
-    method, slices, batch_size: int = 32, progress=None
-) -> tuple[PostProcessing, dict[PostProcessing, PixelCounts]]:
-    """Return the post-processing of `CHAINS_TO_TRY` with the highest AUPRC in the foreground of all patients, and all their counts.
+def choose_chain(method, slices, **options) -> tuple[PostProcessing, dict[PostProcessing, PixelCounts]]:
+    """Return the post-processing with the highest AUPRC in the foreground of all patients, and the counts of each.
 
     Args:
-        method (`AnomalyMethod`): anything with `anomaly_map` and `whole_patient`.
+        method (`AnomalyMethod`): makes the maps.
         slices (`SliceDataset`): the validation split, with masks.
-        batch_size (`int`): slices in a call, unless the method needs whole patients.
-        progress (`tqdm`, *optional*): counts slices.
+        **options: of [`maps_of_rows`].
     """
-    maps, inside = maps_of_split(method, slices, RAW, batch_size, progress)
     counts = {chain: PixelCounts() for chain in CHAINS_TO_TRY}
-    for rows in rows_by_patient(slices, np.arange(len(maps))).values():
-        batch = slices.collate(slices.__getitems__(rows.tolist()))
+    for patient, maps in maps_of_rows(method, slices, **options):
+        inside = foreground_mask(patient.images)
         for chain, count in counts.items():
-            heat = chain.apply(maps[rows], batch["images"], slices.slices[rows])
-            count.update(heat[inside[rows]], np.asarray(batch["masks"])[inside[rows]])
+            heat = chain.apply(maps, patient.images, patient.slices)
+            count.update(heat[inside], patient.masks[inside])
     return max(counts, key=lambda chain: counts[chain].average_precision()), counts

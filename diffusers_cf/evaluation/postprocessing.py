@@ -84,7 +84,7 @@ class PostProcessing:
         known = value if isinstance(value, Mapping) else {}
         if not isinstance(value, (bool, Mapping)) or set(known) - {f.name for f in fields(cls)}:
             raise ValueError(
-                f"`postprocess` is {value!r}: it must be true, false or hold median_size, slice_sigma and clear_rim"
+                f"`postprocess` in its preprocessing.json is {value!r}: it must be true, false or hold median_size, slice_sigma and clear_rim"
             )
         return cls(**(dict(known) | given))
 

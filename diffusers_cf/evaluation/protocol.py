@@ -87,9 +87,9 @@ def evaluate(
         mine = share.of(list(files), [len(read[name]) for name in files])
         left = [name for name in mine if not files[name].exists()]
         with tqdm(total=sum(len(read[name]) for name in left), unit="slice", disable=not shows_bar) as bar:
-            patients = (_Patient(dataset, name, read[name], measured[name]) for name in left)
+            patients = (Patient(dataset, name, read[name], measured[name]) for name in left)
             options = {"batch_size": batch_size, "device": device, "progress": bar}
-            for patient, maps, seconds in _maps_of_patients(anomaly_map, patients, whole_patients, options):
+            for patient, maps, seconds in maps_of_patients(anomaly_map, patients, whole_patients, options):
                 with new_file(files[patient.name]) as temporary, open(temporary, "wb") as file:
                     np.savez(
                         file, seconds=seconds, **_measure_patient(patient, maps, thresholds, chain or PostProcessing())
@@ -134,29 +134,52 @@ def rows_by_patient(dataset, rows: np.ndarray) -> dict[str, np.ndarray]:
     return {str(name): found for name, found in zip(names, np.split(rows, starts[1:]), strict=False)}
 
 
-class _Patient:
-    """The images that the method sees (`seen_images`), and images, masks and labels of the slices that are measured."""
+class Patient:
+    """The images that a method sees, and those of the slices that are measured.
 
-    def __init__(self, dataset, name: str, rows: np.ndarray, measured: np.ndarray):
+    Args:
+        dataset (`SliceDataset`): a split.
+        name (`str`): the patient.
+        rows (`np.ndarray`): rows of the split that the method sees.
+        measured (`np.ndarray`, *optional*): those of them that are measured; all by default.
+
+    Attributes:
+        seen_images (`np.ndarray`): float32 `(R, C, H, W)`.
+        rows, images, labels, slices, masks (`np.ndarray`): of the S measured slices; without masks `masks` is None.
+    """
+
+    def __init__(self, dataset, name: str, rows: np.ndarray, measured: np.ndarray | None = None):
         batch = dataset.collate(dataset.__getitems__(rows.tolist()))
-        self.name, self.is_measured = name, np.isin(rows, measured)
-        self.seen_images = np.asarray(batch["images"], dtype=np.float32)
-        self.images, self.masks, self.labels, self.slices = (
-            np.asarray(batch[key])[self.is_measured] for key in ("images", "masks", "labels", "slices")
+        self.name, self.is_measured = name, np.isin(rows, rows if measured is None else measured)
+        self.rows, self.seen_images = rows[self.is_measured], np.asarray(batch["images"], dtype=np.float32)
+        self.images, self.labels, self.slices = (
+            np.asarray(batch[key])[self.is_measured] for key in ("images", "labels", "slices")
         )
+        self.masks = np.asarray(batch["masks"])[self.is_measured] if dataset.has_masks else None
 
 
-def _maps_of_patients(
-    anomaly_map: Callable, patients: Iterable[_Patient], whole_patients: bool, options: dict
-) -> Iterator[tuple[_Patient, np.ndarray, float]]:
-    """Yield each patient with its maps `(S, H, W)` at the size of the masks, and their computing time in seconds."""
+def maps_of_patients(
+    anomaly_map: Callable, patients: Iterable[Patient], whole_patients: bool, options: dict
+) -> Iterator[tuple[Patient, np.ndarray, float]]:
+    """Yield each patient with its maps `(S, H, W)` at the size of the images, and their computing time in seconds.
+
+    Args:
+        anomaly_map (`Callable`): as in [`evaluate`].
+        patients (`Iterable[Patient]`): read only when needed.
+        whole_patients (`bool`): whether each call gets the slices of one patient, and all of them.
+        options (`dict`): `batch_size`, `device` and `progress` of [`batching.map_in_batches`].
+
+    Raises:
+        InputError: a map holds NaN or infinite values.
+        ValueError: a map has a wrong shape.
+    """
     if whole_patients:
         options = options | {"batch_size": sys.maxsize}
     for group in ([patient] for patient in patients) if whole_patients else [patients]:
         volumes = ((patient, patient.seen_images) for patient in group)
         found = map_in_batches(lambda images: torch.as_tensor(anomaly_map(images)), volumes, **options)
         for patient, (maps,), seconds in found:
-            size, count = patient.masks.shape[1:], len(patient.seen_images)
+            size, count = patient.images.shape[2:], len(patient.seen_images)
             if maps.ndim != 3 or maps.shape[1] > size[0] or maps.shape[2] > size[1]:
                 raise ValueError(f"anomaly_map must return ({count}, <= {size[0]}, <= {size[1]}), not {maps.shape}")
             if not np.isfinite(maps).all():
@@ -171,7 +194,7 @@ def maps_at_size(maps: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def _measure_patient(
-    patient: _Patient, maps: np.ndarray, thresholds: Mapping[str, float | None], postprocessing: PostProcessing
+    patient: Patient, maps: np.ndarray, thresholds: Mapping[str, float | None], postprocessing: PostProcessing
 ) -> dict[str, np.ndarray]:
     """Return a patient's part of a result.
 
