@@ -25,6 +25,7 @@ import train_counterfactual as script
 from diffusers_cf import class_token_encoder, counterfactual_unet
 from diffusers_cf.arguments import ArgumentParser
 from diffusers_cf.data.slices import SliceDataset
+from diffusers_cf.inference import computes_in_bfloat16
 from diffusers_cf.models import UNET_SIZES, ConditionalNoisePredictor
 from train_counterfactual import parse_args
 
@@ -32,13 +33,14 @@ from train_counterfactual import parse_args
 WAYS = ("ours", "plain")
 TOP = 5  # number of operations in a profile
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PRECISION = torch.bfloat16 if computes_in_bfloat16(DEVICE) else torch.float32  # that of `--mixed_precision auto`
 MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices for measuring the machine
 
 
 def ours(args) -> Iterator[None]:
     """Yield after each step of `train_counterfactual.py`."""
     options = {
-        "dataset": args.dataset, "output_dir": args.folder, "unet_size": args.unet_size, "mixed_precision": "bf16",
+        "dataset": args.dataset, "output_dir": args.folder, "unet_size": args.unet_size, "mixed_precision": "auto",
         "resolution": args.resolution, "train_batch_size": args.batch_size, "max_train_steps": 10**6,
         "dataloader_num_workers": args.dataloader_num_workers,
     }  # fmt: skip
@@ -116,9 +118,9 @@ def flops_an_image(args) -> float:
 
 
 def matrix_rate() -> float:
-    """Return the floating point operations per second of bfloat16 matrix products on this machine, the best of ten."""
+    """Return the floating point operations per second of matrix products in `PRECISION`, the best of ten."""
     side = MATRIX[DEVICE]
-    one = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
+    one = torch.randn(side, side, device=DEVICE, dtype=PRECISION)
     products = (one @ one for _ in itertools.count())
     return 5 * 2 * side**3 / min(seconds_of(products, 5) for _ in range(10))
 
@@ -141,6 +143,7 @@ def main(args) -> dict:
     result = {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "precision": str(PRECISION).removeprefix("torch."),
         "threads": torch.get_num_threads(), "ways": rows,
         "times_plain": spread(ratios),
         "flops_an_image": flops, "matrix_flops_per_second": rate,
@@ -157,7 +160,7 @@ def report(result: dict) -> None:
         print(f"{way:6} {statistics.median(row['images_per_second']):8.1f} images a second; most in {costs}")
         print(f"{'':6} first three steps {row['warm_up_seconds']:.1f} s")
     times, rate = result["times_plain"], result["matrix_flops_per_second"] / 1e12
-    share = f"{result['share_of_matrix_rate']:.1%} of {rate:.2f} TFLOP/s in bfloat16"
+    share = f"{result['share_of_matrix_rate']:.1%} of {rate:.2f} TFLOP/s in {result['precision']}"
     print(f"ours is {times['median']:.2f} [{times['least']:.2f}, {times['most']:.2f}] times the plain loop; {share}")
 
 
