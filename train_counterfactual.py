@@ -186,7 +186,8 @@ def set_up(
     slices = TrainingSlices(
         dataset, args.seed, (size, size), args.max_train_samples, num_train_timesteps=args.ddpm_num_steps,
         random_flip=args.random_flip, augment=args.augment, clip_input=not args.no_clip_input,
-        match_positions=args.match_positions, crop_background=args.crop_background or 0.0, halvings=len(network.unet.config.block_out_channels) - 1,
+        match_positions=args.match_positions, channel_dropout=args.channel_dropout,
+        crop_background=args.crop_background or 0.0, halvings=len(network.unet.config.block_out_channels) - 1,
     )  # fmt: skip
     if encoder and (missing := set(range(len(dataset.class_names))) - set(slices.labels.tolist())):
         names = ", ".join(dataset.class_names[index] for index in sorted(missing))
@@ -233,7 +234,8 @@ def set_up(
     resumable = {"seed": args.seed, "global_batch": global_batch, "slices": slices.num_slices}
     training = Training(
         accelerator, model, losses, {"network": optimizer}, slices, output,
-        metadata=resumable | {"crop_background": args.crop_background or None},  # older checkpoints have none
+        metadata=resumable | {"crop_background": args.crop_background or None,  # older checkpoints have none of both
+                              "channel_dropout": args.channel_dropout or None},
         batch_size=args.train_batch_size, max_steps=args.max_train_steps, lr_schedulers=[lr_scheduler], ema=ema,
         max_grad_norm=args.max_grad_norm, num_workers=args.dataloader_num_workers,
     )  # fmt: skip
@@ -282,7 +284,7 @@ def parse_args(args: list[str] | None = None) -> Namespace:
         value = getattr(args, name)
         if value is not None and not value >= least:
             parser.error(f"--{name} is {value}: it must be {least} or more")
-    for name in ("guidance_dropout_prob", "crop_background"):
+    for name in ("guidance_dropout_prob", "crop_background", "channel_dropout"):
         if not 0 <= (getattr(args, name) or 0) <= 1:
             parser.error(f"--{name} is {getattr(args, name)}: it must lie in [0, 1]")
     if not 0 < args.first_timesteps <= 1:
@@ -327,6 +329,8 @@ def _add_model_options(add) -> None:
     add("--crop_background", type=float, metavar="SHARE", help="share of the images that are trained on in windows around"
         " their foreground, 0 to 1; above 0, inference computes in windows; default: 0, or 0.7 if the model to fine-tune"
         " computes in windows")
+    add("--channel_dropout", type=float, default=0.0, metavar="SHARE", help="share of the images in which one channel is"
+        " empty, 0 to 1, so that the network knows patients who lack a modality; default: %(default)s")
     add("--guidance_dropout_prob", type=float, default=0.35, help="probability that an image's class is replaced by null,"
         " for implicit guidance; default: %(default)s (the paper's)")
     add("--snr_gamma", type=float, help="gamma of min-SNR loss weighting, usually 5; default: no weighting")

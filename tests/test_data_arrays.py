@@ -64,6 +64,14 @@ def test_patients_that_lack_a_modality_are_left_out(tmp_path, caplog):
     both = ArraysSource(tmp_path / "x.npz")
     assert both.patients() == ["b"] and both.left_out == {"a": "no t2"}
     assert ArraysSource(tmp_path / "x.npz", modalities=["flair"]).patients() == ["a", "b"]
+    kept = ArraysSource(tmp_path / "x.npz", allow_missing_modalities=True)
+    assert kept.patients() == sorted(set(arrays()["patient"].tolist())) and not kept.left_out
+    lacking = set(arrays()["patient"][~has].tolist())
+    for patient in kept.patients():
+        images = kept.read(patient).images
+        assert ((images[:, 1] > 0).any(), (images[:, 0] > 0).any()) == (patient not in lacking, True)
+    np.savez(tmp_path / "z.npz", **arrays(has_T2w=has, has_flair=has))
+    assert set(ArraysSource(tmp_path / "z.npz", allow_missing_modalities=True).left_out) == lacking
     np.savez(tmp_path / "y.npz", **arrays(has_T2w=np.zeros(6, dtype=bool)))
     with pytest.raises(InputError, match="no patient has all of flair, t2"):
         ArraysSource(tmp_path / "y.npz")

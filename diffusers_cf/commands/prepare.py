@@ -12,7 +12,7 @@ SOURCE_OPTIONS = {
     "phantom": ("seed", "patients", "size", "field_mm", "normalize"),
     "brats": (*_SCAN_OPTIONS, "lenient"),
     "decathlon": (*_SCAN_OPTIONS, "lenient"),
-    "arrays": _SCAN_OPTIONS,
+    "arrays": (*_SCAN_OPTIONS, "allow_missing_modalities"),
     "folder": (*_SCAN_OPTIONS, "class_names", "patient_pattern", "one_image_per_patient"),
 }
 
@@ -43,6 +43,8 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split_file", metavar="FILE.json[:NAME]", help=text)
     add("--check", action="store_true", help="list every problem of the data and write nothing; default: off")
     add("--allow_missing_classes", action="store_true", help="accept splits that lack a class; default: refuse them")
+    text = "use patients who lack some modalities, with an empty channel for each; default: leave them out"
+    add("--allow_missing_modalities", action="store_true", help=text)
     add("--skip_bad", action="store_true", help="leave out patients with a problem; default: refuse the data")
     add(
         "--lenient", action="store_true", help="accept scans with a skull, and unknown label ids; default: refuse them"

@@ -12,7 +12,8 @@ Arrays of the file, for N slices:
 
 Slices are brain-extracted, with anterior up and the patient's left at the image's left. Each modality of a patient is
 normalised over all its slices. With `none` intensities are kept, and uint8 is stored unchanged unless the slices are
-resized. Channels are ordered flair, t1, t1ce, t2. Patients that lack one of the chosen modalities are left out.
+resized. Channels are ordered flair, t1, t1ce, t2. Patients that lack one of the chosen modalities are left out, or, with
+`allow_missing_modalities`, get a channel of background for it.
 """
 
 from collections.abc import Iterable
@@ -36,13 +37,15 @@ class ArraysSource(Source):
         path (`str` or `Path`): the file.
         size (`int`, *optional*): pixels along each side of a slice; by default that of the file.
         modalities (`Iterable[str]`, *optional*): the modalities to use as channels, in this order; by default all.
+        allow_missing_modalities (`bool`): use patients that lack some, but not all, of the modalities.
         **options: as in [`Source`]; `field_mm` is only recorded.
     """
 
     name = "arrays"
 
     def __init__(
-        self, path: str | Path, size: int | None = None, modalities: Iterable[str] | None = None, **options
+        self, path: str | Path, size: int | None = None, modalities: Iterable[str] | None = None,
+        allow_missing_modalities: bool = False, **options,
     ):  # fmt: skip
         self.arrays = load_arrays(Path(path))
         images, names = self.arrays["images"], self.arrays["modalities"].tolist()
@@ -55,13 +58,16 @@ class ArraysSource(Source):
         self.modalities = choose_modalities(self.path, self.channels, modalities or usual_order)
         self.scale = float(self.arrays.get("scale", 1))
         self.keeps_bytes = images.dtype == np.uint8 and self.size == images.shape[-1] and self.normalize == "none"
+        everywhere = np.ones(len(images), bool)
+        found = [self.arrays.get(f"has_{names[self.channels.index(m)]}", everywhere) for m in self.modalities]
+        self.has = np.stack(found, axis=1)  # (N, channels in use)
         self.left_out = {}
-        for modality in self.modalities:
-            has = self.arrays.get(f"has_{names[self.channels.index(modality)]}")
-            if has is not None:
-                self.left_out |= dict.fromkeys(self.arrays["patient"][~has].tolist(), f"no {modality}")
+        for modality, has in zip(self.modalities, self.has.T, strict=True):
+            lacking = self.arrays["patient"][~(self.has.any(axis=1) if allow_missing_modalities else has)]
+            self.left_out |= dict.fromkeys(lacking.tolist(), f"no {modality}")
         if not self.patients():
-            raise InputError(f"{self.path}: no patient has all of {', '.join(self.modalities)}")
+            amount = "any" if allow_missing_modalities else "all"
+            raise InputError(f"{self.path}: no patient has {amount} of {', '.join(self.modalities)}")
 
     def patients(self) -> list[str]:
         return sorted(set(self.arrays["patient"].tolist()) - set(self.left_out))
@@ -79,9 +85,11 @@ class ArraysSource(Source):
         channels = [self.channels.index(modality) for modality in self.modalities]
         images = self.arrays["images"][rows][:, channels].astype(np.float32) / np.float32(self.scale)
 
+        has = self.has[rows]
+        images[~has] = 0
         where, ranges = f"{self.path}: {patient}", [(float(c.min()), float(c.max())) for c in images.swapaxes(0, 1)]
-        for modality, channel in zip(self.modalities, images.swapaxes(0, 1), strict=True):
-            if problem := intensity_problem(channel, self.normalize):
+        for modality, channel, present in zip(self.modalities, images.swapaxes(0, 1), has.any(axis=0), strict=True):
+            if present and (problem := intensity_problem(channel, self.normalize)):
                 problems.append(f"{where}: {modality}: {problem}")
         if len(np.unique(index)) < len(index):
             problems.append(f"{where}: a slice index occurs twice")
@@ -89,8 +97,9 @@ class ArraysSource(Source):
             return None
 
         images = images.clip(min=0)
-        for channel in images.swapaxes(0, 1):
-            channel /= unit_intensity(channel, self.normalize)
+        for channel, present in zip(images.swapaxes(0, 1), has.any(axis=0), strict=True):
+            if present:
+                channel /= unit_intensity(channel, self.normalize)
         masks = (self.arrays["masks"][rows] > 0).astype(np.uint8) if self.has_masks else None
         if "label" in self.arrays:
             labels = np.array([CLASS_NAMES.index(name) for name in self.arrays["label"][rows]], dtype=np.int64)

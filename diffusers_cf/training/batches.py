@@ -36,23 +36,27 @@ class TrainingSlices(torch.utils.data.Dataset):
         clip_input (`bool`): cut images at 1, as [`CounterfactualDDIMPipeline`] does.
         match_positions (`bool`): draw every class at the same positions in the head, as far as it has slices there, so
             that a slice's position says less about its label.
+        channel_dropout (`float`): share of the images in which one channel, drawn uniformly, is background throughout, as
+            in a patient who lacks that modality.
 
     Raises:
-        InputError: there is no slice, or the images have no smaller windows.
+        InputError: there is no slice, the images have no smaller windows, or only one channel.
     """
 
     def __init__(
         self, slices, seed: int, image_size: tuple[int, int], max_samples: int | None = None,
         num_train_timesteps: int = 1000, random_flip: bool = False, augment: bool = False,
         crop_background: float = 0.0, halvings: int = 3, clip_input: bool = True,
-        match_positions: bool = False,
+        match_positions: bool = False, channel_dropout: float = 0.0,
     ):  # fmt: skip
         self.slices, self.seed, self.image_size = slices, seed, image_size
         self.num_train_timesteps, self.random_flip, self.augment = num_train_timesteps, random_flip, augment
-        self.crop_background, self.clip_input = crop_background, clip_input
+        self.crop_background, self.clip_input, self.channel_dropout = crop_background, clip_input, channel_dropout
         self.window_side = window_side(image_size, halvings)
         if crop_background and self.window_side >= image_size[0]:
             raise InputError(f"--crop_background: images of {image_size[0]} pixels are too small to be cut to windows")
+        if channel_dropout and slices.preprocessing["channels"] == 1:
+            raise InputError("--channel_dropout: these images have one channel, and without it nothing is left")
         self.labels = np.asarray(slices.labels)[:max_samples]
         self.num_slices = len(self.labels)
         if not self.num_slices:
@@ -99,8 +103,8 @@ class TrainingSlices(torch.utils.data.Dataset):
         """Make a batch of pairs `(position, row)`.
 
         Returns:
-            `images` and `noise` `(N, C, h, w)`, `targets` `(N, h, w)` where the slices have some, `labels`, `timesteps`, `uniform` (for dropping the condition) and
-            `is_cropped` (for `collate_parts`) `(N,)`. Images lie in [-1, 1]; peaks left in or a gain can exceed 1.
+            `images` and `noise` `(N, C, h, w)`, `targets` `(N, h, w)` where the slices have some, `labels`, `timesteps`,
+            `uniform` (for dropping the condition) and `is_cropped` (for `collate_parts`) `(N,)`. Images lie in [-1, 1]; peaks left in or a gain can exceed 1.
         """
         positions, rows = zip(*items, strict=True)
         batch = self.slices.collate(list(rows))
@@ -116,15 +120,22 @@ class TrainingSlices(torch.utils.data.Dataset):
         if self.augment or self.random_flip:
             images = augment_images(images, deformation, self.random_flip, self.augment)
         images, *targets = images.split([channels, images.shape[1] - channels], dim=1)
+        noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators])
+        # the last draws, so that all others are the same with and without windows and dropout
+        is_cropped, drops, channel = torch.stack([torch.rand(3, generator=g) for g in generators]).T
+        if self.channel_dropout:
+            dropped = (
+                functional.one_hot((channel * channels).long(), channels) * (drops < self.channel_dropout)[:, None]
+            )
+            images = images * (1 - dropped)[:, :, None, None]
         return {
             "images": images * 2 - 1,
             **({"targets": targets[0][:, 0]} if "targets" in batch else {}),
             "labels": batch["labels"],
-            "noise": torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators]),
+            "noise": noise,
             "timesteps": (draws[:, 0].double() * self.num_train_timesteps).long(),
             "uniform": draws[:, 1],
-            # the last draw, so that all others are the same with and without windows
-            "is_cropped": torch.cat([torch.rand(1, generator=g) for g in generators]) < self.crop_background,
+            "is_cropped": is_cropped < self.crop_background,
         }
 
     def collate_parts(self, items: list[tuple]) -> list[dict[str, torch.Tensor]]:
