@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from diffusers_cf.errors import InputError
 from diffusers_cf.files import make_folder
 
 
+ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "diffusers", "datasets", "gradio", "matplotlib", "nibabel", "pandas", "pyarrow", "sklearn"}
 
 
@@ -70,7 +72,8 @@ def test_bad_usage_is_exit_code_2(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    "option, reason", [("--seed=0", "trained"), ("--index=-1", "0 or more"), ("--model=missing", "missing")]
+    "option, reason",
+    [("--index=315", "the model knows patients 0 to 315"), ("--seed=-1", "0 or more"), ("--model=missing", "missing")],
 )
 def test_the_demo_refuses_what_it_can_not_show(option, reason, tmp_path, capsys):
     assert main(["demo", "--output", str(tmp_path / "out"), option]) == 2
@@ -84,6 +87,12 @@ def test_the_demo_finds_a_lesion(tmp_path, capsys):
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert 0 < scores["FLAIR threshold"]["auprc"] < 1
     assert 0 < scores["this model"]["auprc"] <= 1
-    patient = tmp_path / "segmentation" / "phantom-s1-0000"
+    result = json.loads((ROOT / "results/phantom/phantom_small.json").read_text(encoding="utf-8"))
+    dice = result["postprocessed"]["per_patient_dice"]
+    median = sorted(zip(dice["values"], dice["patients"], strict=True))[(len(dice["values"]) - 1) // 2][1]
+    assert scores["this model"]["dice"] == pytest.approx(
+        dict(zip(dice["patients"], dice["values"], strict=True))[median], abs=0.05
+    )
+    patient = tmp_path / "segmentation" / median
     assert {"heatmap.nii.gz", "mask.nii.gz", "preview.png", "report.json"} <= {p.name for p in patient.iterdir()}
     assert "AUPRC" in capsys.readouterr().out
