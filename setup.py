@@ -13,10 +13,12 @@ extras = {
     "app": ["gradio>=6.31"],
     "dicom": ["pydicom", "highdicom", "pylibjpeg", "pylibjpeg-openjpeg"],
     "train": ["tensorboard"],
+    "docs": ["mkdocs-material", "mkdocstrings[python]"],
     # 2.3 brought --session-timeout, by which `make test` keeps its time budget
     # playwright drives the Chromium that is installed, and needs none of its own
     "test": ["pytest", "pytest-timeout>=2.3", "pytest-xdist", "playwright"],
 }
+extras["test"] += extras["docs"]
 extras["dev"] = ["ruff", *extras["phantom"], *extras["app"], *extras["dicom"], *extras["train"], *extras["test"]]
 
 setup(

@@ -273,13 +273,18 @@ def train(args: Namespace, training: Training, pipeline: Callable, save_model: C
             validate()
 
 
-def parse_args(args: list[str] | None = None) -> Namespace:
-    """Return the options, named as in diffusers' example scripts."""
+def build_parser() -> ArgumentParser:
+    """Return the parser of the options, named as in diffusers' example scripts."""
     parser = ArgumentParser(prog="train_counterfactual.py", description=__doc__.splitlines()[0])
     _add_model_options(parser.add_argument_group("data and model").add_argument)
     _add_optimisation_options(parser.add_argument_group("optimisation").add_argument)
     _add_run_options(parser.add_argument_group("machine, checkpoints, logs").add_argument)
-    args = parser.parse_args(args)
+    return parser
+
+
+def parse_args(args: list[str] | None = None) -> Namespace:
+    """Return the checked options."""
+    args = (parser := build_parser()).parse_args(args)
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not value >= least:

@@ -232,7 +232,10 @@ class DynamicDDIMScheduler(_DynamicDDIM, DDIMScheduler, SchedulerMixin):
 
     Args:
         num_train_timesteps (`int`): T.
-        beta_start (`float`), beta_end (`float`), beta_schedule (`str`), trained_betas: as in `DDIMScheduler`.
+        beta_start (`float`): as in `DDIMScheduler`, and the next three.
+        beta_end (`float`): the last beta.
+        beta_schedule (`str`): how betas rise between them.
+        trained_betas (`np.ndarray`, *optional*): betas to use instead.
         clip_sample (`bool`): clip x0_hat at +-`clip_sample_range`; only with `thresholding=False`.
         set_alpha_to_one (`bool`): the image itself has cumulative alpha 1.
         steps_offset (`int`): added to the timesteps of a `leading` grid.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A published model made at home on one's own scanner, a stage a command; see fine_tune.md.
+# A published model made at home on one's own scanner, a stage a command; see docs/tutorials/fine-tune.md.
 #   MODEL=user/name SCANS=folder examples/fine_tune.sh prepare     # -> WORK/data
 #   MODEL=user/name examples/fine_tune.sh train                    # -> WORK/model, with a threshold
 #   MODEL=user/name SCANS=folder examples/fine_tune.sh compare     # -> WORK/before, WORK/after: both models' maps

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tables 1 and 2 and Fig. 1 to 4 on BraTS 2021, a stage a command; see reproduce_brats2021.md.
+# Tables 1 and 2 and Fig. 1 to 4 on BraTS 2021, a stage a command; see docs/tutorials/paper.md.
 #   examples/reproduce_brats2021.sh prepare    # BRATS (a folder a patient) -> WORK/data
 #   examples/reproduce_brats2021.sh benchmark  # WORK/data -> WORK/results, goes on where it stopped
 # PRESET=smoke PATIENTS_WANTED=any try the way through in minutes, on any patients in BraTS layout.
