@@ -50,7 +50,7 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	sed '/^torch==/d' constraints.txt > $(VENV)/constraints.txt
 	$(pip) setuptools
 	$(pip) $(TORCH)
-	$(pip) --no-build-isolation -e '.[phantom,app,dicom,train,test]'
+	$(pip) --no-build-isolation -e '.[phantom,app,dicom,skull,train,test]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

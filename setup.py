@@ -12,6 +12,7 @@ extras = {
     "phantom": ["nilearn"],
     "app": ["gradio>=6.31"],
     "dicom": ["pydicom", "highdicom", "pylibjpeg", "pylibjpeg-openjpeg"],
+    "skull": ["deepbet"],
     "train": ["tensorboard"],
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
     # 2.3 brought --session-timeout, by which `make test` keeps its time budget
@@ -19,7 +20,15 @@ extras = {
     "test": ["pytest", "pytest-timeout>=2.3", "pytest-xdist", "playwright"],
 }
 extras["test"] += extras["docs"]
-extras["dev"] = ["ruff", *extras["phantom"], *extras["app"], *extras["dicom"], *extras["train"], *extras["test"]]
+extras["dev"] = [
+    "ruff",
+    *extras["phantom"],
+    *extras["app"],
+    *extras["dicom"],
+    *extras["skull"],
+    *extras["train"],
+    *extras["test"],
+]
 
 setup(
     name="diffusers_cf",

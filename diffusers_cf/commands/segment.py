@@ -19,6 +19,8 @@ def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="OUT", help="folder for the results; each patient gets a folder in it")
     options.add_settings_arguments(parser)
     add("--threshold", type=float, help="map value from which a voxel is lesion; default: recommended by the model")
+    text = "find the brain in scans of whole heads, and take the rest for background (extra skull)"
+    add("--skull_strip", action="store_true", help=f"{text}; default: scans are skull-stripped")
     options.add_device_arguments(parser, compile=True)
     text = "segment finished patients again; default: skip them, or fail if model, settings, dtype or scans changed"
     add("--overwrite", action="store_true", help=text)
@@ -87,6 +89,7 @@ def _segment_all(pipe, patients: list, args: argparse.Namespace, settings: dict,
     from diffusers_cf.segmentation.patient import segment_patient
 
     given = {"model": args.model, "batch_size": args.batch_size, "overwrite": args.overwrite, "progress": talks}
+    given["skull_strip"] = args.skull_strip
     outcomes = {}
     bar = tqdm(patients, desc="Patients", unit="patient", disable=not talks or len(patients) < 2)
     for name, folder in bar:

@@ -14,6 +14,7 @@ from diffusers_cf.inference import computing_dtype, usable_facts
 from diffusers_cf.pipeline_counterfactual_ddim import CounterfactualDDIMPipeline
 from diffusers_cf.provenance import model_fingerprint
 from diffusers_cf.segmentation.cohorts import patient_files
+from diffusers_cf.segmentation.skull import skull_stripper
 from diffusers_cf.segmentation.volumes import map_slices, read_volumes, scan_sha256, write_results
 
 
@@ -21,6 +22,7 @@ from diffusers_cf.segmentation.volumes import map_slices, read_volumes, scan_sha
 _MUST_AGREE = {
     "model_sha256": "another model", "dtype": "another dtype", "preprocessing": "another preprocessing",
     "settings": "other settings", "postprocessed": "other post-processing", "inputs": "other scans",
+    "skull_strip": "other skull-stripping",
 }  # fmt: skip
 _OWN_FILES = re.compile(r"(heatmap|mask|counterfactual_.+)\.nii\.gz|(heatmap|mask)\.dcm|preview\.png|report\.json")
 
@@ -28,7 +30,7 @@ _OWN_FILES = re.compile(r"(heatmap|mask|counterfactual_.+)\.nii\.gz|(heatmap|mas
 def segment_patient(
     pipe: CounterfactualDDIMPipeline, folder: str | Path, output: str | Path, *, model: str = "", patient: str = "",
     batch_size: int | None = None, overwrite: bool = False, progress: bool | Callable[[float], None] = True,
-    **settings,
+    skull_strip: bool = False, **settings,
 ) -> dict:  # fmt: skip
     """Segment one patient and write the folder `output/PATIENT`, as a whole or not at all.
 
@@ -50,6 +52,8 @@ def segment_patient(
         overwrite (`bool`): replace existing results, also those of another model, settings, dtype or scans.
         progress (`bool` or `Callable`): whether to show a bar of slices, or a function that is called after each step
             with the finished share of all steps, in (0, 1].
+        skull_strip (`bool`): find the brain in the first scan, and take everything else for background. Counterfactuals
+            then show the brain alone.
         **settings: `guidance_scale`, `strength`, `num_inference_steps`, `map` and `threshold`, by default those that the
             model recommends; `settings="paper"` selects the paper's.
 
@@ -66,13 +70,14 @@ def segment_patient(
     start = time.perf_counter()
     facts = segmentation_facts(pipe, model=model, **settings)
     patient = check_patient_id(patient or Path(os.path.abspath(folder)).name)  # `folder` may be `.` or end in `..`
+    facts["skull_strip"] = skull_stripper() if skull_strip else None
     files = patient_files(Path(folder), facts["preprocessing"]["modalities"])
     facts["inputs"] = {name: scan_sha256(path) for name, path in files.items()}
     target = Path(output) / patient
     with alone_at(target, timeout=1):  # another process may hold it for a moment to see that the patient is finished
         if finished := _finished_report(target, facts, overwrite):
             return finished
-        volumes = read_volumes(patient, files)
+        volumes = read_volumes(patient, files, skull_strip=skull_strip)
         maps = map_slices(pipe, volumes, facts, batch_size, progress)
         with new_folder(target) as temporary:
             measured = write_results(temporary, volumes, maps, facts)

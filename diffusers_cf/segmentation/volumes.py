@@ -23,6 +23,7 @@ from diffusers_cf.evaluation.protocol import dice
 from diffusers_cf.loading import sha256_of
 from diffusers_cf.plots import plot_slices
 from diffusers_cf.segmentation.dicom import read_series, series_sha256, write_dicom
+from diffusers_cf.segmentation.skull import brain_mask
 
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,9 @@ def read_scan(path: Path, **limits) -> Scan:
 
 
 def read_volumes(
-    patient: str, files: dict[str, Path], max_bytes: int = MAX_BYTES, max_voxels: int | None = None
-) -> PatientVolumes:
+    patient: str, files: dict[str, Path], max_bytes: int = MAX_BYTES, max_voxels: int | None = None,
+    skull_strip: bool = False,
+) -> PatientVolumes:  # fmt: skip
     """Read a patient's scans and check that they can be used together.
 
     Args:
@@ -79,6 +81,7 @@ def read_volumes(
         files (`dict[str, Path]`): scans by modality, from [`patient_files`].
         max_bytes (`int`): limit for the decompressed size of a NIfTI file.
         max_voxels (`int`, *optional*): limit for the number of voxels of a NIfTI file.
+        skull_strip (`bool`): set everything but the brain to 0, in all scans, as found in the first.
 
     Raises:
         InputError: a scan is damaged, empty, not on a raw intensity scale, no segmentation, or on another grid.
@@ -87,13 +90,18 @@ def read_volumes(
     for name, path in files.items():
         scan = read_scan(path, max_bytes=max_bytes, max_voxels=max_voxels)
         originals[name], scans[name] = replace(scan, data=None), to_canonical(scan)
-        errors, warnings = seg_problems(scan, KNOWN_IDS) if name == "seg" else ([], scan_warnings(name, scans[name]))
+        errors, warnings = seg_problems(scan, KNOWN_IDS) if name == "seg" else ([], [])
         if errors:
             raise InputError(errors[0])
         doubts += warnings
+    check_same_grid(list(scans.values()))
+    brain = brain_mask(next(iter(scans.values()))) if skull_strip else None
+    for name in [name for name in scans if name != "seg"]:
+        if brain is not None:
+            scans[name].data[~brain] = 0
+        doubts += scan_warnings(name, scans[name])
     for doubt in doubts:
         logger.warning(doubt)
-    check_same_grid(list(scans.values()))
     originals.pop("seg", None)
     seg = np.rint(scans.pop("seg").data) > 0 if "seg" in scans else None
     volume = np.stack([scan.data for scan in scans.values()], dtype=np.float32)
