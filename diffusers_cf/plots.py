@@ -16,14 +16,14 @@ def plot_slices(
     path: str | Path, images: np.ndarray, counterfactuals: np.ndarray | None, heatmaps: np.ndarray,
     masks: np.ndarray | None = None, channel_names: Sequence[str] = (), title: str = "", row_names: Sequence[str] = (),
     mask_name: str = "lesion", references: np.ndarray | None = None, sides: bool = False, unit: str = "",
+    kind: str = "",
 ) -> None:  # fmt: skip
     """Write a PNG with one row per slice: input, counterfactual, heatmap over the input and, if given, the mask.
 
     Args:
         path (`str` or `Path`): the PNG, in a folder that exists.
         images (`np.ndarray`): `(N, C, H, W)` in input units.
-        counterfactuals (`np.ndarray`, *optional*): `(N, C, H, W)` in input units; without them a column less, and the
-            heatmap is a probability.
+        counterfactuals (`np.ndarray`, *optional*): `(N, C, H, W)` in input units; without them a column less.
         heatmaps (`np.ndarray`): `(N, H, W)` in input units.
         masks (`np.ndarray`, *optional*): `(N, H, W)`, above 0 = lesion, drawn as a red contour in the last column.
         channel_names (`Sequence[str]`): names of the C channels, of which the first is shown.
@@ -33,12 +33,13 @@ def plot_slices(
         references (`np.ndarray`, *optional*): `(N, H, W)`, above 0 = lesion, a green contour to compare `masks` with.
         sides (`bool`): write L and R into each picture; column 0 must be the patient's left.
         unit (`str`): what a heatmap value of 1 means, as from `unit_in_words`.
+        kind (`str`): name of the map; that of a `student` is a probability.
     """
     from matplotlib.figure import Figure
 
     columns = [f"input ({channel_names[0]})" if len(channel_names) else "input"]
     columns += ["counterfactual"] * (counterfactuals is not None) + ["heatmap"] + [mask_name] * (masks is not None)
-    kind, most = ("change", HEAT_MAXIMUM) if counterfactuals is not None else ("probability", CERTAIN)
+    measure, most = ("probability", CERTAIN) if kind == "student" else ("change", HEAT_MAXIMUM)
     column = columns.index("heatmap")
     figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(images) + 0.5), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
@@ -60,7 +61,7 @@ def plot_slices(
             row[0].set_ylabel(row_names[i], fontsize=8)
     for axis, title_of_column in zip(axes[0], columns, strict=True):
         axis.set_title(title_of_column, fontsize=9)
-    label = f"heatmap: {kind}" + (f", {unit}" if unit else "")
+    label = f"heatmap: {measure}" + (f", {unit}" if unit else "")
     figure.colorbar(heat, ax=axes, shrink=min(1, 2 / len(images)), extend="max", label=label)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=100)

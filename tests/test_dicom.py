@@ -206,11 +206,15 @@ def pipe():
 
 def test_a_patient_of_series_is_segmented_to_nifti_and_dicom(pipe, patient, tmp_path):
     assert find_patients(tmp_path / "cohort", ["flair", "t1"]) == ([("P_01", patient)], {})
-    report, out = segment_patient(pipe, patient, tmp_path / "out", progress=False), tmp_path / "out" / "P_01"
+    out = tmp_path / "out" / "P_01"
+    report = segment_patient(pipe, patient, tmp_path / "out", fill=True, progress=False)
     assert set(report["inputs"]) == {"flair", "t1"}
     mask, scan = nibabel.load(out / "mask.nii.gz"), read_series(patient / "FLAIR")
     np.testing.assert_allclose(mask.affine, scan.affine, atol=1e-4)
     assert np.array_equal(mask.get_fdata() > 0, scan.data > 500)
+    filled, inside = nibabel.load(out / "filled_flair.nii.gz").get_fdata(), scan.data > 500
+    counterfactual = nibabel.load(out / "counterfactual_flair.nii.gz").get_fdata()
+    assert np.array_equal(filled, np.where(inside, counterfactual, scan.data)) and (filled != scan.data).any()
     written = highdicom.seg.segread(out / "mask.dcm").get_volume(combine_segments=True)
     assert written.array.sum() == mask.get_fdata().sum()
     heat = highdicom.imread(out / "heatmap.dcm").get_volume()

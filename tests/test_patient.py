@@ -9,7 +9,8 @@ import torch
 from data_files import SPACING_MM, save, write_brats
 from segmentation_files import CUBE, MODALITIES, SETTINGS, BrightnessPipeline, make_pipe, voxels, write_cube
 
-from diffusers_cf.data.geometry import slices_from_volume, to_ras, volume_from_slices
+from diffusers_cf.baselines.student import Student
+from diffusers_cf.data.geometry import from_ras, slices_from_volume, to_ras, volume_from_slices
 from diffusers_cf.errors import InputError
 from diffusers_cf.inference import compute_in
 from diffusers_cf.segmentation import volumes as volumes_module
@@ -139,6 +140,47 @@ def test_counterfactuals_have_their_scans_units_and_no_negatives(tmp_path, monke
     for voxel, brightness in (((5, 25, 8), 1000), ((15, 12, 5), 100)):
         assert written[voxel] == pytest.approx(max(0, factor) * brightness * gain, rel=1e-5)
     assert not written[:2].any() and not written[:, 30:].any() and written.min() >= 0
+
+
+def test_filled_scans_differ_from_the_scans_in_the_mask_alone(bright, tmp_path):
+    """Stored voxels are compared: of a scaled file with a trailing axis, and of a plain one."""
+    folder = write_cube(tmp_path / "P", "LAS", "PSR")
+    flair = nib.load(folder / "P_flair.nii.gz")
+    scaled = nib.Nifti1Image((np.asarray(flair.dataobj) + 6)[..., None].astype(np.int16), flair.affine)
+    scaled.header.set_slope_inter(0.5, -3)
+    scaled.header["cal_max"] = 99
+    nib.save(scaled, folder / "P_flair.nii.gz")
+    report = segment_patient(bright, folder, tmp_path / "out", fill=True, threshold=0.5, progress=False)
+    out, affine = tmp_path / "out" / "P", flair.affine
+    mask = to_ras(voxels(out / "mask.nii.gz")[..., 0], affine) > 0
+    assert report["fill"] is True and mask[CUBE].all() and mask.sum() == mask[CUBE].size
+    for modality, name in (("flair", "flair"), ("t1", "T1n")):
+        scan, filled = nib.load(folder / f"P_{name}.nii.gz"), nib.load(out / f"filled_{modality}.nii.gz")
+        for entry in ("datatype", "scl_slope", "scl_inter", "cal_max", "sform_code", "dim"):
+            assert np.array_equal(filled.header[entry], scan.header[entry], equal_nan=True)
+        assert (filled.dataobj.slope, filled.dataobj.inter) == (scan.dataobj.slope, scan.dataobj.inter)
+        inside = from_ras(mask, scan.affine)
+        stored, before = (image.dataobj.get_unscaled().reshape(inside.shape) for image in (filled, scan))
+        np.testing.assert_array_equal(stored[~inside], before[~inside])
+        counterfactual = voxels(out / f"counterfactual_{modality}.nii.gz").reshape(inside.shape)
+        found = stored * filled.dataobj.slope + filled.dataobj.inter
+        np.testing.assert_allclose(found[inside], counterfactual[inside], atol=0.51 * filled.dataobj.slope)
+        assert (stored[inside] < before[inside]).all()
+
+
+def test_a_student_is_joined_by_the_model_to_fill(patient, tmp_path):
+    pipe = make_pipe(settings=SETTINGS | {"map": "student"})
+    pipe.register_modules(student=Student(2, 16, (8, 16)).network)
+    plain = segment_patient(pipe, patient, tmp_path / "plain", progress=False)
+    with pytest.raises(InputError, match="P_01: finished without filled scans; --overwrite"):
+        segment_patient(pipe, patient, tmp_path / "plain", fill=True, progress=False)
+    filled = segment_patient(pipe, patient, tmp_path / "out", fill=True, progress=False)
+    assert plain["network_evaluations_per_slice"] == 1 and filled["network_evaluations_per_slice"] == 1 + 2 + 2 * 2
+    names = [*(f"counterfactual_{name}" for name in MODALITIES), *(f"filled_{name}" for name in MODALITIES)]
+    written = {path.name.split(".")[0] for path in (tmp_path / "out" / "P_01").iterdir()}
+    assert written == {*names, "heatmap", "mask", "preview", "report"}
+    np.testing.assert_array_equal(*(voxels(tmp_path / name / "P_01" / "mask.nii.gz") for name in ("plain", "out")))
+    assert segment_patient(pipe, patient, tmp_path / "out", progress=False) == filled  # it has more than is asked for
 
 
 def test_postprocessing_if_the_model_asks_for_it(tmp_path):

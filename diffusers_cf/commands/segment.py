@@ -22,6 +22,8 @@ def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     text = "find the brain in scans of whole heads, and take the rest for background (extra skull)"
     add("--skull_strip", action="store_true", help=f"{text}; default: scans are skull-stripped")
     options.add_device_arguments(parser, compile=True)
+    text = "also write filled_<modality>.nii.gz: the scan with the lesion replaced by its counterfactual; default: off"
+    add("--fill", action="store_true", help=text)
     text = "segment finished patients again; default: skip them, or fail if model, settings, dtype or scans changed"
     add("--overwrite", action="store_true", help=text)
     options.add_shard_argument(parser, "segments what is missing")
@@ -88,8 +90,8 @@ def _segment_all(pipe, patients: list, args: argparse.Namespace, settings: dict,
 
     from diffusers_cf.segmentation.patient import segment_patient
 
-    given = {"model": args.model, "batch_size": args.batch_size, "overwrite": args.overwrite, "progress": talks}
-    given["skull_strip"] = args.skull_strip
+    given = {"model": args.model, "batch_size": args.batch_size, "overwrite": args.overwrite}
+    given |= {"fill": args.fill, "skull_strip": args.skull_strip, "progress": talks}
     outcomes = {}
     bar = tqdm(patients, desc="Patients", unit="patient", disable=not talks or len(patients) < 2)
     for name, folder in bar:

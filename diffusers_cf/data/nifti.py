@@ -44,8 +44,9 @@ class Scan:
 
 
 def read_nifti(
-    path: str | Path, dimensions: int = 3, max_bytes: int = MAX_BYTES, max_voxels: int | None = None
-) -> Scan:
+    path: str | Path, dimensions: int = 3, max_bytes: int = MAX_BYTES, max_voxels: int | None = None,
+    stored: bool = False,
+) -> Scan:  # fmt: skip
     """Read a single-file NIfTI-1 or NIfTI-2 image, gzipped or plain (its first bytes decide, not its name).
 
     Args:
@@ -53,6 +54,7 @@ def read_nifti(
         dimensions (`int`): 3 or 4; trailing axes of length 1 are dropped or added to fit.
         max_bytes (`int`): limit for the decompressed size.
         max_voxels (`int`, *optional*): limit for the number of voxels.
+        stored (`bool`): return the voxels as they are stored, without the header's slope and intercept.
 
     Raises:
         InputError: the file is missing, damaged, too large, or not a real-valued NIfTI image of these dimensions; its
@@ -76,7 +78,8 @@ def read_nifti(
             is_scaled = header.get_slope_inter() not in ((None, None), (1, 0))
             keeps_type = dtype.kind in "ui" and dtype.itemsize <= 2 and not is_scaled
             dtype = dtype.newbyteorder("=") if keeps_type else np.float32
-            data = np.asarray(ArrayProxy(stream, header, mmap=False), dtype)
+            proxy = ArrayProxy(stream, header, mmap=False)
+            data = proxy.get_unscaled() if stored else np.asarray(proxy, dtype)
             while stream.read(1 << 20):  # the checksum at the end of a gzip stream covers all of it
                 if stream.tell() > max_bytes:
                     raise InputError(f"{path}: more than {max_bytes} bytes after decompression, the limit")

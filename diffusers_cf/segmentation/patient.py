@@ -24,21 +24,23 @@ _MUST_AGREE = {
     "settings": "other settings", "postprocessed": "other post-processing", "inputs": "other scans",
     "skull_strip": "other skull-stripping",
 }  # fmt: skip
-_OWN_FILES = re.compile(r"(heatmap|mask|counterfactual_.+)\.nii\.gz|(heatmap|mask)\.dcm|preview\.png|report\.json")
+_OWN_FILES = re.compile(
+    r"(heatmap|mask|(counterfactual|filled)_.+)\.nii\.gz|(heatmap|mask)\.dcm|preview\.png|report\.json"
+)
 
 
 def segment_patient(
     pipe: CounterfactualDDIMPipeline, folder: str | Path, output: str | Path, *, model: str = "", patient: str = "",
-    batch_size: int | None = None, overwrite: bool = False, progress: bool | Callable[[float], None] = True,
-    skull_strip: bool = False, **settings,
+    batch_size: int | None = None, overwrite: bool = False, fill: bool = False, skull_strip: bool = False,
+    progress: bool | Callable[[float], None] = True, **settings,
 ) -> dict:  # fmt: skip
     """Segment one patient and write the folder `output/PATIENT`, as a whole or not at all.
 
     The folder holds `heatmap.nii.gz` (float32, on the model's intensity scale, 0 outside the foreground, before any
     post-processing), `mask.nii.gz` (uint8, 1 for lesion), `counterfactual_<modality>.nii.gz` (float32, in the scan's
-    units), `preview.png` and `report.json`. Heatmap and mask have the shape, axes and affine of the first modality's
-    scan, each counterfactual those of its own scan. A patient that was finished with the same model, settings, dtype and
-    scans is skipped.
+    units), `preview.png` and `report.json`, and with `fill` the scans without their lesion, `filled_<modality>.nii.gz`.
+    Heatmap and mask have the shape, axes and affine of the first modality's scan, each other volume those of its own
+    scan. A patient that was finished with the same model, settings, dtype and scans is skipped.
 
     Args:
         pipe (`CounterfactualDDIMPipeline`): a pipeline whose `preprocessing` names its modalities.
@@ -50,6 +52,9 @@ def segment_patient(
         patient (`str`): name of the patient; by default that of `folder`.
         batch_size (`int`, *optional*): slices in a batch; by default 64 on a CPU, and the largest that fits on a GPU.
         overwrite (`bool`): replace existing results, also those of another model, settings, dtype or scans.
+        fill (`bool`): also write each scan with the mask's voxels replaced by the counterfactual's, for tools that measure
+            healthy anatomy. A lower threshold makes the step at the border of the mask smaller. With the map `student` the
+            model itself makes the counterfactual, for more passes a slice.
         progress (`bool` or `Callable`): whether to show a bar of slices, or a function that is called after each step
             with the finished share of all steps, in (0, 1].
         skull_strip (`bool`): find the brain in the first scan, and take everything else for background. Counterfactuals
@@ -68,7 +73,7 @@ def segment_patient(
         OSError: the results can't be written.
     """
     start = time.perf_counter()
-    facts = segmentation_facts(pipe, model=model, **settings)
+    facts = segmentation_facts(pipe, model=model, fill=fill, **settings)
     patient = check_patient_id(patient or Path(os.path.abspath(folder)).name)  # `folder` may be `.` or end in `..`
     facts["skull_strip"] = skull_stripper() if skull_strip else None
     files = patient_files(Path(folder), facts["preprocessing"]["modalities"])
@@ -88,7 +93,7 @@ def segment_patient(
 
 
 def segmentation_facts(
-    pipe: CounterfactualDDIMPipeline, model: str = "", needs_threshold: bool = True, **settings
+    pipe: CounterfactualDDIMPipeline, model: str = "", needs_threshold: bool = True, fill: bool = False, **settings
 ) -> dict:
     """Return everything that a segmentation depends on besides the scans: model, dtype, preprocessing and settings.
 
@@ -96,6 +101,7 @@ def segmentation_facts(
         pipe (`CounterfactualDDIMPipeline`): the pipeline.
         model (`str`): name of the model for the report; by default the folder that it was loaded from.
         needs_threshold (`bool`): whether a missing threshold is an error.
+        fill (`bool`): as in [`segment_patient`].
         **settings: as in [`segment_patient`].
 
     Raises:
@@ -110,6 +116,9 @@ def segmentation_facts(
             unit_in_words(usable["preprocessing"]["normalize"], usable["settings"]["map"]),
         )
         raise InputError(f"{model} recommends no threshold for the map {kind}: give one by --threshold ({unit})")
+    evaluations = pipe.network_evaluations(**usable["settings"])
+    if fill and usable["settings"]["map"] == "student":
+        evaluations += pipe.network_evaluations(**usable["settings"] | {"map": "counterfactual"})
     return {
         "model": model,
         "model_sha256": model_fingerprint(pipe),
@@ -117,7 +126,8 @@ def segmentation_facts(
         **usable,
         "threshold": threshold,
         "postprocessed": pipe.preprocessing.get("settings", {}).get("postprocess", False),
-        "network_evaluations_per_slice": pipe.network_evaluations(**usable["settings"]),
+        "network_evaluations_per_slice": evaluations,
+        "fill": fill,
     }
 
 
@@ -136,6 +146,8 @@ def _finished_report(target: Path, facts: dict, overwrite: bool) -> dict | None:
     if overwrite:
         return None
     report = read_json(target / "report.json")
+    if facts["fill"] and not report.get("fill"):
+        raise InputError(f"{target}: finished without filled scans; --overwrite replaces it")
     if differing := [text for key, text in _MUST_AGREE.items() if report.get(key) != facts[key]]:
         raise InputError(f"{target}: finished with {' and '.join(differing)}; --overwrite replaces it")
     return report

@@ -110,7 +110,8 @@ def _sections(patients: Sequence[dict], scans: Mapping[str, Path], vmax: float, 
             else:
                 path = folder / f"counterfactual_{modality}.nii.gz"
                 section["background"] = f"the counterfactual of {modality} (--scans shows the scan itself)"
-            if name in scans or report["settings"]["map"] != "student":  # a student makes no counterfactual
+            # a student alone makes no counterfactual
+            if name in scans or path.exists() or report["settings"]["map"] != "student":
                 section["viewer"] = volume_viewer(report, heat, to_canonical(read_scan(path)), vmax)
         except (InputError, OSError, MemoryError) as error:
             section["failure"] = in_one_line(error)

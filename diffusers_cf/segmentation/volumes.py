@@ -135,7 +135,7 @@ def map_slices(
     """
     found = network_slices(volumes, facts)
     settings = {name: value for name, value in facts["settings"].items() if name != "threshold"}
-    walks = {"student": 0, "forward": 1, "delta": 1, "counterfactual": 2}.get(settings["map"], 3)
+    walks = {"student": 2 * facts["fill"], "forward": 1, "delta": 1, "counterfactual": 2}.get(settings["map"], 3)
     total, done = len(found.images) * walks * round(settings["num_inference_steps"] * settings["strength"]), 0
 
     def count(_, step, timestep, tensors):
@@ -145,7 +145,10 @@ def map_slices(
         return {}
 
     def call(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out = pipe(images, callback_on_step_end=count if callable(progress) else None, **settings)
+        options = settings | {"callback_on_step_end": count if callable(progress) else None}
+        out = pipe(images, **options)
+        if facts["fill"] and out.counterfactuals is None:
+            return out.heatmaps, pipe(images, **options | {"map": "counterfactual"}).counterfactuals
         return out[:2]  # heatmaps and, if the map has them, counterfactuals
 
     # `leave=None` removes the bar at its end if it is shown below a bar of patients
@@ -214,9 +217,40 @@ def write_volume(path: Path, volume: np.ndarray, like: Scan, dtype: type) -> Non
     header.set_data_dtype(dtype)
     header.set_intent("none")
     header["cal_min"] = header["cal_max"] = 0  # the scan's display window does not apply to a map
-    data = from_ras(volume, like.affine).astype(dtype).reshape(header.get_data_shape())
+    nibabel.save(nifti_image(from_ras(volume, like.affine).astype(dtype), like.affine, header), path)
+
+
+def nifti_image(voxels: np.ndarray, affine: np.ndarray, header) -> nibabel.Nifti1Image:
+    """Return an image, NIfTI-1 or 2 as its header, of voxels in the file's own axes."""
     image_class = nibabel.Nifti1Image if header["sizeof_hdr"] == 348 else nibabel.Nifti2Image
-    nibabel.save(image_class(data, like.affine, header), path)
+    return image_class(voxels.reshape(header.get_data_shape()), affine, header)
+
+
+def write_filled(path: Path, counterfactual: np.ndarray, mask: np.ndarray, scan: np.ndarray, like: Scan) -> None:
+    """Write a scan whose voxels in the mask are those of its counterfactual, stored as in the patient's file.
+
+    Outside the mask every stored voxel is that of the file; in it whole numbers are rounded. A DICOM series, which is
+    no NIfTI file, becomes float32.
+
+    Args:
+        path (`Path`): a name that ends in .nii.gz.
+        counterfactual (`np.ndarray`): `(X, Y, Z)`, RAS, in the scan's units.
+        mask (`np.ndarray`): bool `(X, Y, Z)`, RAS.
+        scan (`np.ndarray`): float32 `(X, Y, Z)`, RAS.
+        like (`Scan`): path, affine and header of the patient's file.
+    """
+    if like.path.is_dir():
+        return write_volume(path, np.where(mask, counterfactual, scan), like, np.float32)
+    stored, inside = read_nifti(like.path, stored=True), from_ras(mask, like.affine)
+    slope, intercept = (given or usual for given, usual in zip(like.header.get_slope_inter(), (1, 0), strict=True))
+    voxels, values = stored.data.copy(), (from_ras(counterfactual, like.affine)[inside] - intercept) / slope
+    if voxels.dtype.kind in "ui":
+        limits = np.iinfo(voxels.dtype)
+        values = np.clip(np.rint(values), limits.min, limits.max)
+    voxels[inside] = values
+    image = nifti_image(voxels, like.affine, stored.header)
+    image.header.set_slope_inter(slope, intercept)  # else nibabel would choose others
+    nibabel.save(image, path)
 
 
 def most_suspicious(heatmaps: np.ndarray, masks: np.ndarray, count: int = 6) -> list[int]:
@@ -251,7 +285,7 @@ def write_preview(
         references=None if volumes.seg is None else maps.found.masks[rows],
         mask_name="found (red)" if volumes.seg is None else "found (red), expert (green)",
         channel_names=list(volumes.files), row_names=[f"axial slice {slices[row]}" for row in rows],
-        title=f"{title}\nL, R: the patient's left and right", sides=True,
+        kind=facts["settings"]["map"], title=f"{title}\nL, R: the patient's left and right", sides=True,
         unit=unit_in_words(preprocessing["normalize"], facts["settings"]["map"]),
     )  # fmt: skip
 
@@ -267,6 +301,9 @@ def write_results(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts:
     for channel, (modality, like) in enumerate(volumes.files.items()) if maps.changes is not None else ():
         counterfactual = counterfactual_volume(volumes, maps, channel, field_mm, normalize)
         write_volume(folder / f"counterfactual_{modality}.nii.gz", counterfactual, like, np.float32)
+        if facts["fill"]:
+            path = folder / f"filled_{modality}.nii.gz"
+            write_filled(path, counterfactual, mask, volumes.volume[channel], like)
     millilitres = float(mask.sum() * abs(np.linalg.det(first.affine[:3, :3])) / 1000)
     title = f"{volumes.patient}: {millilitres:.1f} ml above {facts['threshold']:.3g}"
     measured = {"lesion_volume_ml": millilitres, "n_slices": len(maps.found.slices)}
