@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 extras = {
-    "phantom": ["nilearn"],
+    "phantom": ["nilearn>=0.14"],
     "app": ["gradio>=6.31"],
     "dicom": ["pydicom", "highdicom", "pylibjpeg", "pylibjpeg-openjpeg"],
     "skull": ["deepbet"],

@@ -10,35 +10,58 @@ import numpy as np
 GREY = {"cmap": "gray", "vmin": 0, "vmax": 1.1}  # how images in input units are shown
 HEAT_MAXIMUM = 0.25  # heatmap value with the brightest colour, the same in all pictures
 CERTAIN = 1.0  # the same for the map `student`, a probability
+# Outlines of masks: orange and sky blue of Okabe and Ito, which colour-blind readers can tell apart, also on grey.
+FOUND, EXPERT = "#E69F00", "#56B4E9"
+# How slices of a head are shown: the letters of the patient's sides at the left and the right, and what they mean.
+CONVENTIONS = {
+    "radiological": ("R", "L", "radiological: the patient's right is at the left"),
+    "neurological": ("L", "R", "neurological: the patient's left is at the left"),
+}
+
+
+def as_shown(slices: np.ndarray, convention: str | None) -> np.ndarray:
+    """Return slices as pictures show them: the only place where they are mirrored.
+
+    Args:
+        slices (`np.ndarray`): `(.., H, W)`, column 0 the patient's left, as everywhere in memory.
+        convention (`str`, *optional*): a key of `CONVENTIONS`; None for images without sides, which stay as they are.
+    """
+    return slices[..., ::-1] if convention == "radiological" else slices
 
 
 def plot_slices(
     path: str | Path, images: np.ndarray, counterfactuals: np.ndarray | None, heatmaps: np.ndarray,
-    masks: np.ndarray | None = None, channel_names: Sequence[str] = (), title: str = "", row_names: Sequence[str] = (),
-    mask_name: str = "lesion", references: np.ndarray | None = None, sides: bool = False, unit: str = "",
-    kind: str = "",
+    masks: np.ndarray | None = None, references: np.ndarray | None = None, channel_names: Sequence[str] = (),
+    title: str = "", row_names: Sequence[str] = (), unit: str = "", kind: str = "", convention: str | None = None,
 ) -> None:  # fmt: skip
-    """Write a PNG with one row per slice: input, counterfactual, heatmap over the input and, if given, the mask.
+    """Write a PNG with one row per slice: input, counterfactual, heatmap over the input and, if given, masks.
 
     Args:
         path (`str` or `Path`): the PNG, in a folder that exists.
         images (`np.ndarray`): `(N, C, H, W)` in input units.
         counterfactuals (`np.ndarray`, *optional*): `(N, C, H, W)` in input units; without them a column less.
         heatmaps (`np.ndarray`): `(N, H, W)` in input units.
-        masks (`np.ndarray`, *optional*): `(N, H, W)`, above 0 = lesion, drawn as a red contour in the last column.
+        masks (`np.ndarray`, *optional*): `(N, H, W)`, above 0 = lesion found, drawn as an orange outline in the last column.
+        references (`np.ndarray`, *optional*): `(N, H, W)`, above 0 = the expert's lesion, the same in blue.
         channel_names (`Sequence[str]`): names of the C channels, of which the first is shown.
         title (`str`): title of the picture.
         row_names (`Sequence[str]`): a name for each slice.
-        mask_name (`str`): title of the last column.
-        references (`np.ndarray`, *optional*): `(N, H, W)`, above 0 = lesion, a green contour to compare `masks` with.
-        sides (`bool`): write L and R into each picture; column 0 must be the patient's left.
         unit (`str`): what a heatmap value of 1 means, as from `unit_in_words`.
         kind (`str`): name of the map; that of a `student` is a probability.
+        convention (`str`, *optional*): a key of `CONVENTIONS`, which the picture states; column 0 of all arrays must
+            be the patient's left. None for images without sides.
     """
     from matplotlib.figure import Figure
 
+    given = (images, counterfactuals, heatmaps, masks, references)
+    images, counterfactuals, heatmaps, masks, references = (
+        None if part is None else as_shown(part, convention) for part in given
+    )
+    outlines = [(references, EXPERT, "expert (blue)"), (masks, FOUND, "found (orange)")]
+    outlines = [outline for outline in outlines if outline[0] is not None]
     columns = [f"input ({channel_names[0]})" if len(channel_names) else "input"]
-    columns += ["counterfactual"] * (counterfactuals is not None) + ["heatmap"] + [mask_name] * (masks is not None)
+    columns += ["counterfactual"] * (counterfactuals is not None) + ["heatmap"]
+    columns += [", ".join(name for *_, name in outlines)] * bool(outlines)
     measure, most = ("probability", CERTAIN) if kind == "student" else ("change", HEAT_MAXIMUM)
     column = columns.index("heatmap")
     figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(images) + 0.5), layout="constrained")
@@ -47,24 +70,33 @@ def plot_slices(
         for axis in row:
             axis.imshow(images[i, 0], **GREY)
             axis.set(xticks=[], yticks=[])
-            for side, x in (("L", 0.03), ("R", 0.97)) if sides else ():
-                align = "left" if side == "L" else "right"
-                axis.text(x, 0.5, side, color="white", fontsize=9, ha=align, va="center", transform=axis.transAxes)
+            mark_sides(axis, convention)
         if counterfactuals is not None:
             row[1].imshow(counterfactuals[i, 0], **GREY)
         heat = row[column].imshow(heatmaps[i], cmap="inferno", vmin=0, vmax=most, alpha=0.8)
-        if masks is not None:
-            if references is not None:
-                draw_contour(row[-1], references[i], "lime")
-            draw_contour(row[-1], masks[i], "red")
+        for outline, color, _ in outlines:
+            draw_contour(row[-1], outline[i], color)
         if row_names:
             row[0].set_ylabel(row_names[i], fontsize=8)
     for axis, title_of_column in zip(axes[0], columns, strict=True):
         axis.set_title(title_of_column, fontsize=9)
     label = f"heatmap: {measure}" + (f", {unit}" if unit else "")
     figure.colorbar(heat, ax=axes, shrink=min(1, 2 / len(images)), extend="max", label=label)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(caption(title, convention), fontsize=9)
     figure.savefig(path, dpi=100)
+
+
+def caption(text: str, convention: str | None, separator: str = "\n") -> str:
+    """Return a text that ends with what the convention means."""
+    return separator.join(filter(None, [text, convention and CONVENTIONS[convention][-1]]))
+
+
+def mark_sides(axes, convention: str | None, fontsize: int = 9) -> None:
+    """Write the letters of the patient's sides into a picture that [`as_shown`] has turned; nothing without sides."""
+    for letter, x, align in (
+        zip(CONVENTIONS[convention], (0.03, 0.97), ("left", "right"), strict=False) if convention else ()
+    ):
+        axes.text(x, 0.5, letter, color="white", fontsize=fontsize, ha=align, va="center", transform=axes.transAxes)
 
 
 def draw_contour(axes, mask: np.ndarray, color: str, linewidth: float = 1) -> None:

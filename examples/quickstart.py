@@ -25,8 +25,9 @@ def main(output: Path = Path("quickstart.png")) -> None:
         images.numpy(),
         out.counterfactuals,
         out.heatmaps,
-        patient.masks[middle : middle + 1],
+        references=patient.masks[middle : middle + 1],
         channel_names=source.modalities,
+        convention="radiological",
     )
 
 

@@ -36,6 +36,10 @@ def test_process_runs_right_above_and_left_below(tmp_path):
     assert {a.images[0].get_clim() for a in [*above, *below[1:], end]} == {(GREY["vmin"], GREY["vmax"])}
     assert below[0].images[0].get_clim() == (0, np.percentile(heat, 99.9))
     assert [len(axis.collections) for axis in above] == [1, 0, 0, 0]  # the outline of the lesion
+    mirrored = figures.plot_process(tmp_path / "f.png", encoding, decoding, heat, mask, "radiological")
+    assert "radiological: the patient's right" in mirrored.get_suptitle()
+    for one, other in zip(figure.axes, mirrored.axes, strict=True):
+        np.testing.assert_array_equal(shown(one), shown(other)[:, ::-1])
 
 
 def test_every_map_is_shown_in_one_unit_per_method(tmp_path):
@@ -51,6 +55,10 @@ def test_every_map_is_shown_in_one_unit_per_method(tmp_path):
         for axis, values in zip(row[2:], maps.values(), strict=True):
             np.testing.assert_allclose(shown(axis), values[i] / np.percentile(values, 99.9))
             assert axis.images[0].get_clim() == (0, 1)  # the same colours for all rows: a faint slice stays dark
+    mirrored = figures.plot_method_maps(tmp_path / "f.png", images, masks, maps, "flair", "radiological")
+    assert "the patient's right is at the left" in mirrored.axes[-1].get_xlabel()
+    for one, other in zip(figure.axes[:-1], mirrored.axes[:-1], strict=True):
+        np.testing.assert_array_equal(shown(one), shown(other)[:, ::-1])
     outline = axes[0, 1].collections[0].get_paths()[0].vertices
     assert outline.min(axis=0) == pytest.approx([3.5, 3.5]) and outline.max(axis=0) == pytest.approx([8.5, 8.5])
     assert [[len(axis.collections) for axis in row] for row in axes] == [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
@@ -105,14 +113,17 @@ def test_quality_is_the_mean_over_seeds_at_its_cost(tmp_path):
 def test_a_result_older_than_a_setting_keeps_the_method_s_own(tmp_path, monkeypatch):
     """Early results of the forward map do not name their map."""
     seen, method = [], SimpleNamespace(whole_patient=False, settings={"strength": 0.2, "map": "forward"})
+    method.learn = lambda train: None
     method.anomaly_map = lambda images: seen.append(method.settings) or images[:, 0]
     settings = {"guidance_scale": 16.0, "strength": 0.75, "num_inference_steps": 10}
     (tmp_path / "cells").mkdir()
     write_json(cell("forward-map", 10, 0.5, seed=1) | {"settings": settings}, tmp_path / "cells" / "x.json")
     batch = {"images": torch.ones(2, 1, 4, 4), "masks": torch.zeros(2, 4, 4)}
-    test = SimpleNamespace(patients=np.array(["A", "B"]), __getitems__=lambda rows: rows, collate=lambda _: batch)
+    test = SimpleNamespace(
+        patients=np.array(["A", "B"]), __getitems__=lambda rows: rows, collate=lambda _: batch, preprocessing={}
+    )
     networks = SimpleNamespace(is_ready=lambda *_: True, make=lambda *_: (method, {}))
     monkeypatch.setattr(figures, "example_rows", lambda *_: [0, 1])
-    data = SimpleNamespace(test=test, modalities=["flair"])
+    data = SimpleNamespace(train=None, test=test, modalities=["flair"])
     figures.write_figures(SimpleNamespace(output=tmp_path, networks=networks), {1: data}, pictures=True)
     assert seen == [settings | {"map": "forward"}] * 2 and is_png(tmp_path / "figure2.png")

@@ -1,6 +1,9 @@
 """`Explorer`: a view computes only what changed and agrees with what `segment` writes; nothing outlasts `close`."""
 
+import base64
 import gc
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from segmentation_files import MODALITIES, SETTINGS, make_pipe, voxels, write_cube
 
 from diffusers_cf.app.explorer import RECENT, Explorer, with_own_schedulers
@@ -162,6 +166,15 @@ def test_the_verdict_is_that_of_the_mask(explorer, settings):
     view = explorer.view(INDEX, settings | {"threshold": 1e-6})
     area = view.mask.sum() * np.prod(view.pixel_mm) / 100
     assert f"Slice: unhealthy</b> · {area:.1f} cm²" in verdict_html(view, 1e-6)
+    looks = {}
+    for convention in ("radiological", "neurological"):
+        page = slice_html(view, 0, MODALITIES, "1 = p99", "student", convention)
+        found = re.findall('src="data:image/png;base64,([^"]*)"', page)
+        looks[convention] = [np.asarray(Image.open(io.BytesIO(base64.b64decode(picture)))) for picture in found]
+        assert f'<span class="cf-left">{"R" if convention == "radiological" else "L"}<' in page and convention in page
+    assert len(found) == 5
+    assert all(np.array_equal(a, b[:, ::-1]) for a, b in zip(*looks.values(), strict=True))
+    assert not all(map(np.array_equal, *looks.values()))
     assert "<b>" not in slice_html(view, 0, ["<b>", "t1"], "1 = p99", "student")
 
 

@@ -60,7 +60,10 @@ def edit(folder, **entries):
 
 
 def test_the_page_says_what_segment_found(cohort, page, capsys):
-    assert cli("report", cohort / "out", "--scans", cohort / "scans", "--output", page) == 0
+    arguments = ("report", cohort / "out", "--scans", cohort / "scans", "--output", page)
+    assert cli(*arguments, "--neurological") == 0 and "(neurological: the patient" in page.read_text()
+    capsys.readouterr()
+    assert cli(*arguments) == 0 and "(radiological: the patient" in page.read_text()
     assert capsys.readouterr().out == f"2 patients, 0 failed -> {page}\n"
     text, report = text_of(page.read_text()), json.loads((cohort / "out" / "P_01" / "report.json").read_text())
     depths, millilitres = np.arange(12)[CUBE[2]], report["lesion_volume_ml"]

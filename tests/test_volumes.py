@@ -4,13 +4,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 from data_files import SPACING_MM, brain, write_brats
+from matplotlib import colors
 from PIL import Image
 from segmentation_files import make_pipe, voxels
 
 from diffusers_cf.data.geometry import display, to_ras, undisplay
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.evaluation.postprocessing import PostProcessing, remove_small_components
-from diffusers_cf.plots import plot_slices
+from diffusers_cf.plots import EXPERT, FOUND, plot_slices
 from diffusers_cf.segmentation import volumes as volumes_module
 from diffusers_cf.segmentation.patient import segment_patient
 from diffusers_cf.segmentation.volumes import (
@@ -81,17 +82,25 @@ def test_preview(tmp_path, monkeypatch):
         np.testing.assert_allclose(drawn[name].sum(axis=(1, 2)), expected, rtol=0.1, atol=10)
 
 
-def test_pictures_name_the_patients_sides(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("convention", "left", "right"), [("radiological", "R", "L"), ("neurological", "L", "R")])
+def test_pictures_show_and_name_the_patients_sides(tmp_path, monkeypatch, convention, left, right):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
     images = np.zeros((2, 1, 8, 8))
-    plot_slices(tmp_path / "picture.png", images, images, images[:, 0], masks=images[:, 0], sides=True)
+    images[..., 2:4, 1:3] = 1  # at the patient's left
+    maps = {"masks": images[:, 0], "references": images[:, 0]}
+    plot_slices(tmp_path / "picture.png", images, images, images[:, 0], **maps, convention=convention)
     *pictures, _ = figures[0].axes  # the last one is the colour bar
-    assert len(pictures) == 8
-    for axes in pictures:  # column 0 of the image, the patient's left, is at the left
+    assert len(pictures) == 8 and f"{convention}: " in figures[0].get_suptitle()
+    for axes in pictures:
         assert axes.get_xlim()[0] < axes.get_xlim()[1]
         places = {text.get_text(): text.get_position()[0] for text in axes.texts}
-        assert places.keys() == {"L", "R"} and places["L"] < 0.1 and places["R"] > 0.9
+        assert places.keys() == {"L", "R"} and places[left] < 0.1 and places[right] > 0.9
+        for picture in axes.images:
+            assert (picture.get_array()[2, :4].any(), picture.get_array()[2, 4:].any()) == (left == "L", left == "R")
+    outlines = {colors.to_hex(lines.get_edgecolor()[0]): lines for lines in pictures[3].collections}
+    assert outlines.keys() == {FOUND.lower(), EXPERT.lower()}
+    assert all((lines.get_paths()[0].vertices[:, 0].mean() < 4) == (left == "L") for lines in outlines.values())
 
 
 def test_the_preview_shows_the_most_suspicious_slices_at_a_distance():

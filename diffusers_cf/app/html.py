@@ -7,16 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from jinja2 import Environment, PackageLoader
 from matplotlib import colormaps
-from PIL import Image
+from PIL import Image, ImageColor
 from scipy import ndimage
 
 from diffusers_cf.app.explorer import SliceView, VolumeFiles
-from diffusers_cf.plots import CERTAIN, GREY, HEAT_MAXIMUM
+from diffusers_cf.plots import CERTAIN, CONVENTIONS, EXPERT, FOUND, GREY, HEAT_MAXIMUM, as_shown
 from diffusers_cf.segmentation.report import ranges
 
 
-# Orange and sky blue of Okabe and Ito, which colour-blind readers can tell apart, also on grey.
-FOUND, EXPERT = (230, 159, 0), (86, 180, 233)
 SEE_THROUGH = 0.4  # share of HEAT_MAXIMUM below which the heatmap fades, so that the anatomy shows
 OUTLINE_SCALE = 4  # pixels of an outline's picture per pixel of the slice
 
@@ -24,7 +22,9 @@ TEMPLATES = Environment(loader=PackageLoader("diffusers_cf"), autoescape=True, t
 CSS = TEMPLATES.get_template("app.css").render()
 
 
-def slice_html(view: SliceView, channel: int, modalities: Sequence[str], unit: str, kind: str) -> str:
+def slice_html(
+    view: SliceView, channel: int, modalities: Sequence[str], unit: str, kind: str, convention: str = "radiological"
+) -> str:
     """Return input, counterfactual, heatmap and mask of one modality side by side, with a legend.
 
     Args:
@@ -33,7 +33,11 @@ def slice_html(view: SliceView, channel: int, modalities: Sequence[str], unit: s
         modalities (`Sequence[str]`): names of all modalities.
         unit (`str`): what a heat of 1 means, as from `unit_in_words`.
         kind (`str`): of the map; a student makes no counterfactual.
+        convention (`str`): `radiological` or `neurological`.
     """
+    parts = (view.images, view.counterfactuals, view.heatmap, view.mask, view.reference)
+    parts = (None if part is None else as_shown(part, convention) for part in parts)
+    view = SliceView(*parts, view.pixel_mm, view.score, view.of_volume)
     scan, most = _grey(view.images[channel]), CERTAIN if kind == "student" else HEAT_MAXIMUM
     share = np.clip(view.heatmap / most, 0, 1)
     heat = colormaps["inferno"](share, bytes=True)
@@ -53,6 +57,7 @@ def slice_html(view: SliceView, channel: int, modalities: Sequence[str], unit: s
     keys = [(FOUND, "found")] * (view.mask is not None) + [(EXPERT, "expert")] * (view.reference is not None)
     return TEMPLATES.get_template("slice.html").render(
         panels=panels, aspect=width / height, maximum=most, unit=unit, keys=keys,
+        convention=CONVENTIONS[convention],
         colours=[tuple(rgb) for rgb in colormaps["inferno"](np.linspace(0, 1, 9), bytes=True)[:, :3].tolist()],
     )  # fmt: skip
 
@@ -85,8 +90,8 @@ def _outlines(view: SliceView) -> str | None:
         if mask is not None:
             large = np.kron(mask > 0, np.ones((OUTLINE_SCALE, OUTLINE_SCALE), bool))
             inner = ndimage.binary_erosion(large, np.ones((3, 3)), iterations=OUTLINE_SCALE // 2)
-            picture[large & inner & (shade > 0)] = (*colour, shade)
-            picture[large & ~inner] = (*colour, 255)
+            picture[large & inner & (shade > 0)] = (*ImageColor.getrgb(colour), shade)
+            picture[large & ~inner] = (*ImageColor.getrgb(colour), 255)
     return _png(picture)
 
 

@@ -42,10 +42,20 @@ class Page:
         root (`Path`): the app's temporary folder; `root / "uploads"` is gradio's, where it stores and serves files.
         batch_size (`int`, *optional*): slices at a time for the whole volume.
         max_bytes (`int`): limit for each file, decompressed.
+        convention (`str`): of the pictures, `radiological` or `neurological`.
     """
 
-    def __init__(self, pipe, facts: Mapping, root: Path, batch_size: int | None, max_bytes: int) -> None:
+    def __init__(
+        self,
+        pipe,
+        facts: Mapping,
+        root: Path,
+        batch_size: int | None,
+        max_bytes: int,
+        convention: str = "radiological",
+    ) -> None:
         self.pipe, self.facts, self.root, self.batch_size, self.max_bytes = pipe, facts, root, batch_size, max_bytes
+        self.convention = convention
         self.modalities, self.recommended = facts["preprocessing"]["modalities"], facts["settings"]
         self.start_values = {name: round(self.recommended[name] or 0, 3) for name in SETTINGS}
         # uploads that no handler takes are deleted after half an hour
@@ -148,7 +158,8 @@ class Page:
             settings = self._settings(values)
             unit = unit_in_words(self.facts["preprocessing"]["normalize"], settings["map"])
             view = explorer.view(int(index), settings)
-            pictures = slice_html(view, self.modalities.index(channel), self.modalities, unit, settings["map"])
+            channel, look = self.modalities.index(channel), (unit, settings["map"], self.convention)
+            pictures = slice_html(view, channel, self.modalities, *look)
             return {self.pictures: pictures, self.verdict: verdict_html(view, settings["threshold"])}
 
     def segment(self, explorer: Explorer | None, index: int, channel: str, *values: float, progress=PROGRESS) -> dict:

@@ -19,12 +19,13 @@ from diffusers_cf.baselines import ROWS, AnomalyMethod
 from diffusers_cf.benchmark.networks import Method
 from diffusers_cf.benchmark.protocol import BenchmarkData
 from diffusers_cf.benchmark.tables import collect_cells
+from diffusers_cf.data.preprocessing import convention_of
 from diffusers_cf.evaluation.protocol import maps_at_size
 from diffusers_cf.evaluation.sweep import evenly_spread, has_lesion, sweep
 from diffusers_cf.evaluation.trajectories import encode_trajectory
 from diffusers_cf.files import read_json, write_json
 from diffusers_cf.images import resize_images
-from diffusers_cf.plots import GREY, draw_contour
+from diffusers_cf.plots import EXPERT, GREY, as_shown, caption, draw_contour, mark_sides
 from diffusers_cf.provenance import command_line, package_commit
 
 
@@ -113,7 +114,8 @@ def write_figure1(path: Path, method: AnomalyMethod, data: BenchmarkData) -> Non
     encoding |= {f"latent, t = {times[len(encodings) - 2]}": shown((encodings[-1] + 1) / 2)}
     decoding = {"counterfactual": shown(out.counterfactuals)}
     decoding |= {f"t = {times[i]}": shown((decodings[-2 - i] + 1) / 2) for i in chosen}
-    plot_process(path, encoding, decoding, shown(out.heatmaps[:, None]), shown(batch["masks"][:, None]) > 0.5)
+    heatmap, mask = shown(out.heatmaps[:, None]), shown(batch["masks"][:, None]) > 0.5
+    plot_process(path, encoding, decoding, heatmap, mask, convention_of(data.test.preprocessing))
 
 
 def write_figure2(
@@ -130,7 +132,8 @@ def write_figure2(
                 given = np.flatnonzero(data.test.patients == data.test.patients[row]).tolist()
             heat = method.anomaly_map(data.test.collate(data.test.__getitems__(given))["images"])[given.index(row)]
             maps[ROWS[id].title].append(maps_at_size(heat[None], batch["masks"].shape[1:])[0])
-    plot_method_maps(path, batch["images"][:, 0].numpy(), batch["masks"].numpy(), maps, data.modalities[0])
+    images, convention = batch["images"][:, 0].numpy(), convention_of(data.test.preprocessing)
+    plot_method_maps(path, images, batch["masks"].numpy(), maps, data.modalities[0], convention)
 
 
 def write_figure3(benchmark, made: Callable[[str], AnomalyMethod], data: BenchmarkData, seed: int) -> None:
@@ -153,7 +156,7 @@ def write_figure3(benchmark, made: Callable[[str], AnomalyMethod], data: Benchma
 
 def plot_process(
     path: str | Path, encoding: Mapping[str, np.ndarray], decoding: Mapping[str, np.ndarray], heatmap: np.ndarray,
-    mask: np.ndarray,
+    mask: np.ndarray, convention: str | None = None,
 ) -> Figure:  # fmt: skip
     """Write Fig. 1: encoding in the upper row, from left to right, and decoding in the lower row, from right to left.
 
@@ -164,6 +167,7 @@ def plot_process(
         decoding (`Mapping[str, np.ndarray]`): the counterfactual and as many intermediate images, the last one first.
         heatmap (`np.ndarray`): (h, w). Its 99.9th percentile has the brightest colour.
         mask (`np.ndarray`): (h, w), above 0 = lesion.
+        convention (`str`, *optional*): a key of `CONVENTIONS`; None for images without sides.
     """
     *above, latent = encoding
     columns = range(1 + len(above))
@@ -173,11 +177,12 @@ def plot_process(
     pictures = [next(iter(encoding.values())), *encoding.values(), *decoding.values()]
     titles = ["ground truth", *above, latent, *decoding]
     for axis, title, picture in zip([*top, end, *bottom[1:]], titles, pictures, strict=True):
-        axis.imshow(picture, **GREY)
+        axis.imshow(as_shown(picture, convention), **GREY)
         axis.set_title(textwrap.fill(title, 16), **FONT, pad=3)
-    draw_contour(top[0], mask, SKY)
+    draw_contour(top[0], as_shown(mask, convention), EXPERT)
+    mark_sides(top[0], convention, fontsize=5)
     unit = scale_of_maps(heatmap)
-    bottom[0].imshow(heatmap, cmap=HEAT, vmin=0, vmax=unit)
+    bottom[0].imshow(as_shown(heatmap, convention), cmap=HEAT, vmin=0, vmax=unit)
     bottom[0].set_title(f"heatmap\n(0 to {unit:.2g})", **FONT, pad=3)
     for axis in axes.values():
         axis.set(xticks=[], yticks=[])
@@ -188,7 +193,8 @@ def plot_process(
         look = {"arrowstyle": style, "color": color, "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0}
         ends = {"xy": (0, 0.5), "xycoords": right.transAxes, "xytext": (1, 0.5), "textcoords": left.transAxes}
         right.annotate("", **ends, arrowprops=look, annotation_clip=False).set_in_layout(False)
-    figure.suptitle("blue: encoding without a condition; red: decoding guided to healthy", **FONT)
+    text = "blue: encoding without a condition; red: decoding guided to healthy"
+    figure.suptitle(caption(text, convention, "; "), **FONT)
     figure.savefig(path)
     return figure
 
@@ -199,8 +205,9 @@ def scale_of_maps(maps: np.ndarray) -> float:
 
 
 def plot_method_maps(
-    path: str | Path, images: np.ndarray, masks: np.ndarray, maps: Mapping[str, np.ndarray], modality: str
-) -> Figure:
+    path: str | Path, images: np.ndarray, masks: np.ndarray, maps: Mapping[str, np.ndarray], modality: str,
+    convention: str | None = None,
+) -> Figure:  # fmt: skip
     """Write Fig. 2: a row per slice, with the columns input, ground truth and the map of every method.
 
     Methods have units of their own. Each map is divided by one number per method, the 99.9th percentile of its maps,
@@ -212,6 +219,7 @@ def plot_method_maps(
         masks (`np.ndarray`): (N, H, W), above 0 = lesion.
         maps (`Mapping[str, np.ndarray]`): title of a method -> (N, h, w), higher = more lesion, in the order of columns.
         modality (`str`): what `images` show.
+        convention (`str`, *optional*): a key of `CONVENTIONS`; None for images without sides.
     """
     rows, columns = len(images), 2 + len(maps)
     side = min(1.3, (PAGE - 0.3) / columns)
@@ -219,18 +227,20 @@ def plot_method_maps(
     figure = _figure(columns * side + 0.3, rows * side + 0.95, w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
     axes = figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for (given, truth, *_), image, mask in zip(axes, images, masks, strict=True):
-        given.imshow(image, **GREY)
-        truth.imshow(image, **GREY)
-        draw_contour(truth, mask, SKY, 0.8)
+        given.imshow(as_shown(image, convention), **GREY)
+        mark_sides(given, convention, fontsize=5)
+        truth.imshow(as_shown(image, convention), **GREY)
+        draw_contour(truth, as_shown(mask, convention), EXPERT, 0.8)
     for column, values in zip(axes.T[2:], maps.values(), strict=True):
         unit = scale_of_maps(values)
         for axis, picture in zip(column, values, strict=True):
-            heat = axis.imshow(picture / unit, cmap=HEAT, vmin=0, vmax=1)
+            heat = axis.imshow(as_shown(picture, convention) / unit, cmap=HEAT, vmin=0, vmax=1)
         column[-1].set_xlabel(f"1 = {unit:.2g}", **small)
     for axis, title in zip(axes[0], (f"input ({modality})", "ground truth", *maps), strict=True):
         axis.set_title(textwrap.fill(title, 13, break_long_words=False), **small)
     bar = figure.colorbar(heat, ax=axes, location="bottom", shrink=0.6, aspect=45, extend="max")
-    bar.set_label("map / 99.9th percentile of the method's maps, the number below its column", **FONT)
+    text = "map / 99.9th percentile of the method's maps, the number below its column"
+    bar.set_label(caption(text, convention), **FONT)
     bar.ax.tick_params(labelsize=6)
     figure.savefig(path)
     return figure

@@ -7,7 +7,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from diffusers_cf.commands.options import MODEL, add_device_arguments
+from diffusers_cf.commands.options import MODEL, add_convention_argument, add_device_arguments
 from diffusers_cf.errors import InputError
 
 
@@ -26,6 +26,7 @@ def add_app_arguments(parser: argparse.ArgumentParser) -> None:
         default=256,
         help="limit for a file in MB, also decompressed; default: %(default)s",
     )
+    add_convention_argument(parser)
     add_device_arguments(parser)
 
 
@@ -56,7 +57,7 @@ def run_app(args: argparse.Namespace) -> None:
         # others may see the page: only the last part of the model's path
         facts = segmentation_facts(pipe, model=Path(model).name, needs_threshold=False)
         logging.getLogger("diffusers_cf").setLevel(logging.ERROR)  # warnings name patients' files; the page shows them
-        page = Page(pipe, facts, root, args.batch_size, max_bytes).blocks
+        page = Page(pipe, facts, root, args.batch_size, max_bytes, args.convention).blocks
         theme = gradio.themes.Base(spacing_size="sm", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"])
         try:
             _, url, _ = page.launch(

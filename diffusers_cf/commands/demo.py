@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from diffusers_cf.commands.options import MODEL, add_device_arguments
+from diffusers_cf.commands.options import MODEL, add_convention_argument, add_device_arguments
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import write_json
 
@@ -22,6 +22,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help=f"{text}; default: %(default)s")
     text = "number of the patient in the cohort; default: %(default)s, the median test patient by Dice"
     add("--index", type=int, default=MEDIAN_PATIENT, help=text)
+    add_convention_argument(parser)
     add_device_arguments(parser)
 
 
@@ -49,7 +50,8 @@ def run_demo(args: argparse.Namespace) -> None:
     pipe = open_pipeline(args.model, args.device, args.dtype)
     output = Path(args.output)
     scan = write_patient(patient, output / "scan")
-    report = segment_patient(pipe, scan, output / "segmentation", batch_size=args.batch_size, overwrite=True)
+    options = {"batch_size": args.batch_size, "overwrite": True, "convention": args.convention}
+    report = segment_patient(pipe, scan, output / "segmentation", **options)
     flair = PixelCounts()
     flair.update(patient.volumes[0], patient.mask)
     scores = {

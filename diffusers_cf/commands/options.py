@@ -56,6 +56,13 @@ def add_postprocessing_arguments(parser: argparse.ArgumentParser) -> None:
         rim.add_argument(f"--{name}_rim", dest="clear_rim", action="store_const", const=value, help=text)
 
 
+def add_convention_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--neurological`, which sets `convention`."""
+    text = "show the patient's left at the left of pictures; default: radiological, the patient's right at the left"
+    kept = {"action": "store_const", "const": "neurological", "default": "radiological"}
+    parser.add_argument("--neurological", dest="convention", **kept, help=text)
+
+
 def add_shard_argument(parser: argparse.ArgumentParser, last: str) -> None:
     """Add `--shard`; `last` says what the command does without it after all shards are done."""
     text = f"compute only part i of n equal parts; when all are done, the command without --shard {last}"

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from diffusers_cf.commands.options import add_convention_argument
 from diffusers_cf.errors import InputError
 from diffusers_cf.files import make_folder
 
@@ -15,6 +16,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="REPORT.html", help="file for the page")
     text = "folders of the segmented patients, whose scans the heatmaps are shown over; default: over counterfactuals"
     add("--scans", nargs="+", metavar="FOLDER", default=[], help=text)
+    add_convention_argument(parser)
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -33,7 +35,7 @@ def run_report(args: argparse.Namespace) -> int:
     outcomes = [item for folder in args.folders for item in read_summary(Path(folder)).items()]
     unsegmented = [f"{name}: {outcome['reason']}" for name, outcome in outcomes if "reason" in outcome]
     make_folder(output.parent)
-    count, failures = write_report(folders, output, args.scans, unsegmented)
+    count, failures = write_report(folders, output, args.scans, unsegmented, args.convention)
     print(f"{count} patients, {len(failures)} failed -> {output}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

@@ -26,6 +26,7 @@ def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fill", action="store_true", help=text)
     text = "segment finished patients again; default: skip them, or fail if model, settings, dtype or scans changed"
     add("--overwrite", action="store_true", help=text)
+    options.add_convention_argument(parser)
     options.add_shard_argument(parser, "segments what is missing")
 
 
@@ -91,7 +92,7 @@ def _segment_all(pipe, patients: list, args: argparse.Namespace, settings: dict,
     from diffusers_cf.segmentation.patient import segment_patient
 
     given = {"model": args.model, "batch_size": args.batch_size, "overwrite": args.overwrite}
-    given |= {"fill": args.fill, "skull_strip": args.skull_strip, "progress": talks}
+    given |= {"fill": args.fill, "skull_strip": args.skull_strip, "convention": args.convention, "progress": talks}
     outcomes = {}
     bar = tqdm(patients, desc="Patients", unit="patient", disable=not talks or len(patients) < 2)
     for name, folder in bar:

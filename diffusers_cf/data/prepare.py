@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from diffusers_cf.data.arrays import ArraysSource
 from diffusers_cf.data.folder import FolderSource
 from diffusers_cf.data.phantom import PhantomSource
-from diffusers_cf.data.preprocessing import VERSION, read_preprocessing
+from diffusers_cf.data.preprocessing import VERSION, WITH_SIDES, read_preprocessing
 from diffusers_cf.data.scans import BratsSource, DecathlonSource, check_patient_id
 from diffusers_cf.data.slices import slices_to_table, write_tables
 from diffusers_cf.data.source import Source, in_brief, noting_errors
@@ -145,7 +145,7 @@ def _choose(
         "version": VERSION, "source": source.name, "input": source.path.name, "modalities": list(source.modalities),
         "class_names": list(source.class_names), "size": source.size, "channels": len(source.modalities),
         "dtype": "float16", "scale": 1, "field_mm": source.field_mm, "normalize": source.normalize,
-        "orientation": "anterior up, patient's left at the image's left", "has_masks": source.has_masks,
+        "orientation": WITH_SIDES, "has_masks": source.has_masks,
         "seed": seed, "split_sha256": _digest(splits),
     }  # fmt: skip
     return splits, facts | source.facts()

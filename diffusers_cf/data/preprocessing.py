@@ -5,6 +5,7 @@ A data set may come from somebody else, so every entry that decides how rows are
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,15 @@ from diffusers_cf.loading import PREPROCESSING, download
 
 
 VERSION = 1
+WITH_SIDES = "anterior up, patient's left at the image's left"  # the orientation of slices of scans
 SPLITS_FILE = "splits.json"
 DTYPES = ("float16", "float32", "uint8", "uint16", "int16")
 _HUB_NAME = re.compile(r"(?P<repo_id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>.+))?")
+
+
+def convention_of(preprocessing: Mapping) -> str | None:
+    """Return how pictures show slices of a data set: `radiological`, or None where columns are no sides of a patient."""
+    return "radiological" if preprocessing.get("orientation") == WITH_SIDES else None
 
 
 def dataset_folder(name: str | Path, split: str) -> tuple[Path, str | None]:

@@ -32,7 +32,7 @@ _OWN_FILES = re.compile(
 def segment_patient(
     pipe: CounterfactualDDIMPipeline, folder: str | Path, output: str | Path, *, model: str = "", patient: str = "",
     batch_size: int | None = None, overwrite: bool = False, fill: bool = False, skull_strip: bool = False,
-    progress: bool | Callable[[float], None] = True, **settings,
+    convention: str = "radiological", progress: bool | Callable[[float], None] = True, **settings,
 ) -> dict:  # fmt: skip
     """Segment one patient and write the folder `output/PATIENT`, as a whole or not at all.
 
@@ -55,6 +55,7 @@ def segment_patient(
         fill (`bool`): also write each scan with the mask's voxels replaced by the counterfactual's, for tools that measure
             healthy anatomy. A lower threshold makes the step at the border of the mask smaller. With the map `student` the
             model itself makes the counterfactual, for more passes a slice.
+        convention (`str`): `radiological`, the patient's right at the left of preview.png, or `neurological`.
         progress (`bool` or `Callable`): whether to show a bar of slices, or a function that is called after each step
             with the finished share of all steps, in (0, 1].
         skull_strip (`bool`): find the brain in the first scan, and take everything else for background. Counterfactuals
@@ -85,7 +86,7 @@ def segment_patient(
         volumes = read_volumes(patient, files, skull_strip=skull_strip)
         maps = map_slices(pipe, volumes, facts, batch_size, progress)
         with new_folder(target) as temporary:
-            measured = write_results(temporary, volumes, maps, facts)
+            measured = write_results(temporary, volumes, maps, facts, convention)
             seconds = round(time.perf_counter() - start, 3)
             report = {"patient": patient, **facts, **measured, "warnings": volumes.warnings, "seconds": seconds}
             write_json(report, temporary / "report.json")

@@ -14,13 +14,15 @@ from tqdm.auto import tqdm
 from diffusers_cf.data.nifti import Scan, read_nifti, to_canonical
 from diffusers_cf.errors import InputError, in_one_line, reading
 from diffusers_cf.files import new_file, read_json
+from diffusers_cf.plots import CONVENTIONS
 from diffusers_cf.segmentation.cohorts import find_patients, patient_files
 from diffusers_cf.segmentation.volumes import read_scan, scan_sha256
 
 
 def write_report(
-    folders: Sequence[Path], output: Path, scans: Sequence[str] = (), unsegmented: Sequence[str] = ()
-) -> tuple[int, list[str]]:
+    folders: Sequence[Path], output: Path, scans: Sequence[str] = (), unsegmented: Sequence[str] = (),
+    convention: str = "radiological",
+) -> tuple[int, list[str]]:  # fmt: skip
     """Write the page, as a whole or not at all. A patient that can't be shown is named on it.
 
     Args:
@@ -29,6 +31,7 @@ def write_report(
         scans (`Sequence[str]`): folders of the segmented patients or cohorts. A patient found there is shown over the
             scan, any other over the counterfactual.
         unsegmented (`Sequence[str]`): one line for each patient that `segment` failed on.
+        convention (`str`): of the viewers, `radiological` or `neurological`.
 
     Returns:
         `tuple`: the number of patients in the table, and one line for each failure.
@@ -60,7 +63,8 @@ def write_report(
     environment = Environment(loader=PackageLoader("diffusers_cf"), autoescape=True, trim_blocks=True)
     page = environment.get_template("report.html").stream(
         patients=patients, failures=tuple(failures), unsegmented=unsegmented, ranges=ranges,
-        sections=_sections(patients, folders_of_scans, vmax, failures), vmax=vmax,
+        sections=_sections(patients, folders_of_scans, vmax, convention, failures), vmax=vmax,
+        convention=CONVENTIONS[convention][-1],
     )  # fmt: skip
     with new_file(output) as temporary:
         # names of files may hold bytes that are no UTF-8
@@ -95,7 +99,9 @@ def read_patient(folder: Path) -> dict:
     }  # fmt: skip
 
 
-def _sections(patients: Sequence[dict], scans: Mapping[str, Path], vmax: float, failures: list[str]) -> Iterator[dict]:
+def _sections(
+    patients: Sequence[dict], scans: Mapping[str, Path], vmax: float, convention: str, failures: list[str]
+) -> Iterator[dict]:
     """Yield the content of each patient's section when the template asks for it, and add its failure to `failures`."""
     for patient in tqdm(patients, desc="Viewers", unit="patient"):
         folder, report = patient["folder"], patient["report"]
@@ -112,14 +118,14 @@ def _sections(patients: Sequence[dict], scans: Mapping[str, Path], vmax: float, 
                 section["background"] = f"the counterfactual of {modality} (--scans shows the scan itself)"
             # a student alone makes no counterfactual
             if name in scans or path.exists() or report["settings"]["map"] != "student":
-                section["viewer"] = volume_viewer(report, heat, to_canonical(read_scan(path)), vmax)
+                section["viewer"] = volume_viewer(report, heat, to_canonical(read_scan(path)), vmax, convention)
         except (InputError, OSError, MemoryError) as error:
             section["failure"] = in_one_line(error)
             failures.append(section["failure"])
         yield section
 
 
-def volume_viewer(report: Mapping, heat: Scan, scan: Scan, vmax: float) -> str:
+def volume_viewer(report: Mapping, heat: Scan, scan: Scan, vmax: float, convention: str) -> str:
     """Return a page of nilearn to scroll through the heat over a scan, from the threshold to `vmax`.
 
     Raises:
@@ -133,6 +139,7 @@ def volume_viewer(report: Mapping, heat: Scan, scan: Scan, vmax: float) -> str:
         view = view_img(
             images[0], bg_img=images[1], threshold=report["threshold"], vmax=vmax, cmap="inferno",
             symmetric_cmap=False, black_bg=True, opacity=0.6, width_view=900, title=report["patient"],
+            radiological=convention == "radiological",
         )  # fmt: skip
     return re.sub(r"<link[^>]*favicon[^>]*>", "", view.html)  # the only thing that it would load from the network
 

@@ -270,7 +270,7 @@ def most_suspicious(heatmaps: np.ndarray, masks: np.ndarray, count: int = 6) -> 
 
 
 def write_preview(
-    path: Path, volumes: PatientVolumes, maps: SliceMaps, mask: np.ndarray, facts: dict, title: str
+    path: Path, volumes: PatientVolumes, maps: SliceMaps, mask: np.ndarray, facts: dict, title: str, convention: str
 ) -> None:
     """Write a picture of the most suspicious slices: scan, counterfactual, heatmap, and mask with the expert's."""
     images, slices, preprocessing = maps.found.images, maps.found.slices, facts["preprocessing"]
@@ -283,14 +283,13 @@ def write_preview(
     plot_slices(
         path, images[rows], counterfactuals, heatmaps[rows], masks=shown[rows],
         references=None if volumes.seg is None else maps.found.masks[rows],
-        mask_name="found (red)" if volumes.seg is None else "found (red), expert (green)",
         channel_names=list(volumes.files), row_names=[f"axial slice {slices[row]}" for row in rows],
-        kind=facts["settings"]["map"], title=f"{title}\nL, R: the patient's left and right", sides=True,
+        kind=facts["settings"]["map"], title=title, convention=convention,
         unit=unit_in_words(preprocessing["normalize"], facts["settings"]["map"]),
     )  # fmt: skip
 
 
-def write_results(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts: dict) -> dict:
+def write_results(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts: dict, convention: str) -> dict:
     """Write volumes and preview, and return the entries of the report that are measured on them."""
     field_mm, normalize = facts["preprocessing"]["field_mm"], facts["preprocessing"]["normalize"]
     first = next(iter(volumes.files.values()))
@@ -317,5 +316,5 @@ def write_results(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts:
         counts.update(heat, volumes.seg)
         measured |= {"dice": dice(mask, volumes.seg), "auprc": counts.average_precision()}
         title += "" if measured["dice"] is None else f", Dice {measured['dice']:.2f}"
-    write_preview(folder / "preview.png", volumes, maps, mask, facts, title)
+    write_preview(folder / "preview.png", volumes, maps, mask, facts, title, convention)
     return measured

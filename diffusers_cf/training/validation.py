@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from diffusers_cf.data.intensity import normalize_of, unit_in_words
+from diffusers_cf.data.preprocessing import convention_of
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.evaluation.protocol import evaluate
 from diffusers_cf.files import write_json
@@ -102,8 +103,9 @@ class Validation:
         path = self.folder / f"step-{step:07d}.png"
         plot_slices(
             path, batch["images"].numpy(), out.counterfactuals, out.heatmaps,
-            masks=None if batch["masks"] is None else batch["masks"].numpy(),
+            references=None if batch["masks"] is None else batch["masks"].numpy(),
             channel_names=self.dataset.preprocessing["modalities"],
+            convention=convention_of(self.dataset.preprocessing),
             unit=unit_in_words(normalize_of(self.dataset.preprocessing)),
             title=f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in scores.items()),
         )  # fmt: skip
