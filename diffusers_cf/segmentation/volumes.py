@@ -226,7 +226,7 @@ def nifti_image(voxels: np.ndarray, affine: np.ndarray, header) -> nibabel.Nifti
     return image_class(voxels.reshape(header.get_data_shape()), affine, header)
 
 
-def write_filled(path: Path, counterfactual: np.ndarray, mask: np.ndarray, scan: np.ndarray, like: Scan) -> None:
+def write_filled(path: Path, counterfactual: np.ndarray, mask: np.ndarray, like: Scan) -> None:
     """Write a scan whose voxels in the mask are those of its counterfactual, stored as in the patient's file.
 
     Outside the mask every stored voxel is that of the file; in it whole numbers are rounded. A DICOM series, which is
@@ -236,10 +236,10 @@ def write_filled(path: Path, counterfactual: np.ndarray, mask: np.ndarray, scan:
         path (`Path`): a name that ends in .nii.gz.
         counterfactual (`np.ndarray`): `(X, Y, Z)`, RAS, in the scan's units.
         mask (`np.ndarray`): bool `(X, Y, Z)`, RAS.
-        scan (`np.ndarray`): float32 `(X, Y, Z)`, RAS.
         like (`Scan`): path, affine and header of the patient's file.
     """
     if like.path.is_dir():
+        scan = to_canonical(read_scan(like.path)).data  # with its skull
         return write_volume(path, np.where(mask, counterfactual, scan), like, np.float32)
     stored, inside = read_nifti(like.path, stored=True), from_ras(mask, like.affine)
     slope, intercept = (given or usual for given, usual in zip(like.header.get_slope_inter(), (1, 0), strict=True))
@@ -302,7 +302,7 @@ def write_results(folder: Path, volumes: PatientVolumes, maps: SliceMaps, facts:
         write_volume(folder / f"counterfactual_{modality}.nii.gz", counterfactual, like, np.float32)
         if facts["fill"]:
             path = folder / f"filled_{modality}.nii.gz"
-            write_filled(path, counterfactual, mask, volumes.volume[channel], like)
+            write_filled(path, counterfactual, mask, like)
     millilitres = float(mask.sum() * abs(np.linalg.det(first.affine[:3, :3])) / 1000)
     title = f"{volumes.patient}: {millilitres:.1f} ml above {facts['threshold']:.3g}"
     measured = {"lesion_volume_ml": millilitres, "n_slices": len(maps.found.slices)}
