@@ -119,6 +119,7 @@ def drop(page, folder):
 
 def load(page, folder):
     drop(page, folder)
+    page.wait_for_selector("#cf-message >> text=10 slices", timeout=60000)
     page.wait_for_selector(HEAT, timeout=60000)
 
 
@@ -194,13 +195,16 @@ def test_two_users_see_their_own_patient(open_page, patients, server):
     assert pages[1].evaluate("document.documentElement.scrollWidth") <= 390  # fits a phone
 
 
-def test_a_phantom_and_no_control_before_it(open_page):
+def test_it_opens_on_a_phantom_and_no_control_works_before(open_page):
     page = open_page()
-    assert page.locator("#cf-index").count() == page.locator("#cf-volume").count() == 0
+    assert page.locator("#cf-volume").is_disabled() and page.locator("#cf-strength input[type=range]").is_disabled()
+    page.wait_for_selector("#cf-message >> text=phantom 1, a simulated brain and no patient", timeout=120000)
+    page.wait_for_selector(HEAT)
+    assert page.locator("#cf-volume").is_enabled() and page.locator(".toast-message-text").count() == 0
     page.get_by_label("phantom 3, no lesion").check()
-    page.wait_for_selector(HEAT, timeout=120000)
+    page.wait_for_selector("#cf-message >> text=phantom 3, no lesion, a simulated brain", timeout=120000)
     assert re.search(r"flair, t1, t1ce, t2: 4\d slices with content", page.inner_text("#cf-message"))
-    assert "expert" in page.inner_text("#cf-pictures") and page.locator("#cf-volume").is_visible()
+    assert "expert" in page.inner_text("#cf-pictures")
 
 
 def test_a_file_above_the_limit_changes_nothing(open_page, patients, server, tmp_path):

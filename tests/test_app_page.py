@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from segmentation_files import make_pipe, write_cube
+from segmentation_files import MODALITIES, make_pipe, write_cube
 
 from diffusers_cf.errors import InputError
 from diffusers_cf.segmentation.patient import segmentation_facts
@@ -26,8 +26,8 @@ def make_page(tmp_path, monkeypatch):
     (tmp_path / "uploads").mkdir(exist_ok=True)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
 
-    def make(**settings):
-        pipe = make_pipe(settings=RECOMMENDED | settings)
+    def make(modalities=MODALITIES, **settings):
+        pipe = make_pipe(settings=RECOMMENDED | settings, modalities=modalities)
         return Page(pipe, segmentation_facts(pipe, needs_threshold=False), tmp_path, None, 1 << 20)
 
     return make
@@ -65,12 +65,24 @@ def test_a_control_that_was_not_moved_gives_exactly_the_recommended_value(page, 
     assert make_page(threshold=None)._settings((12, 0.02, 200, 0))["threshold"] is None
 
 
+def test_the_page_opens_on_a_phantom_and_its_controls_wait_for_it(page, make_page):
+    (opening,) = [fn for fn in page.blocks.fns.values() if (page.blocks._id, "load") in fn.targets]
+    chosen = [part.value for part in opening.inputs]
+    assert "phantom 1" in chosen and not any(control.interactive for control in page.controls)
+    *_, shown = opening.fn(*chosen)
+    assert all(shown[control]["interactive"] for control in page.controls if control is not page.index)
+    assert "a simulated brain and no patient" in shown[page.message] and "<img" in shown[page.pictures]
+    shown[page.explorer].close()
+    other = make_page(modalities=["flair", "swi"])  # no phantom has it
+    assert list(other.load(None, None, other.phantom.value, "flair", *other.start_values.values())) == []
+
+
 def test_loading_hides_the_earlier_patient_and_closes_it(page, uploads, tmp_path):
     start = list(page.start_values.values())
     events = page.load(None, uploads, None, "flair", *start)
     cleared, loaded = next(events), next(events)
-    assert cleared[page.explorer] is None and not cleared[page.work].visible and cleared[page.files] is None
-    assert loaded[page.work].visible and "10 slices with content" in loaded[page.message]
+    assert cleared[page.explorer] is None and not cleared[page.index]["interactive"] and cleared[page.files] is None
+    assert loaded[page.index].interactive and "10 slices with content" in loaded[page.message]
     explorer = loaded[page.explorer]
     assert {path.parent for path in left(tmp_path)} == {explorer.scans}
     events = page.load(explorer, [str(tmp_path / "uploads")], None, "flair", *start)

@@ -15,17 +15,19 @@ from accelerate.utils.memory import should_reduce_batch_size
 from diffusers_cf.app.explorer import Explorer
 from diffusers_cf.app.html import slice_html, verdict_html, volume_html
 from diffusers_cf.data.intensity import unit_in_words
+from diffusers_cf.data.nifti import MAX_BYTES, MODALITIES, canonical_modality
 from diffusers_cf.data.phantom import make_patient, write_patient
 from diffusers_cf.errors import InputError, in_one_line
 from diffusers_cf.plots import HEAT_MAXIMUM
 
 
-# Seed, index and whether with a tumour: patients of cohort 1, because the shipped model was trained on cohort 0.
-PHANTOMS = {"phantom 1": (1, 0, True), "phantom 2": (1, 1, True), "phantom 3, no lesion": (1, 2, False)}
+# Seed, index and whether with a tumour: patients of cohort 1, because the shipped model was trained on cohort 0. The page
+# opens on the first, whose lesion both shipped models see.
+PHANTOMS = {"phantom 1": (1, 1, True), "phantom 2": (1, 0, True), "phantom 3, no lesion": (1, 2, False)}
 SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "threshold")  # in the order of the controls
 PROGRESS = gr.Progress()  # as a default it asks gradio for the progress of the event
 SECONDS_KEPT = 2 * 3600  # of a patient, after loading
-START = '<p style="text-align: center; padding: 3em 1em">Drop a patient’s NIfTI files above, or choose a phantom.</p>'
+START = "Drop a patient’s NIfTI files above, or choose a phantom."
 INTRODUCTION = """**What would this brain look like healthy?** What the model has to change is the lesion. Research
 software, not a medical device, not for clinical use. Files go only to the machine that runs this page and are deleted when
 you leave it."""
@@ -57,6 +59,10 @@ class Page:
         self.pipe, self.facts, self.root, self.batch_size, self.max_bytes = pipe, facts, root, batch_size, max_bytes
         self.convention = convention
         self.modalities, self.recommended = facts["preprocessing"]["modalities"], facts["settings"]
+        knows = pipe.preprocessing.get("source") == "phantom"
+        self.about_phantoms = "a simulated brain and no patient" + (
+            "" if knows else "; this model has learned from others"
+        )
         self.start_values = {name: round(self.recommended[name] or 0, 3) for name in SETTINGS}
         # uploads that no handler takes are deleted after half an hour
         self.blocks = gr.Blocks(
@@ -72,41 +78,49 @@ class Page:
         with gr.Row(equal_height=True):
             label = f"all files of one patient together: {', '.join(self.modalities)} (.nii.gz)"
             self.files = gr.File(label=label, file_count="multiple", elem_id="cf-files", height=90, scale=3)
-            self.phantom = gr.Radio(list(PHANTOMS), label="or a phantom", elem_id="cf-phantom", scale=3)
-        self.start = gr.HTML(START)
-        with gr.Column(visible=False) as self.work:  # nothing to operate before a patient is loaded
-            self.message = gr.HTML(elem_id="cf-message")
-            self.pictures, self.verdict = gr.HTML(elem_id="cf-pictures"), gr.HTML(elem_id="cf-verdict")
-            with gr.Row():
-                # gradio checks a value against this range also after it has dropped the session: 0 to 9999 fits any scan
-                self.index = gr.Slider(0, 9999, step=1, label="slice (0 = lowest)", elem_id="cf-index", scale=3)
-                self.channel = gr.Radio(
-                    self.modalities, value=self.modalities[0], label="modality", elem_id="cf-channel", scale=2
-                )
-            with gr.Row():
-                guidance_scale, strength, steps, threshold = self.start_values.values()
-                train_steps = self.pipe.scheduler.config.num_train_timesteps
-                counts = sorted({n for n in range(4, 101) if train_steps % n == 0} | {steps})
-                high, heat = max(20, 2 * guidance_scale), max(HEAT_MAXIMUM, 2 * threshold)
-                self.settings = [
-                    gr.Slider(0, high, guidance_scale, step=0.5, label="guidance scale", elem_id="cf-guidance_scale"),
-                    gr.Slider(0.05, 1, strength, step=0.05, label="strength", elem_id="cf-strength"),
-                    gr.Dropdown(counts, value=steps, label="steps", elem_id="cf-num_inference_steps"),
-                    gr.Slider(0, heat, threshold, step=0.001, label="threshold", elem_id="cf-threshold"),
-                ]
-            self.segment_button = gr.Button("Whole volume", variant="primary", elem_id="cf-volume")
-            self.found = gr.HTML(elem_id="cf-found", min_height=64)
-            with gr.Row(visible=False) as self.downloads:
-                self.heatmap = gr.DownloadButton("Download heatmap (NIfTI)", elem_id="cf-heatmap")
-                self.mask = gr.DownloadButton("Download mask (NIfTI)", elem_id="cf-mask")
+            phantoms = {*map(canonical_modality, self.modalities)} <= {*MODALITIES}  # else it lacks a modality
+            self.phantom = gr.Radio(
+                list(PHANTOMS), value=next(iter(PHANTOMS)) if phantoms else None, visible=phantoms,
+                label="or a phantom (a simulated brain)", elem_id="cf-phantom", scale=3,
+            )  # fmt: skip
+        self.message = gr.HTML(START, elem_id="cf-message", min_height=24)
+        self.pictures, self.verdict = gr.HTML(elem_id="cf-pictures"), gr.HTML(elem_id="cf-verdict")
+        with gr.Row():
+            # gradio checks a value against this range also after it has dropped the session: 0 to 9999 fits any scan
+            self.index = gr.Slider(0, 9999, step=1, label="slice (0 = lowest)", elem_id="cf-index", scale=3)
+            self.channel = gr.Radio(
+                self.modalities, value=self.modalities[0], label="modality", elem_id="cf-channel", scale=2
+            )
+        with gr.Row():
+            guidance_scale, strength, steps, threshold = self.start_values.values()
+            train_steps = self.pipe.scheduler.config.num_train_timesteps
+            counts = sorted({n for n in range(4, 101) if train_steps % n == 0} | {steps})
+            high, heat = max(20, 2 * guidance_scale), max(HEAT_MAXIMUM, 2 * threshold)
+            self.settings = [
+                gr.Slider(0, high, guidance_scale, step=0.5, label="guidance scale", elem_id="cf-guidance_scale"),
+                gr.Slider(0.05, 1, strength, step=0.05, label="strength", elem_id="cf-strength"),
+                gr.Dropdown(counts, value=steps, label="steps", elem_id="cf-num_inference_steps"),
+                gr.Slider(0, heat, threshold, step=0.001, label="threshold", elem_id="cf-threshold"),
+            ]
+        self.segment_button = gr.Button("Whole volume", variant="primary", elem_id="cf-volume")
+        self.found = gr.HTML(elem_id="cf-found", min_height=64)
+        with gr.Row(visible=False) as self.downloads:
+            self.heatmap = gr.DownloadButton("Download heatmap (NIfTI)", elem_id="cf-heatmap")
+            self.mask = gr.DownloadButton("Download mask (NIfTI)", elem_id="cf-mask")
+        self.controls = [self.index, self.channel, *self.settings, self.segment_button]
+        for control in self.controls:  # nothing to operate before a patient is loaded
+            control.interactive = False
 
     def _add_events(self) -> None:
-        controls, pictures = [self.index, self.channel, *self.settings], [self.pictures, self.verdict]
+        controls, pictures = self.controls[:-1], [self.pictures, self.verdict]
         results = [*pictures, self.found, self.downloads, self.heatmap, self.mask]
         given = [self.explorer, self.files, self.phantom, self.channel, *self.settings]
-        loaded = [self.explorer, self.files, self.phantom, self.start, self.work, self.message, self.index, *results]
+        loaded = [self.explorer, self.files, self.phantom, self.message, *self.controls, *results]
         common = {"api_visibility": "private", "concurrency_id": "slice", "concurrency_limit": 2}
-        gr.on([self.files.upload, self.phantom.input], self.load, given, loaded, show_progress_on=self.start, **common)
+        gr.on(
+            [self.blocks.load, self.files.upload, self.phantom.input], self.load, given, loaded,
+            show_progress_on=self.pictures, **common,
+        )  # fmt: skip
         gr.on(
             [control.input for control in controls], self.show, [self.explorer, *controls], pictures,
             trigger_mode="always_last", show_progress="hidden", **common,
@@ -121,10 +135,18 @@ class Page:
         self, explorer: Explorer | None, files: list[str] | None, phantom: str, channel: str, *values: float
     ) -> Iterator[dict]:
         """Load the files that were dropped, or else the chosen phantom, and show the first slice."""
+        if not files and not phantom:  # a page that opens on no phantom
+            return
         if explorer:
             explorer.close()
-        cleared = {self.explorer: None, self.files: None, self.phantom: None if files else phantom}
-        yield cleared | {self.work: gr.Column(visible=False), self.start: gr.HTML(visible=True)}
+        cleared = {
+            self.explorer: None,
+            self.files: None,
+            self.phantom: None if files else phantom,
+            self.message: START,
+        }
+        hidden = dict.fromkeys((self.pictures, self.verdict, self.found), "") | {self.downloads: gr.Row(visible=False)}
+        yield cleared | hidden | {control: gr.update(interactive=False) for control in self.controls}
         with self._errors_shown():
             folder = TemporaryDirectory(dir=self.root, ignore_cleanup_errors=True)
             try:
@@ -132,22 +154,20 @@ class Page:
                     scans = take_files(files, Path(folder.name, "patient"))
                 else:
                     scans = write_patient(make_patient(*PHANTOMS[phantom]), folder.name)
-                served = self.root / "uploads"
-                explorer = Explorer(self.pipe, self.facts, folder, scans, served, self.batch_size, self.max_bytes)
+                served, limit = self.root / "uploads", self.max_bytes if files else MAX_BYTES
+                explorer = Explorer(self.pipe, self.facts, folder, scans, served, self.batch_size, limit)
                 shown = self.show(explorer, explorer.first_slice, channel, *values)
             except BaseException:
                 folder.cleanup()
                 raise
         slices, names = explorer.slices, ", ".join(self.modalities)
+        kind = "" if files else f"<b>{phantom}</b>, {self.about_phantoms}. "
         message = ". ".join([f"{names}: {len(slices)} slices with content", *explorer.volumes.warnings])
         yield shown | {
             self.explorer: explorer,
-            self.start: gr.HTML(visible=False),
-            self.work: gr.Column(visible=True),
-            self.message: escape(self._without_folder(message)),
-            self.index: gr.Slider(slices[0], slices[-1], explorer.first_slice),
-            self.found: "",
-            self.downloads: gr.Row(visible=False),
+            self.message: kind + escape(self._without_folder(message)),
+            **{control: gr.update(interactive=True) for control in self.controls},
+            self.index: gr.Slider(slices[0], slices[-1], explorer.first_slice, interactive=True),
         }
 
     def show(self, explorer: Explorer | None, index: int, channel: str, *values: float) -> dict:
