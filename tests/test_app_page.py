@@ -4,8 +4,11 @@ import gc
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from segmentation_files import MODALITIES, make_pipe, write_cube
@@ -15,7 +18,8 @@ from diffusers_cf.segmentation.patient import segmentation_facts
 
 
 gradio = pytest.importorskip("gradio")
-from diffusers_cf.app.page import Page, take_files  # noqa: E402
+from diffusers_cf.app.page import Page  # noqa: E402
+from diffusers_cf.app.uploads import take_scans  # noqa: E402
 
 
 RECOMMENDED = {"guidance_scale": 12.0, "strength": 0.02, "num_inference_steps": 200, "threshold": 0.07109887152910233}
@@ -69,27 +73,91 @@ def test_the_page_opens_on_a_phantom_and_its_controls_wait_for_it(page, make_pag
     (opening,) = [fn for fn in page.blocks.fns.values() if (page.blocks._id, "load") in fn.targets]
     chosen = [part.value for part in opening.inputs]
     assert "phantom 1" in chosen and not any(control.interactive for control in page.controls)
-    *_, shown = opening.fn(*chosen)
+    _, _, shown = opening.fn(*chosen)
     assert all(shown[control]["interactive"] for control in page.controls if control is not page.index)
     assert "a simulated brain and no patient" in shown[page.message] and "<img" in shown[page.pictures]
     shown[page.explorer].close()
     other = make_page(modalities=["flair", "swi"])  # no phantom has it
-    assert list(other.load(None, None, other.phantom.value, "flair", *other.start_values.values())) == []
+    assert load(other, phantom=other.phantom.value) == []
+
+
+def load(page, files=None, explorer=None, waiting=None, folder=None, phantom=None):
+    """Everything that loading tells the page; later updates hide earlier ones."""
+    return list(page.load(explorer, waiting, files, folder, phantom, "flair", *page.start_values.values()))
 
 
 def test_loading_hides_the_earlier_patient_and_closes_it(page, uploads, tmp_path):
-    start = list(page.start_values.values())
-    events = page.load(None, uploads, None, "flair", *start)
-    cleared, loaded = next(events), next(events)
-    assert cleared[page.explorer] is None and not cleared[page.index]["interactive"] and cleared[page.files] is None
+    taken, cleared, loaded = load(page, uploads)
+    assert taken == {page.files: None, page.folder: None}
+    assert cleared[page.explorer] is None and not cleared[page.index]["interactive"]
     assert loaded[page.index].interactive and "10 slices with content" in loaded[page.message]
     explorer = loaded[page.explorer]
     assert {path.parent for path in left(tmp_path)} == {explorer.scans}
-    events = page.load(explorer, [str(tmp_path / "uploads")], None, "flair", *start)
-    cleared = next(events)
-    assert cleared[page.explorer] is None and not left(tmp_path)
-    with pytest.raises(gradio.Error):
-        next(events)
+    with pytest.raises(gradio.Error, match="the upload is gone"):
+        load(page, [str(tmp_path / "uploads")], explorer)
+    assert {path.parent for path in left(tmp_path)} == {explorer.scans}  # files that are none change nothing
+    _, cleared, _ = load(page, None, explorer, phantom="phantom 1")
+    assert cleared[page.explorer] is None and not explorer.scans.exists()
+
+
+def test_files_one_by_one_wait_for_each_other(page, uploads, tmp_path):
+    """Each belongs to the patient of the earlier ones, until there is a second one of a modality."""
+    again = [shutil.copy(path, tmp_path / Path(path).name) for path in uploads]
+    seg = shutil.copy(uploads[0], tmp_path / "uploads" / "P_01_seg.nii.gz")
+    data = nib.load(seg)
+    nib.save(nib.Nifti1Image((np.asanyarray(data.dataobj) > 500).astype(np.uint8), data.affine), seg)
+    _, waits = load(page, uploads[1:])
+    assert "Have flair; still missing: t1." in waits[page.message] and not waits[page.index]["interactive"]
+    _, _, loaded = load(page, uploads[:1], waiting=waits[page.waiting])
+    assert loaded[page.index].interactive and not Path(waits[page.waiting].name).exists()
+    _, _, with_seg = load(page, None, loaded[page.explorer], folder=[seg])
+    assert with_seg[page.explorer].volumes.seg.any() and not loaded[page.explorer].scans.exists()
+    _, waits = load(page, again[:1], with_seg[page.explorer])
+    assert "Have t1; still missing: flair." in waits[page.message] and not with_seg[page.explorer].scans.exists()
+    assert [path.name for path in left(tmp_path)].count("P_01_T1n.nii.gz") == 1
+
+
+def zip_of(paths, tmp_path, **others):
+    path = tmp_path / "uploads" / "patient.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        for name, content in others.items():
+            packed.writestr(name, content)
+        for number, file in enumerate(paths):
+            packed.write(file, "../" * 9 * number + f"study/{number}/{Path(file).name}")
+    return str(path)
+
+
+def test_a_zip_is_unpacked_where_it_belongs(page, uploads, tmp_path):
+    outside = set(tmp_path.parent.iterdir())
+    _, _, loaded = load(page, [zip_of(uploads, tmp_path, **{"/etc/notes.txt": "x", "__MACOSX/._P_flair.nii.gz": "x"})])
+    scans = loaded[page.explorer].scans
+    assert loaded[page.index].interactive and set(tmp_path.parent.iterdir()) == outside
+    assert sorted(path.name for path in scans.iterdir()) == ["P_01_T1n.nii.gz", "P_01_flair.nii.gz"]
+    assert list(scans.parent.iterdir()) == [scans]  # the rest is deleted
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"large_flair.nii": bytes(1 << 20), "b": b"b"}, "^'patient.zip: the limit is 10000 files and 1048576 bytes"),
+        (dict.fromkeys(map(str, range(10_001)), b""), "the limit is 10000 files"),
+        ({"a/P_flair.nii": b"x", "b/Q_flair.nii": b"x"}, "several scans are flair: P_flair.nii, Q_flair.nii"),
+        ({"notes.txt": b"x"}, "notes.txt.*: no scan for this model: names end in flair, t2f, t1, t1n, t1w"),
+    ],
+)
+def test_a_zip_that_is_no_patient_is_one_line_and_deleted(page, uploads, tmp_path, content, message):
+    with pytest.raises(gradio.Error, match=message):
+        load(page, [zip_of([], tmp_path, **content)])
+    assert {str(path) for path in left(tmp_path)} == set(uploads)
+
+
+def test_a_damaged_zip_is_one_line(page, uploads, tmp_path):
+    path = Path(zip_of(uploads, tmp_path))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(gradio.Error, match=r"^'patient.zip: not a readable zip file \(.*CRC"):
+        load(page, [str(path)])
 
 
 def test_without_a_patient_the_controls_say_so(page):
@@ -106,20 +174,16 @@ def rename(paths, name):
 @pytest.mark.parametrize(
     ("damage", "name", "message"),
     [
-        (rename, "x_flair.nii.gz", "^modality missing: t1"),
-        (rename, "P_01_flair.nii.gz", "P_01_flair.nii.gz.* already exists"),
+        (rename, "x_flair.nii.gz", "^several scans are flair: .*x_flair.nii.gz"),
         (lambda paths, _: os.truncate(paths[1], os.path.getsize(paths[1]) - 20), None, "^P_01_T1n.nii.gz: truncated"),
-        (lambda paths, _: paths.pop(0), None, "^modality missing: "),
         (lambda paths, _: Path(paths[0]).unlink(), None, "the upload is gone"),
     ],
 )
 def test_files_that_are_no_patient_are_one_line_and_deleted(page, uploads, tmp_path, damage, name, message):
     uploads.sort(key=lambda path: "T1n" in path)
     damage(uploads, name)
-    events = page.load(None, uploads, None, "flair", *page.start_values.values())
-    next(events)
     with pytest.raises(gradio.Error) as refused:
-        next(events)
+        load(page, uploads)
     assert re.search(message, refused.value.message)
     assert str(tmp_path) not in refused.value.message and "\n" not in refused.value.message
     assert not [path for path in left(tmp_path) if "uploads" not in str(path)]
@@ -129,7 +193,7 @@ def test_files_that_are_no_patient_are_one_line_and_deleted(page, uploads, tmp_p
 def test_what_was_not_uploaded_is_left_alone(uploads, tmp_path, path):
     (tmp_path / "sessions").mkdir()
     with pytest.raises(InputError, match="the upload is gone"):
-        take_files([str(tmp_path / path)], tmp_path / "scans")
+        take_scans([str(tmp_path / path)], tmp_path / "scans", MODALITIES, 1 << 20)
     assert (tmp_path / "sessions").exists() and all(Path(upload).exists() for upload in uploads)
 
 

@@ -14,11 +14,13 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from diffusers_cf.app.explorer import Explorer
 from diffusers_cf.app.html import slice_html, verdict_html, volume_html
+from diffusers_cf.app.uploads import take_scans
 from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.data.nifti import MAX_BYTES, MODALITIES, canonical_modality
 from diffusers_cf.data.phantom import make_patient, write_patient
 from diffusers_cf.errors import InputError, in_one_line
 from diffusers_cf.plots import HEAT_MAXIMUM
+from diffusers_cf.segmentation.cohorts import scans_among
 
 
 # Seed, index and whether with a tumour: patients of cohort 1, because the shipped model was trained on cohort 0. The page
@@ -27,7 +29,7 @@ PHANTOMS = {"phantom 1": (1, 1, True), "phantom 2": (1, 0, True), "phantom 3, no
 SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "threshold")  # in the order of the controls
 PROGRESS = gr.Progress()  # as a default it asks gradio for the progress of the event
 SECONDS_KEPT = 2 * 3600  # of a patient, after loading
-START = "Drop a patient’s NIfTI files above, or choose a phantom."
+START = "Drop a patient’s scans above, or choose a phantom."
 INTRODUCTION = """**What would this brain look like healthy?** What the model has to change is the lesion. Research
 software, not a medical device, not for clinical use. Files go only to the machine that runs this page and are deleted when
 you leave it."""
@@ -73,11 +75,16 @@ class Page:
             self._add_events()
 
     def _add_components(self) -> None:
+        # scans that wait for those of other modalities
+        self.waiting = gr.State(time_to_live=SECONDS_KEPT, delete_callback=lambda found: found and found.cleanup())
         self.explorer = gr.State(time_to_live=SECONDS_KEPT, delete_callback=lambda found: found and found.close())
         gr.Markdown(INTRODUCTION)
         with gr.Row(equal_height=True):
-            label = f"all files of one patient together: {', '.join(self.modalities)} (.nii.gz)"
+            label = f"one patient’s {', '.join(self.modalities)}: NIfTI files, together or one by one, or a zip"
             self.files = gr.File(label=label, file_count="multiple", elem_id="cf-files", height=90, scale=3)
+            self.folder = gr.UploadButton(
+                "or a folder", file_count="directory", elem_id="cf-folder", scale=1, min_width=110
+            )
             phantoms = {*map(canonical_modality, self.modalities)} <= {*MODALITIES}  # else it lacks a modality
             self.phantom = gr.Radio(
                 list(PHANTOMS), value=next(iter(PHANTOMS)) if phantoms else None, visible=phantoms,
@@ -114,12 +121,12 @@ class Page:
     def _add_events(self) -> None:
         controls, pictures = self.controls[:-1], [self.pictures, self.verdict]
         results = [*pictures, self.found, self.downloads, self.heatmap, self.mask]
-        given = [self.explorer, self.files, self.phantom, self.channel, *self.settings]
-        loaded = [self.explorer, self.files, self.phantom, self.message, *self.controls, *results]
+        sources = [self.explorer, self.waiting, self.files, self.folder, self.phantom]
+        given, loaded = [*sources, self.channel, *self.settings], [*sources, self.message, *self.controls, *results]
         common = {"api_visibility": "private", "concurrency_id": "slice", "concurrency_limit": 2}
         gr.on(
-            [self.blocks.load, self.files.upload, self.phantom.input], self.load, given, loaded,
-            show_progress_on=self.pictures, **common,
+            [self.blocks.load, self.files.upload, self.folder.upload, self.phantom.input], self.load, given, loaded,
+            trigger_mode="always_last", show_progress_on=self.pictures, **common,
         )  # fmt: skip
         gr.on(
             [control.input for control in controls], self.show, [self.explorer, *controls], pictures,
@@ -132,34 +139,56 @@ class Page:
         self.blocks.unload(self.leave)
 
     def load(
-        self, explorer: Explorer | None, files: list[str] | None, phantom: str, channel: str, *values: float
-    ) -> Iterator[dict]:
-        """Load the files that were dropped, or else the chosen phantom, and show the first slice."""
-        if not files and not phantom:  # a page that opens on no phantom
+        self, explorer: Explorer | None, waiting: TemporaryDirectory | None, files: list[str] | None,
+        folder_files: list[str] | None, phantom: str | None, channel: str, *values: float,
+    ) -> Iterator[dict]:  # fmt: skip
+        """Load the files that were dropped, or else the chosen phantom, and show the first slice.
+
+        Files belong to the patient of earlier ones if these have none of their modalities; else a new patient begins.
+        While modalities are missing, files wait. Files that are no scans change nothing.
+        """
+        if not (files := files or folder_files) and not phantom:  # a page that opens on no phantom
             return
-        if explorer:
-            explorer.close()
-        cleared = {
-            self.explorer: None,
-            self.files: None,
-            self.phantom: None if files else phantom,
-            self.message: START,
-        }
-        hidden = dict.fromkeys((self.pictures, self.verdict, self.found), "") | {self.downloads: gr.Row(visible=False)}
-        yield cleared | hidden | {control: gr.update(interactive=False) for control in self.controls}
-        with self._errors_shown():
-            folder = TemporaryDirectory(dir=self.root, ignore_cleanup_errors=True)
-            try:
+        yield {self.files: None, self.folder: None}
+        folder = TemporaryDirectory(dir=self.root, ignore_cleanup_errors=True)
+        scans = Path(folder.name, "patient")
+        try:
+            with self._errors_shown():
                 if files:
-                    scans = take_files(files, Path(folder.name, "patient"))
-                else:
+                    taken = take_scans(files, Path(folder.name, "new"), self.modalities, self.max_bytes)
+                    earlier = (
+                        Path(waiting.name, scans.name) if waiting else explorer and not phantom and explorer.scans
+                    )
+                    held = scans_among(sorted(earlier.iterdir()), [*self.modalities, "seg"]) if earlier else {}
+                    taken |= {} if taken.keys() & held else {modality: paths[0] for modality, paths in held.items()}
+                    scans.mkdir()
+                    for path in taken.values():
+                        shutil.move(path, scans)
+                    shutil.rmtree(Path(folder.name, "new"))
+            explorer and explorer.close()
+            waiting and waiting.cleanup()
+            missing = [name for name in self.modalities if files and name not in taken]
+            have = ", ".join(name for name in self.modalities if files and name in taken)
+            yield {
+                self.explorer: None,
+                self.waiting: folder if missing else None,
+                self.phantom: None if files else phantom,
+                self.message: f"Have {have or 'seg'}; still missing: {', '.join(missing)}." if missing else START,
+                **dict.fromkeys((self.pictures, self.verdict, self.found), ""),
+                self.downloads: gr.Row(visible=False),
+                **{control: gr.update(interactive=False) for control in self.controls},
+            }
+            if missing:
+                return
+            with self._errors_shown():
+                if not files:
                     scans = write_patient(make_patient(*PHANTOMS[phantom]), folder.name)
                 served, limit = self.root / "uploads", self.max_bytes if files else MAX_BYTES
                 explorer = Explorer(self.pipe, self.facts, folder, scans, served, self.batch_size, limit)
                 shown = self.show(explorer, explorer.first_slice, channel, *values)
-            except BaseException:
-                folder.cleanup()
-                raise
+        except BaseException:  # also where the page is left
+            folder.cleanup()
+            raise
         slices, names = explorer.slices, ", ".join(self.modalities)
         kind = "" if files else f"<b>{phantom}</b>, {self.about_phantoms}. "
         message = ". ".join([f"{names}: {len(slices)} slices with content", *explorer.volumes.warnings])
@@ -222,13 +251,3 @@ class Page:
                 line = f"a fault of this program ({type(error).__name__})"
                 traceback.print_tb(error.__traceback__)
             raise gr.Error(escape(self._without_folder(line)), duration=None, print_exception=False) from None
-
-
-def take_files(files: list[str], scans: Path) -> Path:
-    """Move uploaded files into a new folder, which is returned."""
-    scans.mkdir()
-    for path in files:
-        if not Path(path).is_file():  # moved by another session that uploaded the same file, or a false claim
-            raise InputError("the upload is gone: drop the files again")
-        shutil.move(path, scans)  # an error if there are two files of one name
-    return scans

@@ -18,7 +18,7 @@ SUMMARY = "summary.json"
 STATES = ("done", "skipped", "failed")
 
 
-def _scans_among(paths: Sequence[Path], modalities: Sequence[str]) -> dict[str, list[Path]]:
+def scans_among(paths: Sequence[Path], modalities: Sequence[str]) -> dict[str, list[Path]]:
     """Return by modality the NIfTI files whose names end in it, or else the DICOM series in folders named after it.
 
     Modalities without any are left out.
@@ -44,7 +44,7 @@ def patient_files(folder: Path, modalities: Sequence[str]) -> dict[str, Path]:
     Raises:
         InputError: a modality is missing, or there are several scans of one.
     """
-    found = _scans_among(sorted(folder.iterdir()), [*modalities, "seg"])
+    found = scans_among(sorted(folder.iterdir()), [*modalities, "seg"])
     if missing := [name for name in modalities if name not in found]:
         spellings = {name: ALIASES.get(canonical_modality(name), (name,)) for name in missing}
         accepted = "; ".join(f"{name}: {', '.join(known)}" for name, known in spellings.items())
@@ -89,7 +89,7 @@ def find_patients(
             paths = sorted(path.iterdir())
             if RESULT <= {below.name for below in paths}:
                 continue
-            if _scans_among(paths, modalities):
+            if scans_among(paths, modalities):
                 patients.append(path)
                 continue
         except (InputError, OSError) as error:
