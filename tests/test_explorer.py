@@ -193,6 +193,37 @@ def test_what_is_closed_stops_and_leaves_nothing(explorer, settings, when, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["served"] and not list((tmp_path / "served").iterdir())
 
 
+@pytest.mark.parametrize("kind", ["counterfactual", "reconstruction", "forward", "delta", "whole volume"])
+def test_stop_ends_at_the_next_step_and_another_call_starts_anew(explorer, settings, monkeypatch, kind):
+    """A view that was stopped is computed again as a whole, with the same result."""
+
+    def compute():
+        if kind == "whole volume":
+            return voxels(explorer.segment(settings | {"threshold": 0.1}, lambda share: None).mask)
+        return explorer.view(INDEX, settings | {"map": kind}).heatmap
+
+    taken, predict = [], explorer.pipe.predict_noise
+    whole = (compute(), explorer._encodings.clear(), explorer._nulls.clear(), explorer._maps.clear())[0]
+    calls, limit = [], None
+
+    def predict_and_stop(self, *given):
+        calls.append(given)
+        if len(calls) == limit:
+            explorer.stop()
+        return predict(*given)
+
+    monkeypatch.setattr(type(explorer.pipe), "predict_noise", predict_and_stop)
+    for limit in range(1, 4 * STEPS):
+        calls.clear()
+        try:
+            taken.append(compute())
+            break
+        except InputError as error:
+            assert str(error) == "stopped" and len(calls) == limit
+    np.testing.assert_array_equal(taken[0], whole)
+    assert limit > STEPS
+
+
 def test_an_explorer_that_is_dropped_leaves_nothing(open_explorer, tmp_path):
     explorer = open_explorer()
     explorer.segment(explorer.facts["settings"], print)

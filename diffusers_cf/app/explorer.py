@@ -89,7 +89,7 @@ class Explorer:
     ) -> None:  # fmt: skip
         self.pipe, self.facts, self.scans, self.batch_size = with_own_schedulers(pipe), facts, scans, batch_size
         self._folder, self._served, self._results = folder, served, None
-        self._lock, self._closed = threading.Lock(), False
+        self._lock, self._stops = threading.Lock(), 0
         self._encodings, self._nulls, self._maps = {}, {}, {}
         self._finished = None, None  # settings and mask of the whole volume
         files = patient_files(scans, facts["preprocessing"]["modalities"])
@@ -119,11 +119,13 @@ class Explorer:
             settings (`Mapping`): as from `pipe.resolve_settings`; a threshold of None or 0 means no mask.
 
         Raises:
-            InputError: a setting is out of range, or the model yields NaN.
+            InputError: a setting is out of range, the model yields NaN, or `stop` was called.
         """
+        check = self._until_stopped()
         with self._lock:
+            check()
             key = (index, *(settings[name] for name in MAP_SETTINGS))
-            maps = recent(self._maps, key, lambda: self._compute_maps(index, settings))
+            maps = recent(self._maps, key, lambda: self._compute_maps(index, settings, check))
         one = slice(index, index + 1)
         seg = None if self.volumes.seg is None else self.volumes.seg[..., one]
         volumes = replace(self.volumes, volume=self.volumes.volume[..., one], seg=seg)
@@ -156,15 +158,16 @@ class Explorer:
             progress (`Callable`): called after each step with the share of steps done, 0 to 1.
 
         Raises:
-            InputError: there is no threshold, or the patient was closed.
+            InputError: there is no threshold, or `stop` or `close` was called.
             OSError: the files can't be written, for example because the patient was closed.
         """
         if not settings["threshold"]:
             raise InputError("no threshold: the model recommends none, so set one before segmenting the whole volume")
 
+        check = self._until_stopped()
+
         def tell(share: float) -> None:
-            if self._closed:
-                raise InputError("this patient was closed: load it again")
+            check()
             progress(share)
 
         options = {"model": self.facts["model"], "patient": PATIENT, "batch_size": self.batch_size, "progress": tell}
@@ -179,20 +182,36 @@ class Explorer:
         self._finished = dict(settings), mask
         return VolumeFiles(report, *files, np.flatnonzero(mask.any(axis=(0, 1))).tolist())
 
+    def stop(self) -> None:
+        """End what `view` and `segment` are computing at its next step; what was computed before stays."""
+        self._stops += 1
+
     def close(self) -> None:
-        """Delete the patient's files and results; a segmentation that still runs stops at its next step."""
-        self._closed = True
+        """Delete the patient's files and results; what is computed ends at its next step."""
+        self.stop()
         self._folder.cleanup()
         self._results and self._results.cleanup()
 
-    def _compute_maps(self, index: int, settings: Mapping) -> SliceMaps:
+    def _until_stopped(self) -> Callable:
+        """Return a callback for the steps from now on."""
+        begun = self._stops
+
+        def check(*_) -> dict:
+            if self._stops != begun:
+                raise InputError("stopped")
+            return {}
+
+        return check
+
+    def _compute_maps(self, index: int, settings: Mapping, callback: Callable) -> SliceMaps:
         """Compute a slice's maps, from an earlier encoding and null decoding where they are the same."""
         row, steps, strength = index - self.slices[0], settings["num_inference_steps"], settings["strength"]
         found = PatientSlices(PATIENT, self.found.images[row : row + 1], self.found.labels[:1], np.zeros(1, np.int64))
         images, key, null = torch.from_numpy(found.images), (index, steps), None
         try:
             if settings["map"] not in DECODED_MAPS:  # nothing of it can be used again
-                out = self.pipe(images, **{name: settings[name] for name in MAP_SETTINGS})
+                given = {name: settings[name] for name in MAP_SETTINGS}
+                out = self.pipe(images, **given, callback_on_step_end=callback)
                 heat = out.heatmaps
                 # a student makes no counterfactual: the page shows the image
                 changes = (
@@ -201,10 +220,12 @@ class Explorer:
             else:
                 if key in self._encodings and self._encodings[key].steps < round(steps * strength):
                     del self._encodings[key]
-                encoding = recent(self._encodings, key, partial(encode_images, self.pipe, images, strength, steps))
+                encode = partial(encode_images, self.pipe, images, strength, steps, callback)
+                encoding = recent(self._encodings, key, encode)
                 if settings["map"] != "counterfactual":  # the null decoding depends on no guidance scale
-                    null = recent(self._nulls, (*key, strength), partial(decode_null, self.pipe, encoding, settings))
-                changes, heat = decode_images(self.pipe, encoding, settings, null)
+                    decode = partial(decode_null, self.pipe, encoding, settings, callback)
+                    null = recent(self._nulls, (*key, strength), decode)
+                changes, heat = decode_images(self.pipe, encoding, settings, null, callback)
         except ValueError as error:  # a combination of settings that the pipeline refuses
             raise InputError(str(error)) from None
         if not (torch.isfinite(changes).all() and torch.isfinite(heat).all()):

@@ -109,17 +109,19 @@ class Page:
                 gr.Dropdown(counts, value=steps, label="steps", elem_id="cf-num_inference_steps"),
                 gr.Slider(0, heat, threshold, step=0.001, label="threshold", elem_id="cf-threshold"),
             ]
-        self.segment_button = gr.Button("Whole volume", variant="primary", elem_id="cf-volume")
+        with gr.Row():
+            self.segment_button = gr.Button("Whole volume", variant="primary", elem_id="cf-volume", scale=5)
+            self.stop_button = gr.Button("Stop", variant="stop", elem_id="cf-stop", scale=1, min_width=90)
         self.found = gr.HTML(elem_id="cf-found", min_height=64)
         with gr.Row(visible=False) as self.downloads:
             self.heatmap = gr.DownloadButton("Download heatmap (NIfTI)", elem_id="cf-heatmap")
             self.mask = gr.DownloadButton("Download mask (NIfTI)", elem_id="cf-mask")
-        self.controls = [self.index, self.channel, *self.settings, self.segment_button]
+        self.controls = [self.index, self.channel, *self.settings, self.segment_button, self.stop_button]
         for control in self.controls:  # nothing to operate before a patient is loaded
             control.interactive = False
 
     def _add_events(self) -> None:
-        controls, pictures = self.controls[:-1], [self.pictures, self.verdict]
+        controls, pictures = self.controls[:-2], [self.pictures, self.verdict]
         results = [*pictures, self.found, self.downloads, self.heatmap, self.mask]
         sources = [self.explorer, self.waiting, self.files, self.folder, self.phantom]
         given, loaded = [*sources, self.channel, *self.settings], [*sources, self.message, *self.controls, *results]
@@ -128,13 +130,18 @@ class Page:
             [self.blocks.load, self.files.upload, self.folder.upload, self.phantom.input], self.load, given, loaded,
             trigger_mode="always_last", show_progress_on=self.pictures, **common,
         )  # fmt: skip
-        gr.on(
+        shown = gr.on(
             [control.input for control in controls], self.show, [self.explorer, *controls], pictures,
             trigger_mode="always_last", show_progress="hidden", **common,
         )  # fmt: skip
-        self.segment_button.click(
+        found = self.segment_button.click(
             self.segment, [self.explorer, *controls], results, show_progress_on=self.found,
             **common | {"concurrency_id": "volume", "concurrency_limit": 1},
+        )  # fmt: skip
+        # gradio drops what waits or runs, and would let its thread go on
+        self.stop_button.click(
+            lambda explorer: explorer and explorer.stop(), self.explorer, cancels=[shown, found],
+            api_visibility="private", queue=False,
         )  # fmt: skip
         self.blocks.unload(self.leave)
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,9 @@ from diffusers_cf.settings import DECODED_MAPS
 Setting = tuple[float, float, str]
 
 
-def encode_trajectory(pipe, prepared: torch.Tensor, strength: float, num_inference_steps: int) -> list[torch.Tensor]:
+def encode_trajectory(
+    pipe, prepared: torch.Tensor, strength: float, num_inference_steps: int, callback: Callable | None = None
+) -> list[torch.Tensor]:
     """Return the latents `(N, C, h, w)` after 0, 1, .., K steps of the first loop of Algorithm 1, K = round(n L).
 
     Args:
@@ -25,12 +27,13 @@ def encode_trajectory(pipe, prepared: torch.Tensor, strength: float, num_inferen
         prepared (`torch.Tensor`): `(N, C, h, w)` from `pipe.prepare_images`, or windows of it.
         strength (`float`): the largest L that is needed.
         num_inference_steps (`int`): n, steps of the full grid.
+        callback (`Callable`, *optional*): as in `pipe.encode`; may end the walk by raising an error.
     """
     latents = [prepared]
 
     def keep(_, step, timestep, tensors):
         latents.append(tensors["latents"])
-        return {}
+        return callback(pipe, step, timestep, tensors) if callback else {}
 
     pipe.encode(prepared, strength, num_inference_steps, keep)
     return latents[:: pipe.inverse_scheduler.order]
@@ -60,8 +63,10 @@ class Encoding(NamedTuple):
         return [(latents[0] + 1) / 2 for latents in self.latents]
 
 
-def encode_images(pipe, images: torch.Tensor, strength: float, num_inference_steps: int) -> Encoding:
-    """Encode images `(N, C, H, W)` in input units up to the largest strength that is needed.
+def encode_images(
+    pipe, images: torch.Tensor, strength: float, num_inference_steps: int, callback: Callable | None = None
+) -> Encoding:
+    """Encode images `(N, C, H, W)` in input units up to the largest strength; callback as in `encode_trajectory`.
 
     Raises:
         ValueError: images or settings are out of range.
@@ -69,17 +74,22 @@ def encode_images(pipe, images: torch.Tensor, strength: float, num_inference_ste
     pipe.check_inputs(images)
     prepared = pipe.prepare_images(images)
     groups = pipe.windows(prepared)
-    latents = [encode_trajectory(pipe, group.cut(prepared), strength, num_inference_steps) for group in groups]
+    walk = strength, num_inference_steps, callback
+    latents = [encode_trajectory(pipe, group.cut(prepared), *walk) for group in groups]
     return Encoding(prepared, groups, latents)
 
 
-def decode_null(pipe, encoding: Encoding, settings: Mapping) -> list[torch.Tensor]:
+def decode_null(pipe, encoding: Encoding, settings: Mapping, callback: Callable | None = None) -> list[torch.Tensor]:
     """Decode with the null condition, `(n, C, h, w)` for each group; does not depend on the guidance scale."""
-    return _decode(pipe, encoding, {**settings, "guidance_scale": 0})
+    return _decode(pipe, encoding, {**settings, "guidance_scale": 0}, callback)
 
 
 def decode_images(
-    pipe, encoding: Encoding, settings: Mapping, null: Sequence[torch.Tensor] | None = None
+    pipe,
+    encoding: Encoding,
+    settings: Mapping,
+    null: Sequence[torch.Tensor] | None = None,
+    callback: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what the pipeline computes for the same images, without encoding them again.
 
@@ -88,21 +98,23 @@ def decode_images(
         encoding (`Encoding`): up to the strength of `settings` or further, with as many steps of the full grid.
         settings (`Mapping`): from `pipe.resolve_settings`, with a map of `DECODED_MAPS`.
         null (`Sequence[torch.Tensor]`, *optional*): from `decode_null` with the same settings; decoded here if needed.
+        callback (`Callable`, *optional*): as in `pipe.decode`.
 
     Returns:
         Changes `(N, C, h, w)`, counterfactual minus image, and heatmaps `(N, h, w)`, in input units at the network's
         size.
     """
-    changes, decoded = torch.zeros_like(encoding.prepared), _decode(pipe, encoding, settings)
+    changes, decoded = torch.zeros_like(encoding.prepared), _decode(pipe, encoding, settings, callback)
     for group, image, counterfactual in zip(encoding.groups, encoding.inputs, decoded, strict=True):
         group.paste(changes, counterfactual - image)
     if settings["map"] != "counterfactual" and null is None:
-        null = decode_null(pipe, encoding, settings)
+        null = decode_null(pipe, encoding, settings, callback)
     return changes, _heat(pipe, encoding, settings["map"], decoded, null)
 
 
-def _decode(pipe, encoding: Encoding, settings: Mapping) -> list[torch.Tensor]:
+def _decode(pipe, encoding: Encoding, settings: Mapping, callback: Callable | None = None) -> list[torch.Tensor]:
     options = {name: settings[name] for name in ("guidance_scale", "strength", "num_inference_steps")}
+    options["callback_on_step_end"] = callback
     steps = round(settings["num_inference_steps"] * settings["strength"])
     return [pipe.denoise(latents[steps], None, **options) for latents in encoding.latents]
 
