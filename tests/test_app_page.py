@@ -11,8 +11,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from segmentation_files import MODALITIES, make_pipe, write_cube
+from segmentation_files import MODALITIES, SIZE, make_pipe, write_cube
 
+from diffusers_cf.baselines.student import Student
 from diffusers_cf.errors import InputError
 from diffusers_cf.segmentation.patient import segmentation_facts
 
@@ -30,8 +31,10 @@ def make_page(tmp_path, monkeypatch):
     (tmp_path / "uploads").mkdir(exist_ok=True)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
 
-    def make(modalities=MODALITIES, **settings):
-        pipe = make_pipe(settings=RECOMMENDED | settings, modalities=modalities)
+    def make(modalities=MODALITIES, settings=RECOMMENDED):
+        pipe = make_pipe(settings=settings, modalities=modalities)
+        if settings.get("map") == "student":
+            pipe.register_modules(student=Student(len(MODALITIES), SIZE, (8, 16)).network)
         return Page(pipe, segmentation_facts(pipe, needs_threshold=False), tmp_path, None, 1 << 20)
 
     return make
@@ -66,7 +69,7 @@ def test_a_control_that_was_not_moved_gives_exactly_the_recommended_value(page, 
     }  # fmt: skip
     assert [control.value for control in page.settings] == [12, 0.02, 200, 0.071]
     assert [count for _, count in page.settings[2].choices] == [4, 5, 8, 10, 20, 25, 40, 50, 100, 200]
-    assert make_page(threshold=None)._settings((12, 0.02, 200, 0))["threshold"] is None
+    assert make_page(settings=RECOMMENDED | {"threshold": None})._settings((12, 0.02, 200, 0))["threshold"] is None
 
 
 def test_the_page_opens_on_a_phantom_and_its_controls_wait_for_it(page, make_page):
@@ -81,9 +84,9 @@ def test_the_page_opens_on_a_phantom_and_its_controls_wait_for_it(page, make_pag
     assert load(other, phantom=other.phantom.value) == []
 
 
-def load(page, files=None, explorer=None, waiting=None, folder=None, phantom=None):
+def load(page, files=None, explorer=None, waiting=None, folder=None, phantom=None, paint=True):
     """Everything that loading tells the page; later updates hide earlier ones."""
-    return list(page.load(explorer, waiting, files, folder, phantom, "flair", *page.start_values.values()))
+    return list(page.load(explorer, waiting, files, folder, phantom, "flair", paint, *page.start_values.values()))
 
 
 def test_loading_hides_the_earlier_patient_and_closes_it(page, uploads, tmp_path):
@@ -160,11 +163,27 @@ def test_a_damaged_zip_is_one_line(page, uploads, tmp_path):
         load(page, [str(path)])
 
 
+def test_a_student_shows_its_map_before_the_counterfactual_is_painted(make_page, uploads, record_calls):
+    page = make_page(settings={"map": "student", "threshold": 0.5, "strength": 0.2, "num_inference_steps": 10})
+    calls, start = record_calls(page.pipe), list(page.start_values.values())
+    assert page.paint.visible and not page.paint.value and not make_page().paint.visible
+    explorer = load(page, uploads, paint=False)[-1][page.explorer]
+    (quick,) = page.show(explorer, 5, "flair", False, *start)
+    assert not calls and quick[page.pictures].count("<figure") == 3
+    first, painted = page.show(explorer, 5, "flair", True, *start)
+    assert first == quick and painted[page.pictures].count("<figure") == 4 and len(calls) == 2 * 2
+    assert explorer.view(5, page.recommended, False).heatmap.max() > 0.25  # a probability
+    _, again = page.show(explorer, 5, "t1", True, *start)
+    assert "counterfactual" in again[page.pictures] and len(calls) == 2 * 2
+    _, _ = page.show(explorer, 5, "t1", True, 5.0, *start[1:])  # another guidance scale
+    assert len(calls) == 3 * 2
+
+
 def test_without_a_patient_the_controls_say_so(page):
     start = list(page.start_values.values())
     for handler in (page.show, page.segment):
         with pytest.raises(gradio.Error, match="load the patient again"):
-            handler(None, 0, "flair", *start)
+            next(handler(None, 0, "flair", True, *start))
 
 
 def rename(paths, name):

@@ -37,7 +37,7 @@ class SliceView:
     """One axial slice at the scan's own resolution, cropped to the brain; row 0 anterior, column 0 the patient's left."""
 
     images: np.ndarray  # float32 (C, H, W), in input units
-    counterfactuals: np.ndarray  # float32 (C, H, W), in input units
+    counterfactuals: np.ndarray | None  # float32 (C, H, W), in input units; None if none was painted
     heatmap: np.ndarray  # float32 (H, W), in input units, 0 outside the foreground
     mask: np.ndarray | None  # bool (H, W), the lesion found; None without a threshold
     reference: np.ndarray | None  # bool (H, W), the expert's lesion
@@ -111,12 +111,15 @@ class Explorer:
         has_lesion = seg is not None and seg.any()
         return int(seg.sum(axis=(0, 1)).argmax()) if has_lesion else self.slices[len(self.slices) // 2]
 
-    def view(self, index: int, settings: Mapping) -> SliceView:
+    def view(self, index: int, settings: Mapping, paint: bool = True) -> SliceView:
         """Return one slice under the given settings; only what changed since an earlier call is computed.
+
+        The map `student` makes no counterfactual. With `paint` the network paints one beside it.
 
         Args:
             index (`int`): one of `slices`.
             settings (`Mapping`): as from `pipe.resolve_settings`; a threshold of None or 0 means no mask.
+            paint (`bool`): whether to paint a counterfactual beside a map that makes none.
 
         Raises:
             InputError: a setting is out of range, the model yields NaN, or `stop` was called.
@@ -124,8 +127,10 @@ class Explorer:
         check = self._until_stopped()
         with self._lock:
             check()
-            key = (index, *(settings[name] for name in MAP_SETTINGS))
-            maps = recent(self._maps, key, lambda: self._compute_maps(index, settings, check))
+            maps = self._maps_of(index, settings, check)
+            if paint and maps.changes is None:
+                painted = self._maps_of(index, {**settings, "map": "counterfactual"}, check)
+                maps = replace(maps, changes=painted.changes)
         one = slice(index, index + 1)
         seg = None if self.volumes.seg is None else self.volumes.seg[..., one]
         volumes = replace(self.volumes, volume=self.volumes.volume[..., one], seg=seg)
@@ -139,8 +144,10 @@ class Explorer:
         else:
             mask = lesion_mask(volumes, maps, heat, {**self.facts, "threshold": settings["threshold"]})
         images = volumes.volume / self._scales[:, None, None, None]
-        changes = [volume_from_slices(c[None], [0], heat.shape, spacing_mm, field_mm) for c in maps.changes[0]]
-        counterfactuals = np.clip(images + np.stack(changes) * volumes.foreground, 0, None)
+        counterfactuals = None
+        if maps.changes is not None:
+            changes = [volume_from_slices(c[None], [0], heat.shape, spacing_mm, field_mm) for c in maps.changes[0]]
+            counterfactuals = np.clip(images + np.stack(changes) * volumes.foreground, 0, None)
         inside = (maps.found.images[0] > 0).any(axis=0)
         parts = (images, counterfactuals, heat, mask, seg)  # (.., X, Y, 1)
         return SliceView(
@@ -203,6 +210,11 @@ class Explorer:
 
         return check
 
+    def _maps_of(self, index: int, settings: Mapping, check: Callable) -> SliceMaps:
+        """Return a slice's maps, computed if need be; those of a student depend on no setting."""
+        given = () if settings["map"] == "student" else [settings[name] for name in MAP_SETTINGS]
+        return recent(self._maps, (index, *given), lambda: self._compute_maps(index, settings, check))
+
     def _compute_maps(self, index: int, settings: Mapping, callback: Callable) -> SliceMaps:
         """Compute a slice's maps, from an earlier encoding and null decoding where they are the same."""
         row, steps, strength = index - self.slices[0], settings["num_inference_steps"], settings["strength"]
@@ -213,10 +225,7 @@ class Explorer:
                 given = {name: settings[name] for name in MAP_SETTINGS}
                 out = self.pipe(images, **given, callback_on_step_end=callback)
                 heat = out.heatmaps
-                # a student makes no counterfactual: the page shows the image
-                changes = (
-                    torch.zeros_like(images) if out.counterfactuals is None else out.counterfactuals.cpu() - images
-                )
+                changes = None if out.counterfactuals is None else out.counterfactuals.cpu() - images
             else:
                 if key in self._encodings and self._encodings[key].steps < round(steps * strength):
                     del self._encodings[key]
@@ -228,9 +237,12 @@ class Explorer:
                 changes, heat = decode_images(self.pipe, encoding, settings, null, callback)
         except ValueError as error:  # a combination of settings that the pipeline refuses
             raise InputError(str(error)) from None
-        if not (torch.isfinite(changes).all() and torch.isfinite(heat).all()):
+        if not all(torch.isfinite(part).all() for part in (heat, changes) if part is not None):
             raise InputError(f"{self.facts['model']}: the model yields NaN or infinite values on slice {index}")
-        heat, changes = (resize_images(x, images.shape[-2:]).float().cpu().numpy() for x in (heat[:, None], changes))
+        heat, changes = (
+            None if part is None else resize_images(part, images.shape[-2:]).float().cpu().numpy()
+            for part in (heat[:, None], changes)
+        )  # fmt: skip
         return SliceMaps(found, heat[:, 0], changes)
 
 

@@ -32,7 +32,7 @@ def slice_html(
         channel (`int`): index of the modality to show.
         modalities (`Sequence[str]`): names of all modalities.
         unit (`str`): what a heat of 1 means, as from `unit_in_words`.
-        kind (`str`): of the map; a student makes no counterfactual.
+        kind (`str`): of the map; that of a student is a probability.
         convention (`str`): `radiological` or `neurological`.
     """
     parts = (view.images, view.counterfactuals, view.heatmap, view.mask, view.reference)
@@ -43,21 +43,18 @@ def slice_html(
     heat = colormaps["inferno"](share, bytes=True)
     heat[..., 3] = np.rint(230 * np.clip(share / SEE_THROUGH, 0, 1))
     mask_caption = "mask, whole volume" if view.of_volume else "mask, slice alone"
+    painted = [] if view.counterfactuals is None else [view.counterfactuals]
     panels = [
         ("input", f"input ({modalities[channel]})", scan, None),
-        *(
-            []
-            if kind == "student"
-            else [("counterfactual", "counterfactual", _grey(view.counterfactuals[channel]), None)]
-        ),
+        *(("counterfactual", "counterfactual", _grey(images[channel]), None) for images in painted),
         ("heatmap", "heatmap", scan, _png(heat)),
         ("mask", mask_caption if view.mask is not None else "no mask: no threshold", scan, _outlines(view)),
     ]
     height, width = np.multiply(view.heatmap.shape, view.pixel_mm)
     keys = [(FOUND, "found")] * (view.mask is not None) + [(EXPERT, "expert")] * (view.reference is not None)
     return TEMPLATES.get_template("slice.html").render(
-        panels=panels, aspect=width / height, maximum=most, unit=unit, keys=keys,
-        convention=CONVENTIONS[convention],
+        measure="probability" if kind == "student" else "change", panels=panels, aspect=width / height, maximum=most,
+        unit=unit, keys=keys, convention=CONVENTIONS[convention],
         colours=[tuple(rgb) for rgb in colormaps["inferno"](np.linspace(0, 1, 9), bytes=True)[:, :3].tolist()],
     )  # fmt: skip
 

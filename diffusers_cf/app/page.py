@@ -65,6 +65,7 @@ class Page:
         self.about_phantoms = "a simulated brain and no patient" + (
             "" if knows else "; this model has learned from others"
         )
+        self.has_student = self.recommended["map"] == "student"
         self.start_values = {name: round(self.recommended[name] or 0, 3) for name in SETTINGS}
         # uploads that no handler takes are deleted after half an hour
         self.blocks = gr.Blocks(
@@ -98,6 +99,11 @@ class Page:
             self.channel = gr.Radio(
                 self.modalities, value=self.modalities[0], label="modality", elem_id="cf-channel", scale=2
             )
+        passes = self.pipe.network_evaluations(**self.recommended | {"map": "counterfactual"})
+        self.paint = gr.Checkbox(
+            not self.has_student, visible=self.has_student, label="Paint the counterfactual", elem_id="cf-paint",
+            info=f"The slice as if healthy, with the settings below: {passes} network passes, the heatmap takes one.",
+        )  # fmt: skip
         with gr.Row():
             guidance_scale, strength, steps, threshold = self.start_values.values()
             train_steps = self.pipe.scheduler.config.num_train_timesteps
@@ -116,7 +122,9 @@ class Page:
         with gr.Row(visible=False) as self.downloads:
             self.heatmap = gr.DownloadButton("Download heatmap (NIfTI)", elem_id="cf-heatmap")
             self.mask = gr.DownloadButton("Download mask (NIfTI)", elem_id="cf-mask")
-        self.controls = [self.index, self.channel, *self.settings, self.segment_button, self.stop_button]
+        self.controls = [
+            self.index, self.channel, self.paint, *self.settings, self.segment_button, self.stop_button
+        ]  # fmt: skip
         for control in self.controls:  # nothing to operate before a patient is loaded
             control.interactive = False
 
@@ -124,7 +132,7 @@ class Page:
         controls, pictures = self.controls[:-2], [self.pictures, self.verdict]
         results = [*pictures, self.found, self.downloads, self.heatmap, self.mask]
         sources = [self.explorer, self.waiting, self.files, self.folder, self.phantom]
-        given, loaded = [*sources, self.channel, *self.settings], [*sources, self.message, *self.controls, *results]
+        given, loaded = [*sources, *controls[1:]], [*sources, self.message, *self.controls, *results]
         common = {"api_visibility": "private", "concurrency_id": "slice", "concurrency_limit": 2}
         gr.on(
             [self.blocks.load, self.files.upload, self.folder.upload, self.phantom.input], self.load, given, loaded,
@@ -147,7 +155,7 @@ class Page:
 
     def load(
         self, explorer: Explorer | None, waiting: TemporaryDirectory | None, files: list[str] | None,
-        folder_files: list[str] | None, phantom: str | None, channel: str, *values: float,
+        folder_files: list[str] | None, phantom: str | None, channel: str, paint: bool, *values: float,
     ) -> Iterator[dict]:  # fmt: skip
         """Load the files that were dropped, or else the chosen phantom, and show the first slice.
 
@@ -192,7 +200,7 @@ class Page:
                     scans = write_patient(make_patient(*PHANTOMS[phantom]), folder.name)
                 served, limit = self.root / "uploads", self.max_bytes if files else MAX_BYTES
                 explorer = Explorer(self.pipe, self.facts, folder, scans, served, self.batch_size, limit)
-                shown = self.show(explorer, explorer.first_slice, channel, *values)
+                *_, shown = self.show(explorer, explorer.first_slice, channel, paint, *values)
         except BaseException:  # also where the page is left
             folder.cleanup()
             raise
@@ -206,29 +214,33 @@ class Page:
             self.index: gr.Slider(slices[0], slices[-1], explorer.first_slice, interactive=True),
         }
 
-    def show(self, explorer: Explorer | None, index: int, channel: str, *values: float) -> dict:
-        """Show a slice: pictures and verdict."""
+    def show(self, explorer: Explorer | None, index: int, channel: str, paint: bool, *values: float) -> Iterator[dict]:
+        """Show a slice: pictures and verdict; a student's map at once, before the counterfactual is painted."""
         with self._errors_shown():
             if explorer is None:  # gradio has dropped the session's state
                 raise InputError("the session has ended: load the patient again")
             settings = self._settings(values)
             unit = unit_in_words(self.facts["preprocessing"]["normalize"], settings["map"])
-            view = explorer.view(int(index), settings)
-            channel, look = self.modalities.index(channel), (unit, settings["map"], self.convention)
-            pictures = slice_html(view, channel, self.modalities, *look)
-            return {self.pictures: pictures, self.verdict: verdict_html(view, settings["threshold"])}
+            look = self.modalities.index(channel), self.modalities, unit, settings["map"], self.convention
+            for painted in (False, True) if self.has_student and paint else (paint,):
+                view = explorer.view(int(index), settings, painted)
+                yield {self.pictures: slice_html(view, *look), self.verdict: verdict_html(view, settings["threshold"])}
 
-    def segment(self, explorer: Explorer | None, index: int, channel: str, *values: float, progress=PROGRESS) -> dict:
+    def segment(
+        self, explorer: Explorer | None, index: int, channel: str, paint: bool, *values: float, progress=PROGRESS
+    ) -> Iterator[dict]:
         """Segment the whole volume and offer heatmap and mask for download."""
-        self.show(explorer, index, channel, *values)  # fails at once if the session has ended
+        chosen = explorer, index, channel, paint, *values
+        next(self.show(*chosen))  # fails at once if the session has ended
         with self._errors_shown():
             found = explorer.segment(self._settings(values), lambda share: progress(share, desc="whole volume"))
-        return self.show(explorer, index, channel, *values) | {
-            self.found: volume_html(found),
-            self.downloads: gr.Row(visible=True),
-            self.heatmap: str(found.heatmap),
-            self.mask: str(found.mask),
-        }
+        for shown in self.show(*chosen):
+            yield shown | {
+                self.found: volume_html(found),
+                self.downloads: gr.Row(visible=True),
+                self.heatmap: str(found.heatmap),
+                self.mask: str(found.mask),
+            }
 
     def leave(self, request: gr.Request) -> None:
         """Delete the session's state now; gradio itself would keep it for another hour."""
