@@ -334,8 +334,8 @@ def _add_model_options(add) -> None:
     add("--crop_background", type=float, metavar="SHARE", help="share of the images that are trained on in windows around"
         " their foreground, 0 to 1; above 0, inference computes in windows; default: 0, or 0.7 if the model to fine-tune"
         " computes in windows")
-    add("--channel_dropout", type=float, default=0.0, metavar="SHARE", help="share of the images in which one channel is"
-        " empty, 0 to 1, so that the network knows patients who lack a modality; default: %(default)s")
+    add("--channel_dropout", type=float, default=0.0, metavar="SHARE", help="share of the images in which some channels"
+        " are empty, 0 to 1, so that the network knows patients who lack modalities; default: %(default)s")
     add("--guidance_dropout_prob", type=float, default=0.35, help="probability that an image's class is replaced by null,"
         " for implicit guidance; default: %(default)s (the paper's)")
     add("--snr_gamma", type=float, help="gamma of min-SNR loss weighting, usually 5; default: no weighting")

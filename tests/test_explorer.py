@@ -172,7 +172,7 @@ def test_the_verdict_is_that_of_the_mask(explorer, settings):
         found = re.findall('src="data:image/png;base64,([^"]*)"', page)
         looks[convention] = [np.asarray(Image.open(io.BytesIO(base64.b64decode(picture)))) for picture in found]
         assert f'<span class="cf-left">{"R" if convention == "radiological" else "L"}<' in page and convention in page
-    assert len(found) == 5
+    assert len(found) == 6
     assert all(np.array_equal(a, b[:, ::-1]) for a, b in zip(*looks.values(), strict=True))
     assert not all(map(np.array_equal, *looks.values()))
     assert "<b>" not in slice_html(view, 0, ["<b>", "t1"], "1 = p99", "student")

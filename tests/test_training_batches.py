@@ -42,20 +42,18 @@ def test_positions_match_as_far_as_classes_have_slices_there():
     assert len(set(part)) == 9  # each position is a part of its own here
 
 
-def test_the_share_of_images_that_lose_a_channel():
-    """Each channel as often as the others, and everything else stays as it is."""
-    options = {"image_size": (8, 8), "random_flip": True, "augment": True}
-    slices = training_slices().slices
-    slices.preprocessing = {"channels": slices.images.shape[1]}
+def test_the_share_of_images_that_lose_channels():
+    """Each choice that leaves a channel as often as the others, and everything else stays as it is."""
+    images = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.1
+    slices, options = MadeSlices(images, [0, 1] * 20), {"image_size": (8, 8), "random_flip": True, "augment": True}
+    slices.preprocessing = {"channels": 3}
     whole, dropped = (
-        batch_at(TrainingSlices(slices, 0, **options, **more), range(1500)) for more in ({}, {"channel_dropout": 0.4})
+        batch_at(TrainingSlices(slices, 0, **options, channel_dropout=share), range(3000)) for share in (0, 0.4)
     )
     is_empty = (dropped["images"] == -1).all(dim=(2, 3))
-    channels = is_empty.shape[1]
-    assert channels > 1 and is_empty.sum(dim=1).max() == 1
-    assert abs(is_empty.sum() - 600) < 5 * math.sqrt(1500 * 0.4 * 0.6)
-    each = 0.4 / channels
-    assert (abs(is_empty.sum(dim=0) - 1500 * each) < 5 * math.sqrt(1500 * each)).all()
+    counts = torch.bincount((is_empty * torch.tensor([1, 2, 4])).sum(dim=1), minlength=8)
+    assert counts[7] == 0 and abs(counts[0] - 1800) < 5 * math.sqrt(3000 * 0.4 * 0.6)
+    assert (abs(counts[1:7] - 200) < 5 * math.sqrt(200)).all()
     assert torch.equal(torch.where(is_empty[:, :, None, None], dropped["images"], whole["images"]), dropped["images"])
     assert all(torch.equal(whole[key], dropped[key]) for key in whole if key != "images")
     slices.preprocessing = {"channels": 1}

@@ -36,8 +36,8 @@ class TrainingSlices(torch.utils.data.Dataset):
         clip_input (`bool`): cut images at 1, as [`CounterfactualDDIMPipeline`] does.
         match_positions (`bool`): draw every class at the same positions in the head, as far as it has slices there, so
             that a slice's position says less about its label.
-        channel_dropout (`float`): share of the images in which one channel, drawn uniformly, is background throughout, as
-            in a patient who lacks that modality.
+        channel_dropout (`float`): share of the images in which some channels are background throughout, as in a patient who
+            lacks these modalities. Which ones is drawn uniformly from all choices that leave a channel.
 
     Raises:
         InputError: there is no slice, the images have no smaller windows, or only one channel.
@@ -122,12 +122,11 @@ class TrainingSlices(torch.utils.data.Dataset):
         images, *targets = images.split([channels, images.shape[1] - channels], dim=1)
         noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators])
         # the last draws, so that all others are the same with and without windows and dropout
-        is_cropped, drops, channel = torch.stack([torch.rand(3, generator=g) for g in generators]).T
+        is_cropped, drops, subset = torch.stack([torch.rand(3, generator=g) for g in generators]).T
         if self.channel_dropout:
-            dropped = (
-                functional.one_hot((channel * channels).long(), channels) * (drops < self.channel_dropout)[:, None]
-            )
-            images = images * (1 - dropped)[:, :, None, None]
+            kept = (subset * (2**channels - 2)).long() + 1  # bit c says whether channel c stays: some, but not all
+            kept = torch.where(drops < self.channel_dropout, kept, 2**channels - 1)
+            images = images * (kept[:, None] >> torch.arange(channels) & 1)[:, :, None, None]
         return {
             "images": images * 2 - 1,
             **({"targets": targets[0][:, 0]} if "targets" in batch else {}),
