@@ -110,11 +110,23 @@ class Page:
             counts = sorted({n for n in range(4, 101) if train_steps % n == 0} | {steps})
             high, heat = max(20, 2 * guidance_scale), max(HEAT_MAXIMUM, 2 * threshold)
             self.settings = [
-                gr.Slider(0, high, guidance_scale, step=0.5, label="guidance scale", elem_id="cf-guidance_scale"),
-                gr.Slider(0.05, 1, strength, step=0.05, label="strength", elem_id="cf-strength"),
-                gr.Dropdown(counts, value=steps, label="steps", elem_id="cf-num_inference_steps"),
-                gr.Slider(0, heat, threshold, step=0.001, label="threshold", elem_id="cf-threshold"),
-            ]
+                gr.Slider(
+                    0, high, guidance_scale, step=0.5, label="guidance scale w", elem_id="cf-guidance_scale",
+                    info="How strongly the model pulls towards healthy. Higher changes more, also sound tissue.",
+                ),
+                gr.Slider(
+                    0.05, 1, strength, step=0.05, label="strength L", elem_id="cf-strength",
+                    info="How much of the scan is repainted. Higher removes larger lesions and keeps less anatomy.",
+                ),
+                gr.Dropdown(
+                    counts, value=steps, label="steps", elem_id="cf-num_inference_steps",
+                    info="How finely the model works. More take longer and stay nearer to the scan.",
+                ),
+                gr.Slider(
+                    0, heat, threshold, step=0.001, label="threshold", elem_id="cf-threshold",
+                    info="Lesion is where the heatmap reaches this value. Lower finds more; 0 draws no mask.",
+                ),
+            ]  # fmt: skip
         with gr.Row():
             self.segment_button = gr.Button("Whole volume", variant="primary", elem_id="cf-volume", scale=5)
             self.stop_button = gr.Button("Stop", variant="stop", elem_id="cf-stop", scale=1, min_width=90)
