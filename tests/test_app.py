@@ -201,6 +201,11 @@ def test_it_opens_on_a_phantom_and_no_control_works_before(open_page):
     page.wait_for_selector("#cf-message >> text=phantom 1, a simulated brain and no patient", timeout=120000)
     page.wait_for_selector(HEAT)
     assert page.locator("#cf-volume").is_enabled() and page.locator(".toast-message-text").count() == 0
+    size = "image => image.getBoundingClientRect().width"
+    small = page.eval_on_selector(HEAT, size)
+    for scale in (2, 4, 1):  # a click on one picture zooms all
+        page.click("#cf-pictures .cf-input .cf-image", position={"x": 20, "y": 20})
+        assert page.eval_on_selector(HEAT, size) == pytest.approx(scale * small, rel=1e-3)
     page.get_by_label("phantom 3, no lesion").check()
     page.wait_for_selector("#cf-message >> text=phantom 3, no lesion, a simulated brain", timeout=120000)
     assert re.search(r"flair, t1, t1ce, t2: 4\d slices with content", page.inner_text("#cf-message"))

@@ -37,7 +37,7 @@ CORE = (
     "pipeline_counterfactual_ddim", "schedulers", "models", "maps", "images", "losses", "settings", "loading",
     "data.slices", "training", "evaluation.protocol", "evaluation.pixel_counts",
 )  # fmt: skip
-MOST_LINES = {"core": 3250, "package": 13500, "modules at the root": 18, "tests": 12600}
+MOST_LINES = {"core": 3250, "package": 13600, "modules at the root": 18, "tests": 12600}
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home|Users)/")
 
 

@@ -19,7 +19,7 @@ SEE_THROUGH = 0.4  # share of HEAT_MAXIMUM below which the heatmap fades, so tha
 OUTLINE_SCALE = 4  # pixels of an outline's picture per pixel of the slice
 
 TEMPLATES = Environment(loader=PackageLoader("diffusers_cf"), autoescape=True, trim_blocks=True)
-CSS = TEMPLATES.get_template("app.css").render()
+CSS, ZOOM = (TEMPLATES.get_template(name).render() for name in ("app.css", "zoom.js"))
 
 
 def slice_html(

@@ -13,7 +13,7 @@ import gradio as gr
 from accelerate.utils.memory import should_reduce_batch_size
 
 from diffusers_cf.app.explorer import Explorer
-from diffusers_cf.app.html import slice_html, verdict_html, volume_html
+from diffusers_cf.app.html import ZOOM, slice_html, verdict_html, volume_html
 from diffusers_cf.app.uploads import take_scans
 from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.data.nifti import MAX_BYTES, MODALITIES, canonical_modality
@@ -29,7 +29,7 @@ PHANTOMS = {"phantom 1": (1, 1, True), "phantom 2": (1, 0, True), "phantom 3, no
 SETTINGS = ("guidance_scale", "strength", "num_inference_steps", "threshold")  # in the order of the controls
 PROGRESS = gr.Progress()  # as a default it asks gradio for the progress of the event
 SECONDS_KEPT = 2 * 3600  # of a patient, after loading
-START = "Drop a patient’s scans above, or choose a phantom."
+START = "Drop a patient’s scans above, together or one by one, or choose a phantom."
 INTRODUCTION = """**What would this brain look like healthy?** What the model has to change is the lesion. Research
 software, not a medical device, not for clinical use. Files go only to the machine that runs this page and are deleted when
 you leave it."""
@@ -81,7 +81,7 @@ class Page:
         self.explorer = gr.State(time_to_live=SECONDS_KEPT, delete_callback=lambda found: found and found.close())
         gr.Markdown(INTRODUCTION)
         with gr.Row(equal_height=True):
-            label = f"one patient’s {', '.join(self.modalities)}: NIfTI files, together or one by one, or a zip"
+            label = f"NIfTI or zip: {', '.join(self.modalities)}"
             self.files = gr.File(label=label, file_count="multiple", elem_id="cf-files", height=90, scale=3)
             self.folder = gr.UploadButton(
                 "or a folder", file_count="directory", elem_id="cf-folder", scale=1, min_width=110
@@ -92,7 +92,7 @@ class Page:
                 label="or a phantom (a simulated brain)", elem_id="cf-phantom", scale=3,
             )  # fmt: skip
         self.message = gr.HTML(START, elem_id="cf-message", min_height=24)
-        self.pictures, self.verdict = gr.HTML(elem_id="cf-pictures"), gr.HTML(elem_id="cf-verdict")
+        self.pictures, self.verdict = gr.HTML(elem_id="cf-pictures", js_on_load=ZOOM), gr.HTML(elem_id="cf-verdict")
         with gr.Row():
             # gradio checks a value against this range also after it has dropped the session: 0 to 9999 fits any scan
             self.index = gr.Slider(0, 9999, step=1, label="slice (0 = lowest)", elem_id="cf-index", scale=3)
