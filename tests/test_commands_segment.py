@@ -1,5 +1,6 @@
 """`diffusers-cf segment` on one patient and on cohorts."""
 
+import csv
 import json
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_bad_patients_do_not_stop_the_others(model, tmp_path, capsys):
     reasons = ("A_t1.nii.gz: truncated", "modality missing: t1", "shape or geometry differ", "E: No such file")
     assert len(errors) == 5 and all(reason in line for reason, line in zip(reasons, errors, strict=False))
     assert "x: File name too long" in errors[4]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["C", "summary.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["C", "summary.csv", "summary.json"]
     assert len(list((tmp_path / "out" / "C").iterdir())) == 6
 
 
@@ -100,6 +101,14 @@ def test_a_cohort_goes_on_where_it_ended(cohort, tmp_path, capsys):
     failure = summary["patients"].pop(str(tmp_path / "none"))  # of the first run
     assert failure["state"] == "failed" and "none: No such file" in failure["reason"]
     states = {"A": {"state": "skipped"}, "B": {"state": "done"}}
+    with open(tmp_path / "out" / "summary.csv", newline="", encoding="utf-8") as file:
+        rows = {row.pop("patient"): row for row in csv.DictReader(file)}
+    assert rows.keys() == {"A", "B", str(tmp_path / "none")}
+    assert rows[str(tmp_path / "none")] == dict.fromkeys(rows["A"], "") | failure
+    for name, state in states.items():
+        report = json.loads((tmp_path / "out" / name / "report.json").read_text())
+        assert rows[name].pop("reason") == "" and rows[name].pop("state") == state["state"]
+        assert rows[name] == {key: str(report[key]) for key in ("lesion_volume_ml", "dice", "auprc", "seconds")}
     assert summary == {"done": 1, "skipped": 1, "failed": 1, "patients": states}
 
 
@@ -109,7 +118,7 @@ def test_two_patients_of_one_name_are_named_and_the_others_are_done(cohort, tmp_
     (line,) = error_lines(printed)
     assert "two patients are called A: " in line and all(str(tmp_path / s / "A") in line for s in ("site1", "site2"))
     assert printed.out.splitlines()[-1] == "1 done, 0 finished before, 1 failed"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["B", "summary.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["B", "summary.csv", "summary.json"]
 
 
 def test_the_process_that_writes_a_patient_reports_its_outcome(cohort, tmp_path, capsys):
@@ -136,4 +145,4 @@ def test_errors_of_the_machine_do_not_stop_the_others(cohort, tmp_path, capsys, 
     (line,) = error_lines(capsys.readouterr())
     reason = "out of memory (Unable to allocate 9 GiB)" if isinstance(error, MemoryError) else error.strerror
     assert line == f"error: {tmp_path / 'out' / 'A'}: {reason}"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["B", "summary.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["B", "summary.csv", "summary.json"]

@@ -1,12 +1,13 @@
 """Cohorts: find the patients in a folder of any nesting and the scans of each, and keep OUT/summary.json."""
 
+import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers_cf.data.nifti import ALIASES, canonical_modality, nifti_suffix
 from diffusers_cf.errors import InputError, in_one_line
-from diffusers_cf.files import alone_at, read_json, write_json
+from diffusers_cf.files import alone_at, new_file, read_json, write_json
 from diffusers_cf.segmentation.dicom import is_series
 
 
@@ -14,7 +15,9 @@ DEPTH = 5  # levels of folders below the given one: site, subject, session, anat
 NOT_RAW = {"code", "derivatives", "sourcedata", "stimuli"}  # BIDS folders without raw scans
 UNNAMED = {"anat"}  # BIDS folders that are no part of a patient's name
 RESULT = {"report.json", "heatmap.nii.gz"}  # written by `segment`
-SUMMARY = "summary.json"
+SUMMARY, TABLE = "summary.json", "summary.csv"
+COLUMNS = ("patient", "state", "lesion_volume_ml", "dice", "auprc", "seconds", "reason")  # of the table
+ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may hold bytes that are no UTF-8
 STATES = ("done", "skipped", "failed")
 
 
@@ -112,7 +115,9 @@ def find_patients(
 
 
 def add_to_summary(output: Path, outcomes: dict[str, dict[str, str]]) -> None:
-    """Add outcomes to OUT/summary.json. The new outcome of a patient replaces the old one.
+    """Add outcomes to OUT/summary.json, and write OUT/summary.csv, a row for each patient in it.
+
+    The new outcome of a patient replaces the old one.
 
     Args:
         output (`Path`): OUT.
@@ -122,7 +127,16 @@ def add_to_summary(output: Path, outcomes: dict[str, dict[str, str]]) -> None:
     with alone_at(output / SUMMARY, timeout=60):  # shards may end at the same time
         patients = read_summary(output) | outcomes
         counts = {state: sum(outcome["state"] == state for outcome in patients.values()) for state in STATES}
-        write_json(counts | {"patients": dict(sorted(patients.items()))}, output / SUMMARY)
+        patients = dict(sorted(patients.items()))
+        write_json(counts | {"patients": patients}, output / SUMMARY)
+        with new_file(output / TABLE) as temporary, open(temporary, "w", newline="", **ENCODING) as file:
+            table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            table.writeheader()
+            for patient, outcome in patients.items():
+                path = output / patient / "report.json"
+                # a failure may have left an earlier report, of something else
+                report = read_json(path) if outcome["state"] != "failed" and path.exists() else {}
+                table.writerow({**report, "patient": patient, **outcome})
 
 
 def read_summary(output: Path) -> dict[str, dict[str, str]]:
