@@ -23,7 +23,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from diffusers_cf import CounterfactualDDIMPipeline, DynamicDDIMInverseScheduler, DynamicDDIMScheduler, InputError
-from diffusers_cf.arguments import ArgumentParser, run_command
+from diffusers_cf.arguments import ArgumentParser, add_log_level, run_command
 from diffusers_cf.data.slices import SliceDataset
 from diffusers_cf.files import alone_at, make_folder
 from diffusers_cf.hub.publishing import open_repository, push_model
@@ -57,11 +57,10 @@ LEAST = {
     "logging_steps": 1,
 }  # fmt: skip
 
-
 # Paths, logs and the Hub: left out of the recorded command.
 LOCAL_OPTIONS = {
     "dataset", "output_dir", "pretrained_model", "resume_from_checkpoint", "report_to", "logging_dir",
-    "tracker_project_name", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
+    "tracker_project_name", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "log_level",
 }  # fmt: skip
 
 
@@ -344,7 +343,7 @@ def _add_model_options(add) -> None:
     add("--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon", help="what a new network predicts;"
         " default: %(default)s")
     add("--ddpm_num_steps", type=int, default=1000, help="timesteps of the diffusion process; default: %(default)s")
-    add("--ddpm_beta_schedule", default="linear", choices=["linear", "scaled_linear", "squaredcos_cap_v2"],
+    add("--ddpm_beta_schedule", choices=["linear", "scaled_linear", "squaredcos_cap_v2"], default="linear",
         help="noise schedule; default: %(default)s")
 
 
@@ -357,14 +356,12 @@ def _add_optimisation_options(add) -> None:
     add("--num_train_epochs", type=int,
         help="passes over the training set, instead of --max_train_steps; default: none")
     add("--learning_rate", type=float, default=1e-4, help="peak learning rate of AdamW; default: %(default)s")
-    add("--scale_lr", action="store_true",
-        help="multiply --learning_rate by the images per optimiser step; default: off")
+    add("--scale_lr", action="store_true", help="multiply that rate by the images per optimiser step; default: off")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup",
         help="course of the learning rate, as in diffusers; default: %(default)s")
     add("--lr_warmup_steps", type=int, default=500, help="optimiser steps of linear warm-up; default: %(default)s")
     add("--adam_beta1", type=float, default=0.9, help="AdamW's decay of the mean gradient; default: %(default)s")
-    add("--adam_beta2", type=float, default=0.999,
-        help="AdamW's decay of the mean squared gradient; default: %(default)s")
+    add("--adam_beta2", type=float, default=0.999, help="decay of the mean squared gradient; default: %(default)s")
     add("--adam_weight_decay", type=float, default=0.01, help="weight decay of AdamW; default: %(default)s")
     add("--adam_epsilon", type=float, default=1e-8, help="least denominator of AdamW; default: %(default)s")
     add("--max_grad_norm", type=float, default=1.0, help="norm to which gradients are clipped; default: %(default)s")
@@ -393,6 +390,7 @@ def _add_run_options(add) -> None:
     add("--logging_steps", type=int, default=25, help="optimiser steps between log entries; default: %(default)s")
     add("--report_to", choices=LoggerType.list(), metavar="TRACKER", help="tensorboard, wandb or another tracker of"
         " accelerate; default: none")
+    add_log_level(add)
     add("--logging_dir", default="logs", help="folder of logs inside --output_dir; default: %(default)s")
     add("--tracker_project_name", default="diffusers_cf", help="project name for the tracker; default: %(default)s")
     add("--push_to_hub", action="store_true", help="publish the model when training ends; default: off")
@@ -404,4 +402,4 @@ def _add_run_options(add) -> None:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    raise SystemExit(run_command(lambda: main(arguments)))
+    raise SystemExit(run_command(lambda: main(arguments), arguments.log_level))

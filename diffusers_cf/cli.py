@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from diffusers_cf import __version__
-from diffusers_cf.arguments import ArgumentParser, run_command
+from diffusers_cf.arguments import ArgumentParser, add_log_level, run_command
 
 
 # Name of a command: the module that has add_NAME_arguments and run_NAME, and what the command does. Every run_NAME
@@ -39,6 +39,7 @@ def build_parser(command: str | None) -> ArgumentParser:
         options = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         if name == command:
             _function_of(name, "add_{}_arguments")(options)
+            add_log_level(options.add_argument)
     return parser
 
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     args = build_parser(command).parse_args(arguments)
-    return run_command(lambda: _function_of(args.command, "run_{}")(args))
+    return run_command(lambda: _function_of(args.command, "run_{}")(args), args.log_level)
 
 
 if __name__ == "__main__":

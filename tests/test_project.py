@@ -20,7 +20,7 @@ SHIPPED_MODELS = {Path("diffusers_cf/pretrained", name) for name in ("phantom_sm
 # Every module and room of the package with its level: one imports only what lies on a lower level, or its own room.
 LEVELS = {
     "__init__": 0, "errors": 0,
-    "files": 1, "images": 1, "losses": 1, "models": 1, "plots": 1, "provenance": 1, "schedulers": 1, "settings": 1,
+    "files": 1, "images": 1, "logs": 1, "losses": 1, "models": 1, "plots": 1, "provenance": 1, "schedulers": 1, "settings": 1,
     "arguments": 2, "maps": 2,
     "loading": 3,
     "pipeline_counterfactual_ddim": 4, "data": 4,
@@ -37,7 +37,7 @@ CORE = (
     "pipeline_counterfactual_ddim", "schedulers", "models", "maps", "images", "losses", "settings", "loading",
     "data.slices", "training", "evaluation.protocol", "evaluation.pixel_counts",
 )  # fmt: skip
-MOST_LINES = {"core": 3250, "package": 13600, "modules at the root": 18, "tests": 12600}
+MOST_LINES = {"core": 3250, "package": 14400, "modules at the root": 19, "tests": 13400}
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home|Users)/")
 
 
