@@ -13,6 +13,7 @@ from diffusers_cf.arguments import ArgumentParser, add_log_level, run_command
 COMMANDS = {
     "prepare": ("diffusers_cf.commands.prepare", "make a slice data set from scans, arrays, pictures or the phantom"),
     "segment": ("diffusers_cf.commands.segment", "write heatmap, mask and counterfactual of patients as NIfTI"),
+    "bids": ("diffusers_cf.commands.bids", "segment a BIDS dataset into a derivative dataset, as a BIDS-App"),
     "evaluate": ("diffusers_cf.commands.evaluate", "measure a model or a baseline on a split of a data set"),
     "sweep": ("diffusers_cf.commands.sweep", "measure combinations of settings on validation slices (Fig. 3)"),
     "distill": ("diffusers_cf.commands.distill", "teach a student a model's maps: one pass a slice"),
