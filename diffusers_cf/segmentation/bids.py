@@ -23,7 +23,7 @@ TEXTS = {
     "README.md": """# Lesions by diffusers_cf
 `*_label-lesion_mask`: 1 where the model finds a lesion; its JSON file has model, settings, threshold and volume.
 `*_label-lesion_heatmap`: the map before the threshold. `*_label-lesion_preview.png`: a picture of the most suspicious slices.
-`*_desc-counterfactual_*`: the scan as the model would expect it in health.
+`*_desc-counterfactual_*`: the scan as the model would expect it in health; `*_desc-filled_*` (`--fill`): that in the lesion alone.
 `sourcedata/diffusers_cf` has the same files as `diffusers-cf segment` names them, and the outcome of every participant.
 """,
 }
@@ -124,10 +124,13 @@ def write_derivatives(name: str, scans: Path, result: Path, report: dict, source
         suffix = path.name.split(".")[0].rpartition("_")[2]
         facts = {"Description": "the scan as the model would expect it in health", "SkullStripped": stripped}
         named[f"counterfactual_{modality}.nii.gz"] = (f"{entities[modality]}_desc-counterfactual_{suffix}", facts)
+        facts = {"Description": "the scan, but in the lesion mask that of the counterfactual"}
+        facts["SkullStripped"] = stripped and not report["skull_strip"]
+        named[f"filled_{modality}.nii.gz"] = (f"{entities[modality]}_desc-filled_{suffix}", facts)
     folder = output.joinpath(*name.split("_"), "anat")
     with alone_at(folder, timeout=60), new_folder(folder) as temporary:
         for file, (stem, facts) in named.items():
-            if not (result / file).exists():  # some maps have no counterfactual
+            if not (result / file).exists():  # some maps have no counterfactual, and filling is an option
                 continue
             _link(result / file, temporary / f"{stem}.{file.partition('.')[2]}")
             if facts:
