@@ -105,6 +105,39 @@ def draw_contour(axes, mask: np.ndarray, color: str, linewidth: float = 1) -> No
         axes.contour(mask > 0, [0.5], colors=color, linewidths=linewidth)
 
 
+def plot_cohort(path, names: Sequence[str], volumes_ml: Sequence[float], scores: dict) -> None:
+    """Write a PNG of the lesion volumes of patients, largest first, and of their scores below, where there are any.
+
+    Args:
+        path (`str`, `Path` or file): the PNG.
+        names (`Sequence[str]`): names of the patients; written below if there are 40 or fewer.
+        volumes_ml (`Sequence[float]`): volume of each patient's lesion.
+        scores (`dict`): title -> a fraction for each patient, None where it is not known.
+    """
+    from matplotlib.figure import Figure
+
+    order, places = np.argsort(volumes_ml, kind="stable")[::-1], range(len(names))
+    known = {
+        title: [values[i] for i in order] for title, values in scores.items() if any(v is not None for v in values)
+    }
+    figure = Figure(figsize=(10, 3 + 2.5 * bool(known)), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1 + bool(known), sharex=True))
+    axes[0].bar(places, np.asarray(volumes_ml)[order], color=FOUND)
+    axes[0].set_ylabel("lesion volume, ml")
+    for (title, values), marker, color in zip(known.items(), "os", (EXPERT, "black"), strict=False):
+        axes[1].plot(places, [np.nan if v is None else v for v in values], marker, color=color, label=title)
+        axes[1].set(ylabel="fraction", ylim=(-0.03, 1.03))
+        axes[1].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+    if len(names) <= 40:
+        axes[-1].set_xticks(places, [names[i] for i in order], rotation=90, fontsize=7, parse_math=False)
+    else:
+        axes[-1].set(xticks=[], xlabel=f"{len(names)} patients, largest lesion first")
+    figure.savefig(path, dpi=100)
+
+
 def plot_sweep(path: str | Path, points: Sequence) -> None:
     """Write Fig. 3: ideal Dice and AUPRC in the foreground over strength, a curve for each guidance scale and map.
 

@@ -146,15 +146,22 @@ def test_other_scans_are_not_shown(cohort, page, tmp_path, capsys):
     assert "Scroll through the volume" not in text_of(page.read_text())
 
 
-def test_failures_and_dice_of_segment_are_shown(out, page):
+def test_failures_and_dice_of_segment_are_shown(out, page, monkeypatch):
     outcomes = {"P_07": {"state": "failed", "reason": f"t1.nii.gz: truncated {SCRIPT}"}, "P_01": {"state": "done"}}
     add_to_summary(out, outcomes)
     (out / ".P_04.tmp-x").mkdir()  # of a running process
     (out / ".P_04.tmp-x" / "report.json").write_text("{")
     edit(out / "P_01", dice=0.875)
+    edit(out / "P_02", dice=SCRIPT, lesion_volume_ml=900.0)
+    draw = Mock(wraps=report_module.plot_cohort)
+    monkeypatch.setattr(report_module, "plot_cohort", draw)
     assert cli("report", out, "--output", page) == 0
     content = page.read_text()
     assert "Not segmented: P_07: t1.nii.gz: truncated" in text_of(content) and SCRIPT not in content
+    ((_, names, (first, second), scores), _) = draw.call_args
+    assert names == ["P_01", "P_02"] and (first < 900, second) == (True, 900)
+    assert scores == {"Dice": [0.875, None], "AUPRC": [None, None]}
+    assert 'alt="Lesion volumes, and scores' in content
     assert " 0.88 " in text_of(content) and "over the counterfactual of flair" in text_of(content)
 
 

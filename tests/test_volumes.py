@@ -11,7 +11,7 @@ from segmentation_files import make_pipe, voxels
 from diffusers_cf.data.geometry import display, to_ras, undisplay
 from diffusers_cf.data.slices import PatientSlices
 from diffusers_cf.evaluation.postprocessing import PostProcessing, remove_small_components
-from diffusers_cf.plots import EXPERT, FOUND, plot_slices
+from diffusers_cf.plots import EXPERT, FOUND, plot_cohort, plot_slices
 from diffusers_cf.segmentation import volumes as volumes_module
 from diffusers_cf.segmentation.patient import segment_patient
 from diffusers_cf.segmentation.volumes import (
@@ -101,6 +101,17 @@ def test_pictures_show_and_name_the_patients_sides(tmp_path, monkeypatch, conven
     outlines = {colors.to_hex(lines.get_edgecolor()[0]): lines for lines in pictures[3].collections}
     assert outlines.keys() == {FOUND.lower(), EXPERT.lower()}
     assert all((lines.get_paths()[0].vertices[:, 0].mean() < 4) == (left == "L") for lines in outlines.values())
+
+
+def test_a_cohort_is_drawn_largest_lesion_first(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_cohort(tmp_path / "c.png", ["a", "b", "c"], [1.0, 3.0, 2.0], {"Dice": [0.1, None, 0.2], "AUPRC": [None] * 3})
+    volumes, scores = figures[0].axes
+    assert [bar.get_height() for bar in volumes.patches] == [3, 2, 1]
+    assert [label.get_text() for label in scores.get_xticklabels()] == ["b", "c", "a"]
+    (dots,) = scores.lines
+    np.testing.assert_array_equal(dots.get_ydata(), [np.nan, 0.2, 0.1])
 
 
 def test_the_preview_shows_the_most_suspicious_slices_at_a_distance():

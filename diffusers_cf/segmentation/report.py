@@ -1,6 +1,7 @@
 """Render the results of `segment` as one HTML page that needs no network, one patient in memory at a time."""
 
 import base64
+import io
 import itertools
 import re
 import warnings
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from diffusers_cf.data.nifti import Scan, read_nifti, to_canonical
 from diffusers_cf.errors import InputError, in_one_line, reading
 from diffusers_cf.files import new_file, read_json
-from diffusers_cf.plots import CONVENTIONS
+from diffusers_cf.plots import CONVENTIONS, plot_cohort
 from diffusers_cf.segmentation.cohorts import find_patients, patient_files
 from diffusers_cf.segmentation.volumes import read_scan, scan_sha256
 
@@ -60,9 +61,15 @@ def write_report(
         failures += unread.values()
     # one colour scale, so that patients can be compared
     vmax = max(max(patient["bright_heat"], 1.5 * patient["report"]["threshold"]) for patient in patients)
+    cohort, reports = io.BytesIO(), [patient["report"] for patient in patients]
+    volumes_ml = [report["lesion_volume_ml"] for report in reports]
+    found = {title: [report.get(title.lower()) for report in reports] for title in ("Dice", "AUPRC")}
+    scores = {title: [v if isinstance(v, float) else None for v in values] for title, values in found.items()}
+    plot_cohort(cohort, [str(report["patient"]) for report in reports], volumes_ml, scores)
     environment = Environment(loader=PackageLoader("diffusers_cf"), autoescape=True, trim_blocks=True)
     page = environment.get_template("report.html").stream(
-        patients=patients, failures=tuple(failures), unsegmented=unsegmented, ranges=ranges,
+        cohort=base64.b64encode(cohort.getvalue()).decode(), patients=patients, failures=tuple(failures),
+        unsegmented=unsegmented, ranges=ranges,
         sections=_sections(patients, folders_of_scans, vmax, convention, failures), vmax=vmax,
         convention=CONVENTIONS[convention][-1],
     )  # fmt: skip
