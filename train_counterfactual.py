@@ -233,8 +233,8 @@ def set_up(
     resumable = {"seed": args.seed, "global_batch": global_batch, "slices": slices.num_slices}
     training = Training(
         accelerator, model, losses, {"network": optimizer}, slices, output,
-        metadata=resumable | {"crop_background": args.crop_background or None,  # older checkpoints have none of both
-                              "channel_dropout": args.channel_dropout or None},
+        # None, since older checkpoints have neither
+        metadata=resumable | {name: getattr(args, name) or None for name in ("crop_background", "channel_dropout")},
         batch_size=args.train_batch_size, max_steps=args.max_train_steps, lr_schedulers=[lr_scheduler], ema=ema,
         max_grad_norm=args.max_grad_norm, num_workers=args.dataloader_num_workers,
     )  # fmt: skip
@@ -272,18 +272,13 @@ def train(args: Namespace, training: Training, pipeline: Callable, save_model: C
             validate()
 
 
-def build_parser() -> ArgumentParser:
-    """Return the parser of the options, named as in diffusers' example scripts."""
+def parse_args(args: list[str] | None = None) -> Namespace:
+    """Return the options, named as in diffusers' example scripts."""
     parser = ArgumentParser(prog="train_counterfactual.py", description=__doc__.splitlines()[0])
     _add_model_options(parser.add_argument_group("data and model").add_argument)
     _add_optimisation_options(parser.add_argument_group("optimisation").add_argument)
     _add_run_options(parser.add_argument_group("machine, checkpoints, logs").add_argument)
-    return parser
-
-
-def parse_args(args: list[str] | None = None) -> Namespace:
-    """Return the checked options."""
-    args = (parser := build_parser()).parse_args(args)
+    args = parser.parse_args(args)
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not value >= least:

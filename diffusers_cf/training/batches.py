@@ -45,9 +45,8 @@ class TrainingSlices(torch.utils.data.Dataset):
 
     def __init__(
         self, slices, seed: int, image_size: tuple[int, int], max_samples: int | None = None,
-        num_train_timesteps: int = 1000, random_flip: bool = False, augment: bool = False,
-        crop_background: float = 0.0, halvings: int = 3, clip_input: bool = True,
-        match_positions: bool = False, channel_dropout: float = 0.0,
+        num_train_timesteps: int = 1000, random_flip: bool = False, augment: bool = False, crop_background: float = 0.0,
+        halvings: int = 3, clip_input: bool = True, match_positions: bool = False, channel_dropout: float = 0.0,
     ):  # fmt: skip
         self.slices, self.seed, self.image_size = slices, seed, image_size
         self.num_train_timesteps, self.random_flip, self.augment = num_train_timesteps, random_flip, augment
@@ -68,9 +67,8 @@ class TrainingSlices(torch.utils.data.Dataset):
         names, counts = np.unique(parts, return_counts=True)
         self.shares, classes = counts / self.num_slices, np.unique(self.labels)
         by_class = [[np.flatnonzero((parts == part) & (self.labels == label)) for label in classes] for part in names]
-        self.groups = [
-            [rows for rows in group if len(rows)] for group in by_class
-        ]  # in each part the rows of each class
+        # in each part the rows of each class
+        self.groups = [[rows for rows in group if len(rows)] for group in by_class]
         self.chunks = {}
 
     @property
