@@ -7,6 +7,16 @@ from setuptools import find_packages, setup
 
 
 ROOT = Path(__file__).parent
+REPOSITORY = "https://github.com/OWNER/diffusers_cf"  # where the project is published
+
+
+def long_description() -> str:
+    """Return the README with addresses for links and images, which an index page would look for beside itself."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    relative = r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)"
+    kinds = {"!": "raw", "": "blob"}
+    return re.sub(relative, lambda m: f"{m[1]}[{m[2]}]({REPOSITORY}/{kinds[m[1]]}/main/{m[3]})", readme)
+
 
 extras = {
     "phantom": ["nilearn>=0.14"],
@@ -34,12 +44,20 @@ setup(
     name="diffusers_cf",
     version=re.search(r'^__version__ = "(.+)"$', (ROOT / "diffusers_cf/__init__.py").read_text(), re.M).group(1),
     description="Lesion localisation from image-level labels by counterfactual diffusion, on diffusers",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     # the code; the weights of flair_tumour_small have the license of their training data
     license="Apache-2.0 AND CC-BY-SA-4.0",
-    license_files=["LICENSE", "diffusers_cf/pretrained/*/LICENSE"],
+    license_files=["LICENSE", "THIRD_PARTY.md", "diffusers_cf/pretrained/*/LICENSE"],
     author="The diffusers_cf contributors",
+    url=REPOSITORY,
+    project_urls={
+        "Source": REPOSITORY,
+        "Issues": f"{REPOSITORY}/issues",
+        "Changes": f"{REPOSITORY}/blob/main/CHANGELOG.md",
+        "Security": f"{REPOSITORY}/blob/main/SECURITY.md",
+        "Paper": "https://arxiv.org/abs/2207.12268",
+    },
     keywords="diffusion counterfactual anomaly-detection weakly-supervised segmentation brain mri lesion diffusers",
     classifiers=[
         "Development Status :: 4 - Beta",
@@ -57,7 +75,7 @@ setup(
     py_modules=["train_counterfactual"],
     package_data={
         "diffusers_cf": [f"pretrained/**/*.{kind}" for kind in ("json", "safetensors", "md", "png")]
-        + ["pretrained/*/LICENSE", "templates/*"]
+        + ["pretrained/*/LICENSE", "templates/*", "py.typed"]
     },
     install_requires=[
         "torch",

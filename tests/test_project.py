@@ -111,7 +111,7 @@ def test_wheel_holds_the_package_the_script_and_the_shipped_weights_and_nothing_
     packed = {path.relative_to(site) for path in site.rglob("*") if path.is_file()}
     info = {path for path in packed if path.parts[0].endswith(".dist-info")}
     assert packed - info == {*package_files(), Path("train_counterfactual.py")}
-    assert "LICENSE" in {path.name for path in info}
+    assert {"LICENSE", "THIRD_PARTY.md"} <= {path.name for path in info} and (site / "diffusers_cf/py.typed").exists()
 
 
 def test_metadata(metadata):
@@ -123,6 +123,9 @@ def test_metadata(metadata):
     (script,) = metadata.entry_points
     assert (script.name, script.value) == ("diffusers-cf", "diffusers_cf.cli:main")
     assert {"phantom", "app", "dicom", "train", "test", "dev"} <= set(metadata.metadata.get_all("Provides-Extra"))
+    links = re.findall(r"\]\(([^)\s]+)\)", metadata.metadata.get_payload())
+    assert any("/raw/main/results/" in link for link in links) and any("/blob/main/" in link for link in links)
+    assert all(re.match("https://|#", link) for link in links)  # the page of an index has no files beside it
     assert f"\n## {diffusers_cf.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 

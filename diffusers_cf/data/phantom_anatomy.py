@@ -33,7 +33,7 @@ def template() -> tuple[np.ndarray, dict[str, tuple[np.ndarray, float]]]:
     try:
         from nilearn import datasets
     except ImportError as error:
-        raise InputError("the phantom needs nilearn: pip install 'diffusers_cf[phantom]'") from error
+        raise InputError("the phantom needs nilearn: pip install nilearn") from error
 
     image = datasets.load_mni152_gm_template(resolution=1)
     grey = np.asarray(image.dataobj, dtype=np.float32)

@@ -77,7 +77,9 @@ def _read(folder: Path):
         import pydicom
         import pydicom.pixels
     except ImportError:
-        raise InputError("DICOM needs pydicom and highdicom: pip install 'diffusers_cf[dicom]'") from None
+        raise InputError(
+            "DICOM needs pydicom and highdicom: pip install pydicom highdicom pylibjpeg pylibjpeg-openjpeg"
+        ) from None
     images, left_out = {}, []
     for path in filter(_is_dicom, sorted(folder.iterdir())):
         with reading(path, "DICOM file"):

@@ -45,7 +45,7 @@ def write_report(
     try:
         import nilearn.plotting  # noqa: F401
     except ImportError:
-        raise InputError("report needs nilearn: pip install 'diffusers_cf[phantom]'") from None
+        raise InputError("report needs nilearn: pip install nilearn") from None
     patients, failures = [], []
     for folder in tqdm(folders, desc="Patients", unit="patient"):
         try:
