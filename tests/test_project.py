@@ -221,3 +221,13 @@ def test_the_shipped_models_are_the_only_ones_and_small():
     assert found == SHIPPED_MODELS
     for folder in found:
         assert sum(path.stat().st_size for path in (ROOT / folder).rglob("*") if path.is_file()) < 16 << 20
+
+
+def test_the_image_gets_the_files_that_pip_needs():
+    """What the Dockerfile copies is there, .dockerignore lets it in, and setup.py reads nothing else."""
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied == allowed and all((ROOT / name).exists() for name in copied)
+    read = set(re.findall(r'ROOT / "([^"/]+)', (ROOT / "setup.py").read_text(encoding="utf-8")))
+    assert {"setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "THIRD_PARTY.md", "diffusers_cf"} | read <= copied
