@@ -12,7 +12,7 @@ from diffusers.utils import BaseOutput
 
 from diffusers_cf.images import Windows, foreground_windows, network_images, resize_images, to_device, window_side
 from diffusers_cf.loading import SWITCHES, ModelFolderMixin
-from diffusers_cf.maps import check_signs, delta_maps, forward_maps, heatmap, student_maps
+from diffusers_cf.maps import check_signs, delta_maps, forward_maps, heatmap, per_present_channel, student_maps
 from diffusers_cf.models import ClassTokenEncoder, implicit_guidance, predict_noise
 from diffusers_cf.schedulers import authors_schedulers, check_mirrored
 
@@ -335,6 +335,7 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
                 group.paste(whole, part)
 
         # 5. Return to the input's size. Only the change is resampled, so the image keeps its detail.
+        heat = per_present_channel(heat, images)
         heatmaps = resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0]  # (N, H, W)
         counterfactuals = images + resize_images(change, tuple(images.shape[-2:]))  # (N, C, H, W)
         return self.output((heatmaps, counterfactuals, latents), output_type, return_dict)

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from diffusers_cf import ClassTokenEncoder, DynamicDDIMInverseScheduler, implicit_guidance
-from diffusers_cf.evaluation.trajectories import heatmaps_of_settings
+from diffusers_cf.evaluation.trajectories import decode_images, encode_images, heatmaps_of_settings
 from diffusers_cf.maps import anomaly_heatmap, heatmap, signed_heatmap
 from diffusers_cf.models import predict_noise
 
@@ -129,6 +129,21 @@ def test_the_forward_map_needs_classes_and_unrefined_steps_of_our_scheduler(make
     pipe.inverse_scheduler = DynamicDDIMInverseScheduler(num_fixed_point_iterations=1)
     with pytest.raises(ValueError, match="map is 'forward': its steps are not refined"):
         pipe(images, **SHORT)
+
+
+def test_a_map_is_the_mean_over_the_channels_that_an_image_has(pipe, images):
+    """Algorithm 1 by hand for two patients who lack the second channel and two who have both; alike in a sweep."""
+    images[:2, 1] = 0
+    out = pipe(images, None, 3.0, 0.4, 10, "counterfactual")
+    expected = (images - out.counterfactuals).abs().sum(dim=1) / torch.tensor([1, 1, 2, 2])[:, None, None]
+    torch.testing.assert_close(out.heatmaps, expected)
+    settings = [(0.4, 3.0, kind) for kind in ("counterfactual", "forward", "delta")]
+    for (strength, scale, kind), heat in heatmaps_of_settings(pipe, images, settings, 10):
+        single = pipe(images, None, scale, strength, 10, kind).heatmaps
+        torch.testing.assert_close(torch.from_numpy(heat), single, rtol=0, atol=1e-6)
+    encoding = encode_images(pipe, images, 0.4, 10)
+    walk = {"guidance_scale": 3.0, "strength": 0.4, "num_inference_steps": 10, "map": "counterfactual"}
+    torch.testing.assert_close(decode_images(pipe, encoding, walk)[1], out.heatmaps, rtol=0, atol=1e-6)
 
 
 def test_other_maps_work_where_the_recommended_forward_map_does_not(pipe, images):

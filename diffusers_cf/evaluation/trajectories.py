@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffusers_cf.images import Windows, resize_images
-from diffusers_cf.maps import check_map, forward_maps, heatmap
+from diffusers_cf.maps import check_map, forward_maps, heatmap, per_present_channel
 from diffusers_cf.settings import DECODED_MAPS
 
 
@@ -109,7 +109,7 @@ def decode_images(
         group.paste(changes, counterfactual - image)
     if settings["map"] != "counterfactual" and null is None:
         null = decode_null(pipe, encoding, settings, callback)
-    return changes, _heat(pipe, encoding, settings["map"], decoded, null)
+    return changes, per_present_channel(_heat(pipe, encoding, settings["map"], decoded, null), encoding.prepared + 1)
 
 
 def _decode(pipe, encoding: Encoding, settings: Mapping, callback: Callable | None = None) -> list[torch.Tensor]:
@@ -146,6 +146,7 @@ def heatmaps_of_settings(
     decoded = [setting for setting in settings if setting[2] in DECODED_MAPS]
     for compute, chosen in ((_forward_heatmaps, forward), (_decoded_heatmaps, decoded)):
         for setting, heat in compute(pipe, images, chosen, num_inference_steps) if chosen else ():
+            heat = per_present_channel(heat, images.to(heat.device))
             yield setting, resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0].cpu().numpy()
     for strength, scale, kind in settings:  # maps that share nothing
         if kind not in (*DECODED_MAPS, "forward"):
