@@ -135,10 +135,10 @@ def test_the_process_that_writes_a_patient_reports_its_outcome(cohort, tmp_path,
 def test_errors_of_the_machine_do_not_stop_the_others(cohort, tmp_path, capsys, monkeypatch, where, error):
     original = getattr(patient_module, where)
 
-    def call(*args):
+    def call(*args, **options):
         if "A" in (args[0], getattr(args[1], "patient", "")):
             raise error
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(patient_module, where, call)
     assert cohort("site2") == 2
