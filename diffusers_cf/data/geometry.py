@@ -160,7 +160,8 @@ def volume_from_slices(
     rows = linear_weights(y, float(spacing_mm[1]), maps.shape[-2], field_mm)
     columns = linear_weights(x, float(spacing_mm[0]), maps.shape[-1], field_mm)
     stack = np.zeros((z, y, x), dtype=np.float32)
-    stack[np.asarray(slices)] = rows @ np.asarray(maps, dtype=np.float32) @ columns.T
+    # as two large products, many times faster than two small ones a slice
+    stack[np.asarray(slices)] = np.einsum("yh,shw,xw->syx", rows, np.float32(maps), columns, optimize=True)
     return np.ascontiguousarray(undisplay(stack))
 
 

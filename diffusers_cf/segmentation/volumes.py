@@ -258,7 +258,7 @@ def most_suspicious(heatmaps: np.ndarray, masks: np.ndarray, count: int = 6) -> 
 
     Args:
         heatmaps (`np.ndarray`): `(S, H, W)`, 0 outside the foreground.
-        masks (`np.ndarray`): `(S, H, W)`, above 0 for lesion.
+        masks (`np.ndarray`): `(S, ..)` with two axes of any size, above 0 for lesion.
         count (`int`): the highest number of slices.
     """
     order = np.lexsort((heatmaps.sum(axis=(1, 2)), (masks > 0).sum(axis=(1, 2))))[::-1]
@@ -277,11 +277,12 @@ def write_preview(
     inside = (images > 0).any(axis=1)
     heatmaps = np.where(inside, maps.heatmaps, 0)
     geometry = volumes.spacing_mm, images.shape[-1], preprocessing["field_mm"]
-    shown = resample_slices(display(mask)[slices], *geometry) >= 0.5
-    rows = most_suspicious(heatmaps, shown)
+    lesion = display(mask)[slices]
+    rows = most_suspicious(heatmaps, lesion)
+    shown = resample_slices(lesion[rows], *geometry) >= 0.5
     counterfactuals = None if maps.changes is None else np.clip(images + inside[:, None] * maps.changes, 0, None)[rows]
     plot_slices(
-        path, images[rows], counterfactuals, heatmaps[rows], masks=shown[rows],
+        path, images[rows], counterfactuals, heatmaps[rows], masks=shown,
         references=None if volumes.seg is None else maps.found.masks[rows],
         channel_names=list(volumes.files), row_names=[f"axial slice {slices[row]}" for row in rows],
         kind=facts["settings"]["map"], title=title, convention=convention,
