@@ -54,9 +54,9 @@ def log_to_stderr(level: str = "info") -> Iterator[None]:
 def _log_progress(bar: tqdm, msg: str | None = None, pos: int | None = None) -> None:
     """Stand in for `tqdm.display`, which is called up to ten times a second and once when a bar that stays is closed."""
     closed, now = bar.disable, bar._time()
-    full = closed and msg is None and bar.n >= (bar.total or 0)
+    full = closed and msg is None and bar.n >= (bar.total or 0) and vars(bar).get("logged_n") != bar.n
     if full or (not closed and now - vars(bar).setdefault("logged_at", now) >= INTERVAL):
-        bar.logged_at = now
+        bar.logged_at, bar.logged_n = now, bar.n
         # without columns there is room for numbers only
         logging.getLogger(__name__).info(bar.format_meter(**bar.format_dict | {"ncols": 0}))
 
