@@ -37,12 +37,7 @@ def heatmap(kind: str, reference: torch.Tensor, counterfactual: torch.Tensor, si
 
 
 def per_present_channel(heatmaps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Turn means over all channels into means over those that an image has: patients who lack modalities then compare.
-
-    Args:
-        heatmaps (`torch.Tensor`): `(N, h, w)`, means over C channels.
-        images (`torch.Tensor`): `(N, C, H, W)`, above 0 in the foreground; a channel that is nowhere is missing.
-    """
+    """Turn means `(N, h, w)` over all channels into means over those that images `(N, C, H, W)` have anywhere above 0."""
     present = (images > 0).flatten(2).any(dim=2).sum(dim=1).clamp(min=1)
     return heatmaps * (images.shape[1] / present)[:, None, None]
 

@@ -135,17 +135,9 @@ def rows_by_patient(dataset, rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class Patient:
-    """The images that a method sees, and those of the slices that are measured.
+    """The images that a method sees (`seen_images`, float32), and `rows`, `images`, `labels`, `slices` of those measured.
 
-    Args:
-        dataset (`SliceDataset`): a split.
-        name (`str`): the patient.
-        rows (`np.ndarray`): rows of the split that the method sees.
-        measured (`np.ndarray`, *optional*): those of them that are measured; all by default.
-
-    Attributes:
-        seen_images (`np.ndarray`): float32 `(R, C, H, W)`.
-        rows, images, labels, slices, masks (`np.ndarray`): of the S measured slices; without masks `masks` is None.
+    `masks` are theirs, too, or None without any. Of the `rows` given, `measured` are measured, all by default.
     """
 
     def __init__(self, dataset, name: str, rows: np.ndarray, measured: np.ndarray | None = None):
@@ -163,11 +155,7 @@ def maps_of_patients(
 ) -> Iterator[tuple[Patient, np.ndarray, float]]:
     """Yield each patient with its maps `(S, H, W)` at the size of the images, and their computing time in seconds.
 
-    Args:
-        anomaly_map (`Callable`): as in [`evaluate`].
-        patients (`Iterable[Patient]`): read only when needed.
-        whole_patients (`bool`): whether each call gets the slices of one patient, and all of them.
-        options (`dict`): `batch_size`, `device` and `progress` of [`batching.map_in_batches`].
+    Arguments are as in [`evaluate`]; `options` are `batch_size`, `device` and `progress` of [`batching.map_in_batches`].
 
     Raises:
         InputError: a map holds NaN or infinite values.
