@@ -225,18 +225,16 @@ def set_up(
         null_id = encoder.null_id if encoder else 0
         class_ids = drop_condition(batch["labels"], null_id, args.guidance_dropout_prob, batch["uniform"])
         images, noise = batch["images"], batch["noise"]  # images in [-1, 1]
-        yield (
-            "network",
-            noise_prediction_loss(model, noise_scheduler, images, class_ids, noise, timesteps, args.snr_gamma),
-        )
+        loss = noise_prediction_loss(model, noise_scheduler, images, class_ids, noise, timesteps, args.snr_gamma)
+        yield "network", loss
 
     resumable = {"seed": args.seed, "global_batch": global_batch, "slices": slices.num_slices}
+    # None, since older checkpoints have neither
+    resumable |= {name: getattr(args, name) or None for name in ("crop_background", "channel_dropout")}
     training = Training(
         accelerator, model, losses, {"network": optimizer}, slices, output,
-        # None, since older checkpoints have neither
-        metadata=resumable | {name: getattr(args, name) or None for name in ("crop_background", "channel_dropout")},
-        batch_size=args.train_batch_size, max_steps=args.max_train_steps, lr_schedulers=[lr_scheduler], ema=ema,
-        max_grad_norm=args.max_grad_norm, num_workers=args.dataloader_num_workers,
+        metadata=resumable, batch_size=args.train_batch_size, max_steps=args.max_train_steps,
+        lr_schedulers=[lr_scheduler], ema=ema, max_grad_norm=args.max_grad_norm, num_workers=args.dataloader_num_workers,
     )  # fmt: skip
     return training, pipeline
 

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from hub_client import client_process
 from hub_server import HubServer
 from model_files import UNCONDITIONAL, tiny_unet
+from segmentation_files import make_pipe
 from training_data import write_training_set
 
 from diffusers_cf import ClassTokenEncoder, CounterfactualDDIMPipeline
@@ -67,6 +68,14 @@ def make_pipeline():
 def pipe(make_pipeline):
     """A conditional pipeline with an untrained U-Net and our two schedulers."""
     return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The saved model folder of `make_pipe`, for commands that segment."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    make_pipe().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from data_files import write_brats
-from segmentation_files import cli, error_lines, make_pipe, voxels
+from segmentation_files import cli, error_lines, voxels
 
 from diffusers_cf.segmentation import volumes as volumes_module
 from diffusers_cf.segmentation.cohorts import read_summary
@@ -32,13 +32,6 @@ def write_bids(root, *names, space=""):
     description = {"Name": "Phantoms", "BIDSVersion": "1.10.0", "DatasetType": "raw"} | MORE
     (root / "dataset_description.json").write_text(json.dumps(description))
     return root
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "model"
-    make_pipe().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from data_files import save, write_brats
 from filelock import FileLock
-from segmentation_files import cli, error_lines, make_pipe
+from segmentation_files import cli, error_lines
 
 from diffusers_cf.segmentation import patient as patient_module
 from diffusers_cf.segmentation import volumes as volumes_module
@@ -18,13 +18,6 @@ from diffusers_cf.segmentation.cohorts import add_to_summary, read_summary
 def no_pictures(monkeypatch):
     """Drawing takes longer than everything else."""
     monkeypatch.setattr(volumes_module, "write_preview", lambda path, *_: path.touch())
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "model"
-    make_pipe().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

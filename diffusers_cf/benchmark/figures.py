@@ -25,15 +25,15 @@ from diffusers_cf.evaluation.sweep import evenly_spread, has_lesion, sweep
 from diffusers_cf.evaluation.trajectories import encode_trajectory
 from diffusers_cf.files import read_json, write_json
 from diffusers_cf.images import resize_images
-from diffusers_cf.plots import EXPERT, GREY, as_shown, caption, draw_contour, mark_sides
+from diffusers_cf.plots import EXPERT, FOUND, GREY, as_shown, caption, draw_contour, mark_sides
 from diffusers_cf.provenance import command_line, package_commit
 
 
 PAGE, COLUMN = 7.0, 3.4  # inches
 DOTS_PER_INCH = 200
 FONT = {"fontsize": 7}
-BLUE, VERMILLION, SKY, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
-OTHERS = (BLUE, "#E69F00", "#009E73", SKY, "#CC79A7")
+BLUE, VERMILLION, BLACK = "#0072B2", "#D55E00", "#000000"
+OTHERS = (BLUE, FOUND, "#009E73", EXPERT, "#CC79A7")
 MARKERS = "osD^vPX*<>hp"
 HEAT = "inferno"
 FIGURE1_IMAGES = 5  # intermediate images of each of the two loops
