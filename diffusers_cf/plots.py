@@ -19,14 +19,14 @@ CONVENTIONS = {
 }
 
 
-def as_shown(slices: np.ndarray, convention: str | None) -> np.ndarray:
+def as_shown(slices: np.ndarray | None, convention: str | None) -> np.ndarray | None:
     """Return slices as pictures show them: the only place where they are mirrored.
 
     Args:
-        slices (`np.ndarray`): `(.., H, W)`, column 0 the patient's left, as everywhere in memory.
+        slices (`np.ndarray`, *optional*): `(.., H, W)`, column 0 the patient's left, as everywhere in memory; None stays.
         convention (`str`, *optional*): a key of `CONVENTIONS`; None for images without sides, which stay as they are.
     """
-    return slices[..., ::-1] if convention == "radiological" else slices
+    return slices[..., ::-1] if slices is not None and convention == "radiological" else slices
 
 
 def plot_slices(
@@ -54,9 +54,7 @@ def plot_slices(
     from matplotlib.figure import Figure
 
     given = (images, counterfactuals, heatmaps, masks, references)
-    images, counterfactuals, heatmaps, masks, references = (
-        None if part is None else as_shown(part, convention) for part in given
-    )
+    images, counterfactuals, heatmaps, masks, references = (as_shown(part, convention) for part in given)
     outlines = [(references, EXPERT, "expert (blue)"), (masks, FOUND, "found (orange)")]
     outlines = [outline for outline in outlines if outline[0] is not None]
     columns = [f"input ({channel_names[0]})" if len(channel_names) else "input"]

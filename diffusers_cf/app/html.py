@@ -36,8 +36,7 @@ def slice_html(
         convention (`str`): `radiological` or `neurological`.
     """
     parts = (view.images, view.counterfactuals, view.heatmap, view.mask, view.reference)
-    parts = (None if part is None else as_shown(part, convention) for part in parts)
-    view = SliceView(*parts, view.pixel_mm, view.score, view.of_volume)
+    view = SliceView(*(as_shown(part, convention) for part in parts), view.pixel_mm, view.score, view.of_volume)
     scan, most = _grey(view.images[channel]), CERTAIN if kind == "student" else HEAT_MAXIMUM
     share = np.clip(view.heatmap / most, 0, 1)
     heat = colormaps["inferno"](share, bytes=True)
