@@ -20,7 +20,7 @@ def long_description() -> str:
 
 extras = {
     "phantom": ["nilearn>=0.14"],
-    "app": ["gradio>=6.31"],
+    "app": ["gradio>=6.31", "nilearn>=0.14"],
     "dicom": ["pydicom", "highdicom", "pylibjpeg", "pylibjpeg-openjpeg"],
     "skull": ["deepbet"],
     "train": ["tensorboard"],

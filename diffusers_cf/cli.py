@@ -19,7 +19,7 @@ COMMANDS = {
     "distill": ("diffusers_cf.commands.distill", "teach a student a model's maps: one pass a slice"),
     "calibrate": ("diffusers_cf.commands.calibrate", "choose the threshold of the mask from labels of slices"),
     "benchmark": ("diffusers_cf.commands.benchmark", "measure every method of the paper; write tables and figures"),
-    "report": ("diffusers_cf.commands.report", "write one HTML page about the patients that segment has finished"),
+    "report": ("diffusers_cf.commands.report", "write one HTML page about segmented patients, or about a training"),
     "app": ("diffusers_cf.commands.app", "serve a page on which users look at patients with a model"),
     "publish": ("diffusers_cf.commands.publish", "push a model folder to the Hub, with a card"),
     "publish-dataset": ("diffusers_cf.commands.publish", "push a data set to the Hub, with a card"),

@@ -169,6 +169,11 @@ def test_from_files_to_files(open_page, patients, server, tmp_path):
     page.wait_for_selector("#cf-found .progress-text, #cf-found .progress-bar", timeout=30000)
     page.wait_for_selector("#cf-found .cf-verdict", timeout=200000)
     assert "guidance scale 4, strength 0.5, 10 steps, threshold 0.05" in page.inner_text("#cf-found")
+    # the three planes are drawn, in colour where the heat is
+    canvas = page.frame_locator(".cf-planes").locator("canvas").first
+    page.locator(".cf-planes").scroll_into_view_if_needed(timeout=60000)
+    colours = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].filter((v, i, all) => i % 4 == 0 && v > all[i + 2] + 50).length"
+    wait_until(lambda: canvas.evaluate(colours) > 50)
     segment = ["segment", patients / "0", "--model", PRETRAINED / "phantom_small", "--output", tmp_path / "out"]
     settings = "--guidance_scale 4 --strength 0.5 --num_inference_steps 10 --threshold 0.05 --dtype float32"
     assert main([*map(str, segment), *settings.split()]) == 0

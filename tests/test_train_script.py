@@ -24,6 +24,7 @@ from diffusers_cf.files import alone_at
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.models import UNET_SIZES
 from diffusers_cf.training.checkpoints import finished_checkpoints
+from diffusers_cf.training.curves import read_curve
 from train_counterfactual import build_network, main, parse_args, set_up, start_accelerator
 
 
@@ -115,6 +116,7 @@ def test_a_run_ends_with_a_pipeline_of_the_averaged_weights(reference, data):
     averaged = weights(reference)["unet.conv_out.weight"]
     assert 1e-5 < (trained["unet.conv_out.weight"] - averaged).abs().max() < 1e-2
     assert (reference / "validation" / "step-0000012.png").stat().st_size > 5000
+    assert [row["images"] for row in read_curve(reference / "losses.json")] == [8 * n for n in range(1, 13)]
     logs = [path for path in (reference / "logs").rglob("*") if path.is_file()]
     assert logs and not any(b"hf_secret" in path.read_bytes() for path in logs)
 

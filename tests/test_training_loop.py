@@ -14,6 +14,7 @@ from diffusers_cf.errors import InputError
 from diffusers_cf.losses import noise_prediction_loss
 from diffusers_cf.training import loop
 from diffusers_cf.training.batches import TrainingSlices
+from diffusers_cf.training.curves import read_curve
 from diffusers_cf.training.loop import Training
 
 
@@ -123,8 +124,8 @@ def test_training_ends_at_the_limit_of_seconds_without_the_callers_time(monkeypa
     assert list(training.steps()) == []
 
 
-def test_a_report_averages_over_parts_and_steps_and_stops_at_nan(monkeypatch):
-    training = training_of(Line(), parts=2, batch_size=4)
+def test_a_report_averages_over_parts_and_steps_and_stops_at_nan(tmp_path):
+    training = training_of(Line(), tmp_path, parts=2, batch_size=4)
     losses = iter([1.0, 2.0, 3.0, 6.0, 8.0, 10.0, float("nan"), 1.0])
     training.losses = lambda batch, progress: iter([("first", 0 * training.model.first + next(losses))])
     steps = training.steps()
@@ -137,6 +138,8 @@ def test_a_report_averages_over_parts_and_steps_and_stops_at_nan(monkeypatch):
     next(steps)
     with pytest.raises(InputError, match="^the loss became nan between steps 3 and 4: lower --learning_rate"):
         training.report()
+    rows = [(row["step"], row["images"], row["loss"]) for row in read_curve(tmp_path / "losses.json")]
+    assert rows == [(2, 16, 3.0), (3, 24, 9.0)]
 
 
 def test_averaged_weights_come_and_go_even_after_an_error():

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
@@ -11,8 +12,10 @@ from PIL import Image, ImageColor
 from scipy import ndimage
 
 from diffusers_cf.app.explorer import SliceView, VolumeFiles
+from diffusers_cf.data.nifti import read_nifti, to_canonical
 from diffusers_cf.plots import CERTAIN, CONVENTIONS, EXPERT, FOUND, GREY, HEAT_MAXIMUM, as_shown
-from diffusers_cf.segmentation.report import ranges
+from diffusers_cf.segmentation.report import ranges, volume_viewer
+from diffusers_cf.segmentation.volumes import read_scan
 
 
 SEE_THROUGH = 0.4  # share of HEAT_MAXIMUM below which the heatmap fades, so that the anatomy shows
@@ -67,6 +70,20 @@ def verdict_html(view: SliceView, threshold: float | None) -> str:
 def volume_html(files: VolumeFiles) -> str:
     """Return the verdict on the whole patient and the settings it was made with."""
     return _verdict("patient", report=files.report, slices=ranges(files.lesion_slices))
+
+
+def planes_html(files: VolumeFiles, scan: Path, convention: str = "radiological") -> str:
+    """Return a viewer of three planes, the volume's heatmap over a scan, that contacts no other machine.
+
+    Args:
+        files (`VolumeFiles`): heatmap and report of the whole volume.
+        scan (`Path`): a scan that was segmented.
+        convention (`str`): `radiological` or `neurological`.
+    """
+    heat, background = to_canonical(read_nifti(files.heatmap)), to_canonical(read_scan(scan))
+    most = CERTAIN if files.report["settings"]["map"] == "student" else HEAT_MAXIMUM
+    viewer = volume_viewer(files.report, heat, background, max(most, 1.5 * files.report["threshold"]), convention)
+    return TEMPLATES.get_template("planes.html").render(viewer=viewer, report=files.report)
 
 
 def _verdict(of: str, **facts) -> str:

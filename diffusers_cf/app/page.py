@@ -13,14 +13,14 @@ import gradio as gr
 from accelerate.utils.memory import should_reduce_batch_size
 
 from diffusers_cf.app.explorer import Explorer
-from diffusers_cf.app.html import ZOOM, slice_html, verdict_html, volume_html
+from diffusers_cf.app.html import ZOOM, planes_html, slice_html, verdict_html, volume_html
 from diffusers_cf.app.uploads import take_scans
 from diffusers_cf.data.intensity import unit_in_words
 from diffusers_cf.data.nifti import MAX_BYTES, MODALITIES, canonical_modality
 from diffusers_cf.data.phantom import make_patient, write_patient
 from diffusers_cf.errors import InputError, in_one_line
 from diffusers_cf.plots import HEAT_MAXIMUM
-from diffusers_cf.segmentation.cohorts import scans_among
+from diffusers_cf.segmentation.cohorts import patient_files, scans_among
 
 
 # Seed, index and whether with a tumour: patients of cohort 1, because the shipped model was trained on cohort 0. The page
@@ -134,6 +134,7 @@ class Page:
         with gr.Row(visible=False) as self.downloads:
             self.heatmap = gr.DownloadButton("Download heatmap (NIfTI)", elem_id="cf-heatmap")
             self.mask = gr.DownloadButton("Download mask (NIfTI)", elem_id="cf-mask")
+        self.planes = gr.HTML(elem_id="cf-planes")
         self.controls = [
             self.index, self.channel, self.paint, *self.settings, self.segment_button, self.stop_button
         ]  # fmt: skip
@@ -142,7 +143,7 @@ class Page:
 
     def _add_events(self) -> None:
         controls, pictures = self.controls[:-2], [self.pictures, self.verdict]
-        results = [*pictures, self.found, self.downloads, self.heatmap, self.mask]
+        results = [*pictures, self.found, self.planes, self.downloads, self.heatmap, self.mask]
         sources = [self.explorer, self.waiting, self.files, self.folder, self.phantom]
         given, loaded = [*sources, *controls[1:]], [*sources, self.message, *self.controls, *results]
         common = {"api_visibility": "private", "concurrency_id": "slice", "concurrency_limit": 2}
@@ -201,7 +202,7 @@ class Page:
                 self.waiting: folder if missing else None,
                 self.phantom: None if files else phantom,
                 self.message: f"Have {have or 'seg'}; still missing: {', '.join(missing)}." if missing else START,
-                **dict.fromkeys((self.pictures, self.verdict, self.found), ""),
+                **dict.fromkeys((self.pictures, self.verdict, self.found, self.planes), ""),
                 self.downloads: gr.Row(visible=False),
                 **{control: gr.update(interactive=False) for control in self.controls},
             }
@@ -241,7 +242,7 @@ class Page:
     def segment(
         self, explorer: Explorer | None, index: int, channel: str, paint: bool, *values: float, progress=PROGRESS
     ) -> Iterator[dict]:
-        """Segment the whole volume and offer heatmap and mask for download."""
+        """Segment the whole volume, offer heatmap and mask for download, and show three planes."""
         chosen = explorer, index, channel, paint, *values
         next(self.show(*chosen))  # fails at once if the session has ended
         with self._errors_shown():
@@ -253,6 +254,9 @@ class Page:
                 self.heatmap: str(found.heatmap),
                 self.mask: str(found.mask),
             }
+        with self._errors_shown():
+            scan = patient_files(explorer.scans, self.modalities)[channel]
+            yield {self.planes: planes_html(found, scan, self.convention)}
 
     def leave(self, request: gr.Request) -> None:
         """Delete the session's state now; gradio itself would keep it for another hour."""

@@ -14,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from diffusers_cf.errors import InputError, reading
 from diffusers_cf.training.batches import PositionBatches, TrainingSlices
 from diffusers_cf.training.checkpoints import ADVICE, check_weights, find_checkpoint, save_checkpoint
+from diffusers_cf.training.curves import LOSSES, add_to_curve
 
 
 GPU_WORKERS = 4  # processes that read ahead for a GPU; on a CPU they would take the network's cores
@@ -151,7 +152,7 @@ class Training:
             yield [{key: value.to(device, non_blocking=True) for key, value in part.items()} for part in batch]
 
     def report(self) -> dict[str, float]:
-        """Return the mean loss, the learning rate and the speed since the last report.
+        """Return the mean loss, the learning rate and the speed since the last report, and add them to losses.json.
 
         Raises:
             InputError: the loss is NaN or infinite.
@@ -165,7 +166,10 @@ class Training:
         self._loss_sum.zero_()
         self._reported = self.step, self.seconds
         (rate, *_) = (group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups)
-        return {"loss": loss, "lr": rate, "images_per_second": speed}
+        logs = {"loss": loss, "lr": rate, "images_per_second": speed}
+        if self.accelerator.is_main_process:
+            add_to_curve(self.folder / LOSSES, {"step": self.step, "images": self.step * self.global_batch, **logs})
+        return logs
 
     @contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:

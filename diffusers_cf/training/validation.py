@@ -1,6 +1,5 @@
 """Validation during training: heatmaps of fixed slices as a picture and, where the data has masks, their scores."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ from diffusers_cf.data.intensity import normalize_of, unit_in_words
 from diffusers_cf.data.preprocessing import convention_of
 from diffusers_cf.data.slices import SliceDataset, batches_of
 from diffusers_cf.evaluation.protocol import evaluate
-from diffusers_cf.files import write_json
 from diffusers_cf.plots import plot_slices
+from diffusers_cf.training.curves import SCORES, add_to_curve, read_curve
 
 
 # 12 network evaluations a slice, and the map that says most on real patients for so few (results/README.md); a network
@@ -34,6 +33,7 @@ class Validation:
 
     def __init__(self, args, accelerator, output: Path, global_batch: int):
         self.accelerator, self.folder, self.dataset = accelerator, output / "validation", None
+        self.curve = output / SCORES
         self.global_batch, self.steps, self.last = global_batch, args.validation_steps, args.max_train_steps
         if not args.validation_steps or not accelerator.is_main_process:
             return
@@ -49,11 +49,7 @@ class Validation:
 
     def is_done(self, step: int) -> bool:
         """Return whether the scores of this step are written."""
-        return step in [row["step"] for row in self._curve()]
-
-    def _curve(self) -> list[dict]:
-        path = self.folder / "scores.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return step in [row["step"] for row in read_curve(self.curve)]
 
     def run(self, pipe, step: int) -> dict[str, float]:
         """Measure the pipeline at a step, log its scores and return them; {} if there is nothing to validate on."""
@@ -67,17 +63,10 @@ class Validation:
 
         scores = self._scores(anomaly_map)
         self._picture(pipe, settings, step, scores)
-        self._add_to_curve(step, scores)
+        add_to_curve(self.curve, {"step": step, "images": step * self.global_batch, **scores})
         self.accelerator.log({f"validation/{key}": value for key, value in scores.items()}, step=step)
         self.accelerator.print(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
         return scores
-
-    def _add_to_curve(self, step: int, scores: dict[str, float]) -> None:
-        """Add the scores of a step; those of later steps, from before a resume, are replaced."""
-        before = [row for row in self._curve() if row["step"] < step]
-        write_json(
-            before + [{"step": step, "images": step * self.global_batch, **scores}], self.folder / "scores.json"
-        )
 
     def _scores(self, anomaly_map) -> dict[str, float]:
         if not self.dataset.has_masks:
