@@ -51,19 +51,19 @@ def write_json(value: object, path: str | Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path) -> dict:
-    """Read a JSON object.
+def read_json(path: str | Path, kind: type = dict) -> dict | list:
+    """Read a JSON object, or a list.
 
     Raises:
-        InputError: the file is missing, too large, no JSON, or not an object.
+        InputError: the file is missing, too large, no JSON, or of another kind.
     """
     path = Path(path)
     with reading(path, "JSON file"):
         if path.stat().st_size > 16 << 20:
             raise InputError(f"{path}: larger than 16 MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
+    if not isinstance(value, kind):
+        raise InputError(f"{path}: not a JSON {'object' if kind is dict else 'list'}")
     return value
 
 

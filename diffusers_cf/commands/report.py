@@ -30,9 +30,9 @@ def run_report(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0, or 2 if a patient can't be shown completely.
     """
+    from diffusers_cf.commands.training_report import write_training_report
     from diffusers_cf.segmentation.cohorts import read_summary
     from diffusers_cf.segmentation.report import write_report
-    from diffusers_cf.training.report import write_training_report
 
     output = Path(args.output)
     if output.suffix != ".html" or output.is_dir():

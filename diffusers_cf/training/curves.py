@@ -1,29 +1,17 @@
-"""Learning curves: values at rising steps in a JSON file, with which a resumed training goes on."""
+"""Learning curves: rows at rising steps in a JSON file, with which a resumed training goes on."""
 
-import json
 from pathlib import Path
 
-from diffusers_cf.errors import InputError, reading
-from diffusers_cf.files import write_json
+from diffusers_cf.files import read_json, write_json
 
 
-LOSSES = "losses.json"  # in the folder of a training: `step`, `loss`, `lr`, `images_per_second`
+LOSSES = "losses.json"  # in the folder of a training: `step`, `images`, `loss`, `lr`, `images_per_second`
 SCORES = "validation/scores.json"  # `step`, `images` and the scores of `Validation`
 
 
 def read_curve(path: Path) -> list[dict]:
-    """Return the rows of a curve, each with `step`; [] if there is no such file.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    if not path.is_file():
-        return []
-    with reading(path, "learning curve"):
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    if not (isinstance(rows, list) and all(isinstance(row, dict) and "step" in row for row in rows)):
-        raise InputError(f"{path}: not a learning curve")
-    return rows
+    """Return the rows of a curve; [] if there is no such file."""
+    return read_json(path, list) if path.is_file() else []
 
 
 def add_to_curve(path: Path, row: dict) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from diffusers_cf.data.intensity import normalize_of, unit_in_words
 from diffusers_cf.data.preprocessing import convention_of
@@ -32,8 +33,7 @@ class Validation:
     """
 
     def __init__(self, args, accelerator, output: Path, global_batch: int):
-        self.accelerator, self.folder, self.dataset = accelerator, output / "validation", None
-        self.curve = output / SCORES
+        self.accelerator, self.curve, self.dataset = accelerator, output / SCORES, None
         self.global_batch, self.steps, self.last = global_batch, args.validation_steps, args.max_train_steps
         if not args.validation_steps or not accelerator.is_main_process:
             return
@@ -55,7 +55,6 @@ class Validation:
         """Measure the pipeline at a step, log its scores and return them; {} if there is nothing to validate on."""
         if self.dataset is None:
             return {}
-
         settings = SETTINGS if pipe.class_encoder else UNCONDITIONAL
 
         def anomaly_map(images: torch.Tensor) -> torch.Tensor:
@@ -88,8 +87,8 @@ class Validation:
         chosen = self.indices[np.linspace(0, len(self.indices) - 1, min(NUM_PICTURES, len(self.indices))).astype(int)]
         batch = self.dataset.collate(self.dataset.__getitems__(chosen.tolist()))
         out = pipe(batch["images"], output_type="np", **settings)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:07d}.png"
+        path = self.curve.with_name(f"step-{step:07d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
         plot_slices(
             path, batch["images"].numpy(), out.counterfactuals, out.heatmaps,
             references=None if batch["masks"] is None else batch["masks"].numpy(),
@@ -101,11 +100,5 @@ class Validation:
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"validation": _read_png(path)[None]}, step=step, **layout)
-
-
-def _read_png(path: Path) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+                picture = np.asarray(Image.open(path).convert("RGB"))
+                tracker.log_images({"validation": picture[None]}, step=step, **layout)

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from segmentation_files import cli, foreign_addresses, text_of
 
+from diffusers_cf.commands.training_report import plot_training
 from diffusers_cf.training.curves import LOSSES, SCORES, add_to_curve, read_curve
-from diffusers_cf.training.report import plot_training
 
 
 AUPRC = {4: 0.25, 8: 0.75, 12: 0.5}
@@ -94,8 +94,8 @@ def test_the_mean_of_the_loss_lies_where_its_last_value_was_measured(tmp_path, m
         (["--training", "{tmp}"], "{tmp}: no training to show (losses.json is missing, which"),
         (["--training", "{model}", "{tmp}"], "give either folders of segment or --training MODEL"),
         ([], "give either folders of segment or --training MODEL"),
-        (["--training", "{damaged}"], "losses.json: not a readable learning curve"),
-        (["--training", "{other}"], "losses.json: not a learning curve"),
+        (["--training", "{damaged}"], "losses.json: not a readable JSON file"),
+        (["--training", "{other}"], "losses.json: not a JSON list"),
     ],
 )
 def test_wrong_inputs(words, reason, model, tmp_path, capsys):
