@@ -121,3 +121,9 @@ def test_scales_script_measures_each_scale_and_patient(files):
     for scores in found["scales"].values():
         assert scores["auprc"] == pytest.approx(scores["per_patient_auprc"]) and 0 < scores["ideal_dice"] <= 1
     assert len({round(scores["auprc"], 6) for scores in found["scales"].values()}) == 1
+
+
+def test_position_alone_tells_the_label_where_lesions_lie_at_one_height(files):
+    """In these patients all lesions lie at the top, where no healthy slice is to match them."""
+    (found,) = measured("position", files / "slices", "--output", files / "out.json")["slice_auroc"]
+    assert found == {"test": 1.0, "drawn": 1.0, "drawn, matched": 1.0}
