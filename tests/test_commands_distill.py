@@ -43,6 +43,21 @@ def test_the_model_with_its_student_segments_and_is_evaluated(files):
     assert "outside the foreground, 5 x 5 median filter, Gaussian of 0.5 slices" in result["protocol"]["postprocessed"]
 
 
+def test_the_students_own_map_is_weighted_by_brightness_and_the_taught_one_is_not(files):
+    assert distill(files, "--bright_channel", 1) == 0
+    facts = json.loads((files / "student/preprocessing.json").read_text())
+    assert facts["settings"]["postprocess"]["bright_channel"] == 1
+    assert facts["student"]["postprocess"] is True  # the paper's
+    options = ["--dataset", files / "slices", "--split", "train", "--output", files / "RESULT.json"]
+    for more, expected in (([], 1), (["--choose_on_validation"], 1), (["--with_intensity"], None)):
+        assert main(["evaluate", "--model", str(files / "student"), *map(str, options), *more]) == 0
+        result = json.loads((files / "RESULT.json").read_text())
+        chain = result["postprocess"]
+        assert (chain is True and expected is None) or chain.get("bright_channel") == expected, more
+        text = "weighted by brightness of channel 1, cleared outside the"
+        assert (text in result["protocol"]["postprocessed"]) == (expected == 1)
+
+
 @pytest.mark.parametrize("more", [("--teacher", "threshold-robust-z"), ("--with_intensity", "--strength", "0.5")])
 def test_who_taught_is_written_down(files, more):
     paths = ["--model", files / "model", "--dataset", files / "slices", "--output", files / "student"]
@@ -87,6 +102,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(files, monkeypatch):
         (("--teacher", "threshold-robust-z"), "has no settings"),
         (("--map", "student"), "this model has no student"),
         (("--median_size", 4), "median_size is 4"),
+        (("--bright_channel", 2), "bright_channel is 2: the images have 2 channels, 0 the first"),
         (("--model", "nowhere"), "nowhere: no such folder"),
     ],
 )

@@ -121,9 +121,27 @@ def test_without_filters_and_rim_only_the_background_is_cleared():
     np.testing.assert_array_equal(found, np.where((images > 0).any(axis=1), maps, 0))
 
 
+def test_a_map_counts_where_the_bright_channel_is_bright_in_this_patient():
+    """w = min(max(z, 0) / 3, 1)^2 with z = (v - median) / (1.4826 MAD) over the channel's tissue."""
+    rng = np.random.default_rng(2)
+    images = rng.normal(5, 1, (4, 2, 8, 8)).clip(0.1).astype(np.float32)
+    images[0, 1, 0, :4] = 0, 7.5, 30, 1  # background, bright, very bright, dark
+    maps = np.full((4, 8, 8), 0.5, np.float32)
+    chain = PostProcessing(1, clear_rim=False, bright_channel=1)
+    found = chain.apply(maps, images)
+    tissue = images[:, 1][images[:, 1] > 0]
+    z = (images[:, 1] - np.median(tissue)) / (1.4826 * np.median(abs(tissue - np.median(tissue))))
+    expected = 0.5 * np.clip(z / 3, 0, 1) ** 2
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert found[0, 0].tolist()[2:4] == [0.5, 0] and 0 < found[0, 0, 1] < 0.5
+    np.testing.assert_allclose(chain.apply(maps[:1], images[:1], patient=images), found[:1])
+    images[:, 1] = 0  # a patient without this channel
+    np.testing.assert_array_equal(chain.apply(maps, images), maps)
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(True, PostProcessing()), (False, None), ({"slice_sigma": 1.0}, PostProcessing(slice_sigma=1.0))],
+    [(True, PostProcessing()), (False, None), ({"bright_channel": 0}, PostProcessing(bright_channel=0))],
 )
 def test_a_models_settings_name_its_chain(value, expected):
     assert PostProcessing.of({"postprocess": value}) == expected
@@ -132,8 +150,9 @@ def test_a_models_settings_name_its_chain(value, expected):
 
 
 @pytest.mark.parametrize(
-    "value", ["yes", {"median": 3}, {"median_size": 4}, {"slice_sigma": -1}, {"slice_sigma": "1"}]
+    "value",
+    ["yes", {"median": 3}, {"median_size": 4}, {"slice_sigma": -1}, {"slice_sigma": "1"}, {"bright_channel": -1}],
 )
 def test_a_chain_that_is_none_is_refused(value):
-    with pytest.raises(ValueError, match="median_size|slice_sigma"):
+    with pytest.raises(ValueError, match="median_size|slice_sigma|bright_channel"):
         PostProcessing.of({"postprocess": value})

@@ -142,7 +142,8 @@ class Explorer:
         elif finished:
             mask = self._finished[1][..., one]
         else:
-            mask = lesion_mask(volumes, maps, heat, {**self.facts, "threshold": settings["threshold"]})
+            facts = {**self.facts, "threshold": settings["threshold"]}
+            mask = lesion_mask(volumes, maps, heat, facts, self.found.images)
         images = volumes.volume / self._scales[:, None, None, None]
         counterfactuals = None
         if maps.changes is not None:

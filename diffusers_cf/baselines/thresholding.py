@@ -8,7 +8,7 @@ import torch
 from diffusers_cf.baselines.method import AnomalyMethod
 from diffusers_cf.data.intensity import unit_intensity
 from diffusers_cf.errors import InputError
-from diffusers_cf.evaluation.postprocessing import foreground_mask
+from diffusers_cf.evaluation.postprocessing import foreground_mask, robust_z
 
 
 class IntensityThresholding(AnomalyMethod):
@@ -78,8 +78,7 @@ class RobustZThresholding(PatientThresholding):
     """
 
     def scores(self, foreground: np.ndarray) -> np.ndarray:
-        distance = foreground - np.median(foreground)
-        return np.clip(distance / (1.4826 * np.median(np.abs(distance)) + 1e-6) + ZERO, 0, None)
+        return np.clip(robust_z(foreground, foreground) + ZERO, 0, None)
 
 
 class EqualizedThresholding(PatientThresholding):

@@ -55,7 +55,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     pipe = open_pipeline(args.model, args.device, args.dtype, dataset=chosen_on)
     settings = checked_settings(pipe, args.settings, **{name: getattr(args, name) for name in MAP_SETTINGS})
     settings = {name: settings[name] for name in MAP_SETTINGS}
-    chain = checked_chain(args, pipe.preprocessing.get("settings", {}))
+    chain = checked_chain(args, pipe.preprocessing.get("settings", {}), chosen_on.preprocessing["modalities"])
     if chain.slice_sigma:  # a filter across slices needs them all
         rows = rows_of_patients(chosen_on, len(rows))
     output = Path(args.output)

@@ -3,6 +3,7 @@
 import argparse
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,12 +67,13 @@ def run_distill(args: argparse.Namespace) -> None:
     side = args.image_size or known["size"]
     if side % 8 or side > known["size"]:
         raise InputError(f"--image_size is {side}: it must be a multiple of 8, at most the data set's {known['size']}")
-    chain = checked_chain(args, pipe.preprocessing.get("settings", {}))
+    chain = checked_chain(args, pipe.preprocessing.get("settings", {}), known["modalities"])
+    taught = replace(chain, bright_channel=None)  # the weights are for the student's own map
     make_folder(output)
     with alone_at(output):
         teacher, taught_by = _teacher(args, pipe, splits[0])
-        taught_by |= {"postprocess": chain.as_setting}
-        targets = _targets(output / "targets", teacher, taught_by, splits, chain, args.batch_size)
+        taught_by |= {"postprocess": taught.as_setting}
+        targets = _targets(output / "targets", teacher, taught_by, splits, taught, args.batch_size)
         train, validation = (TaughtSlices(*pair) for pair in zip(splits, targets, strict=True))
         set_seed(args.seed)
         student = Student(known["channels"], side, learning_rate=args.learning_rate)

@@ -3,6 +3,7 @@
 import argparse
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from diffusers_cf.commands import options
@@ -50,7 +51,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     dataset = open_split(args.dataset, args.split)
     method, settings, chain, fingerprint = (_open_model if args.model else _make_baseline)(args, dataset)
     if args.choose_on_validation:
-        chain, settings["threshold"] = _choose(args, method)
+        chain, settings["threshold"] = _choose(args, method, chain.bright_channel)
     facts = _facts(args, dataset, settings) | {"postprocess": chain.as_setting}
     parts = output.with_suffix(".parts")
     with _lock(output, share):
@@ -82,10 +83,12 @@ def _open_model(args: argparse.Namespace, dataset) -> tuple:
     pipe = open_pipeline(args.model, args.device, args.dtype, args.compile, dataset=dataset)
     settings = checked_settings(pipe, **{name: getattr(args, name) for name in (*options.SETTINGS, "threshold")})
     method = PipelineMap(pipe, {name: value for name, value in settings.items() if name != "threshold"})
+    chain = checked_chain(args, pipe.preprocessing.get("settings", {}), dataset.preprocessing["modalities"])
     if args.with_intensity:
         method = IntensityCombination(method, dataset.preprocessing["modalities"])
         settings |= {"with_intensity": True, "threshold": args.threshold}  # the model's threshold is of other maps
-    return method, settings, checked_chain(args, pipe.preprocessing.get("settings", {})), model_fingerprint(pipe)
+        chain = replace(chain, bright_channel=args.bright_channel)  # not twice
+    return method, settings, chain, model_fingerprint(pipe)
 
 
 def _make_baseline(args: argparse.Namespace, dataset) -> tuple:
@@ -96,11 +99,12 @@ def _make_baseline(args: argparse.Namespace, dataset) -> tuple:
     for name in (*options.SETTINGS, "with_intensity"):
         if getattr(args, name) is not None:
             raise InputError(f"--{name} is a setting of models, not of --method {args.method}")
-    method = make_baseline(args.method, dataset.preprocessing["modalities"])
-    return method, {"threshold": args.threshold}, checked_chain(args, {}), None
+    modalities = dataset.preprocessing["modalities"]
+    method = make_baseline(args.method, modalities)
+    return method, {"threshold": args.threshold}, checked_chain(args, {}, modalities), None
 
 
-def _choose(args: argparse.Namespace, method) -> tuple:
+def _choose(args: argparse.Namespace, method, bright_channel: int | None) -> tuple:
     """Return the post-processing that is best on the validation split, and the ideal thresholds there."""
     from diffusers_cf.evaluation.chains import RAW, choose_chain
     from diffusers_cf.evaluation.inputs import open_split
@@ -108,7 +112,8 @@ def _choose(args: argparse.Namespace, method) -> tuple:
     if args.threshold is not None or args.split == "validation":
         raise InputError("--choose_on_validation chooses the thresholds, on another split than the one to measure on")
     validation = open_split(args.dataset, "validation")
-    chain, counts = choose_chain(method, validation, batch_size=args.batch_size, device=args.device)
+    options = {"batch_size": args.batch_size, "device": args.device}
+    chain, counts = choose_chain(method, validation, bright_channel, **options)
     return chain, {"raw": counts[RAW].ideal_dice()[1], "postprocessed": counts[chain].ideal_dice()[1]}
 
 

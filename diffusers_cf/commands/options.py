@@ -44,12 +44,14 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_postprocessing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--median_size`, `--slice_sigma` and `--clear_rim`, the attributes of `PostProcessing`."""
+    """Add an option for each attribute of `PostProcessing`."""
     add, default = parser.add_argument, "default: recommended by the model, else"
     text = "side of the median filter of post-processing in pixels, 1 for none"
     add("--median_size", type=int, help=f"{text}; {default} 5")
     text = "standard deviation in slices of a Gaussian filter across slices in post-processing"
     add("--slice_sigma", type=float, help=f"{text}; {default} 0, none")
+    text = "number of the channel in which lesions are bright, 0 the first: post-processing weights the map by its brightness"
+    add("--bright_channel", type=int, metavar="CHANNEL", help=f"{text}; {default} no weights")
     rim = parser.add_mutually_exclusive_group()
     for name, value, text in (("clear", True, "clears"), ("keep", False, "keeps")):
         text = f"post-processing {text} the rim of the foreground; {default} it is cleared"

@@ -1,6 +1,7 @@
 """Choose the post-processing of a method on validation patients: how much smoothing helps depends on the lesions."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -59,15 +60,19 @@ def maps_of_split(method, slices, chain: PostProcessing, **options) -> tuple[np.
     return maps, inside
 
 
-def choose_chain(method, slices, **options) -> tuple[PostProcessing, dict[PostProcessing, PixelCounts]]:
+def choose_chain(
+    method, slices, bright_channel: int | None = None, **options
+) -> tuple[PostProcessing, dict[PostProcessing, PixelCounts]]:
     """Return the post-processing with the highest AUPRC in the foreground of all patients, and the counts of each.
 
     Args:
         method (`AnomalyMethod`): makes the maps.
         slices (`SliceDataset`): the validation split, with masks.
+        bright_channel (`int`, *optional*): of every chain but `RAW`.
         **options: of [`maps_of_rows`].
     """
-    counts = {chain: PixelCounts() for chain in CHAINS_TO_TRY}
+    chains = [*(replace(chain, bright_channel=bright_channel) for chain in CHAINS_TO_TRY), RAW]
+    counts = {chain: PixelCounts() for chain in chains}
     for patient, maps in maps_of_rows(method, slices, **options):
         inside = foreground_mask(patient.images)
         for chain, count in counts.items():

@@ -1,6 +1,6 @@
 """Check the split, rows and settings of a command before any slice is computed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -48,11 +48,16 @@ def checked_settings(pipe, settings: str | None = None, **given) -> dict:
     return found
 
 
-def checked_chain(args, settings: Mapping) -> PostProcessing:
+def checked_chain(args, settings: Mapping, modalities: Sequence[str]) -> PostProcessing:
     """Return the post-processing of options and recommended settings; raise `InputError` for one out of range."""
     try:
         given = {field.name: getattr(args, field.name) for field in fields(PostProcessing)}
         found = PostProcessing.of(settings, **given)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return found or PostProcessing()
+    found = found or PostProcessing()
+    if (found.bright_channel or 0) >= len(modalities):
+        raise InputError(
+            f"bright_channel is {found.bright_channel}: the images have {len(modalities)} channels, 0 the first"
+        )
+    return found

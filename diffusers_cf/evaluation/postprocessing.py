@@ -12,6 +12,7 @@ from scipy import ndimage
 
 FILTER_SIZE = 5
 ERODED_FILL = 0.95
+BRIGHT = 3.0  # robust z-score from which tissue is bright
 MIN_COMPONENT_SIZE = 20
 
 
@@ -40,23 +41,33 @@ def eroded_foreground_mask(images: np.ndarray) -> np.ndarray:
     return foreground & (filled > ERODED_FILL * FILTER_SIZE**2)
 
 
+def robust_z(values: np.ndarray, tissue: np.ndarray) -> np.ndarray:
+    """Return (v - median) / (1.4826 * median absolute deviation), with median and deviation of the `tissue`."""
+    median = np.median(tissue)
+    return (values - median) / (1.4826 * np.median(np.abs(tissue - median)) + 1e-6)
+
+
 @dataclass(frozen=True)
 class PostProcessing:
-    """The chain of every method: clear the rim, median filter in plane, Gaussian filter across slices.
+    """The chain of every method: weight by brightness, clear the rim, median filter in plane, Gaussian across slices.
 
-    The defaults are the paper's. Both filters help where lesions are large and harm where they are small, so validation
-    patients decide about their sizes.
+    The defaults are the paper's, without weights. Both filters help where lesions are large and harm where they are small,
+    so validation patients decide about their sizes.
 
     Attributes:
         median_size (`int`): side of the median filter in pixels, odd; 1 for none.
         slice_sigma (`float`): standard deviation of the Gaussian filter in slices; 0 for none.
         clear_rim (`bool`): whether to clear the rim of the foreground. It helps a map that is wrong at edges, and loses
             lesions that touch the edge of the brain.
+        bright_channel (`int`, *optional*): channel in which lesions are bright, such as FLAIR; None for no weights. The map
+            is multiplied by min(max(z, 0) / 3, 1)^2, where z is the channel's robust z-score within the patient's tissue:
+            dark tissue is no lesion, and what is unexpected counts fully where it is bright as well.
     """
 
     median_size: int = FILTER_SIZE
     slice_sigma: float = 0.0
     clear_rim: bool = True
+    bright_channel: int | None = None
 
     def __post_init__(self):
         if not isinstance(self.median_size, int) or self.median_size < 1 or self.median_size % 2 == 0:
@@ -65,6 +76,11 @@ class PostProcessing:
             )
         if not isinstance(self.slice_sigma, (int, float)) or not 0 <= self.slice_sigma < 100:
             raise ValueError(f"slice_sigma is {self.slice_sigma!r}: it must be a number of slices, 0 for no filter")
+
+        if self.bright_channel is not None and (not isinstance(self.bright_channel, int) or self.bright_channel < 0):
+            raise ValueError(
+                f"bright_channel is {self.bright_channel!r}: it must be the number of a channel, 0 the first"
+            )
 
     @classmethod
     def of(cls, settings: Mapping, **given) -> "PostProcessing | None":
@@ -84,17 +100,21 @@ class PostProcessing:
         known = value if isinstance(value, Mapping) else {}
         if not isinstance(value, (bool, Mapping)) or set(known) - {f.name for f in fields(cls)}:
             raise ValueError(
-                f"`postprocess` in its preprocessing.json is {value!r}: it must be true, false or hold median_size, slice_sigma and clear_rim"
+                f"`postprocess` in its preprocessing.json is {value!r}: it must be true, false or hold median_size, slice_sigma, clear_rim"
+                " and bright_channel"
             )
         return cls(**(dict(known) | given))
 
     @property
     def as_setting(self) -> bool | dict:
         """What `of` reads: true for the paper's chain, as in older models."""
-        return True if self == type(self)() else asdict(self)
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return True if self == type(self)() else given
 
-    def apply(self, maps: np.ndarray, images: np.ndarray, slices: np.ndarray | None = None) -> np.ndarray:
-        """Clear maps outside the (eroded) foreground and filter them.
+    def apply(
+        self, maps: np.ndarray, images: np.ndarray, slices: np.ndarray | None = None, patient: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Weight maps by brightness, clear them outside the (eroded) foreground and filter them.
 
         Cleared pixels get 0. If there are negative scores, they get the lowest score in the foreground of all slices
         given, so pass all slices of a patient at once.
@@ -104,11 +124,19 @@ class PostProcessing:
             images (`np.ndarray` or `torch.Tensor`): `(N, C, H, W)` of the same height and width, background 0.
             slices (`np.ndarray`, *optional*): `(N,)`, axial index of each slice of the patient, for the filter across
                 slices; 0 to N - 1 by default.
+            patient (`np.ndarray`, *optional*): `(S, C, h, w)`, all slices of the patient, for the weights; `images` by
+                default.
 
         Returns:
             `np.ndarray`: float32 `(N, H, W)`.
         """
         maps = np.asarray(maps, dtype=np.float32)
+        if self.bright_channel is not None:
+            values, of = (
+                np.asarray(part)[:, self.bright_channel] for part in (images, images if patient is None else patient)
+            )
+            if (tissue := of[of > 0]).size:  # a patient may lack this channel
+                maps = maps * np.clip(robust_z(values, tissue) / BRIGHT, 0, 1) ** 2
         foreground = foreground_mask(images)
         cleared = np.float32(min(0, maps.min(initial=0, where=foreground)))
         maps = np.where(eroded_foreground_mask(images) if self.clear_rim else foreground, maps, cleared)

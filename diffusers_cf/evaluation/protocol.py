@@ -327,9 +327,9 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float] | 
 
 def _protocol(size: tuple[int, int], threshold, seed: int, chain: PostProcessing) -> dict[str, str]:
     """Describe in words how the numbers were computed."""
-    small, large = LESION_SIZES["medium"]
     ideal = "ideal threshold of this split, chosen on its own masks: an upper bound"
     cleared = "eroded foreground (5 x 5 mean > 0.95)" if chain.clear_rim else "foreground"
+    bright = f"weighted by brightness of channel {chain.bright_channel}, " if chain.bright_channel is not None else ""
     median = f"{chain.median_size} x {chain.median_size} median filter"
     median += f", Gaussian of {chain.slice_sigma:g} slices" if chain.slice_sigma else ""
     return {
@@ -339,11 +339,11 @@ def _protocol(size: tuple[int, int], threshold, seed: int, chain: PostProcessing
         "ideal_threshold": "best Dice over all thresholds on this split's own masks: an upper bound",
         "per_patient_dice": ideal if threshold is None else "at the given threshold, chosen before the evaluation",
         "per_patient_auprc": "all pixels of each patient with a lesion; does not depend on the patient's intensity scale",
-        "by_lesion_size": f"lesion's share of the foreground: small below {small:g}, large from {large:g} on",
+        "by_lesion_size": "share of the foreground, medium: {:g} to {:g}".format(*LESION_SIZES["medium"]),
         "per_slice_dice": "at the same threshold, mean over the slices with a lesion",
         "patients_without_lesion": "no Dice of their own; their pixels count in every pooled measure",
         "interval": f"95 % percentile bootstrap of the mean over patients, 10000 samples, seed {seed}",
         "slice_auroc": "score = mean of the map over the slice's foreground; positive = any class but the first",
-        "postprocessed": f"map cleared outside the {cleared}, {median}; for Dice per "
+        "postprocessed": f"map {bright}cleared outside the {cleared}, {median}; for Dice per "
         "patient components under 20 voxels are removed, too (26 neighbours, contiguous slices)",
     }

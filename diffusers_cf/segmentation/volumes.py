@@ -169,7 +169,9 @@ def heat_volume(volumes: PatientVolumes, maps: SliceMaps, heatmaps: np.ndarray, 
     return heat
 
 
-def lesion_mask(volumes: PatientVolumes, maps: SliceMaps, heat: np.ndarray, facts: dict) -> np.ndarray:
+def lesion_mask(
+    volumes: PatientVolumes, maps: SliceMaps, heat: np.ndarray, facts: dict, patient: np.ndarray | None = None
+) -> np.ndarray:
     """Threshold the heat inside the foreground: bool `(X, Y, Z)`, RAS.
 
     If the model's settings ask for post-processing, the heatmaps are first post-processed at the resolution of
@@ -181,11 +183,13 @@ def lesion_mask(volumes: PatientVolumes, maps: SliceMaps, heat: np.ndarray, fact
         maps (`SliceMaps`): heatmaps of the patient's slices.
         heat (`np.ndarray`): float32 `(X, Y, Z)`, from [`heat_volume`].
         facts (`dict`): from [`segmentation_facts`].
+        patient (`np.ndarray`, *optional*): `(S, C, H, W)`, all slices of the patient where `maps` has some of them.
     """
     if not (chain := PostProcessing.of({"postprocess": facts["postprocessed"]})):
         return volumes.foreground & (heat >= facts["threshold"])
     size, field_mm = facts["preprocessing"]["size"], facts["preprocessing"]["field_mm"]
-    heat = heat_volume(volumes, maps, chain.apply(maps.heatmaps, maps.found.images, maps.found.slices), field_mm)
+    heatmaps = chain.apply(maps.heatmaps, maps.found.images, maps.found.slices, patient)
+    heat = heat_volume(volumes, maps, heatmaps, field_mm)
     mask = volumes.foreground & (heat >= facts["threshold"])
     voxels_per_pixel = (field_mm / size) ** 2 / (volumes.spacing_mm[0] * volumes.spacing_mm[1])
     return remove_small_components(mask, min_size=max(1, round(MIN_COMPONENT_SIZE * voxels_per_pixel)))
