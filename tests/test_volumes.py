@@ -48,20 +48,20 @@ def test_the_mask_is_that_of_the_postprocessing_of_evaluation(voxels_per_pixel):
 
 def test_one_slice_is_as_bright_as_it_is_in_its_patient():
     images = np.random.default_rng(0).normal(1, 0.1, (6, 1, 16, 16)).clip(0.1).astype(np.float32)
-    images[1] += 0.5  # bright throughout: a slice alone would be its own measure
+    images[1] += 1.0  # bright throughout: a slice alone would be its own measure
     volumes = PatientVolumes("P", undisplay(images[:, 0])[None], None, np.array([15.0, 15.0, 3.0]), {})
     chain = PostProcessing(1, clear_rim=False, bright_channel=0)
-    config = {"preprocessing": {"size": 16, "field_mm": 240.0}, "threshold": 0.5, "postprocessed": chain.as_setting}
+    config = {"preprocessing": {"size": 16, "field_mm": 240.0}, "threshold": 0.3, "postprocessed": chain.as_setting}
 
     def mask_of(rows, patient=None):
-        found = PatientSlices("P", images[rows], np.zeros(len(rows)), np.array(rows))
+        found = PatientSlices("P", images[rows], np.zeros(len(rows)), np.arange(len(rows)))
         part = PatientVolumes("P", volumes.volume[..., rows], None, volumes.spacing_mm, {})
         heat = np.ones((len(rows), 16, 16), np.float32)
         heat_of_volume = heat_volume(part, SliceMaps(found, heat, None), heat, 240.0)
         return display(lesion_mask(part, SliceMaps(found, heat, None), heat_of_volume, config, patient))
 
     whole = mask_of([*range(6)])
-    assert whole[0].mean() < 0.1 and whole[1].mean() > 0.6
+    assert whole[0].mean() < 0.2 and whole[1].mean() > 0.6
     np.testing.assert_array_equal(mask_of([1], images), whole[1:2])
     assert mask_of([1]).mean() < 0.2
 

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 FILTER_SIZE = 5
 ERODED_FILL = 0.95
-BRIGHT = 3.0  # robust z-score from which tissue is bright
+BRIGHT = 3.0  # robust z-score from which tissue counts fully
 MIN_COMPONENT_SIZE = 20
 
 
