@@ -38,6 +38,13 @@ def test_python_blocks_of_the_readme(block, monkeypatch):
     assert names["out"].counterfactuals.shape == (1, 4, 128, 128)
 
 
+def test_python_block_of_the_documentation():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/how-to/python.md").read_text("utf-8"), re.DOTALL)
+    names = {}
+    exec(block, names)  # noqa: S102
+    assert names["latents"].shape == names["healthy"][3.0].shape == (2, 4, 64, 64)
+
+
 def test_quickstart_writes_its_picture(tmp_path):
     runpy.run_path(str(ROOT / "examples" / "quickstart.py"))["main"](tmp_path / "quickstart.png")
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
