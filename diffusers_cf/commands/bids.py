@@ -39,7 +39,7 @@ def run_bids(args: argparse.Namespace) -> int:
     if args.analysis_level == "group":
         if not args.output.is_dir():
             raise InputError(f"{output}: no participant is segmented yet")
-        report = {"folders": [args.output], "output": output / "report.html", "scans": [source]}
+        report = {"folders": [args.output], "output": output / "report.html", "scans": [source], "training": None}
         return run_report(argparse.Namespace(**vars(args) | report))
     if args.model is None:
         raise InputError("the participant level needs --model")
