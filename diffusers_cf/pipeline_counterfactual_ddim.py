@@ -335,7 +335,11 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
                 group.paste(whole, part)
 
         # 5. Return to the input's size. Only the change is resampled, so the image keeps its detail.
-        heat = per_present_channel(heat, images)
+        if kind in (
+            "forward",
+            "delta",
+        ):  # in decoded maps FLAIR has most of the error of the round trip, which is no signal
+            heat = per_present_channel(heat, images)
         heatmaps = resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0]  # (N, H, W)
         counterfactuals = images + resize_images(change, tuple(images.shape[-2:]))  # (N, C, H, W)
         return self.output((heatmaps, counterfactuals, latents), output_type, return_dict)

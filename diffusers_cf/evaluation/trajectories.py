@@ -109,7 +109,7 @@ def decode_images(
         group.paste(changes, counterfactual - image)
     if settings["map"] != "counterfactual" and null is None:
         null = decode_null(pipe, encoding, settings, callback)
-    return changes, per_present_channel(_heat(pipe, encoding, settings["map"], decoded, null), encoding.prepared + 1)
+    return changes, _heat(pipe, encoding, settings["map"], decoded, null)
 
 
 def _decode(pipe, encoding: Encoding, settings: Mapping, callback: Callable | None = None) -> list[torch.Tensor]:
@@ -146,7 +146,8 @@ def heatmaps_of_settings(
     decoded = [setting for setting in settings if setting[2] in DECODED_MAPS]
     for compute, chosen in ((_forward_heatmaps, forward), (_decoded_heatmaps, decoded)):
         for setting, heat in compute(pipe, images, chosen, num_inference_steps) if chosen else ():
-            heat = per_present_channel(heat, images.to(heat.device))
+            if setting[2] == "forward":
+                heat = per_present_channel(heat, images.to(heat.device))
             yield setting, resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0].cpu().numpy()
     for strength, scale, kind in settings:  # maps that share nothing
         if kind not in (*DECODED_MAPS, "forward"):
