@@ -334,12 +334,8 @@ class CounterfactualDDIMPipeline(ModelFolderMixin, DiffusionPipeline):
             for whole, part in ((latents, x_L), (change, x_change), (heat, x_heat)):
                 group.paste(whole, part)
 
-        # 5. Return to the input's size. Only the change is resampled, so the image keeps its detail.
-        if kind in (
-            "forward",
-            "delta",
-        ):  # in decoded maps FLAIR has most of the error of the round trip, which is no signal
-            heat = per_present_channel(heat, images)
+        # 5. Return to the input's size: only the change is resampled. A decoded map is the mean over all channels (Alg. 1).
+        heat = per_present_channel(heat, images) if kind in ("forward", "delta") else heat
         heatmaps = resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0]  # (N, H, W)
         counterfactuals = images + resize_images(change, tuple(images.shape[-2:]))  # (N, C, H, W)
         return self.output((heatmaps, counterfactuals, latents), output_type, return_dict)

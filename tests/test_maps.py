@@ -131,12 +131,18 @@ def test_the_forward_map_needs_classes_and_unrefined_steps_of_our_scheduler(make
         pipe(images, **SHORT)
 
 
-def test_a_map_is_the_mean_over_the_channels_that_an_image_has(pipe, images):
-    """Algorithm 1 by hand for two patients who lack the second channel and two who have both; alike in a sweep."""
+def test_the_forward_map_is_the_mean_over_the_channels_that_an_image_has(pipe, images, monkeypatch):
+    """Two patients lack the second of two channels; Algorithm 1 by hand is the mean over both. Alike in a sweep."""
     images[:2, 1] = 0
     out = pipe(images, None, 3.0, 0.4, 10, "counterfactual")
-    expected = (images - out.counterfactuals).abs().sum(dim=1) / torch.tensor([1, 1, 2, 2])[:, None, None]
-    torch.testing.assert_close(out.heatmaps, expected)
+    torch.testing.assert_close(out.heatmaps, (images - out.counterfactuals).abs().mean(dim=1))
+    for kind in ("forward", "delta"):
+        draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+        found = pipe(images, None, 3.0, 0.4, 10, kind, generator=draws[0]).heatmaps
+        with monkeypatch.context() as patch:
+            patch.setattr("diffusers_cf.pipeline_counterfactual_ddim.per_present_channel", lambda heat, images: heat)
+            plain = pipe(images, None, 3.0, 0.4, 10, kind, generator=draws[1]).heatmaps
+        torch.testing.assert_close(found, plain * torch.tensor([2, 2, 1, 1])[:, None, None])
     settings = [(0.4, 3.0, kind) for kind in ("counterfactual", "forward", "delta")]
     for (strength, scale, kind), heat in heatmaps_of_settings(pipe, images, settings, 10):
         single = pipe(images, None, scale, strength, 10, kind).heatmaps
