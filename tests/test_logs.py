@@ -161,4 +161,4 @@ def test_a_stopped_training_says_one_line(number, code, word, tmp_path):
     assert found == code and said[-1] == f"error: stopped by {word}"
     assert all(STAMPED.fullmatch(line) for line in [*before, *said[:-1]])
     # checkpoints are whole, a folder without any is removed, and there is neither a model nor something half-written
-    assert {path.name.split("-")[0] for path in tmp_path.glob("out/*")} <= {"checkpoint", "logs"}
+    assert {path.name.split("-")[0] for path in tmp_path.glob("out/*")} <= {"checkpoint", "logs", "losses.json"}
