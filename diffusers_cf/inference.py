@@ -182,9 +182,8 @@ def usable_facts(pipe: CounterfactualDDIMPipeline, model: str, **settings) -> di
     except ValueError as error:
         raise InputError(str(error)) from None
     try:
-        chain = PostProcessing.of(known.get("settings", {}))
-        if chain and (chain.bright_channel or 0) >= len(modalities):
-            raise ValueError(f"bright_channel is {chain.bright_channel}, of {len(modalities)} channels, 0 the first")
+        if chain := PostProcessing.of(known.get("settings", {})):
+            chain.check_channels(len(modalities))
     except ValueError as error:
         raise InputError(f"{model}: {error}") from None
     return {"preprocessing": {"modalities": modalities, **geometry}, "settings": settings}

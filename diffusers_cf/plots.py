@@ -60,7 +60,7 @@ def plot_slices(
     columns = [f"input ({channel_names[0]})" if len(channel_names) else "input"]
     columns += ["counterfactual"] * (counterfactuals is not None) + ["heatmap"]
     columns += [", ".join(name for *_, name in outlines)] * bool(outlines)
-    measure, most = ("probability", CERTAIN) if kind == "student" else ("change", HEAT_MAXIMUM)
+    measure, most = scale_of(kind)
     column = columns.index("heatmap")
     figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(images) + 0.5), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
@@ -82,6 +82,11 @@ def plot_slices(
     figure.colorbar(heat, ax=axes, shrink=min(1, 2 / len(images)), extend="max", label=label)
     figure.suptitle(caption(title, convention), fontsize=9)
     figure.savefig(path, dpi=100)
+
+
+def scale_of(kind: str) -> tuple[str, float]:
+    """Return what the values of a map are, and the value that has the brightest colour."""
+    return ("probability", CERTAIN) if kind == "student" else ("change", HEAT_MAXIMUM)
 
 
 def caption(text: str, convention: str | None, separator: str = "\n") -> str:

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from diffusers_cf.app.explorer import SliceView, VolumeFiles
 from diffusers_cf.data.nifti import read_nifti, to_canonical
-from diffusers_cf.plots import CERTAIN, CONVENTIONS, EXPERT, FOUND, GREY, HEAT_MAXIMUM, as_shown
+from diffusers_cf.plots import CONVENTIONS, EXPERT, FOUND, GREY, as_shown, scale_of
 from diffusers_cf.segmentation.report import ranges, volume_viewer
 from diffusers_cf.segmentation.volumes import read_scan
 
@@ -40,7 +40,7 @@ def slice_html(
     """
     parts = (view.images, view.counterfactuals, view.heatmap, view.mask, view.reference)
     view = SliceView(*(as_shown(part, convention) for part in parts), view.pixel_mm, view.score, view.of_volume)
-    scan, most = _grey(view.images[channel]), CERTAIN if kind == "student" else HEAT_MAXIMUM
+    scan, (measure, most) = _grey(view.images[channel]), scale_of(kind)
     share = np.clip(view.heatmap / most, 0, 1)
     heat = colormaps["inferno"](share, bytes=True)
     heat[..., 3] = np.rint(230 * np.clip(share / SEE_THROUGH, 0, 1))
@@ -55,7 +55,7 @@ def slice_html(
     height, width = np.multiply(view.heatmap.shape, view.pixel_mm)
     keys = [(FOUND, "found")] * (view.mask is not None) + [(EXPERT, "expert")] * (view.reference is not None)
     return TEMPLATES.get_template("slice.html").render(
-        measure="probability" if kind == "student" else "change", panels=panels, aspect=width / height, maximum=most,
+        measure=measure, panels=panels, aspect=width / height, maximum=most,
         unit=unit, keys=keys, convention=CONVENTIONS[convention],
         colours=[tuple(rgb) for rgb in colormaps["inferno"](np.linspace(0, 1, 9), bytes=True)[:, :3].tolist()],
     )  # fmt: skip
@@ -81,7 +81,7 @@ def planes_html(files: VolumeFiles, scan: Path, convention: str = "radiological"
         convention (`str`): `radiological` or `neurological`.
     """
     heat, background = to_canonical(read_nifti(files.heatmap)), to_canonical(read_scan(scan))
-    most = CERTAIN if files.report["settings"]["map"] == "student" else HEAT_MAXIMUM
+    _, most = scale_of(files.report["settings"]["map"])
     viewer = volume_viewer(files.report, heat, background, max(most, 1.5 * files.report["threshold"]), convention)
     return TEMPLATES.get_template("planes.html").render(viewer=viewer, report=files.report)
 

@@ -13,11 +13,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffusers-cf report`."""
     add = parser.add_argument
     add("folders", nargs="*", metavar="OUT", help="output folder of segment, or the folder of one patient in it")
-    add(
-        "--training",
-        metavar="MODEL",
-        help="--output_dir of a training, finished or not, to report instead of patients; default: none",
-    )
+    text = "--output_dir of a training, finished or not, to report instead of patients"
+    add("--training", metavar="MODEL", help=f"{text}; default: none")
     add("--output", required=True, metavar="REPORT.html", help="file for the page")
     text = "folders of the segmented patients, whose scans the heatmaps are shown over; default: over counterfactuals"
     add("--scans", nargs="+", metavar="FOLDER", default=[], help=text)

@@ -52,12 +52,8 @@ def checked_chain(args, settings: Mapping, modalities: Sequence[str]) -> PostPro
     """Return the post-processing of options and recommended settings; raise `InputError` for one out of range."""
     try:
         given = {field.name: getattr(args, field.name) for field in fields(PostProcessing)}
-        found = PostProcessing.of(settings, **given)
+        found = PostProcessing.of(settings, **given) or PostProcessing()
+        found.check_channels(len(modalities))
     except ValueError as error:
         raise InputError(str(error)) from None
-    found = found or PostProcessing()
-    if (found.bright_channel or 0) >= len(modalities):
-        raise InputError(
-            f"bright_channel is {found.bright_channel}: the images have {len(modalities)} channels, 0 the first"
-        )
     return found

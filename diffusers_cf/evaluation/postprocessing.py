@@ -76,7 +76,6 @@ class PostProcessing:
             )
         if not isinstance(self.slice_sigma, (int, float)) or not 0 <= self.slice_sigma < 100:
             raise ValueError(f"slice_sigma is {self.slice_sigma!r}: it must be a number of slices, 0 for no filter")
-
         if self.bright_channel is not None and (not isinstance(self.bright_channel, int) or self.bright_channel < 0):
             raise ValueError(
                 f"bright_channel is {self.bright_channel!r}: it must be the number of a channel, 0 the first"
@@ -104,6 +103,13 @@ class PostProcessing:
                 " and bright_channel"
             )
         return cls(**(dict(known) | given))
+
+    def check_channels(self, channels: int) -> None:
+        """Raise `ValueError` if images of so many channels have no `bright_channel`."""
+        if (self.bright_channel or 0) >= channels:
+            raise ValueError(
+                f"bright_channel is {self.bright_channel}: the images have {channels} channels, 0 the first"
+            )
 
     @property
     def as_setting(self) -> bool | dict:

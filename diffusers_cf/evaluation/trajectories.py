@@ -146,8 +146,6 @@ def heatmaps_of_settings(
     decoded = [setting for setting in settings if setting[2] in DECODED_MAPS]
     for compute, chosen in ((_forward_heatmaps, forward), (_decoded_heatmaps, decoded)):
         for setting, heat in compute(pipe, images, chosen, num_inference_steps) if chosen else ():
-            if setting[2] == "forward":
-                heat = per_present_channel(heat, images.to(heat.device))
             yield setting, resize_images(heat[:, None], tuple(images.shape[-2:]))[:, 0].cpu().numpy()
     for strength, scale, kind in settings:  # maps that share nothing
         if kind not in (*DECODED_MAPS, "forward"):
@@ -184,4 +182,5 @@ def _forward_heatmaps(pipe, images, settings: Sequence[Setting], num_inference_s
             for (strength, scale, _), heat in heats.items():
                 if round(num_inference_steps * strength) == step:
                     group.paste(heat, found[scale][1])
-    yield from heats.items()
+    for setting, heat in heats.items():
+        yield setting, per_present_channel(heat, images.to(heat.device))
